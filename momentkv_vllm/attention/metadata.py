@@ -1,0 +1,208 @@
+"""Turns vLLM's step metadata into work lists: who attends what, and who retires which pages afterwards.
+
+A step gives every request some new tokens, [start, end). Eviction events that fall inside cut them into segments: all
+queries of a segment see the same store and moments. Round r handles the r-th segment of every request, so a decode step
+is one round, and the result never depends on how the scheduler cut the prompt.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
+from momentkv_vllm.page_schedule import PageSchedule, cdiv
+
+MAX_SLOTS_PER_WORK = 1 << 18
+"""Retained slots that one work list may gather: bounds the float32 copies of the reference kernels
+(2 * 4 * num_kv_heads * head_dim bytes a slot)."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive new tokens of one request that see the same store and moments.
+
+    row: request's row in the batch; first_token: index of its first token in the flat token list; start, end: token
+    positions; boundary: first exact column while the segment attends; retire_to: boundary after its event, 0 if none.
+    observe_from: position of the first query whose attention is observed for the coming event.
+    """
+
+    row: int
+    first_token: int
+    start: int
+    end: int
+    boundary: int
+    retire_to: int
+    observe_from: int
+
+
+@dataclass
+class Round:
+    """Segments that run together: first all attend (`attends`), then those with an event retire (`retire`)."""
+
+    attends: list[AttendWork] = field(default_factory=list)
+    retires: list[RetireWork] = field(default_factory=list)
+
+
+@dataclass
+class EvictionMetadata:
+    """A step's work beyond stock attention.
+
+    stock_rows: rows still below their budget, served by vLLM's own kernel.
+    rounds: the rest.
+    """
+
+    stock_rows: list[int]
+    rounds: list[Round]
+
+
+class WorkBuilder:
+    """Builds `EvictionMetadata`; pure index arithmetic on the CPU, no model data."""
+
+    def __init__(self, schedule: PageSchedule, config: EvictionConfig, observe: bool) -> None:
+        self.schedule = schedule
+        self.config = config
+        self.observe = observe
+
+    def build(
+        self, query_start: list[int], seq_lens: list[int], prompt_lens: list[int], block_table: torch.Tensor
+    ) -> EvictionMetadata:
+        """Plan one step.
+
+        Args:
+            query_start: [num_requests + 1] start of each request in the flat token list.
+            seq_lens: [num_requests] committed tokens at the end of the step.
+            prompt_lens: [num_requests] prompt lengths; read in "full" prefill mode only.
+            block_table: [num_requests, columns] page numbers.
+        """
+        table = block_table.numpy()
+        stock_rows: list[int] = []
+        rounds: list[list[Segment]] = []
+        for row, end in enumerate(seq_lens):
+            first_token = query_start[row]
+            start = end - (query_start[row + 1] - first_token)
+            segments = list(self._segments(row, first_token, start, end, prompt_lens[row]))
+            if self._is_stock(segments):
+                stock_rows.append(row)
+                continue
+            for number, segment in enumerate(segments):
+                if number == len(rounds):
+                    rounds.append([])
+                rounds[number].append(segment)
+        return EvictionMetadata(stock_rows, [self._round(segments, table) for segments in rounds])
+
+    def _is_stock(self, segments: list[Segment]) -> bool:
+        """Nothing evicted, nothing to evict, nothing to observe: vLLM's own kernel, bit for bit."""
+        only = segments[0] if len(segments) == 1 else None
+        return only is not None and only.boundary == 0 and only.retire_to == 0 and only.observe_from >= only.end
+
+    def _segments(self, row: int, first_token: int, start: int, end: int, prompt: int) -> Iterator[Segment]:
+        plan = self.schedule
+        position = start
+        for event in [*plan.events(start, end, prompt), None]:
+            stop = end if event is None else event
+            if stop == position:
+                continue
+            yield Segment(
+                row=row,
+                first_token=first_token + position - start,
+                start=position,
+                end=stop,
+                boundary=plan.boundary(position, prompt),
+                retire_to=0 if event is None else plan.boundary(event, prompt),
+                observe_from=self._observe_from(position, prompt),
+            )
+            position = stop
+
+    def _observe_from(self, position: int, prompt: int) -> int:
+        """First observed position before the next event; a huge number when nothing is observed."""
+        if not self.observe:
+            return 1 << 62
+        event = self.schedule.next_event(position, prompt)
+        return max(event - self.config.observation_tokens, self.schedule.last_event(position, prompt))
+
+    def _round(self, segments: list[Segment], table: np.ndarray) -> Round:
+        work = Round()
+        # Decode rows would pay for the padding of chunks beside them: they get a list of their own.
+        for group in ([s for s in segments if s.end - s.start == 1], [s for s in segments if s.end - s.start > 1]):
+            for part in self._split(group):
+                work.attends.append(self._attend(part, table))
+        due = [s for s in segments if s.retire_to]
+        # A first event retires more pages than later ones: grouping by their number avoids padding.
+        for pages in sorted({s.retire_to - self._retire_from(s) for s in due}):
+            work.retires.append(self._retire([s for s in due if s.retire_to - self._retire_from(s) == pages], table))
+        return work
+
+    def _split(self, segments: list[Segment]) -> Iterator[list[Segment]]:
+        """Parts of at most MAX_SLOTS_PER_WORK gathered slots."""
+        if not segments:
+            return
+        slots = max(self.schedule.retained_pages(s.end, s.boundary) for s in segments) * self.schedule.page_size
+        size = max(1, MAX_SLOTS_PER_WORK // slots)
+        for i in range(0, len(segments), size):
+            yield segments[i : i + size]
+
+    def _attend(self, segments: list[Segment], table: np.ndarray) -> AttendWork:
+        plan = self.schedule
+        width = max(s.end - s.start for s in segments)
+        num_pages = max(plan.retained_pages(s.end, s.boundary) for s in segments)
+        n = len(segments)
+        pages = np.zeros((n, num_pages), np.int64)
+        for i, s in enumerate(segments):
+            columns = self._retained_columns(s)
+            pages[i, : len(columns)] = table[s.row, columns]
+        start = _column(segments, "start")
+        length = _column(segments, "end") - start
+        offset = np.arange(width)[None, :]
+        real = offset < length
+        offset = np.where(real, offset, 0)
+        boundary = _column(segments, "boundary")
+        skipped = np.where(boundary > 0, boundary - plan.store_pages, 0) * plan.page_size
+        observed = restart = None
+        if self.observe:
+            zone = _column(segments, "observe_from")
+            observed = torch.from_numpy(real & (start + offset >= zone))
+            restart = torch.from_numpy((start <= zone) & (zone < start + length)).squeeze(1)
+        return AttendWork(
+            tokens=torch.from_numpy(_column(segments, "first_token") + offset),
+            real=torch.from_numpy(real),
+            pages=torch.from_numpy(pages),
+            last=torch.from_numpy(start + offset - skipped),
+            moment_pages=self._moment_pages(segments, table),
+            count=self._count(segments),
+            observed=observed,
+            restart=restart,
+        )
+
+    def _retire(self, segments: list[Segment], table: np.ndarray) -> RetireWork:
+        rows = [s.row for s in segments]
+        retiring = [table[s.row, self._retire_from(s) : s.retire_to] for s in segments]
+        return RetireWork(
+            store_pages=torch.from_numpy(table[rows, : self.schedule.store_pages].astype(np.int64)),
+            retiring_pages=torch.from_numpy(np.stack(retiring).astype(np.int64)),
+            moment_pages=self._moment_pages(segments, table),
+            count=self._count(segments),
+        )
+
+    def _retained_columns(self, s: Segment) -> list[int]:
+        end = cdiv(s.end, self.schedule.page_size)
+        if s.boundary == 0:
+            return list(range(end))
+        return [*range(self.schedule.store_pages), *range(s.boundary, end)]
+
+    def _retire_from(self, s: Segment) -> int:
+        return s.boundary or self.schedule.store_pages
+
+    def _moment_pages(self, segments: list[Segment], table: np.ndarray) -> torch.Tensor:
+        plan = self.schedule
+        columns = slice(plan.store_pages, plan.store_pages + plan.moment_pages)
+        return torch.from_numpy(table[[s.row for s in segments], columns].astype(np.int64))
+
+    def _count(self, segments: list[Segment]) -> torch.Tensor:
+        return torch.tensor([self.schedule.evicted_tokens(s.boundary) for s in segments], dtype=torch.float32)
+
+
+def _column(segments: list[Segment], name: str) -> np.ndarray:
+    return np.array([getattr(s, name) for s in segments], np.int64)[:, None]

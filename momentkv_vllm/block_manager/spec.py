@@ -1,0 +1,107 @@
+"""The KV cache spec of layers that evict: what a sequence costs, and the page schedule both sides share."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from vllm.config import VllmConfig
+from vllm.utils.torch_utils import get_dtype_size
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.page_layout import RecordLayout
+from momentkv_vllm.page_schedule import PageSchedule, build_schedule, cdiv
+from momentkv_vllm.policies import POLICIES
+
+
+def record_layout(config: EvictionConfig, head_dim: int) -> RecordLayout:
+    """The moment record that this configuration needs; empty when neither policy nor correction reads one."""
+    policy = POLICIES[config.policy]
+    covariance = config.correction == "first" or policy.needs_covariance
+    means = covariance or config.correction == "zeroth" or policy.needs_means
+    return RecordLayout(head_dim, config.moment_dtype, has_means=means, has_covariance=covariance)
+
+
+def page_schedule(config: EvictionConfig, page_size: int, head_dim: int, dtype: torch.dtype) -> PageSchedule:
+    """The page schedule of this configuration for a model's KV heads. Raises ValueError on too small a budget."""
+    moment_pages = record_layout(config, head_dim).pages(page_size, get_dtype_size(dtype))
+    return build_schedule(config, page_size, moment_pages, POLICIES[config.policy].keeps_only_sinks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MomentKVSpec(FullAttentionSpec):
+    """Full attention whose sequences never hold more than a budget.
+
+    Attributes:
+        schedule: which pages a sequence holds.
+        config: the user's settings.
+        step_tokens: most tokens of one request scheduled and not yet settled.
+        model_name, engine: labels of the metrics.
+    """
+
+    schedule: PageSchedule
+    config: EvictionConfig
+    step_tokens: int
+    model_name: str
+    engine: int
+
+    @classmethod
+    def of(cls, spec: FullAttentionSpec, config: EvictionConfig, vllm_config: VllmConfig) -> Self:
+        """Bound a layer's spec. Raises ValueError on what eviction does not model."""
+        if spec.head_size != spec.head_size_v:
+            raise ValueError(
+                f"--kv-eviction needs key and value heads of one size, this model has {spec.head_size} and "
+                f"{spec.head_size_v}; serve without --kv-eviction"
+            )
+        known = {f.name: getattr(spec, f.name) for f in fields(spec) if f.init}
+        model = vllm_config.model_config.served_model_name
+        return cls(
+            **known,
+            schedule=page_schedule(config, spec.block_size, spec.head_size, spec.dtype),
+            config=config,
+            step_tokens=vllm_config.max_in_flight_tokens,
+            model_name=model[0] if isinstance(model, list) else model,
+            engine=vllm_config.parallel_config.data_parallel_index,
+        )
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        """One spec for the layers of a group; they must be equal."""
+        base = FullAttentionSpec.merge([FullAttentionSpec(**_base_fields(s)) for s in specs])
+        if any(s.schedule != specs[0].schedule for s in specs):
+            raise ValueError("--kv-eviction needs the same KV head size in all layers; serve without --kv-eviction")
+        return replace(specs[0], **_base_fields(base))
+
+    def copy_with_new_block_size(self, block_size: int) -> Self:
+        """Refused: the schedule is in pages of the size it was built for."""
+        if block_size == self.block_size:
+            return self
+        raise ValueError(
+            f"--kv-eviction needs one page size for all layers, but vLLM wants to change block_size {self.block_size} to "
+            f"{block_size} for this model; serve without --kv-eviction"
+        )
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """What a sequence of max_model_len holds between steps: the figure behind vLLM's reported concurrency.
+
+        The pages of the chunk being prefilled come on top, once for all sequences of a step; the manager checks at
+        start-up that the pool has room for them.
+        """
+        pages = cdiv(vllm_config.model_config.max_model_len, self.block_size)
+        if self.schedule.evict_in_prefill:
+            pages = min(pages, self.schedule.budget_pages)
+        return pages * self.page_size_bytes
+
+    def peak_pages(self, max_model_len: int) -> int:
+        """Most pages one sequence can hold at any moment."""
+        pages = cdiv(max_model_len, self.block_size)
+        return min(pages, self.schedule.peak_pages(self.step_tokens)) if self.schedule.evict_in_prefill else pages
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one sequence's moment pages in one layer."""
+        return self.schedule.moment_pages * self.page_size_bytes
+
+
+def _base_fields(spec: FullAttentionSpec) -> dict:
+    return {f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec) if f.init}

@@ -1,0 +1,148 @@
+"""Which pages a sequence holds: a pure function of how many of its tokens are committed.
+
+Scheduler and worker both call this file and never exchange a message. Nothing here depends on how the tokens were cut
+into chunks or batches, so a sequence ends in the same state however it was scheduled, preempted or recomputed.
+
+A block-table row by column, once the sequence evicts (column j = logical page j):
+
+    [ 0 .. S )     store pages     retained tokens, rewritten in place, every KV head its own tokens
+    [ S .. S+M )   moment pages    the running moments, one record per KV head
+    [ S+M .. b )   retired         really freed to vLLM's pool
+    [ b .. end )   window pages    the newest tokens, exact, in order
+
+Eviction events happen at fixed token counts: first when the budget is full (`first_event`), then every `retire_tokens`.
+The event at count e retires every page before `boundary(e)`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from momentkv_vllm.config import EvictionConfig
+
+
+def cdiv(a: int, b: int) -> int:
+    """Ceiling division."""
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class PageSchedule:
+    """Page arithmetic of one configuration.
+
+    Attributes:
+        page_size: tokens a page.
+        store_pages, moment_pages, window_pages: S, M, W above; S + M + W = `budget_pages`.
+        retire_pages: pages leaving the window at an event (the window shrinks by so many, then grows again).
+        evict_in_prefill: False defers every event to the end of the prompt ("full" prefill mode).
+    """
+
+    page_size: int
+    store_pages: int
+    moment_pages: int
+    window_pages: int
+    retire_pages: int = 1
+    evict_in_prefill: bool = True
+
+    @property
+    def budget_pages(self) -> int:
+        return self.store_pages + self.moment_pages + self.window_pages
+
+    @property
+    def store_tokens(self) -> int:
+        return self.store_pages * self.page_size
+
+    @property
+    def retire_tokens(self) -> int:
+        return self.retire_pages * self.page_size
+
+    @property
+    def first_event(self) -> int:
+        """Committed tokens at which the budget is full: below it the run is stock attention."""
+        return self.budget_pages * self.page_size
+
+    def boundary(self, committed_tokens: int, prompt_tokens: int = 0) -> int:
+        """First column still exact once `committed_tokens` are in; 0 while nothing was ever evicted.
+
+        `prompt_tokens` matters only in "full" prefill mode.
+        """
+        if committed_tokens < self._eviction_start(prompt_tokens):
+            return 0
+        events_after_first = (committed_tokens - self.first_event) // self.retire_tokens
+        return self.store_pages + self.moment_pages + (events_after_first + 1) * self.retire_pages
+
+    def events(self, start: int, end: int, prompt_tokens: int = 0) -> Iterator[int]:
+        """Token counts e in (start, end] at which an eviction event happens, ascending."""
+        event = self.next_event(start, prompt_tokens)
+        while event <= end:
+            yield event
+            event = self.next_event(event, prompt_tokens)
+
+    def next_event(self, committed_tokens: int, prompt_tokens: int = 0) -> int:
+        """The first event after `committed_tokens`."""
+        first = self._eviction_start(prompt_tokens)
+        if committed_tokens < first:
+            return first
+        done = (committed_tokens - self.first_event) // self.retire_tokens
+        return self.first_event + (done + 1) * self.retire_tokens
+
+    def last_event(self, committed_tokens: int, prompt_tokens: int = 0) -> int:
+        """The latest event at or before `committed_tokens`; 0 if none yet."""
+        first = self._eviction_start(prompt_tokens)
+        if committed_tokens < first:
+            return 0
+        done = (committed_tokens - self.first_event) // self.retire_tokens
+        return max(first, self.first_event + done * self.retire_tokens)
+
+    def _eviction_start(self, prompt_tokens: int) -> int:
+        return self.first_event if self.evict_in_prefill else max(self.first_event, prompt_tokens)
+
+    def evicted_tokens(self, boundary: int) -> int:
+        """n: tokens in the moments once every column before `boundary` is retired; the same for every head."""
+        return max(0, boundary * self.page_size - self.store_tokens)
+
+    def retained_pages(self, committed_tokens: int, boundary: int) -> int:
+        """Store + window pages that attention reads after `committed_tokens`."""
+        pages = cdiv(committed_tokens, self.page_size)
+        return pages if boundary == 0 else self.store_pages + pages - boundary
+
+    def live_pages(self, committed_tokens: int, boundary: int) -> int:
+        """Pages a sequence owns in vLLM's pool."""
+        moments = self.moment_pages if boundary else 0
+        return self.retained_pages(committed_tokens, boundary) + moments
+
+    def peak_pages(self, step_tokens: int) -> int:
+        """Most pages a sequence can own when at most `step_tokens` of its tokens are scheduled and not yet settled."""
+        return self.budget_pages + cdiv(max(0, step_tokens - 1), self.page_size)
+
+
+def build_schedule(config: EvictionConfig, page_size: int, moment_pages: int, keeps_only_sinks: bool) -> PageSchedule:
+    """Lay out the budget. Raises ValueError with the smallest legal budget when it does not fit.
+
+    Args:
+        config: the user's settings.
+        page_size: tokens a page (vLLM: block_size).
+        moment_pages: pages that the moment records of a sequence need (page_layout.py), 0 for none.
+        keeps_only_sinks: the policy never keeps a retired token besides the sinks: all else is window (StreamingLLM).
+    """
+    retire_pages = max(1, cdiv(config.retire_tokens, page_size))
+    window_pages = cdiv(config.window_tokens, page_size) + retire_pages
+    least_store = cdiv(config.sink_tokens, page_size) if keeps_only_sinks else cdiv(config.sink_tokens + 1, page_size)
+    least_store = max(1, least_store)
+    least_pages = least_store + moment_pages + window_pages
+    budget_pages = config.budget_tokens // page_size
+    if budget_pages < least_pages:
+        raise ValueError(
+            f"kv_eviction.budget_tokens={config.budget_tokens} is too small: with pages of {page_size} tokens the least "
+            f"is {least_pages * page_size} (store {least_store} + moments {moment_pages} + window {window_pages} pages "
+            f"for window_tokens={config.window_tokens}, retire_tokens={retire_pages * page_size}); raise --kv-budget, "
+            f"or lower window_tokens, use a smaller --block-size, or correction 'zeroth' or 'off' for a smaller state"
+        )
+    spare = budget_pages - least_pages
+    return PageSchedule(
+        page_size=page_size,
+        store_pages=least_store + (0 if keeps_only_sinks else spare),
+        moment_pages=moment_pages,
+        window_pages=window_pages + (spare if keeps_only_sinks else 0),
+        retire_pages=retire_pages,
+        evict_in_prefill=config.prefill == "chunked",
+    )

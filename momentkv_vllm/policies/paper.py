@@ -1,0 +1,33 @@
+"""The paper's moment-informed score (arXiv 2606.01563, eq. 10)."""
+
+import torch
+
+from momentkv_vllm.policies.base import Candidates, Policy
+
+POOL = 4
+"""Neighbouring tokens pooled before scoring (the paper's protocol)."""
+
+
+class Paper(Policy):
+    """score_j = alpha_j ||v_j - v' - C k_j / sqrt(d)||, with alpha the attention mass over the last observed queries.
+
+    Pooling in chunks of 4 needs neighbours, so it applies to the first event only, when all candidates still lie in
+    order; later the store is a set. The paper's split of the budget over heads (Ada-KV) is not made: every head of a
+    page has the same number of slots.
+    """
+
+    name = "paper"
+    needs_means = True
+    needs_covariance = True
+    needs_attention = True
+
+    def score(self, tokens: Candidates) -> torch.Tensor:
+        m = tokens.moments
+        has = (m.count > 0)[:, None, None, None]
+        predicted = m.mean_value.unsqueeze(2) + torch.einsum("rhvk,rhtk->rhtv", m.covariance, tokens.keys) * tokens.scale
+        residual = tokens.values - torch.where(has, predicted, 0.0)
+        raw = tokens.attention * residual.norm(dim=-1)
+        num = raw.shape[-1] // POOL * POOL
+        pooled = raw.clone()
+        pooled[..., :num] = raw[..., :num].unflatten(-1, (-1, POOL)).mean(-1).repeat_interleave(POOL, dim=-1)
+        return torch.where(has[..., 0], raw, pooled)

@@ -1,0 +1,115 @@
+"""The only patches of vLLM: three methods of EngineArgs, so that `--kv-eviction` exists and always takes effect.
+
+| patched | symptom without it | removed when |
+|---|---|---|
+| EngineArgs.add_cli_args | `vllm serve --kv-eviction` is an unknown option | vLLM lets plugins add options |
+| EngineArgs.from_cli_args | the parsed options reach no config | same |
+| EngineArgs.create_engine_config | no place to refuse or default options before the engine starts | vLLM has a config hook |
+
+vLLM loads general plugins before it builds its parser (AsyncEngineArgs.add_cli_args), so these are in place in time. A
+renamed target fails loudly at load (AttributeError), never silently.
+"""
+
+import argparse
+import functools
+import json
+import logging
+from typing import Any
+
+from momentkv_vllm.config import CONFIG_KEY, POLICY_DEFAULTS, EvictionConfig
+from momentkv_vllm.vllm_seams.validate import refuse_unsupported, refuse_untested_vllm
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+SMALL_BUDGET_TOKENS = 1024
+"""Budgets up to this get pages of 16 tokens instead of 32: a page is the grain of store, moments and window."""
+
+
+def patch_engine_args() -> None:
+    """Install the three wrappers; calling it again does nothing."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    if getattr(EngineArgs, "_momentkv_patched", False):
+        return
+    add, parse, create = EngineArgs.add_cli_args, EngineArgs.from_cli_args.__func__, EngineArgs.create_engine_config
+
+    @functools.wraps(add)
+    def add_cli_args(parser: Any) -> Any:
+        return _add_options(add(parser))
+
+    @functools.wraps(parse)
+    def from_cli_args(cls: type, args: argparse.Namespace) -> Any:
+        engine_args = parse(cls, args)
+        _carry_options(engine_args, args)
+        return engine_args
+
+    @functools.wraps(create)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        config = EvictionConfig.from_dict((self.additional_config or {}).get(CONFIG_KEY))
+        if not config.active:
+            return create(self, *args, **kwargs)
+        refuse_untested_vllm()
+        _set_defaults(self, config)
+        vllm_config = create(self, *args, **kwargs)
+        refuse_unsupported(vllm_config, config)
+        # Imported late: prometheus must not be touched by processes that only parse options.
+        from momentkv_vllm.block_manager.metrics import serve_metrics
+
+        serve_metrics()
+        return vllm_config
+
+    EngineArgs.add_cli_args = staticmethod(add_cli_args)
+    EngineArgs.from_cli_args = classmethod(from_cli_args)
+    EngineArgs.create_engine_config = create_engine_config
+    EngineArgs._momentkv_patched = True
+
+
+def _add_options(parser: Any) -> Any:
+    group = parser.add_argument_group(
+        title="KV eviction (momentkv)", description="A fixed KV budget per sequence; evicted tokens become moments."
+    )
+    group.add_argument(
+        "--kv-eviction",
+        choices=["off", *POLICY_DEFAULTS],
+        default=None,
+        help="Eviction policy. off: stock vLLM. momentkv: the default policy. paper: arXiv 2606.01563 as published. "
+        "streamingllm: sinks and a sliding window.",
+    )
+    group.add_argument(
+        "--kv-budget", type=int, default=None, metavar="TOKENS", help="KV tokens per sequence, moment state included."
+    )
+    group.add_argument(
+        "--kv-eviction-config",
+        type=json.loads,
+        default=None,
+        help="Further settings as JSON or dotted keys, e.g. --kv-eviction-config.window_tokens 64. Keys: window_tokens, "
+        "sink_tokens, prefill, correction, moment_dtype, observation_tokens, retire_tokens.",
+    )
+    return parser
+
+
+def _carry_options(engine_args: Any, args: argparse.Namespace) -> None:
+    """Move our three options into additional_config, vLLM's carrier to every process."""
+    options: dict[str, Any] = dict(getattr(args, "kv_eviction_config", None) or {})
+    for key, value in (("policy", getattr(args, "kv_eviction", None)), ("budget_tokens", getattr(args, "kv_budget", None))):
+        if value is None:
+            continue
+        if options.get(key, value) != value:
+            raise ValueError(f"--kv-eviction-config.{key}={options[key]!r} contradicts the flag's {value!r}; give one")
+        options[key] = value
+    if not options:
+        return
+    carrier = dict(engine_args.additional_config or {})
+    merged = {**carrier.get(CONFIG_KEY, {}), **options}
+    engine_args.additional_config = {**carrier, CONFIG_KEY: EvictionConfig.from_dict(merged).to_dict()}
+
+
+def _set_defaults(engine_args: Any, config: EvictionConfig) -> None:
+    """Choose what the user left open, in ways that eviction needs; said in one line each."""
+    if engine_args.block_size is None:
+        engine_args.block_size = 16 if config.budget_tokens <= SMALL_BUDGET_TOKENS else 32
+        logger.info("momentkv: --block-size not given, using %d", engine_args.block_size)
+    if engine_args.enable_prefix_caching is None:
+        engine_args.enable_prefix_caching = False
+        logger.warning("momentkv: prefix caching is switched off: it does not work together with --kv-eviction yet")
+    engine_args.additional_config = {**engine_args.additional_config, CONFIG_KEY: config.to_dict()}

@@ -1,0 +1,85 @@
+"""Refuses, before anything is loaded, what eviction cannot serve: the server must never run silently without it."""
+
+import os
+from typing import TYPE_CHECKING
+
+from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.versions import ALLOW_UNTESTED_VARIABLE, TESTED_VLLM, installed_vllm
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+WAY_OUT = "change it, or serve without --kv-eviction"
+
+
+def refuse_untested_vllm() -> None:
+    """Raises ValueError unless the installed vLLM is a tested one or the user insists."""
+    version = installed_vllm()
+    if version in TESTED_VLLM or os.environ.get(ALLOW_UNTESTED_VARIABLE) == "1":
+        return
+    raise ValueError(
+        f"--kv-eviction was tested with vLLM {', '.join(TESTED_VLLM)}, but {version} is installed; install a tested one, "
+        f"or set {ALLOW_UNTESTED_VARIABLE}=1 to run it untested, or serve without --kv-eviction"
+    )
+
+
+def refuse_unsupported(vllm_config: "VllmConfig", config: EvictionConfig) -> None:
+    """Raises ValueError naming the first option or model property that eviction cannot serve."""
+    for what, present in _objections(vllm_config).items():
+        if present:
+            raise ValueError(f"--kv-eviction {config.policy} does not support {what}: {WAY_OUT}")
+    _refuse_page_size(vllm_config)
+    _refuse_budget(vllm_config, config)
+
+
+def _objections(vllm_config: "VllmConfig") -> dict[str, object]:
+    from vllm.platforms import current_platform
+
+    model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+    attention = vllm_config.attention_config.backend
+    return {
+        f"the device {current_platform.device_type!r} (CPU only so far)": not current_platform.is_cpu(),
+        "runner 'pooling' (embedding and scoring models)": model.runner_type != "generate",
+        "MLA models (multi-head latent attention)": model.use_mla,
+        "encoder-decoder models": model.is_encoder_decoder,
+        "attention-free models": model.is_attention_free,
+        "hybrid models (Mamba or linear attention beside attention)": model.is_hybrid,
+        "multimodal models": model.is_multimodal_model,
+        f"sliding-window attention (window {model.get_sliding_window()})": model.get_sliding_window() is not None,
+        f"--kv-cache-dtype {cache.cache_dtype} (only auto, i.e. the model's dtype)": cache.cache_dtype
+        not in ("auto", "bfloat16", "float16", "float32"),
+        "--enable-prefix-caching (store pages are rewritten in place)": cache.enable_prefix_caching,
+        "KV offloading (--kv-offloading-size)": cache.kv_offloading_size,
+        "KV connectors (--kv-transfer-config)": vllm_config.kv_transfer_config,
+        "KV cache events (--kv-events-config)": getattr(vllm_config.kv_events_config, "enable_kv_cache_events", False),
+        "speculative decoding (--speculative-config)": vllm_config.speculative_config,
+        "async scheduling (--async-scheduling)": vllm_config.scheduler_config.async_scheduling,
+        "decode context parallelism": parallel.decode_context_parallel_size > 1,
+        "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
+        f"--attention-backend {getattr(attention, 'name', attention)}": attention is not None
+        and attention.name != "CPU_ATTN",
+        "disabled chunked prefill (--no-enable-chunked-prefill)": not vllm_config.scheduler_config.enable_chunked_prefill,
+    }
+
+
+def _refuse_page_size(vllm_config: "VllmConfig") -> None:
+    page_size = vllm_config.cache_config.block_size
+    if page_size % 16:
+        raise ValueError(f"--block-size {page_size} is not a multiple of 16, which --kv-eviction needs")
+
+
+def _refuse_budget(vllm_config: "VllmConfig", config: EvictionConfig) -> None:
+    """The budget must hold state and window; said here because here the user still sees it."""
+    from momentkv_vllm.block_manager.spec import page_schedule
+
+    cache, model = vllm_config.cache_config, vllm_config.model_config
+    plan = page_schedule(config, cache.block_size, model.get_head_size(), model.dtype)
+    pool = cache.num_gpu_blocks_override
+    step = vllm_config.max_in_flight_tokens
+    need = plan.peak_pages(step) if plan.evict_in_prefill else plan.budget_pages
+    if pool is not None and need > pool - 1:
+        raise ValueError(
+            f"--num-gpu-blocks-override {pool} leaves {pool - 1} pages of {plan.page_size} tokens, but a sequence needs up "
+            f"to {need}: {plan.budget_pages} for --kv-budget {config.budget_tokens}, the rest for a prefill step of {step} "
+            f"tokens; lower --max-num-batched-tokens or --kv-budget, or give it more pages"
+        )
