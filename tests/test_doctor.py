@@ -1,0 +1,33 @@
+"""`momentkv doctor` as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+MOMENTKV = str(Path(sys.executable).parent / "momentkv")
+
+
+def doctor(tmp_path, **env):
+    settings = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VLLM_PLUGINS")} | env
+    return subprocess.run([MOMENTKV, "doctor", "--json"], capture_output=True, text=True, cwd=tmp_path, env=settings)
+
+
+def test_everything_works_here(tmp_path):
+    done = doctor(tmp_path)
+    report = json.loads(done.stdout)
+    assert done.returncode == 0 and report["problems"] == []
+    assert report["kernel_families"]["reference"] == []
+    assert report["packages"]["vllm"] == "0.32.0+cpu"
+
+
+def test_a_plugin_that_vllm_would_not_load_is_a_problem(tmp_path):
+    done = doctor(tmp_path, VLLM_PLUGINS="other")
+    assert done.returncode == 1
+    assert "VLLM_PLUGINS='other'" in json.loads(done.stdout)["problems"][0]
+
+
+def test_triton_kernels_live_inside_the_package(tmp_path):
+    code = "import momentkv_vllm.triton_kernels, importlib.util as u; assert u.find_spec('triton_kernels') is None"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)

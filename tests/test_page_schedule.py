@@ -1,0 +1,107 @@
+"""The page schedule against a brute-force model that moves tokens one by one."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.page_schedule import PageSchedule, build_schedule, cdiv
+
+
+@st.composite
+def schedules(draw):
+    retire = draw(st.integers(1, 4))
+    return PageSchedule(
+        page_size=draw(st.sampled_from([1, 2, 4, 16])),
+        store_pages=draw(st.integers(1, 6)),
+        moment_pages=draw(st.integers(0, 3)),
+        window_pages=retire + draw(st.integers(1, 4)),
+        retire_pages=retire,
+        evict_in_prefill=draw(st.booleans()),
+    )
+
+
+def walk(plan: PageSchedule, total: int, prompt: int) -> list[tuple[int, int]]:
+    """(committed, boundary) after every token, by events alone."""
+    boundary, out = 0, []
+    for p in range(1, total + 1):
+        full = p == plan.first_event or (p > plan.first_event and (p - plan.first_event) % plan.retire_tokens == 0)
+        late = not plan.evict_in_prefill and p < prompt
+        at_prompt_end = not plan.evict_in_prefill and p == prompt and prompt > plan.first_event
+        if (full and not late) or at_prompt_end:
+            grown = (max(p, plan.first_event) - plan.first_event) // plan.retire_tokens + 1
+            boundary = plan.store_pages + plan.moment_pages + grown * plan.retire_pages
+        out.append((p, boundary))
+    return out
+
+
+@settings(max_examples=300, deadline=None)
+@given(schedules(), st.integers(1, 400), st.integers(0, 300))
+def test_boundary_is_what_the_events_leave(plan, total, prompt):
+    for committed, boundary in walk(plan, total, prompt):
+        assert plan.boundary(committed, prompt) == boundary
+    changes = [b for (a, x), (b, y) in zip(walk(plan, total, prompt), walk(plan, total, prompt)[1:]) if x != y]
+    assert list(plan.events(1, total, prompt)) == changes
+
+
+@settings(max_examples=300, deadline=None)
+@given(schedules(), st.integers(1, 400), st.integers(0, 300), st.data())
+def test_events_do_not_depend_on_the_cut(plan, total, prompt, data):
+    whole = list(plan.events(0, total, prompt))
+    cuts = sorted(data.draw(st.lists(st.integers(0, total), max_size=5)))
+    parts = [e for a, b in zip([0, *cuts], [*cuts, total]) for e in plan.events(a, b, prompt)]
+    assert parts == whole
+    for e in whole:
+        assert plan.last_event(e, prompt) == e
+        assert plan.next_event(e - 1, prompt) == e
+
+
+@settings(max_examples=300, deadline=None)
+@given(schedules(), st.integers(1, 400))
+def test_live_pages_never_exceed_the_budget_in_decode(plan, total):
+    for p in range(1, total + 1):
+        boundary = plan.boundary(p - 1, 0)  # the next token is stored before its step retires anything
+        assert plan.live_pages(p, boundary) <= plan.budget_pages
+        after = plan.boundary(p, 0)
+        window = p - after * plan.page_size
+        if after:
+            assert plan.evicted_tokens(after) + plan.store_tokens + window == p  # n + store + window = committed
+            assert window >= (plan.window_pages - plan.retire_pages) * plan.page_size
+
+
+@settings(max_examples=200, deadline=None)
+@given(schedules(), st.integers(1, 60), st.integers(1, 400))
+def test_live_pages_never_exceed_the_peak_in_chunked_prefill(plan, chunk, total):
+    if not plan.evict_in_prefill:
+        return
+    for start in range(0, total, chunk):
+        end = min(total, start + chunk)
+        assert plan.live_pages(end, plan.boundary(start)) <= plan.peak_pages(chunk)
+
+
+def test_below_the_budget_nothing_happens():
+    plan = build_schedule(EvictionConfig("momentkv", 256), 16, 2, False)
+    assert plan.budget_pages == 16
+    assert plan.boundary(255) == 0 and plan.boundary(256) > 0
+    assert list(plan.events(0, 255)) == []
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 128])
+@pytest.mark.parametrize("moment_pages", [0, 1, 5])
+def test_too_small_a_budget_names_the_least_one(page_size, moment_pages):
+    config = EvictionConfig("momentkv", 16)
+    with pytest.raises(ValueError, match="budget_tokens=16 is too small") as error:
+        build_schedule(config, page_size, moment_pages, False)
+    least = int(str(error.value).split("the least is ")[1].split()[0])
+    assert build_schedule(EvictionConfig("momentkv", least), page_size, moment_pages, False).budget_pages
+    with pytest.raises(ValueError):
+        build_schedule(EvictionConfig("momentkv", least - 1), page_size, moment_pages, False)
+
+
+def test_window_only_policy_spends_everything_on_the_window():
+    plan = build_schedule(EvictionConfig("streamingllm", 256, correction="off"), 16, 0, True)
+    assert (plan.store_pages, plan.moment_pages, plan.window_pages) == (1, 0, 15)
+
+
+def test_cdiv():
+    assert [cdiv(a, 4) for a in (0, 1, 4, 5)] == [0, 1, 1, 2]

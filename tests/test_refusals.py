@@ -1,0 +1,90 @@
+"""Every option and model property that eviction cannot serve is refused before the engine starts, by name."""
+
+import json
+import shutil
+
+import pytest
+from vllm import EngineArgs
+
+from momentkv_vllm.versions import ALLOW_UNTESTED_VARIABLE
+from momentkv_vllm.vllm_seams import validate
+
+EVICT = {"kv_eviction": {"policy": "momentkv", "budget_tokens": 256}}
+
+
+def config_of(model, **options):
+    return EngineArgs(model=str(model), additional_config=EVICT, max_model_len=2048, **options).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"enable_prefix_caching": True}, ["--enable-prefix-caching"]),
+        ({"kv_cache_dtype": "fp8"}, ["--kv-cache-dtype fp8"]),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}}, ["--speculative-config"]),
+        ({"block_size": 24}, ["--block-size 24", "multiple of 16"]),
+        ({"num_gpu_blocks_override": 20, "max_num_batched_tokens": 512}, ["--num-gpu-blocks-override 20", "--max-num-batched-tokens"]),
+        ({"kv_offloading_size": 1.0}, ["--kv-offloading-size"]),
+        ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, ["--kv-transfer-config"]),
+        ({"runner": "pooling", "convert": "embed"}, ["pooling"]),
+    ],
+)
+def test_options(models, options, words):
+    with pytest.raises(ValueError) as error:
+        config_of(models(), **options)
+    for word in [*words, "--kv-"]:
+        assert word in str(error.value)
+
+
+def changed_model(folder, source, **changes):
+    """The tiny Llama's folder with other values in config.json (weights are not read here)."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+def test_sliding_window_models(models, tmp_path):
+    model = changed_model(tmp_path / "m", models(), model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=64)
+    with pytest.raises(ValueError, match="sliding-window"):
+        config_of(model)
+
+
+def test_too_small_a_budget_says_the_least_one(models):
+    args = EngineArgs(model=str(models()), additional_config={"kv_eviction": {"policy": "momentkv", "budget_tokens": 64}})
+    with pytest.raises(ValueError, match=r"the least is \d+"):
+        args.create_engine_config()
+
+
+def test_untested_vllm(models, monkeypatch):
+    monkeypatch.setattr(validate, "installed_vllm", lambda: "0.99.0")
+    with pytest.raises(ValueError, match=r"0\.32\.0.*0\.99\.0") as error:
+        config_of(models())
+    assert ALLOW_UNTESTED_VARIABLE in str(error.value)
+    monkeypatch.setenv(ALLOW_UNTESTED_VARIABLE, "1")
+    assert config_of(models()).additional_config["kv_eviction"]["policy"] == "momentkv"
+
+
+def test_defaults_are_chosen_only_where_the_user_was_silent(models):
+    config = config_of(models())
+    assert config.cache_config.block_size == 16 and not config.cache_config.enable_prefix_caching
+    assert config_of(models(), block_size=64, max_num_batched_tokens=128).cache_config.block_size == 64
+
+
+def test_without_the_flag_the_config_is_stock(models):
+    config = EngineArgs(model=str(models()), max_model_len=2048).create_engine_config()
+    assert config.cache_config.enable_prefix_caching and config.cache_config.block_size == 128
+    assert "kv_eviction" not in config.additional_config
+
+
+def test_flags_and_additional_config_are_one_thing(models):
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    line = f"--model {models()} --kv-eviction momentkv --kv-budget 512 --kv-eviction-config.window_tokens 64"
+    args = EngineArgs.from_cli_args(parser.parse_args(line.split()))
+    carried = args.additional_config["kv_eviction"]
+    assert (carried["policy"], carried["budget_tokens"], carried["window_tokens"]) == ("momentkv", 512, 64)
+    both = parser.parse_args((line + " --kv-eviction-config.budget_tokens 128").split())
+    with pytest.raises(ValueError, match="contradicts"):
+        EngineArgs.from_cli_args(both)
