@@ -49,8 +49,8 @@ format: setup   ## ruff, writing
 doctor: setup   ## versions, device, and which kernel families work here
 	$(BIN)/momentkv doctor
 
-bench-needle: setup ## retrieval accuracy under a budget, through the real server
-	$(BIN)/python benchmarks/needle/serve_accuracy.py
+bench-needle: setup ## retrieval accuracy and KL under a budget, in the real engine
+	$(BIN)/python benchmarks/needle/accuracy.py
 
 model: setup    ## train the test model again (30 minutes on 2 cores)
 	$(BIN)/python benchmarks/needle/train.py

@@ -124,9 +124,12 @@ def test_page_sizes(engine, block_size):
 
 def test_logprobs_and_prompt_logprobs_and_n(engine):
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
     e = engine(**EVICT)
-    settings = SamplingParams(n=2, temperature=0.7, seed=1, max_tokens=8, logprobs=3, prompt_logprobs=1, ignore_eos=True)
+    # No seed: stock vLLM 0.32.0 on a CPU fails on seeded requests whose prompt spans several steps.
+    settings = SamplingParams(n=2, temperature=0.7, max_tokens=8, logprobs=3, prompt_logprobs=1, ignore_eos=True)
+    settings.output_kind = RequestOutputKind.FINAL_ONLY
     e.vllm.add_request("n2", {"prompt_token_ids": random_prompt(500)}, settings)
     done = []
     while e.vllm.has_unfinished_requests():

@@ -21,15 +21,15 @@ def free_port() -> int:
 class Server:
     """Started in the constructor; `stop` ends exactly the processes it started."""
 
-    def __init__(self, model: Path, *options: str, folder: Path, env: dict[str, str] | None = None) -> None:
+    def __init__(self, model: Path, *options: str, folder: Path, name: str = "tiny", threads: int = 1) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = folder / f"server-{self.port}.log"
-        command = [str(Path(sys.executable).parent / "vllm"), "serve", str(model), "--served-model-name", "tiny"]
+        command = [str(Path(sys.executable).parent / "vllm"), "serve", str(model), "--served-model-name", name]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--enforce-eager", *options]
         # Not the repository root: a top-level folder `triton_kernels` on sys.path would confuse vLLM.
         settings = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_") and k != "PYTHONPATH"}
-        settings |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", **(env or {})}
+        settings |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": str(threads)}
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=settings)
 

@@ -1,0 +1,168 @@
+"""`make demo`: a real `vllm serve` answers questions over long prompts from a KV pool too small for them.
+
+Starts stock vLLM in a pool that is large enough, then momentkv and streamingllm in a small one, asks all the same questions
+through the openai client (several at once, streaming), and prints right answers, agreement with the full cache, live KV tokens
+per sequence and the concurrency that vLLM reports. Then one sequence grows alone, and the plot shows what it holds.
+"""
+
+import argparse
+import concurrent.futures
+import math
+import random
+import re
+import sys
+import tempfile
+import time
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE / "needle")]
+
+import openai  # noqa: E402
+import report  # noqa: E402
+from server import Server  # noqa: E402
+from tasks import Sample, sample  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+CONTEXT, BUDGET, SEQUENCES = 1000, 256, 6
+TASKS = ("needle", "multikey", "copy")
+MAX_LEN = 4096
+COMMON = ["--max-num-batched-tokens", "256", "--max-model-len", str(MAX_LEN)]
+SMALL_POOL = ["--block-size", "16", "--num-gpu-blocks-override", "129"]
+SERVERS = {
+    "stock": ["--block-size", "32", "--num-gpu-blocks-override", "513", "--no-enable-prefix-caching"],
+    "momentkv": ["--kv-eviction", "momentkv", "--kv-budget", str(BUDGET), *SMALL_POOL],
+    "streamingllm": ["--kv-eviction", "streamingllm", "--kv-budget", str(BUDGET), *SMALL_POOL],
+}
+"""128 pages of 16 hold 2,048 tokens: two of the six long sequences with a full cache, eight with a budget of 256."""
+
+
+@dataclass
+class Run:
+    """What one server showed."""
+
+    right: dict[str, float] = field(default_factory=dict)
+    answers: list[list[str]] = field(default_factory=list)
+    text: list[dict[str, float]] = field(default_factory=list)
+    growth: list[tuple[int, float]] = field(default_factory=list)
+    concurrency: float = 0.0
+    pool_tokens: int = 0
+
+
+def live_tokens(server: Server, pool_tokens: int) -> float:
+    """KV tokens held by all sequences, from vLLM's own gauge."""
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=10) as response:
+        usage = re.search(rb"^vllm:kv_cache_usage_perc\{.*\} (\S+)$", response.read(), re.M)
+    return float(usage[1]) * pool_tokens
+
+
+def ask(client: openai.OpenAI, one: Sample) -> list[str]:
+    """Stream an answer; its words."""
+    length = len(one.answer.split())
+    stream = client.completions.create(model="needle", prompt=one.prompt, max_tokens=length, temperature=0, stream=True)
+    return "".join(chunk.choices[0].text for chunk in stream if chunk.choices).split()
+
+
+def next_token(client: openai.OpenAI, one: Sample) -> dict[str, float]:
+    """Log-probabilities of the 20 likeliest next tokens."""
+    answer = client.completions.create(model="needle", prompt=one.prompt, max_tokens=1, temperature=0, logprobs=20)
+    return answer.choices[0].logprobs.top_logprobs[0]
+
+
+def grow(server: Server, client: openai.OpenAI, pool_tokens: int, prompt: str) -> list[tuple[int, float]]:
+    """One sequence alone: (tokens so far, live KV tokens) while it generates."""
+    points: list[tuple[int, float]] = []
+    start = len(prompt.split()) + 1
+    stream = client.completions.create(
+        model="needle", prompt=prompt, max_tokens=500, temperature=0, stream=True, extra_body={"ignore_eos": True}
+    )
+    for number, _ in enumerate(stream):
+        if number % 20 == 0:
+            points.append((start + number, live_tokens(server, pool_tokens)))
+    return [(tokens, live) for tokens, live in points if live > 0]
+
+
+def run_server(name: str, model: Path, questions: list[Sample], texts: list[Sample], folder: Path) -> Run:
+    server = Server(model, *SERVERS[name], *COMMON, folder=folder, name="needle", threads=2)
+    result = Run()
+    try:
+        server.wait_ready()
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        result.concurrency = float(re.search(r"Maximum concurrency for [\d,]+ tokens per request: ([\d.]+)x", server.log)[1])
+        block, pages = (int(SERVERS[name][SERVERS[name].index(o) + 1]) for o in ("--block-size", "--num-gpu-blocks-override"))
+        result.pool_tokens = block * (pages - 1)
+        with concurrent.futures.ThreadPoolExecutor(SEQUENCES) as pool:
+            jobs = pool.map(lambda q: ask(client, q), questions)
+            result.answers = list(tqdm(jobs, total=len(questions), desc=name, unit="question"))
+            result.text = list(pool.map(lambda t: next_token(client, t), texts))
+        for task in TASKS:
+            marks = [a == q.answer.split() for a, q in zip(result.answers, questions, strict=True) if q.task == task]
+            result.right[task] = sum(marks) / len(marks)
+        result.growth = grow(server, client, result.pool_tokens, texts[0].prompt)
+    finally:
+        server.stop()
+    return result
+
+
+def agreement(run: Run, stock: Run) -> tuple[float, float]:
+    """(share of answer words equal to the full cache's, mean KL over its 20 likeliest next tokens on text)."""
+    pairs = [(a, b) for x, y in zip(stock.answers, run.answers, strict=True) for a, b in zip(x, y, strict=False)]
+    kl = 0.0
+    for p, q in zip(stock.text, run.text, strict=True):
+        least = min(q.values())
+        kl += sum(math.exp(lp) * (lp - q.get(word, least)) for word, lp in p.items())
+    return sum(a == b for a, b in pairs) / len(pairs), kl / len(stock.text)
+
+
+def plot(runs: dict[str, Run], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name, run in runs.items():
+        axes.plot(*zip(*run.growth, strict=True), label=name)
+    axes.axhline(BUDGET, color="grey", linestyle=":", label=f"--kv-budget {BUDGET}")
+    axes.set(xlabel="tokens of the sequence", ylabel="KV tokens it holds (vLLM's gauge)", title="One sequence, vllm serve")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=HERE / "needle/checkpoint")
+    parser.add_argument("--questions", type=int, default=16, help="per task")
+    args = parser.parse_args()
+    rng = random.Random(7)
+    questions = [sample(t, rng, CONTEXT) for _ in range(args.questions) for t in TASKS]
+    texts = [sample("text", rng, CONTEXT) for _ in range(args.questions)]
+    began = time.monotonic()
+    runs = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in SERVERS:
+            print(f"vllm serve {' '.join(SERVERS[name])}", flush=True)
+            runs[name] = run_server(name, args.model, questions, texts, Path(folder))
+    rows = [["server", *TASKS, "same words", "KL", "most KV tokens of one sequence", "pool tokens", f"concurrency at {MAX_LEN}"]]
+    for name, run in runs.items():
+        same, kl = agreement(run, runs["stock"])
+        peak = round(max(live for _, live in run.growth))
+        rows.append([name, *(run.right[t] for t in TASKS), same, f"{kl:.4f}", peak, run.pool_tokens, f"{run.concurrency:.1f}x"])
+    print(report.table(rows))
+    report.RESULTS.mkdir(exist_ok=True)
+    plot(runs, report.RESULTS / "demo.png")
+    ours = max(live for _, live in runs["momentkv"].growth)
+    targets = [
+        report.target("momentkv: KV tokens of one sequence", ours, BUDGET, at_least=False),
+        report.target("momentkv: multikey, against stock", runs["momentkv"].right["multikey"] / runs["stock"].right["multikey"], 0.95),
+    ]
+    report.write("demo", {"table": rows, "growth": {n: r.growth for n, r in runs.items()}}, targets)
+    print(f"plot: {report.RESULTS / 'demo.png'}; {time.monotonic() - began:.0f} s in all")
+    return 0 if all(t["ok"] for t in targets) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

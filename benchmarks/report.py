@@ -1,0 +1,47 @@
+"""What every benchmark writes: JSON with a machine header and targets, and a table."""
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """Where the numbers come from."""
+    cpu = next(
+        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    versions = {name: metadata.version(name) for name in ("vllm", "torch", "momentkv-vllm")}
+    today = datetime.now(UTC).date().isoformat()
+    return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(), "date": today, **versions}
+
+
+def target(name: str, value: float, limit: float, at_least: bool = True) -> dict[str, Any]:
+    """One target of an issue and whether it is met."""
+    return {"name": name, "value": value, "limit": limit, "ok": value >= limit if at_least else value <= limit}
+
+
+def write(name: str, results: Any, targets: Sequence[dict[str, Any]] = ()) -> Path:
+    """Save results/NAME.json and print the targets."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(), "results": results, "targets": list(targets)}, indent=1) + "\n")
+    for t in targets:
+        print(f"{'ok    ' if t['ok'] else 'MISSED'} {t['name']}: {t['value']:.3f} (target {t['limit']})")
+    print(f"written {path}")
+    return path
+
+
+def table(rows: Sequence[Sequence[Any]]) -> str:
+    """Rows, the first one the heading, as a Markdown table with aligned columns."""
+    text = [[f"{c:.3f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
+    widths = [max(len(row[i]) for row in text) for i in range(len(text[0]))]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in text]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])

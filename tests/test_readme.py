@@ -1,0 +1,39 @@
+"""README tables against the code."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+from momentkv_vllm.block_manager.metrics import METRICS
+from momentkv_vllm.config import POLICY_DEFAULTS, EvictionConfig
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def rows(first: str) -> dict[str, list[str]]:
+    """Table rows whose first cell is in backquotes, after the heading cell `first`."""
+    body = README.split(f"| {first} |")[1].split("\n\n")[0]
+    found = re.findall(r"^\| `(.+?)` \|(.+)\|$", body, re.M)
+    return {name: [c.strip() for c in rest.split(" | ")] for name, rest in found}
+
+
+def test_config_keys_and_defaults():
+    table = rows("key")
+    assert list(table) == [f.name for f in fields(EvictionConfig)]
+    for f in fields(EvictionConfig):
+        assert table[f.name][0] == f"`{f.default}`"
+
+
+def test_flags_name_every_policy():
+    assert f"--kv-eviction {{off,{','.join(POLICY_DEFAULTS)}}}" in README
+
+
+def test_metrics():
+    table = rows("metric")
+    assert table == {m.name + ("_total" if m.kind == "counter" else ""): [m.kind, m.help] for m in METRICS}
+
+
+def test_files_that_it_names_exist():
+    root = Path(__file__).parent.parent
+    for path in re.findall(r"`((?:momentkv_vllm|benchmarks|requirements)/[\w/.]+)`", README):
+        assert (root / path).exists(), path
