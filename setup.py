@@ -6,7 +6,9 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = next(
-    line.split('"')[1] for line in (ROOT / "momentkv_vllm/__init__.py").read_text().splitlines() if "__version__" in line
+    line.split('"')[1]
+    for line in (ROOT / "momentkv_vllm/__init__.py").read_text().splitlines()
+    if "__version__" in line
 )
 
 setup(

@@ -90,8 +90,12 @@ def run_server(name: str, model: Path, questions: list[Sample], texts: list[Samp
     try:
         server.wait_ready()
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-        result.concurrency = float(re.search(r"Maximum concurrency for [\d,]+ tokens per request: ([\d.]+)x", server.log)[1])
-        block, pages = (int(SERVERS[name][SERVERS[name].index(o) + 1]) for o in ("--block-size", "--num-gpu-blocks-override"))
+        result.concurrency = float(
+            re.search(r"Maximum concurrency for [\d,]+ tokens per request: ([\d.]+)x", server.log)[1]
+        )
+        block, pages = (
+            int(SERVERS[name][SERVERS[name].index(o) + 1]) for o in ("--block-size", "--num-gpu-blocks-override")
+        )
         result.pool_tokens = block * (pages - 1)
         with concurrent.futures.ThreadPoolExecutor(SEQUENCES) as pool:
             jobs = pool.map(lambda q: ask(client, q), questions)
@@ -126,7 +130,9 @@ def plot(runs: dict[str, Run], path: Path) -> None:
     for name, run in runs.items():
         axes.plot(*zip(*run.growth, strict=True), label=name)
     axes.axhline(BUDGET, color="grey", linestyle=":", label=f"--kv-budget {BUDGET}")
-    axes.set(xlabel="tokens of the sequence", ylabel="KV tokens it holds (vLLM's gauge)", title="One sequence, vllm serve")
+    axes.set(
+        xlabel="tokens of the sequence", ylabel="KV tokens it holds (vLLM's gauge)", title="One sequence, vllm serve"
+    )
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -146,18 +152,34 @@ def main() -> int:
         for name in SERVERS:
             print(f"vllm serve {' '.join(SERVERS[name])}", flush=True)
             runs[name] = run_server(name, args.model, questions, texts, Path(folder))
-    rows = [["server", *TASKS, "same words", "KL", "most KV tokens of one sequence", "pool tokens", f"concurrency at {MAX_LEN}"]]
+    rows = [
+        [
+            "server",
+            *TASKS,
+            "same words",
+            "KL",
+            "most KV tokens of one sequence",
+            "pool tokens",
+            f"concurrency at {MAX_LEN}",
+        ]
+    ]
     for name, run in runs.items():
         same, kl = agreement(run, runs["stock"])
         peak = round(max(live for _, live in run.growth))
-        rows.append([name, *(run.right[t] for t in TASKS), same, f"{kl:.4f}", peak, run.pool_tokens, f"{run.concurrency:.1f}x"])
+        rows.append(
+            [name, *(run.right[t] for t in TASKS), same, f"{kl:.4f}", peak, run.pool_tokens, f"{run.concurrency:.1f}x"]
+        )
     print(report.table(rows))
     report.RESULTS.mkdir(exist_ok=True)
     plot(runs, report.RESULTS / "demo.png")
     ours = max(live for _, live in runs["momentkv"].growth)
     targets = [
         report.target("momentkv: KV tokens of one sequence", ours, BUDGET, at_least=False),
-        report.target("momentkv: multikey, against stock", runs["momentkv"].right["multikey"] / runs["stock"].right["multikey"], 0.95),
+        report.target(
+            "momentkv: multikey, against stock",
+            runs["momentkv"].right["multikey"] / runs["stock"].right["multikey"],
+            0.95,
+        ),
     ]
     report.write("demo", {"table": rows, "growth": {n: r.growth for n, r in runs.items()}}, targets)
     print(f"plot: {report.RESULTS / 'demo.png'}; {time.monotonic() - began:.0f} s in all")

@@ -15,7 +15,11 @@ RESULTS = Path(__file__).parent / "results"
 def machine() -> dict[str, Any]:
     """Where the numbers come from."""
     cpu = next(
-        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
         platform.processor(),
     )
     versions = {name: metadata.version(name) for name in ("vllm", "torch", "momentkv-vllm")}

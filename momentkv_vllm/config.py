@@ -84,7 +84,9 @@ class EvictionConfig:
         if unknown:
             raise ValueError(f"{CONFIG_KEY}: unknown key {unknown[0]!r}; legal keys are {', '.join(known)}")
         if "policy" not in values and values:
-            raise ValueError(f"{CONFIG_KEY}: keys {sorted(values)} without 'policy'; set --kv-eviction, e.g. {_EXAMPLE}")
+            raise ValueError(
+                f"{CONFIG_KEY}: keys {sorted(values)} without 'policy'; set --kv-eviction, e.g. {_EXAMPLE}"
+            )
         policy = values.get("policy", "off")
         return replace(cls(), **{**POLICY_DEFAULTS.get(policy, {}), **values}) if policy != "off" else cls(**values)
 

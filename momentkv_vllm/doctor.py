@@ -30,7 +30,9 @@ def examine() -> dict[str, Any]:
         problems.append(f"vLLM {installed_vllm()} is not a tested one ({', '.join(TESTED_VLLM)})")
     _check_plugin(problems)
     if importlib.util.find_spec("triton_kernels") is not None:
-        problems.append("a top-level module triton_kernels shadows what vLLM probes for; do not run from the repository root")
+        problems.append(
+            "a top-level module triton_kernels shadows what vLLM probes for; do not run from the repository root"
+        )
     return report
 
 

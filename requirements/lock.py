@@ -17,7 +17,9 @@ def main() -> None:
         command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--report", report.name]
         subprocess.run([*command, *WANTED], check=True)
         resolved = [item["metadata"] for item in json.loads(Path(report.name).read_text())["install"]]
-    pins = sorted((f"{m['name']}=={m['version']}" for m in resolved if m["name"].lower() not in LEFT_OUT), key=str.lower)
+    pins = sorted(
+        (f"{m['name']}=={m['version']}" for m in resolved if m["name"].lower() not in LEFT_OUT), key=str.lower
+    )
     comments = [line for line in LOCK.read_text().splitlines() if line.startswith("#")]
     LOCK.write_text("\n".join([*comments, *pins]) + "\n")
     print(f"{len(pins)} pins written to {LOCK}")

@@ -106,7 +106,9 @@ def test_preemption_gives_the_same_tokens(engine, models):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize(("head_dim", "heads", "kv_heads"), [(32, 4, 4), (64, 4, 1), (80, 4, 2), (128, 2, 1), (256, 2, 2)])
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "kv_heads"), [(32, 4, 4), (64, 4, 1), (80, 4, 2), (128, 2, 1), (256, 2, 2)]
+)
 def test_head_sizes_dtypes_and_gqa(engine, models, dtype, head_dim, heads, kv_heads):
     model = models(head_dim=head_dim, num_heads=heads, num_kv_heads=kv_heads)
     e = engine(model, policy="momentkv", budget_tokens=768, dtype=dtype)

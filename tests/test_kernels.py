@@ -23,11 +23,16 @@ def attend_work(pages, last, moment_pages=None, count=0.0):
     rows, queries = last.shape
     tokens = torch.arange(rows * queries).view(rows, queries)
     moment_pages = torch.zeros(rows, 0, dtype=torch.long) if moment_pages is None else moment_pages
-    return AttendWork(tokens, torch.ones_like(tokens, dtype=torch.bool), pages, last, moment_pages, torch.full((rows,), count))
+    return AttendWork(
+        tokens, torch.ones_like(tokens, dtype=torch.bool), pages, last, moment_pages, torch.full((rows,), count)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("head_dim", "groups", "page_size", "tokens"), [(32, 1, 16, 1), (64, 4, 16, 37), (80, 2, 32, 32), (256, 8, 128, 129)])
+@pytest.mark.parametrize(
+    ("head_dim", "groups", "page_size", "tokens"),
+    [(32, 1, 16, 1), (64, 4, 16, 37), (80, 2, 32, 32), (256, 8, 128, 129)],
+)
 def test_attend_equals_softmax_over_the_pages(dtype, head_dim, groups, page_size, tokens):
     generator = torch.Generator().manual_seed(tokens)
     num_pages = -(-tokens // page_size)
@@ -83,7 +88,12 @@ def test_records_survive_their_pages(record_dtype, kv_dtype):
     d, page_size = 32, 16
     layout = RecordLayout(d, record_dtype)
     cache = CacheView.of_vllm_cpu(torch.zeros(9, HEADS, page_size, 2 * d, dtype=kv_dtype), layout)
-    pages = torch.tensor([[7, 2, 4, 1][: layout.pages(page_size, kv_dtype.itemsize)], [8, 3, 5, 6][: layout.pages(page_size, kv_dtype.itemsize)]])
+    pages = torch.tensor(
+        [
+            [7, 2, 4, 1][: layout.pages(page_size, kv_dtype.itemsize)],
+            [8, 3, 5, 6][: layout.pages(page_size, kv_dtype.itemsize)],
+        ]
+    )
     m = reference.mo.of_tokens(torch.randn(2, HEADS, 9, d), torch.randn(2, HEADS, 9, d), torch.ones(2, HEADS, 9), True)
     cache.write_moments(pages, m)
     back = cache.read_moments(pages, m.count)
@@ -109,7 +119,10 @@ def test_consolidation_keeps_folds_and_loses_nothing(policy):
 
     def fill(page):
         nonlocal everything_k, everything_v
-        k, v = torch.randn(HEADS, page_size, d, generator=generator), torch.randn(HEADS, page_size, d, generator=generator)
+        k, v = (
+            torch.randn(HEADS, page_size, d, generator=generator),
+            torch.randn(HEADS, page_size, d, generator=generator),
+        )
         cache.keys[page], cache.values[page] = k, v
         everything_k, everything_v = torch.cat([everything_k, k], 1), torch.cat([everything_v, v], 1)
 
@@ -121,7 +134,14 @@ def test_consolidation_keeps_folds_and_loses_nothing(policy):
         retiring = torch.arange(30, 30 + (moment_count + 1 if event == 0 else 1))[None]
         for page in retiring[0]:
             fill(page)
-        reference.consolidate(cache, mass, RetireWork(store, retiring, moments, torch.tensor([float(count)])), POLICIES[policy](), sinks, 0.2)
+        reference.consolidate(
+            cache,
+            mass,
+            RetireWork(store, retiring, moments, torch.tensor([float(count)])),
+            POLICIES[policy](),
+            sinks,
+            0.2,
+        )
         count += retiring.shape[1] * page_size
         kept_k, kept_v = (x[0] for x in cache.read_tokens(store))
         assert torch.equal(cache.keys[1, :, :sinks], first_sinks)
@@ -162,6 +182,8 @@ def test_observe_sums_the_attention_of_observed_queries():
     _, lse = reference.attend(cache, query, work, 0.2, False)
     mass = torch.full((3, HEADS, page_size), 7.0)
     reference.observe(cache, mass, query, lse, work, 0.2)
-    assert torch.allclose(mass[1:].sum((0, 2)), torch.full((HEADS,), 4.0), atol=1e-4), "2 queries x 2 heads, mass 1 each"
+    assert torch.allclose(mass[1:].sum((0, 2)), torch.full((HEADS,), 4.0), atol=1e-4), (
+        "2 queries x 2 heads, mass 1 each"
+    )
     assert torch.equal(mass[0], torch.full((HEADS, page_size), 7.0)), "pages of others are not touched"
     assert mass[1, :, -1].gt(0).all()

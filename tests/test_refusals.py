@@ -21,9 +21,15 @@ def config_of(model, **options):
     [
         ({"enable_prefix_caching": True}, ["--enable-prefix-caching"]),
         ({"kv_cache_dtype": "fp8"}, ["--kv-cache-dtype fp8"]),
-        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}}, ["--speculative-config"]),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+            ["--speculative-config"],
+        ),
         ({"block_size": 24}, ["--block-size 24", "multiple of 16"]),
-        ({"num_gpu_blocks_override": 20, "max_num_batched_tokens": 512}, ["--num-gpu-blocks-override 20", "--max-num-batched-tokens"]),
+        (
+            {"num_gpu_blocks_override": 20, "max_num_batched_tokens": 512},
+            ["--num-gpu-blocks-override 20", "--max-num-batched-tokens"],
+        ),
         ({"kv_offloading_size": 1.0}, ["--kv-offloading-size"]),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, ["--kv-transfer-config"]),
         ({"runner": "pooling", "convert": "embed"}, ["pooling"]),
@@ -45,13 +51,17 @@ def changed_model(folder, source, **changes):
 
 
 def test_sliding_window_models(models, tmp_path):
-    model = changed_model(tmp_path / "m", models(), model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=64)
+    model = changed_model(
+        tmp_path / "m", models(), model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=64
+    )
     with pytest.raises(ValueError, match="sliding-window"):
         config_of(model)
 
 
 def test_too_small_a_budget_says_the_least_one(models):
-    args = EngineArgs(model=str(models()), additional_config={"kv_eviction": {"policy": "momentkv", "budget_tokens": 64}})
+    args = EngineArgs(
+        model=str(models()), additional_config={"kv_eviction": {"policy": "momentkv", "budget_tokens": 64}}
+    )
     with pytest.raises(ValueError, match=r"the least is \d+"):
         args.create_engine_config()
 

@@ -80,7 +80,9 @@ def test_two_choices(client):
 
 
 def test_disconnect_mid_stream_returns_the_pages(server, client):
-    stream = client.completions.create(model="tiny", prompt=words(900), max_tokens=2000, stream=True, extra_body={"ignore_eos": True})
+    stream = client.completions.create(
+        model="tiny", prompt=words(900), max_tokens=2000, stream=True, extra_body={"ignore_eos": True}
+    )
     next(iter(stream))
     stream.close()
     client.completions.create(model="tiny", prompt=words(20), max_tokens=50)
@@ -104,7 +106,9 @@ def test_malformed_requests_get_4xx_and_disturb_nobody(server, client, body):
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         good = pool.submit(client.completions.create, model="tiny", prompt=prompt, max_tokens=10, temperature=0)
         request = urllib.request.Request(
-            f"{server.url}/v1/completions", json.dumps({"model": "tiny", **body}).encode(), {"Content-Type": "application/json"}
+            f"{server.url}/v1/completions",
+            json.dumps({"model": "tiny", **body}).encode(),
+            {"Content-Type": "application/json"},
         )
         with pytest.raises(urllib.error.HTTPError) as error:
             urllib.request.urlopen(request, timeout=60)
@@ -117,7 +121,13 @@ def test_malformed_requests_get_4xx_and_disturb_nobody(server, client, body):
 
 def test_start_up_line_states_the_layout(server):
     (line,) = [x for x in server.log.splitlines() if "momentkv: policy" in x]
-    for part in ("policy momentkv", "budget 256 tokens = 16 pages of 16", "moments 2", "pool 80 pages", "about 5 sequences"):
+    for part in (
+        "policy momentkv",
+        "budget 256 tokens = 16 pages of 16",
+        "moments 2",
+        "pool 80 pages",
+        "about 5 sequences",
+    ):
         assert part in line
 
 
@@ -126,7 +136,10 @@ def test_start_up_line_states_the_layout(server):
     [
         (["--kv-eviction", "lru"], ["--kv-eviction", "lru", "momentkv"]),
         (["--kv-budget", "64"], ["without 'policy'", "--kv-eviction"]),
-        (["--kv-eviction", "momentkv", "--enable-prefix-caching"], ["--enable-prefix-caching", "serve without --kv-eviction"]),
+        (
+            ["--kv-eviction", "momentkv", "--enable-prefix-caching"],
+            ["--enable-prefix-caching", "serve without --kv-eviction"],
+        ),
     ],
 )
 def test_a_server_that_cannot_evict_does_not_start(folder, options, words_in_log):

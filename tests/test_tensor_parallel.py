@@ -35,7 +35,9 @@ def tokens_of(folder, model, ranks: int, binding: str) -> list[list[int]]:
     env |= {"VLLM_CPU_OMP_THREADS_BIND": binding}
     prompts = json.dumps([random_prompt(n) for n in (30, 700, 1200)])
     options = json.dumps({"model": str(model), "tensor_parallel_size": ranks})
-    done = subprocess.run([sys.executable, str(script), options, prompts], capture_output=True, text=True, cwd=folder, env=env)
+    done = subprocess.run(
+        [sys.executable, str(script), options, prompts], capture_output=True, text=True, cwd=folder, env=env
+    )
     lines = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
     assert lines, done.stdout[-2000:] + done.stderr[-3000:]
     return json.loads(lines[0].removeprefix("TOKENS "))

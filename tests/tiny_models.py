@@ -24,7 +24,13 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def make_llama(
-    folder: Path, *, head_dim: int = 32, num_heads: int = 4, num_kv_heads: int = 2, dtype: str = "float32", seed: int = 0
+    folder: Path,
+    *,
+    head_dim: int = 32,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    dtype: str = "float32",
+    seed: int = 0,
 ) -> Path:
     """A two-layer random Llama in `folder`, with attention sharp enough that a wrong KV cache changes its tokens."""
     if (folder / "config.json").exists():

@@ -39,7 +39,9 @@ class Layer(nn.Module):
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         h = self.input_layernorm(x)
-        q, k, v = (self.self_attn[n](h).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2) for n in ("q_proj", "k_proj", "v_proj"))
+        q, k, v = (
+            self.self_attn[n](h).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2) for n in ("q_proj", "k_proj", "v_proj")
+        )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         x = x + self.self_attn["o_proj"](mixed.transpose(1, 2).flatten(-2))

@@ -81,7 +81,9 @@ def train(minutes: float, seed: int, out: Path) -> None:
             stage, running = stage + 1, 3.0
         if number % 50 == 0:
             minute = (time.monotonic() - began) / 60
-            print(f"{minute:5.1f} min  step {number}  context {STAGES[stage][0]}  answer loss {running:.3f}", flush=True)
+            print(
+                f"{minute:5.1f} min  step {number}  context {STAGES[stage][0]}  answer loss {running:.3f}", flush=True
+            )
     save_checkpoint(model, out, STAGES[stage][0])
 
 

@@ -9,20 +9,20 @@ from typing import ClassVar
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.v1.attention.backend import CommonAttentionMetadata, MultipleOf
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
     CPUAttentionMetadata,
     CPUAttentionMetadataBuilder,
 )
-from vllm.v1.attention.backend import CommonAttentionMetadata, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
-from momentkv_vllm.kernels import dispatch
 from momentkv_vllm.attention.metadata import EvictionMetadata, WorkBuilder
 from momentkv_vllm.attention.self_check import check_cache_layout
 from momentkv_vllm.block_manager.spec import MomentKVSpec, record_layout
 from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.kernels import dispatch
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.worklists import AttendWork
 from momentkv_vllm.policies import POLICIES

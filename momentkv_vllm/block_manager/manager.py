@@ -70,7 +70,9 @@ class MomentKVManager(FullAttentionManager):
             kept = self.schedule.store_pages + self.schedule.moment_pages
             for column, block in enumerate(blocks):
                 retired = kept <= column < boundary
-                assert block.is_null == retired, f"{request_id}: column {column} null={block.is_null}, boundary {boundary}"
+                assert block.is_null == retired, (
+                    f"{request_id}: column {column} null={block.is_null}, boundary {boundary}"
+                )
                 if not retired:
                     other = owners.setdefault(block.block_id, request_id)
                     assert other == request_id, f"page {block.block_id} belongs to {other} and {request_id}"
@@ -112,5 +114,3 @@ def _announce(spec: MomentKVSpec, pool_pages: int) -> None:
             "--block-size, or --kv-eviction-config.correction zeroth leaves more room for tokens",
             plan.moment_pages, budget,
         )  # fmt: skip
-
-

@@ -86,7 +86,9 @@ def partial(moments: Moments, query: torch.Tensor, scale: float) -> tuple[torch.
     the evicted values can move further than their spread allows by much, and a far query would otherwise extrapolate.
     """
     empty = (moments.count == 0)[:, None, None]
-    log_mass = moments.count.clamp(min=1).log()[:, None, None] + scale * (query @ moments.mean_key.unsqueeze(-1)).squeeze(-1)
+    log_mass = moments.count.clamp(min=1).log()[:, None, None] + scale * (
+        query @ moments.mean_key.unsqueeze(-1)
+    ).squeeze(-1)
     output = moments.mean_value.unsqueeze(2)
     if moments.covariance is not None:
         step = scale * (query @ moments.covariance.transpose(-1, -2))

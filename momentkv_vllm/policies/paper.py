@@ -24,7 +24,9 @@ class Paper(Policy):
     def score(self, tokens: Candidates) -> torch.Tensor:
         m = tokens.moments
         has = (m.count > 0)[:, None, None, None]
-        predicted = m.mean_value.unsqueeze(2) + torch.einsum("rhvk,rhtk->rhtv", m.covariance, tokens.keys) * tokens.scale
+        predicted = (
+            m.mean_value.unsqueeze(2) + torch.einsum("rhvk,rhtk->rhtv", m.covariance, tokens.keys) * tokens.scale
+        )
         residual = tokens.values - torch.where(has, predicted, 0.0)
         raw = tokens.attention * residual.norm(dim=-1)
         num = raw.shape[-1] // POOL * POOL

@@ -91,7 +91,10 @@ def _add_options(parser: Any) -> Any:
 def _carry_options(engine_args: Any, args: argparse.Namespace) -> None:
     """Move our three options into additional_config, vLLM's carrier to every process."""
     options: dict[str, Any] = dict(getattr(args, "kv_eviction_config", None) or {})
-    for key, value in (("policy", getattr(args, "kv_eviction", None)), ("budget_tokens", getattr(args, "kv_budget", None))):
+    for key, value in (
+        ("policy", getattr(args, "kv_eviction", None)),
+        ("budget_tokens", getattr(args, "kv_budget", None)),
+    ):
         if value is None:
             continue
         if options.get(key, value) != value:
