@@ -5,7 +5,7 @@ rebuilt from it wherever it is needed, so that every process agrees by construct
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 CONFIG_KEY = "kv_eviction"
@@ -43,7 +43,7 @@ class EvictionConfig:
 
     policy: str = "off"
     budget_tokens: int = 1024
-    window_tokens: int = 32
+    window_tokens: int = 16
     sink_tokens: int = 4
     prefill: str = "chunked"
     correction: str = "first"
@@ -88,7 +88,8 @@ class EvictionConfig:
                 f"{CONFIG_KEY}: keys {sorted(values)} without 'policy'; set --kv-eviction, e.g. {_EXAMPLE}"
             )
         policy = values.get("policy", "off")
-        return replace(cls(), **{**POLICY_DEFAULTS.get(policy, {}), **values}) if policy != "off" else cls(**values)
+        defaults = POLICY_DEFAULTS.get(policy, {}) if isinstance(policy, str) else {}
+        return cls(**{**defaults, **values})
 
     @classmethod
     def from_vllm(cls, vllm_config: Any) -> "EvictionConfig":

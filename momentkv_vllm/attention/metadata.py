@@ -15,9 +15,12 @@ from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
 from momentkv_vllm.page_schedule import PageSchedule, cdiv
 
-MAX_SLOTS_PER_WORK = 1 << 18
+MAX_SLOTS_PER_WORK = 1 << 16
 """Retained slots that one work list may gather: bounds the float32 copies of the reference kernels
-(2 * 4 * num_kv_heads * head_dim bytes a slot)."""
+(2 * 4 * num_kv_heads * head_dim bytes a slot: 512 MiB at 8 heads of 128)."""
+
+MAX_QUERIES = 128
+"""Queries of one segment: bounds the logits of the reference kernels in "full" prefill (queries x heads x context)."""
 
 
 @dataclass(frozen=True)
@@ -95,23 +98,21 @@ class WorkBuilder:
 
     def _is_stock(self, segments: list[Segment]) -> bool:
         """Nothing evicted, nothing to evict, nothing to observe: vLLM's own kernel, bit for bit."""
-        only = segments[0] if len(segments) == 1 else None
-        return only is not None and only.boundary == 0 and only.retire_to == 0 and only.observe_from >= only.end
+        return all(s.boundary == 0 and s.retire_to == 0 and s.observe_from >= s.end for s in segments)
 
     def _segments(self, row: int, first_token: int, start: int, end: int, prompt: int) -> Iterator[Segment]:
         plan = self.schedule
+        events = set(plan.events(start, end, prompt))
+        first_cut = (start // MAX_QUERIES + 1) * MAX_QUERIES
         position = start
-        for event in [*plan.events(start, end, prompt), None]:
-            stop = end if event is None else event
-            if stop == position:
-                continue
+        for stop in sorted(events | {end} | set(range(first_cut, end, MAX_QUERIES))):
             yield Segment(
                 row=row,
                 first_token=first_token + position - start,
                 start=position,
                 end=stop,
                 boundary=plan.boundary(position, prompt),
-                retire_to=0 if event is None else plan.boundary(event, prompt),
+                retire_to=plan.boundary(stop, prompt) if stop in events else 0,
                 observe_from=self._observe_from(position, prompt),
             )
             position = stop

@@ -90,7 +90,10 @@ def _add_options(parser: Any) -> Any:
 
 def _carry_options(engine_args: Any, args: argparse.Namespace) -> None:
     """Move our three options into additional_config, vLLM's carrier to every process."""
-    options: dict[str, Any] = dict(getattr(args, "kv_eviction_config", None) or {})
+    given = getattr(args, "kv_eviction_config", None) or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"--kv-eviction-config {given!r} is not a JSON object; write e.g. '{{\"window_tokens\": 64}}'")
+    options: dict[str, Any] = dict(given)
     for key, value in (
         ("policy", getattr(args, "kv_eviction", None)),
         ("budget_tokens", getattr(args, "kv_budget", None)),
