@@ -85,3 +85,11 @@ def save_checkpoint(model: Model, folder: Path, context_tokens: int) -> None:
     target.load_state_dict(state)
     target.to(torch.bfloat16).save_pretrained(folder)
     save_tokenizer(folder)
+
+
+def load_checkpoint(model: Model, folder: Path) -> None:
+    """Read back what `save_checkpoint` wrote (bfloat16 weights into the float32 model)."""
+    from safetensors.torch import load_file
+
+    state = load_file(folder / "model.safetensors")
+    model.load_state_dict({name.removeprefix("model."): weight.float() for name, weight in state.items()})

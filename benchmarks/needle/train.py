@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from model import Model, save_checkpoint
+from model import Model, load_checkpoint, save_checkpoint
 from tasks import WORDS, document
 
 STAGES = ((64, 0.6), (128, 0.6), (256, 0.6), (512, 0.6), (1024, 0.0))
@@ -57,13 +57,16 @@ def schedule(minutes: float) -> Iterator[float]:
         yield min(1.0, (1 - done) / DECAY_SHARE)
 
 
-def train(minutes: float, seed: int, out: Path) -> None:
+def train(minutes: float, seed: int, out: Path, resume: bool = False) -> None:
+    """Train for `minutes`; `resume` continues from the checkpoint in `out` at its last stage."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     model = Model(len(WORDS))
+    if resume:
+        load_checkpoint(model, out)
     opts = optimizers(model)
     rates = [[g["lr"] for g in o.param_groups] for o in opts]
-    stage, running, began = 0, 3.0, time.monotonic()
+    stage, running, began = (len(STAGES) - 1 if resume else 0), 3.0, time.monotonic()
     for number, factor in enumerate(schedule(minutes)):
         # Past lengths stay in the mix so that short contexts are not forgotten.
         context = STAGES[stage if rng.random() < 0.8 else rng.randint(0, stage)][0]
@@ -92,8 +95,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "checkpoint")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     args = parser.parse_args()
-    train(args.minutes, args.seed, args.out)
+    train(args.minutes, args.seed, args.out, args.resume)
 
 
 if __name__ == "__main__":
