@@ -7,7 +7,6 @@ per sequence and the concurrency that vLLM reports. Then one sequence grows alon
 
 import argparse
 import concurrent.futures
-import math
 import random
 import re
 import sys
@@ -22,6 +21,7 @@ sys.path[:0] = [str(HERE), str(HERE / "needle")]
 
 import openai  # noqa: E402
 import report  # noqa: E402
+from divergence import mean_kl  # noqa: E402
 from server import Server  # noqa: E402
 from tasks import Sample, sample  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -79,7 +79,8 @@ def grow(server: Server, client: openai.OpenAI, pool_tokens: int, prompt: str) -
         model="needle", prompt=prompt, max_tokens=500, temperature=0, stream=True, extra_body={"ignore_eos": True}
     )
     for number, _ in enumerate(stream):
-        if number % 20 == 0:
+        # Not at the first token: the pages of the last prefill chunk are freed with the next step.
+        if number % 20 == 10:
             points.append((start + number, live_tokens(server, pool_tokens)))
     return [(tokens, live) for tokens, live in points if live > 0]
 
@@ -113,11 +114,7 @@ def run_server(name: str, model: Path, questions: list[Sample], texts: list[Samp
 def agreement(run: Run, stock: Run) -> tuple[float, float]:
     """(share of answer words equal to the full cache's, mean KL over its 20 likeliest next tokens on text)."""
     pairs = [(a, b) for x, y in zip(stock.answers, run.answers, strict=True) for a, b in zip(x, y, strict=False)]
-    kl = 0.0
-    for p, q in zip(stock.text, run.text, strict=True):
-        least = min(q.values())
-        kl += sum(math.exp(lp) * (lp - q.get(word, least)) for word, lp in p.items())
-    return sum(a == b for a, b in pairs) / len(pairs), kl / len(stock.text)
+    return sum(a == b for a, b in pairs) / len(pairs), mean_kl(stock.text, run.text)
 
 
 def plot(runs: dict[str, Run], path: Path) -> None:

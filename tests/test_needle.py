@@ -35,7 +35,9 @@ def test_one_word_is_one_token_and_chat_equals_completion():
     prompt = sample("needle", random.Random(5), 100).prompt
     ids = tokenizer(prompt).input_ids
     assert len(ids) == len(prompt.split()) + 1 and tokenizer.decode(ids[1:]) == prompt
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
     assert tokenizer(chat, add_special_tokens=False).input_ids == ids
 
 

@@ -4,6 +4,9 @@ import json
 import shutil
 
 import pytest
+import transformers
+from engine import Engine
+from tiny_models import save_tokenizer
 from vllm import EngineArgs
 
 from momentkv_vllm.versions import ALLOW_UNTESTED_VARIABLE
@@ -56,6 +59,35 @@ def test_sliding_window_models(models, tmp_path):
     )
     with pytest.raises(ValueError, match="sliding-window"):
         config_of(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture", "words", "extra"),
+    [
+        ("DeepseekV2Config", "DeepseekV2ForCausalLM", "MLA", {}),
+        ("MambaConfig", "MambaForCausalLM", "attention-free", {}),
+        ("JambaConfig", "JambaForCausalLM", "hybrid", {}),
+        ("GptOssConfig", "GptOssForCausalLM", "sliding-window", {}),
+        ("Gemma2Config", "Gemma2ForCausalLM", "sliding-window", {}),
+        ("WhisperConfig", "WhisperForConditionalGeneration", "encoder-decoder", {}),
+    ],
+)
+def test_model_families(models, tmp_path, name, architecture, words, extra):
+    """Only config.json is read: the refusal comes before any weight is loaded."""
+    shutil.copytree(models(), tmp_path / "m")
+    settings = getattr(transformers, name)(**extra).to_dict() | {"architectures": [architecture], "torch_dtype": "bfloat16"}
+    (tmp_path / "m/config.json").write_text(json.dumps(settings, default=str))
+    with pytest.raises(ValueError, match=words) as error:
+        EngineArgs(model=str(tmp_path / "m"), additional_config=EVICT).create_engine_config()
+    assert "--kv-eviction momentkv does not support" in str(error.value)
+
+
+def test_alibi_layers_are_refused_when_the_model_is_built(tmp_path):
+    config = transformers.BloomConfig(vocab_size=128, hidden_size=64, n_layer=1, n_head=2)
+    transformers.BloomForCausalLM(config).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="ALiBi; serve without --kv-eviction"):
+        Engine(tmp_path, policy="momentkv", budget_tokens=512)
 
 
 def test_too_small_a_budget_says_the_least_one(models):

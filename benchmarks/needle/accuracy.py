@@ -9,7 +9,6 @@ full cache ("full" prefill reads its prompt exactly, so it has none).
 
 import argparse
 import gc
-import math
 import os
 import random
 import sys
@@ -23,6 +22,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import report  # noqa: E402
+from divergence import mean_kl  # noqa: E402
 from tasks import Sample, sample  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
@@ -43,7 +43,14 @@ CELLS: dict[str, dict] = {
 def run_cell(model: Path, eviction: dict, budget: int, groups: dict[str, list[Sample]]) -> dict:
     """Accuracy per task and the next-token distributions on text."""
     options = {"additional_config": {"kv_eviction": {**eviction, "budget_tokens": budget}}} if eviction else {}
-    llm = LLM(str(model), enforce_eager=True, max_num_batched_tokens=1024, max_num_seqs=16, num_gpu_blocks_override=2000, **options)
+    llm = LLM(
+        str(model),
+        enforce_eager=True,
+        max_num_batched_tokens=1024,
+        max_num_seqs=16,
+        num_gpu_blocks_override=2000,
+        **options,
+    )
     result: dict = {}
     for task, samples in groups.items():
         if task == "text":
@@ -59,15 +66,6 @@ def run_cell(model: Path, eviction: dict, budget: int, groups: dict[str, list[Sa
     del llm
     gc.collect()
     return result
-
-
-def divergence(full: list[dict[int, float]], other: list[dict[int, float]]) -> float:
-    """Mean KL(full || other) over the tokens that both list; a token missing from `other` counts with its least one."""
-    total = 0.0
-    for p, q in zip(full, other, strict=True):
-        least = min(q.values())
-        total += sum(math.exp(lp) * (lp - q.get(token, least)) for token, lp in p.items())
-    return total / len(full)
 
 
 def main() -> None:
@@ -88,7 +86,7 @@ def main() -> None:
     full = cells["full cache"]["text"]
     for name, cell in cells.items():
         text = cell.pop("text")
-        cell["kl"] = divergence(full, text) if CELLS[name].get("prefill") != "full" and name != "paper full" else None
+        cell["kl"] = mean_kl(full, text) if CELLS[name].get("prefill") != "full" and name != "paper full" else None
     rows = [[n, *(c[t] for t in TASKS), "-" if c["kl"] is None else f"{c['kl']:.4f}"] for n, c in cells.items()]
     print(report.table([["", *TASKS, "KL"], *rows]))
     ours, stream = cells["momentkv chunked"], cells["streamingllm"]
