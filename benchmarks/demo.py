@@ -170,12 +170,13 @@ def main() -> int:
     report.RESULTS.mkdir(exist_ok=True)
     plot(runs, report.RESULTS / "demo.png")
     ours = max(live for _, live in runs["momentkv"].growth)
+    # Few questions, +-0.1: a demo that answers at random must fail, the exact figure is the benchmark's (make bench-needle).
     targets = [
         report.target("momentkv: KV tokens of one sequence", ours, BUDGET, at_least=False),
         report.target(
             "momentkv: multikey, against stock",
             runs["momentkv"].right["multikey"] / runs["stock"].right["multikey"],
-            0.95,
+            0.8,
         ),
     ]
     report.write("demo", {"table": rows, "growth": {n: r.growth for n, r in runs.items()}}, targets)

@@ -1,5 +1,6 @@
 """README tables against the code."""
 
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -7,7 +8,8 @@ from pathlib import Path
 from momentkv_vllm.block_manager.metrics import METRICS
 from momentkv_vllm.config import POLICY_DEFAULTS, EvictionConfig
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
 def rows(first: str) -> dict[str, list[str]]:
@@ -34,6 +36,14 @@ def test_metrics():
 
 
 def test_files_that_it_names_exist():
-    root = Path(__file__).parent.parent
     for path in re.findall(r"`((?:momentkv_vllm|benchmarks|requirements)/[\w/.]+)`", README):
-        assert (root / path).exists(), path
+        assert (ROOT / path).exists(), path
+
+
+def test_measured_figures_are_those_of_the_committed_results():
+    demo = json.loads((ROOT / "benchmarks/results/demo.json").read_text())["results"]["table"]
+    cells = json.loads((ROOT / "benchmarks/results/needle_accuracy.json").read_text())["results"]["cells"]
+    want = [*demo[1:], *([n, c["needle"], c["multikey"], c["copy"]] for n, c in cells.items())]
+    for row in want:
+        text = [f"{c:.3f}" if isinstance(c, float) else str(c) for c in row]
+        assert "| " + " | ".join(text) + " |" in README, row

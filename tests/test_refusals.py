@@ -75,7 +75,10 @@ def test_sliding_window_models(models, tmp_path):
 def test_model_families(models, tmp_path, name, architecture, words, extra):
     """Only config.json is read: the refusal comes before any weight is loaded."""
     shutil.copytree(models(), tmp_path / "m")
-    settings = getattr(transformers, name)(**extra).to_dict() | {"architectures": [architecture], "torch_dtype": "bfloat16"}
+    settings = getattr(transformers, name)(**extra).to_dict() | {
+        "architectures": [architecture],
+        "torch_dtype": "bfloat16",
+    }
     (tmp_path / "m/config.json").write_text(json.dumps(settings, default=str))
     with pytest.raises(ValueError, match=words) as error:
         EngineArgs(model=str(tmp_path / "m"), additional_config=EVICT).create_engine_config()

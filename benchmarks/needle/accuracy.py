@@ -1,6 +1,6 @@
 """Accuracy and KL to the full cache under a budget of a quarter of the context, in a real vLLM engine.
 
-    python benchmarks/needle/accuracy.py [--samples 100] [--context 1000] [--budget 256]
+    python benchmarks/needle/accuracy.py [--samples 40] [--context 1000] [--budget 256]
 
 Every cell is one engine (policy, prefill mode, correction), every prompt a fresh document; an answer counts when all its
 tokens are right. KL is over the prompt log-probabilities in the second half of running text, the 20 likeliest tokens of the
@@ -71,7 +71,7 @@ def run_cell(model: Path, eviction: dict, budget: int, groups: dict[str, list[Sa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=HERE / "checkpoint")
-    parser.add_argument("--samples", type=int, default=100)
+    parser.add_argument("--samples", type=int, default=40)
     parser.add_argument("--context", type=int, default=1000)
     parser.add_argument("--budget", type=int, default=256)
     parser.add_argument("--seed", type=int, default=1)
