@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_OFFLINE = 1
 export VLLM_NO_USAGE_STATS = 1
 
-.PHONY: help setup demo test test-fast lint format doctor lock model bench-needle clean
+.PHONY: help setup demo test test-fast lint format doctor lock model bench-needle bench-mass clean
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
@@ -51,6 +51,9 @@ doctor: setup   ## versions, device, and which kernel families work here
 
 bench-needle: setup ## retrieval accuracy and KL under a budget, in the real engine
 	$(BIN)/python benchmarks/needle/accuracy.py
+
+bench-mass: setup ## attention mass that eviction loses on the test model, and what the correction gives back
+	$(BIN)/python benchmarks/needle/evicted_mass.py
 
 model: setup    ## train the test model again (30 minutes on 2 cores)
 	$(BIN)/python benchmarks/needle/train.py
