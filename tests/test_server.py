@@ -10,6 +10,8 @@ from engine import random_prompt
 from server import Server
 from tiny_models import make_llama
 
+from momentkv_vllm.block_manager.metrics import DIRECTORY_VARIABLE
+
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 
 POOL = ["--num-gpu-blocks-override", "81", "--max-num-batched-tokens", "256", "--max-model-len", "6000"]
@@ -23,7 +25,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(folder):
-    running = Server(make_llama(folder / "model"), *OPTIONS, folder=folder).wait_ready()
+    with pytest.MonkeyPatch.context() as environment:
+        # A server started from another vLLM process inherits that one's metrics directory, and must not use it.
+        environment.setenv(DIRECTORY_VARIABLE, str(folder))
+        running = Server(make_llama(folder / "model"), *OPTIONS, folder=folder).wait_ready()
     yield running
     running.stop()
 

@@ -21,6 +21,9 @@ from momentkv_vllm.block_manager.spec import MomentKVSpec
 DIRECTORY_VARIABLE = "MOMENTKV_METRICS_DIR"
 """Environment variable through which the engine core inherits the API server's directory."""
 
+_served: str | None = None
+"""The directory that this process shows on /metrics."""
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -83,9 +86,11 @@ class PageMetrics:
 
 def serve_metrics() -> None:
     """In the API server, before the engine core starts: make its /metrics show the engine core's figures. Idempotent."""
-    if os.environ.get(DIRECTORY_VARIABLE) or os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+    global _served
+    # Not decided by the variable: a server started from another vLLM process inherits that one's.
+    if _served or os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
         return
-    directory = tempfile.mkdtemp(prefix="momentkv-metrics-")
+    directory = _served = tempfile.mkdtemp(prefix="momentkv-metrics-")
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     os.environ[DIRECTORY_VARIABLE] = directory
     MultiProcessCollector(REGISTRY, directory)
