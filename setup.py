@@ -1,5 +1,11 @@
-"""Metadata of momentkv-vllm. vLLM itself is an extra: the CPU and CUDA builds are different distributions."""
+"""Metadata and native build of momentkv-vllm. vLLM itself is an extra: the CPU and CUDA builds are different distributions.
 
+The CPU kernels (csrc/cpu) need a C++20 compiler and are built against the torch of this environment
+(pip install --no-build-isolation). MOMENTKV_BUILD_CPU=0 leaves them out; the PyTorch reference kernels serve then, slowly.
+MOMENTKV_SANITIZE=1 builds them with AddressSanitizer and UBSan (make test-sanitize).
+"""
+
+import os
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -11,7 +17,44 @@ VERSION = next(
     if "__version__" in line
 )
 
+
+def native_build() -> dict:
+    """Arguments of `setup` for the C++ kernels. Every source file picks its own instruction set."""
+    if os.environ.get("MOMENTKV_BUILD_CPU", "1") == "0":
+        return {}
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError:
+        raise SystemExit(
+            "momentkv-vllm builds its CPU kernels against the installed torch: install torch first and use "
+            "`pip install --no-build-isolation`, or set MOMENTKV_BUILD_CPU=0 to install without them"
+        ) from None
+    compile_args = [
+        "-std=c++20",
+        "-O3",
+        "-ffp-contract=fast",
+        "-fno-math-errno",
+        "-fopenmp",
+        "-Wall",
+        "-Wno-psabi",
+        "-Wno-maybe-uninitialized",
+        "-g0",
+    ]
+    link_args = ["-fopenmp"]
+    if os.environ.get("MOMENTKV_SANITIZE") == "1":
+        sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]
+        compile_args += sanitize
+        link_args += sanitize
+    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))
+    headers = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.[hi]*"))
+    kernels = CppExtension(
+        "momentkv_vllm._cpu", sources, depends=headers, extra_compile_args=compile_args, extra_link_args=link_args
+    )
+    return {"ext_modules": [kernels], "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=False)}}
+
+
 setup(
+    **native_build(),
     name="momentkv-vllm",
     version=VERSION,
     description="A fixed KV budget per sequence for vLLM, with the evicted attention mass added back",

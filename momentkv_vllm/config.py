@@ -14,6 +14,7 @@ CONFIG_KEY = "kv_eviction"
 PREFILL_MODES = ("chunked", "full")
 CORRECTIONS = ("off", "zeroth", "first")
 MOMENT_DTYPES = ("bfloat16", "float32")
+KERNELS = ("auto", "cpu", "reference")
 
 # A policy may need its own protocol: each entry replaces defaults, never what the user has set.
 POLICY_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -39,6 +40,7 @@ class EvictionConfig:
         moment_dtype: storage type of the value-key covariance; means are always float32, all arithmetic is float32.
         observation_tokens: queries before an eviction whose attention a policy may use (only `paper` does).
         retire_tokens: tokens between two evictions, rounded up to whole pages; 0 means one page.
+        kernels: kernel family ("auto" takes the fastest that works here; a named one never falls back).
     """
 
     policy: str = "off"
@@ -50,12 +52,14 @@ class EvictionConfig:
     moment_dtype: str = "bfloat16"
     observation_tokens: int = 32
     retire_tokens: int = 0
+    kernels: str = "auto"
 
     def __post_init__(self) -> None:
         _choice("policy", self.policy, ("off", *POLICY_DEFAULTS))
         _choice("prefill", self.prefill, PREFILL_MODES)
         _choice("correction", self.correction, CORRECTIONS)
         _choice("moment_dtype", self.moment_dtype, MOMENT_DTYPES)
+        _choice("kernels", self.kernels, KERNELS)
         _count("budget_tokens", self.budget_tokens, 1)
         _count("window_tokens", self.window_tokens, 1)
         _count("sink_tokens", self.sink_tokens, 0)

@@ -5,8 +5,8 @@ One record per KV head: the head's slices of the M moment pages, read one after 
     mean key     [head_dim] float32
     mean value   [head_dim] float32
     value spread [1]        float32   mean squared distance of the evicted values to their mean (trust region)
-    padding      [3]        float32   keeps the covariance 16-byte aligned
-    covariance   [head_dim, head_dim] moment_dtype, rows = value dims, columns = key dims (only for order "first")
+    padding                           up to a whole number of covariance rows, so that no row straddles two pages
+    covariance   [head_dim, head_dim] moment_dtype, rows = key dims, columns = value dims (only for order "first")
 
 The count n is not stored: the page schedule knows it. A record is meaningless, and never read, while n = 0, so a recycled
 page needs no clearing.
@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from momentkv_vllm.page_schedule import cdiv
 
 _DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
-_SCALARS = 4
 
 
 @dataclass(frozen=True)
@@ -30,13 +29,19 @@ class RecordLayout:
     has_covariance: bool = True
 
     @property
-    def header_floats(self) -> int:
-        return 2 * self.head_dim + _SCALARS if self.has_means else 0
+    def header_bytes(self) -> int:
+        """Means, spread and padding: where the covariance starts."""
+        if not self.has_means:
+            return 0
+        return cdiv(4 * (2 * self.head_dim + 1), self._row_bytes) * self._row_bytes
 
     @property
     def num_bytes(self) -> int:
-        covariance = self.head_dim**2 * _DTYPE_BYTES[self.moment_dtype] if self.has_covariance else 0
-        return self.header_floats * 4 + covariance
+        return self.header_bytes + (self.head_dim * self._row_bytes if self.has_covariance else 0)
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.head_dim * _DTYPE_BYTES[self.moment_dtype]
 
     def pages(self, page_size: int, kv_dtype_bytes: int) -> int:
         """Moment pages M a sequence needs; a head owns page_size * 2 * head_dim numbers of a page."""

@@ -1,11 +1,12 @@
-"""The reference kernels: attention against plain softmax, consolidation against a token-by-token model."""
+"""Every kernel family on the same cases: attention against plain softmax, consolidation against a token-by-token model,
+and each family against the reference on odd sizes, with everything that must not be read poisoned by NaN."""
 
 import math
 
 import pytest
 import torch
 
-from momentkv_vllm.kernels import reference
+from momentkv_vllm.kernels import dispatch, moments, reference
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
 from momentkv_vllm.page_layout import RecordLayout
@@ -19,13 +20,26 @@ def poisoned_cache(pages, page_size, head_dim, dtype, **record):
     return CacheView.of_vllm_cpu(kv, RecordLayout(head_dim, **record))
 
 
-def attend_work(pages, last, moment_pages=None, count=0.0):
-    rows, queries = last.shape
-    tokens = torch.arange(rows * queries).view(rows, queries)
-    moment_pages = torch.zeros(rows, 0, dtype=torch.long) if moment_pages is None else moment_pages
-    return AttendWork(
-        tokens, torch.ones_like(tokens, dtype=torch.bool), pages, last, moment_pages, torch.full((rows,), count)
-    )
+@pytest.fixture(params=[f.name for f in dispatch.families()])
+def kernels(request):
+    return dispatch.select(request.param)
+
+
+def attend_work(pages, last, queries, moment_pages=None, count=0.0):
+    """One work list: row i has `queries[i]` queries, its first one sees slots 0..last[i]."""
+    last, queries = torch.tensor(last), torch.tensor(queries)
+    moment_pages = torch.zeros(len(last), 0, dtype=torch.long) if moment_pages is None else moment_pages
+    first_token = queries.cumsum(0) - queries
+    return AttendWork(first_token, queries, pages, last, moment_pages, torch.full((len(last),), count))
+
+
+def run_attend(kernels, cache, query, work, scale, correct):
+    """(output, lse); both start as NaN, the query is in the cache's dtype."""
+    query = query.to(cache.kv.dtype)
+    output = torch.full_like(query, math.nan)
+    lse = torch.full(query.shape[:2], math.nan)
+    kernels.attend(cache, query, output, lse, work, scale, correct)
+    return output, lse
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -33,7 +47,7 @@ def attend_work(pages, last, moment_pages=None, count=0.0):
     ("head_dim", "groups", "page_size", "tokens"),
     [(32, 1, 16, 1), (64, 4, 16, 37), (80, 2, 32, 32), (256, 8, 128, 129)],
 )
-def test_attend_equals_softmax_over_the_pages(dtype, head_dim, groups, page_size, tokens):
+def test_attend_equals_softmax_over_the_pages(kernels, dtype, head_dim, groups, page_size, tokens):
     generator = torch.Generator().manual_seed(tokens)
     num_pages = -(-tokens // page_size)
     cache = poisoned_cache(num_pages + 1, page_size, head_dim, dtype)
@@ -43,23 +57,24 @@ def test_attend_equals_softmax_over_the_pages(dtype, head_dim, groups, page_size
         cache.keys[pages[t // page_size], :, t % page_size] = keys[:, t]
         cache.values[pages[t // page_size], :, t % page_size] = values[:, t]
     queries = min(3, tokens)
-    query = torch.randn(1, queries, HEADS * groups, head_dim, generator=generator)
-    last = torch.arange(tokens - queries, tokens)[None]
+    query = torch.randn(queries, HEADS * groups, head_dim, generator=generator).to(dtype)
+    work = attend_work(pages[None], [tokens - queries], [queries])
     scale = head_dim**-0.5
-    output, lse = reference.attend(cache, query, attend_work(pages[None], last), scale, False)
-    again, _ = reference.attend(cache, query, attend_work(pages[None], last), scale, False)
+    output, lse = run_attend(kernels, cache, query, work, scale, False)
+    again, _ = run_attend(kernels, cache, query, work, scale, False)
     assert torch.equal(output, again)
+    rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 1e-5}[dtype]
     for i in range(queries):
-        seen = slice(0, last[0, i] + 1)
+        seen = slice(0, tokens - queries + i + 1)
         for h in range(HEADS * groups):
             k, v = keys[h // groups, seen].double(), values[h // groups, seen].double()
-            logits = scale * k @ query[0, i, h].double()
+            logits = scale * k @ query[i, h].double()
             want = torch.softmax(logits, 0) @ v
-            assert torch.allclose(output[0, i, h].double(), want, atol=1e-5), (i, h)
-            assert math.isclose(lse[0, i, h], torch.logsumexp(logits, 0), rel_tol=1e-5, abs_tol=1e-5)
+            assert torch.allclose(output[i, h].double(), want, rtol=rounding, atol=1e-5), (i, h)
+            assert math.isclose(lse[i, h], torch.logsumexp(logits, 0), rel_tol=1e-5, abs_tol=1e-5)
 
 
-def test_correction_is_exact_when_the_evicted_keys_are_one_key():
+def test_correction_is_exact_when_the_evicted_keys_are_one_key(kernels):
     """Eq. 12 with Jensen's equality: corrected attention over a part equals attention over everything."""
     d, page_size, scale = 32, 16, 0.2
     generator = torch.Generator().manual_seed(0)
@@ -68,18 +83,135 @@ def test_correction_is_exact_when_the_evicted_keys_are_one_key():
     cache.keys[1], cache.values[1] = keys, values
     gone_key = torch.randn(HEADS, 1, d, generator=generator).expand(HEADS, 50, d)
     gone_value = torch.randn(HEADS, 50, d, generator=generator)
-    record = reference.mo.of_tokens(gone_key[None], gone_value[None], torch.ones(1, HEADS, 50), True)
+    record = moments.of_tokens(gone_key[None], gone_value[None], torch.ones(1, HEADS, 50), True)
     moment_pages = torch.tensor([[3, 5, 6]])
     cache.write_moments(moment_pages, record)
-    query = torch.randn(1, 1, 2 * HEADS, d, generator=generator)
-    work = attend_work(torch.tensor([[1]]), torch.tensor([[page_size - 1]]), moment_pages, 50.0)
-    output, lse = reference.attend(cache, query, work, scale, True)
+    query = torch.randn(1, 2 * HEADS, d, generator=generator)
+    work = attend_work(torch.tensor([[1]]), [page_size - 1], [1], moment_pages, 50.0)
+    output, lse = run_attend(kernels, cache, query, work, scale, True)
     for h in range(2 * HEADS):
         k = torch.cat([keys[h // 2], gone_key[h // 2]])
         v = torch.cat([values[h // 2], gone_value[h // 2]])
-        logits = scale * k @ query[0, 0, h]
-        assert torch.allclose(output[0, 0, h], torch.softmax(logits, 0) @ v, atol=1e-5)
-        assert torch.allclose(lse[0, 0, h], torch.logsumexp(logits, 0), atol=1e-5)
+        logits = scale * k @ query[0, h]
+        assert torch.allclose(output[0, h], torch.softmax(logits, 0) @ v, atol=1e-5)
+        assert torch.allclose(lse[0, h], torch.logsumexp(logits, 0), atol=1e-5)
+
+
+def serving_batch(dtype, head_dim, moment_dtype, correction, groups, page_size=16, seed=0):
+    """A cache and a work list of odd rows: decode at a page's first and last slot, chunks, rows with and without a record.
+
+    Everything that a row does not own or has not written is NaN.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    has_covariance = correction == "first"
+    record = RecordLayout(head_dim, moment_dtype, True, has_covariance)
+    num_moments = record.pages(page_size, dtype.itemsize)
+    last, queries, counts = [0, 15, 16, 700, 1400, 40, 30], [1, 1, 1, 1, 1, 7, 33], [0, 32, 0, 48, 500, 64, 0]
+    num_pages = -(-(max(last) + max(queries)) // page_size)
+    cache = poisoned_cache(
+        1 + len(last) * (num_pages + num_moments), page_size, head_dim, dtype, moment_dtype=moment_dtype
+    )
+    cache.record = record
+    order = torch.randperm(len(cache.kv) - 1, generator=generator) + 1
+    pages, moment_pages = order.view(len(last), -1).split([num_pages, num_moments], 1)
+    pages = pages.clone()
+    for row in range(len(last)):
+        slots = last[row] + queries[row]
+        used = -(-slots // page_size)
+        pages[row, used:] = 0
+        for head in range(HEADS):
+            k, v = (torch.randn(used * page_size, head_dim, generator=generator) for _ in range(2))
+            k[slots:], v[slots:] = math.nan, math.nan
+            cache.keys[pages[row, :used], head] = k.view(used, page_size, -1).to(dtype)
+            cache.values[pages[row, :used], head] = v.view(used, page_size, -1).to(dtype)
+    gone = (torch.randn(len(last), HEADS, 64, head_dim, generator=generator) for _ in range(2))
+    weight = torch.ones(len(last), HEADS, 64)
+    cache.write_moments(moment_pages, moments.of_tokens(*gone, weight, has_covariance))
+    work = attend_work(pages, last, queries, moment_pages.contiguous())
+    work.count = torch.tensor(counts, dtype=torch.float32)
+    work.observe_from = torch.tensor([0, 1, 0, 0, 1, 3, 33])
+    work.restart = torch.tensor([True, False] * 4)[: len(last)]
+    query = 2 * torch.randn(sum(queries), HEADS * groups, head_dim, generator=generator)
+    return cache, work, query.to(dtype)
+
+
+BATCHES = [
+    (torch.bfloat16, 128, "bfloat16", "first", 4),
+    (torch.bfloat16, 64, "float32", "first", 3),
+    (torch.float16, 80, "bfloat16", "first", 7),
+    (torch.float32, 32, "float32", "first", 1),
+    (torch.float32, 256, "bfloat16", "zeroth", 16),
+]
+
+
+@pytest.mark.parametrize("batch", BATCHES, ids=lambda b: f"{b[0]}-d{b[1]}-{b[3]}-g{b[4]}")
+@pytest.mark.parametrize("correct", [False, True])
+def test_attend_and_observe_agree_with_the_reference(kernels, batch, correct):
+    cache, work, query = serving_batch(*batch)
+    scale = query.shape[-1] ** -0.5
+    want, want_lse = run_attend(reference, cache, query, work, scale, correct)
+    output, lse = run_attend(kernels, cache, query, work, scale, correct)
+    again, _ = run_attend(kernels, cache, query, work, scale, correct)
+    assert torch.equal(output, again)
+    assert not output.isnan().any()
+    rounding = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-5}[query.dtype]
+    torch.testing.assert_close(output, want, rtol=rounding, atol=1e-5)
+    torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=2e-5)
+    want_mass, mass = (torch.full(cache.keys.shape[:3], 7.0) for _ in range(2))
+    reference.observe(cache, want_mass, query, want_lse, work, scale)
+    kernels.observe(cache, mass, query, want_lse, work, scale)
+    used = torch.cat([row[row > 0] for row in work.pages])
+    torch.testing.assert_close(mass[used], want_mass[used], rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_does_not_depend_on_its_batch(kernels):
+    cache, work, query = serving_batch(torch.bfloat16, 64, "bfloat16", "first", 4)
+    together, _ = run_attend(kernels, cache, query, work, 0.125, True)
+    for row in range(len(work.last)):
+        alone = AttendWork(*(getattr(work, f)[row : row + 1] for f in list(AttendWork.__dataclass_fields__)[:6]))
+        output, _ = run_attend(kernels, cache, query, alone, 0.125, True)
+        tokens = slice(int(alone.first_token), int(alone.first_token) + int(alone.queries))
+        if kernels is reference:  # torch's matrix products are not the same for every shape
+            torch.testing.assert_close(output[tokens], together[tokens], rtol=2**-7, atol=1e-5)
+        else:
+            assert torch.equal(output[tokens], together[tokens]), row
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_do_not_change_a_bit(kernels, threads):
+    if kernels is reference:
+        pytest.skip("torch's own matrix products")
+    cache, work, query = serving_batch(torch.bfloat16, 128, "bfloat16", "first", 4)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3 - threads)
+        want, _ = run_attend(kernels, cache, query, work, 0.1, True)
+        torch.set_num_threads(threads)
+        output, _ = run_attend(kernels, cache, query, work, 0.1, True)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(output, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_store_writes_tokens_and_clears_fresh_pages(kernels, dtype):
+    cache = poisoned_cache(4, 16, 64, dtype)
+    packed = torch.randn(21, HEADS * 3, 64).to(dtype)  # as in a model: q, k and v of a token side by side
+    key, value = packed[:, HEADS : 2 * HEADS], packed[:, 2 * HEADS :]
+    slots = torch.tensor([*range(28, 32), *range(48, 64), -1])  # a page's end, a fresh page, padding
+    mass = torch.full(cache.keys.shape[:3], 5.0)
+    before = cache.kv.clone()
+    kernels.store(cache, key, value, slots, mass)
+    for i, slot in enumerate(slots[:-1].tolist()):
+        assert torch.equal(cache.keys[slot // 16, :, slot % 16], key[i])
+        assert torch.equal(cache.values[slot // 16, :, slot % 16], value[i])
+    for untouched in (0, 2):
+        assert torch.equal(cache.kv[untouched].view(torch.uint8), before[untouched].view(torch.uint8))
+    assert cache.keys[1, :, :12].isnan().all() and not mass[3].any() and mass[1].eq(5).all()
+    kernels.store(cache, key[:1], value[:1], torch.tensor([32]), None)
+    assert (
+        torch.equal(cache.keys[2, :, 0], key[0]) and not cache.keys[2, :, 1:].any() and not cache.values[2, :, 1:].any()
+    )
 
 
 @pytest.mark.parametrize("record_dtype", ["bfloat16", "float32"])
@@ -94,7 +226,7 @@ def test_records_survive_their_pages(record_dtype, kv_dtype):
             [8, 3, 5, 6][: layout.pages(page_size, kv_dtype.itemsize)],
         ]
     )
-    m = reference.mo.of_tokens(torch.randn(2, HEADS, 9, d), torch.randn(2, HEADS, 9, d), torch.ones(2, HEADS, 9), True)
+    m = moments.of_tokens(torch.randn(2, HEADS, 9, d), torch.randn(2, HEADS, 9, d), torch.ones(2, HEADS, 9), True)
     cache.write_moments(pages, m)
     back = cache.read_moments(pages, m.count)
     assert torch.equal(back.mean_key, m.mean_key) and torch.equal(back.mean_value, m.mean_value)
@@ -105,7 +237,7 @@ def test_records_survive_their_pages(record_dtype, kv_dtype):
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
-def test_consolidation_keeps_folds_and_loses_nothing(policy):
+def test_consolidation_keeps_folds_and_loses_nothing(kernels, policy):
     """Over many events: store + moments = exactly the tokens retired so far, and the moments are the float64 ones."""
     d, page_size, store_pages, sinks = 32, 16, 2, 4
     layout = RecordLayout(d, "float32")
@@ -113,7 +245,7 @@ def test_consolidation_keeps_folds_and_loses_nothing(policy):
     cache = CacheView.of_vllm_cpu(torch.zeros(64, HEADS, page_size, 2 * d), layout)
     generator = torch.Generator().manual_seed(3)
     store = torch.arange(1, 1 + store_pages)[None]
-    moments = torch.arange(10, 10 + moment_count)[None]
+    moment_pages = torch.arange(10, 10 + moment_count)[None]
     mass = torch.rand(64, HEADS, page_size, generator=generator) if POLICIES[policy].needs_attention else None
     everything_k, everything_v = torch.zeros(HEADS, 0, d), torch.zeros(HEADS, 0, d)
 
@@ -134,10 +266,10 @@ def test_consolidation_keeps_folds_and_loses_nothing(policy):
         retiring = torch.arange(30, 30 + (moment_count + 1 if event == 0 else 1))[None]
         for page in retiring[0]:
             fill(page)
-        reference.consolidate(
+        kernels.consolidate(
             cache,
             mass,
-            RetireWork(store, retiring, moments, torch.tensor([float(count)])),
+            RetireWork(store, retiring, moment_pages, torch.tensor([float(count)])),
             POLICIES[policy](),
             sinks,
             0.2,
@@ -145,7 +277,7 @@ def test_consolidation_keeps_folds_and_loses_nothing(policy):
         count += retiring.shape[1] * page_size
         kept_k, kept_v = (x[0] for x in cache.read_tokens(store))
         assert torch.equal(cache.keys[1, :, :sinks], first_sinks)
-        record = cache.read_moments(moments, torch.tensor([float(count)]))
+        record = cache.read_moments(moment_pages, torch.tensor([float(count)]))
         for h in range(HEADS):
             same = (everything_k[h][:, None] == kept_k[h][None]).all(-1)
             assert (same.sum(0) == 1).all(), "every slot holds one distinct original token"
@@ -154,34 +286,96 @@ def test_consolidation_keeps_folds_and_loses_nothing(policy):
             assert len(gone_k) == count
             dk, dv = gone_k - gone_k.mean(0), gone_v - gone_v.mean(0)
             assert torch.allclose(record.mean_key[0, h].double(), gone_k.mean(0), atol=1e-5)
-            assert torch.allclose(record.covariance[0, h].double(), dv.T @ dk / count, atol=1e-5)
+            assert torch.allclose(record.covariance[0, h].double(), dk.T @ dv / count, atol=1e-5)
             assert torch.allclose(record.value_spread[0, h].double(), dv.square().sum(-1).mean(), atol=1e-4)
 
 
-def test_padding_pages_are_never_kept_nor_folded():
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "moment_dtype"),
+    [(torch.bfloat16, 128, "bfloat16"), (torch.float16, 80, "float32"), (torch.float32, 32, "bfloat16")],
+)
+def test_consolidation_agrees_with_the_reference(kernels, policy, dtype, head_dim, moment_dtype):
+    """First events (whose moment pages are among the retiring ones), later events, and rows that retire fewer pages."""
+    page_size, store_pages = 16, 3
+    record = RecordLayout(head_dim, moment_dtype)
+    num_moments = record.pages(page_size, dtype.itemsize)
+    retire = num_moments + 5
+    generator = torch.Generator().manual_seed(head_dim)
+    rows = 3
+    pages = (torch.randperm(rows * (store_pages + retire), generator=generator) + 1).view(rows, -1)
+    store, retiring = pages[:, :store_pages].contiguous(), pages[:, store_pages:].contiguous()
+    cache = poisoned_cache(rows * (store_pages + retire) + 1, page_size, head_dim, dtype)
+    cache.record = record
+    cache.kv[1:] = torch.randn(cache.kv[1:].shape, generator=generator).to(dtype)
+    mass = torch.rand(cache.keys.shape[:3], generator=generator) if POLICIES[policy].needs_attention else None
+    counts = torch.tensor([0.0, 0.0, 200.0])
+    gone = (torch.randn(rows, HEADS, 40, head_dim, generator=generator) for _ in range(2))
+    moment_pages = retiring[:, -num_moments:].contiguous()
+    retiring[2, -num_moments:] = -1  # a later event: its record exists
+    cache.write_moments(moment_pages[2:], _row(moments.of_tokens(*gone, torch.ones(rows, HEADS, 40), True), 2))
+    work = RetireWork(store, retiring, moment_pages, counts)
+    twin = CacheView.of_vllm_cpu(cache.kv.clone(), record)
+    reference.consolidate(twin, mass, work, POLICIES[policy](), 4, head_dim**-0.5)
+    kernels.consolidate(cache, mass, work, POLICIES[policy](), 4, head_dim**-0.5)
+    for got, want in zip(cache.read_tokens(store), twin.read_tokens(store), strict=True):
+        assert torch.equal(got, want), "the same tokens in the same slots"
+    if POLICIES[policy].needs_means or policy == "streamingllm":
+        after = torch.ones(rows)
+        got, want = cache.read_moments(moment_pages, after), twin.read_moments(moment_pages, after)
+        rounding = 2**-7 if moment_dtype == "bfloat16" else 1e-4
+        torch.testing.assert_close(got.mean_key, want.mean_key, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got.mean_value, want.mean_value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got.value_spread, want.value_spread, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got.covariance, want.covariance, rtol=rounding, atol=1e-4)
+
+
+def _row(m, row):
+    return moments.Moments(
+        *(x[row : row + 1] for x in (m.count, m.mean_key, m.mean_value, m.value_spread, m.covariance))
+    )
+
+
+def test_equal_and_undefined_scores(kernels):
+    """Of equal scores the earlier token stays; NaN goes first."""
+    d, page_size = 32, 16
+    cache = poisoned_cache(8, page_size, d, torch.float32, moment_dtype="float32")
+    cache.kv[1:3] = 0.0
+    cache.values[1], cache.values[2] = 1.0, 2.0
+    cache.keys[1, :, 5] = math.nan
+    work = RetireWork(torch.tensor([[1]]), torch.tensor([[2]]), torch.tensor([[3, 4, 5]]), torch.tensor([10.0]))
+    cache.write_moments(
+        work.moment_pages, moments.of_tokens(*torch.randn(2, 1, HEADS, 9, d), torch.ones(1, HEADS, 9), True)
+    )
+    kernels.consolidate(cache, None, work, POLICIES["momentkv"](), 0, 0.2)
+    want = torch.ones(page_size)
+    want[5] = 2.0
+    assert torch.equal(cache.values[1, 0, :, 0], want)
+
+
+def test_padding_pages_are_never_kept_nor_folded(kernels):
     d, page_size = 32, 16
     cache = poisoned_cache(16, page_size, d, torch.float32, moment_dtype="float32")
     for page in (1, 2, 3, 5):
         cache.keys[page], cache.values[page] = torch.randn(HEADS, page_size, d), torch.randn(HEADS, page_size, d)
-    moments = torch.tensor([[6, 7, 8], [9, 10, 11]])
-    work = RetireWork(torch.tensor([[1], [5]]), torch.tensor([[2, 3], [3, -1]]), moments, torch.zeros(2))
-    reference.consolidate(cache, None, work, POLICIES["momentkv"](), 0, 0.2)
+    moment_pages = torch.tensor([[6, 7, 8], [9, 10, 11]])
+    work = RetireWork(torch.tensor([[1], [5]]), torch.tensor([[2, 3], [3, -1]]), moment_pages, torch.zeros(2))
+    kernels.consolidate(cache, None, work, POLICIES["momentkv"](), 0, 0.2)
     assert not cache.read_tokens(work.store_pages)[0].isnan().any()
-    record = cache.read_moments(moments, torch.tensor([32.0, 16.0]))
+    record = cache.read_moments(moment_pages, torch.tensor([32.0, 16.0]))
     assert not record.covariance.isnan().any() and not record.mean_key.isnan().any()
 
 
-def test_observe_sums_the_attention_of_observed_queries():
+def test_observe_sums_the_attention_of_observed_queries(kernels):
     d, page_size = 32, 16
     cache = poisoned_cache(3, page_size, d, torch.float32)
     cache.keys[1:], cache.values[1:] = torch.randn(2, HEADS, page_size, d), torch.randn(2, HEADS, page_size, d)
-    last = torch.tensor([[29, 30, 31]])
-    work = attend_work(torch.tensor([[2, 1]]), last)
-    work.observed, work.restart = torch.tensor([[False, True, True]]), torch.tensor([True])
-    query = torch.randn(1, 3, HEADS * 2, d)
-    _, lse = reference.attend(cache, query, work, 0.2, False)
+    work = attend_work(torch.tensor([[2, 1]]), [29], [3])
+    work.observe_from, work.restart = torch.tensor([1]), torch.tensor([True])
+    query = torch.randn(3, HEADS * 2, d)
+    _, lse = run_attend(kernels, cache, query, work, 0.2, False)
     mass = torch.full((3, HEADS, page_size), 7.0)
-    reference.observe(cache, mass, query, lse, work, 0.2)
+    kernels.observe(cache, mass, query, lse, work, 0.2)
     assert torch.allclose(mass[1:].sum((0, 2)), torch.full((HEADS,), 4.0), atol=1e-4), (
         "2 queries x 2 heads, mass 1 each"
     )

@@ -12,7 +12,7 @@ def exact(keys, values):
     """float64 moments of [tokens, d] tensors."""
     k, v = keys.double(), values.double()
     dk, dv = k - k.mean(0), v - v.mean(0)
-    return k.mean(0), v.mean(0), dv.square().sum(-1).mean(), dv.T @ dk / len(k)
+    return k.mean(0), v.mean(0), dv.square().sum(-1).mean(), dk.T @ dv / len(k)
 
 
 def close(x, y, tolerance=1e-4):

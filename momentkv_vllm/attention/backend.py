@@ -152,19 +152,13 @@ class MomentKVImpl(CPUAttentionBackendImpl):
         _refuse_layer(self)
         self.policy = POLICIES[config.policy]()
         self.record = record_layout(config, self.head_size)
-        self.kernels = dispatch.select()
+        self.kernels = dispatch.select(config.kernels)
         self.slot_mass: torch.Tensor | None = None
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
-        if self.config is not None:
-            # A fresh page may have been a moment page: as keys and values its bytes can be NaN, and vLLM's kernel
-            # multiplies unwritten slots by zero.
-            page_size = kv_cache.shape[2]
-            fresh = slot_mapping[slot_mapping % page_size == 0] // page_size
-            kv_cache[fresh] = 0
-            if self.slot_mass is not None:
-                self.slot_mass[fresh] = 0
-        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+        if self.config is None:
+            return super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+        self.kernels.store(CacheView.of_vllm_cpu(kv_cache, self.record), key, value, slot_mapping, self.slot_mass)
 
     def forward(
         self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None
@@ -192,11 +186,11 @@ class MomentKVImpl(CPUAttentionBackendImpl):
         return output
 
     def _attend(self, cache: CacheView, query: torch.Tensor, output: torch.Tensor, work: AttendWork) -> None:
-        rows = query[work.tokens]
-        result, lse = self.kernels.attend(cache, rows, work, self.scale, self.config.correction != "off")
-        output[work.tokens[work.real]] = result[work.real].to(output.dtype)
-        if work.observed is not None:
-            self._observe(cache, rows, lse, work)
+        observed = work.observe_from is not None
+        lse = torch.empty(query.shape[:2], dtype=torch.float32) if observed else None
+        self.kernels.attend(cache, query, output, lse, work, self.scale, self.config.correction != "off")
+        if observed:
+            self._observe(cache, query, lse, work)
 
     def _observe(self, cache: CacheView, query: torch.Tensor, lse: torch.Tensor, work: AttendWork) -> None:
         if self.slot_mass is None:

@@ -16,7 +16,7 @@ from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
 from momentkv_vllm.page_schedule import PageSchedule, cdiv
 
 MAX_SLOTS_PER_WORK = 1 << 16
-"""Retained slots that one work list may gather: bounds the float32 copies of the reference kernels
+"""Retained slots that one work list may name: bounds the float32 copies of the reference kernels
 (2 * 4 * num_kv_heads * head_dim bytes a slot: 512 MiB at 8 heads of 128)."""
 
 MAX_QUERIES = 128
@@ -147,7 +147,6 @@ class WorkBuilder:
 
     def _attend(self, segments: list[Segment], table: np.ndarray) -> AttendWork:
         plan = self.schedule
-        width = max(s.end - s.start for s in segments)
         num_pages = max(plan.retained_pages(s.end, s.boundary) for s in segments)
         n = len(segments)
         pages = np.zeros((n, num_pages), np.int64)
@@ -155,25 +154,22 @@ class WorkBuilder:
             columns = self._retained_columns(s)
             pages[i, : len(columns)] = table[s.row, columns]
         start = _column(segments, "start")
-        length = _column(segments, "end") - start
-        offset = np.arange(width)[None, :]
-        real = offset < length
-        offset = np.where(real, offset, 0)
+        queries = _column(segments, "end") - start
         boundary = _column(segments, "boundary")
         skipped = np.where(boundary > 0, boundary - plan.store_pages, 0) * plan.page_size
-        observed = restart = None
+        observe_from = restart = None
         if self.observe:
             zone = _column(segments, "observe_from")
-            observed = torch.from_numpy(real & (start + offset >= zone))
-            restart = torch.from_numpy((start <= zone) & (zone < start + length)).squeeze(1)
+            observe_from = torch.from_numpy(np.clip(zone - start, 0, queries))
+            restart = torch.from_numpy((start <= zone) & (zone < start + queries))
         return AttendWork(
-            tokens=torch.from_numpy(_column(segments, "first_token") + offset),
-            real=torch.from_numpy(real),
+            first_token=torch.from_numpy(_column(segments, "first_token")),
+            queries=torch.from_numpy(queries),
             pages=torch.from_numpy(pages),
-            last=torch.from_numpy(start + offset - skipped),
+            last=torch.from_numpy(start - skipped),
             moment_pages=self._moment_pages(segments, table),
             count=self._count(segments),
-            observed=observed,
+            observe_from=observe_from,
             restart=restart,
         )
 
@@ -206,4 +202,4 @@ class WorkBuilder:
 
 
 def _column(segments: list[Segment], name: str) -> np.ndarray:
-    return np.array([getattr(s, name) for s in segments], np.int64)[:, None]
+    return np.array([getattr(s, name) for s in segments], np.int64)

@@ -16,12 +16,14 @@ class CacheView:
     """One layer.
 
     keys, values: [num_pages, num_kv_heads, page_size, head_dim] strided views of the cache.
+    kv:           the cache tensor itself, [num_pages, num_kv_heads, page_size, 2 * head_dim].
     raw:          [num_pages, num_kv_heads, bytes a head owns of a page] uint8 view of the same memory.
     record:       layout of a moment record.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
+    kv: torch.Tensor
     raw: torch.Tensor
     record: RecordLayout
 
@@ -39,6 +41,7 @@ class CacheView:
         return cls(
             keys=halves[:, :, 0].view(pages, heads, head_dim, page_size).transpose(-1, -2),
             values=halves[:, :, 1].view(pages, heads, page_size, head_dim),
+            kv=kv_cache,
             raw=kv_cache.view(pages, heads, page_size * width).view(torch.uint8),
             record=record,
         )
@@ -67,8 +70,8 @@ class CacheView:
             return Moments(count, zeros, zeros, zeros[..., 0], None)
         raw = self.raw[pages].permute(0, 2, 1, 3).reshape(rows, heads, -1)
         raw = torch.where((count == 0)[:, None, None], raw.new_zeros(()), raw)
-        header_bytes = self.record.header_floats * 4
-        header = raw[..., :header_bytes].contiguous().view(torch.float32)
+        header_bytes = self.record.header_bytes
+        header = raw[..., : 4 * (2 * d + 1)].contiguous().view(torch.float32)
         covariance = None
         if self.record.has_covariance:
             stored = raw[..., header_bytes : self.record.num_bytes].contiguous().view(self._covariance_dtype)
@@ -80,9 +83,9 @@ class CacheView:
         if not self.record.has_means:
             return
         rows, heads = moments.mean_key.shape[:2]
-        padding = moments.mean_key.new_zeros(rows, heads, 3)
-        header = [moments.mean_key, moments.mean_value, moments.value_spread.unsqueeze(-1), padding]
+        header = [moments.mean_key, moments.mean_value, moments.value_spread.unsqueeze(-1)]
         parts = [torch.cat(header, -1).view(torch.uint8)]
+        parts.append(parts[0].new_zeros(rows, heads, self.record.header_bytes - parts[0].shape[-1]))
         if self.record.has_covariance:
             stored = moments.covariance.flatten(2).to(self._covariance_dtype)
             parts.append(stored.contiguous().view(torch.uint8))

@@ -1,4 +1,4 @@
-"""Kernel families behind one interface: `attend`, `observe`, `consolidate` (see reference.py, the specification).
+"""Kernel families behind one interface: `store`, `attend`, `observe`, `consolidate` (see reference.py, the specification).
 
 A family declares what it cannot do; `select("auto")` takes the first without objections, an explicitly named family never
 falls back.
@@ -6,9 +6,9 @@ falls back.
 
 from types import ModuleType
 
-from momentkv_vllm.kernels import reference
+from momentkv_vllm.kernels import cpu, reference
 
-_FAMILIES: dict[str, ModuleType] = {"reference": reference}
+_FAMILIES: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
 
 
 class Family:

@@ -17,7 +17,8 @@ class Moments:
     mean_key:     [rows, heads, head_dim]
     mean_value:   [rows, heads, head_dim]
     value_spread: [rows, heads] mean of ||v - mean_value||^2
-    covariance:   [rows, heads, head_dim (value), head_dim (key)] mean of (v - mean_value)(k - mean_key)^T, or None
+    covariance:   [rows, heads, head_dim (key), head_dim (value)] mean of (k - mean_key)(v - mean_value)^T: the transpose of the
+                  paper's C, so that C q is a weighted sum of rows like attention over values; or None
     """
 
     count: torch.Tensor
@@ -42,7 +43,7 @@ def of_tokens(keys: torch.Tensor, values: torch.Tensor, weight: torch.Tensor, co
         mean_key=mean_key,
         mean_value=mean_value,
         value_spread=(dv.square() * share).sum((2, 3)),
-        covariance=(dv * share).transpose(2, 3) @ dk if covariance else None,
+        covariance=(dk * share).transpose(2, 3) @ dv if covariance else None,
     )
 
 
@@ -61,7 +62,7 @@ def merge(a: Moments, b: Moments) -> Moments:
     dk, dv = b.mean_key - a.mean_key, b.mean_value - a.mean_value
     covariance = None
     if a.covariance is not None and b.covariance is not None:
-        covariance = mix(a.covariance, b.covariance, dv.unsqueeze(-1) * dk.unsqueeze(-2))
+        covariance = mix(a.covariance, b.covariance, dk.unsqueeze(-1) * dv.unsqueeze(-2))
     return Moments(
         count=count,
         mean_key=mix(a.mean_key, b.mean_key, None),
@@ -91,7 +92,7 @@ def partial(moments: Moments, query: torch.Tensor, scale: float) -> tuple[torch.
     ).squeeze(-1)
     output = moments.mean_value.unsqueeze(2)
     if moments.covariance is not None:
-        step = scale * (query @ moments.covariance.transpose(-1, -2))
+        step = scale * (query @ moments.covariance)
         limit = moments.value_spread.clamp(min=0).sqrt()[:, :, None]
         length = step.norm(dim=-1)
         step = step * torch.where(length > limit, limit / length.clamp(min=1e-30), 1.0).unsqueeze(-1)

@@ -7,25 +7,26 @@ import torch
 
 @dataclass
 class AttendWork:
-    """Queries of some rows against the pages that each row retains.
+    """Consecutive queries of some rows against the pages that each row retains.
 
-    tokens:       [rows, queries] int64 index into the step's flat token list; padding repeats the row's first token.
-    real:         [rows, queries] bool, False for padding.
+    first_token:  [rows] int64 index of a row's first query in the step's flat token list; its others follow.
+    queries:      [rows] int64 number of queries, at least 1.
     pages:        [rows, n] int64, store pages then window pages in order; padded with the null page 0.
-    last:         [rows, queries] int64, last visible slot of `pages` for each query (causality of the shortened sequence).
+    last:         [rows] int64, last slot of `pages` that the first query sees; every next query sees one more (causality
+                  of the shortened sequence).
     moment_pages: [rows, M] int64.
     count:        [rows] float32, n of the moments; 0 = no record.
-    observed:     [rows, queries] bool, queries whose attention the policy wants, or None.
-    restart:      [rows] bool, the observation before the row's next event begins in this work list, or None.
+    observe_from: [rows] int64, first query (0 = the row's first) whose attention the policy wants; None: no policy asks.
+    restart:      [rows] bool, the observation before the row's next event begins in this work list; None likewise.
     """
 
-    tokens: torch.Tensor
-    real: torch.Tensor
+    first_token: torch.Tensor
+    queries: torch.Tensor
     pages: torch.Tensor
     last: torch.Tensor
     moment_pages: torch.Tensor
     count: torch.Tensor
-    observed: torch.Tensor | None = None
+    observe_from: torch.Tensor | None = None
     restart: torch.Tensor | None = None
 
 

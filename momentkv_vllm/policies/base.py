@@ -37,6 +37,8 @@ class Policy(ABC):
     """The score reads the mean key or value (so a record is kept even with correction off)."""
     needs_covariance: bool = False
     needs_attention: bool = False
+    is_key_distance: bool = False
+    """The score is the distance of a key to the mean evicted key, which kernels may compute in place."""
     keeps_only_sinks: bool = False
     """Never keeps a retired token: the page schedule turns the store into window (StreamingLLM)."""
 

@@ -16,6 +16,7 @@ class MomentKV(Policy):
 
     name = "momentkv"
     needs_means = True
+    is_key_distance = True
 
     def score(self, tokens: Candidates) -> torch.Tensor:
         weight = tokens.valid[:, None, :, None].to(tokens.keys.dtype)

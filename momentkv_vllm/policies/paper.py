@@ -25,7 +25,7 @@ class Paper(Policy):
         m = tokens.moments
         has = (m.count > 0)[:, None, None, None]
         predicted = (
-            m.mean_value.unsqueeze(2) + torch.einsum("rhvk,rhtk->rhtv", m.covariance, tokens.keys) * tokens.scale
+            m.mean_value.unsqueeze(2) + torch.einsum("rhkv,rhtk->rhtv", m.covariance, tokens.keys) * tokens.scale
         )
         residual = tokens.values - torch.where(has, predicted, 0.0)
         raw = tokens.attention * residual.norm(dim=-1)

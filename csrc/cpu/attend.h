@@ -1,0 +1,301 @@
+// Attention over pages with an online softmax, the moment record as its last step. Included once per instruction set.
+//
+// `Rows` query rows (queries x query heads of one KV head) share every load of a key or value. A tile of kTileSlots slots:
+// logits for all rows, their exponentials, then the weighted values.
+
+// The next slots of a row's pages, as vectors of kLanes slots.
+template <class T>
+struct Tile {
+  const T* keys[kTileSlots / kLanes];  // first key dimension of each vector; the next one is page_size further
+  const T* values[kTileSlots / kLanes];
+  int slots;
+
+  // Slots [first, end) of `pages`; `first` starts a page. Reads nothing of a page beyond `end`'s vector.
+  Tile(const Cache& c, int64_t head, const int64_t* pages, int64_t first, int64_t end)
+      : slots(int(end - first < kTileSlots ? end - first : kTileSlots)) {
+    for (int s = 0; s < slots; s += kLanes) {
+      const int64_t page = (first + s) / c.page_size, slot = (first + s) % c.page_size;
+      keys[s / kLanes] = keys_of<T>(c, pages[page], head) + slot;
+      values[s / kLanes] = values_of<T>(c, pages[page], head) + slot * c.head_dim;
+    }
+  }
+  int vectors() const { return (slots + kLanes - 1) / kLanes; }
+};
+
+// logits[r][slot] = scale * q_r . k_slot; `query` is [head_dim][Rows].
+template <int Rows, class T>
+inline void dot_keys(const Tile<T>& tile, const float* query, int64_t head_dim, int64_t page_size, float scale,
+                     float* logits) {
+  constexpr int kVectors = Rows >= 8 ? 2 : 4;
+  const int vectors = tile.vectors();
+  for (int v = 0; v < vectors; v += kVectors) {
+    const T* key[kVectors];
+    for (int j = 0; j < kVectors; ++j) key[j] = tile.keys[v + j < vectors ? v + j : v];
+    Vec sums[Rows][kVectors] = {};
+    for (int64_t i = 0; i < head_dim; ++i) {
+      Vec k[kVectors];
+      for (int j = 0; j < kVectors; ++j) k[j] = load(key[j] + i * page_size);
+      for (int r = 0; r < Rows; ++r)
+        for (int j = 0; j < kVectors; ++j) sums[r][j] += k[j] * query[i * Rows + r];
+    }
+    for (int r = 0; r < Rows; ++r)
+      for (int j = 0; j < kVectors && v + j < vectors; ++j)
+        store(logits + r * kTileSlots + (v + j) * kLanes, sums[r][j] * scale);
+  }
+}
+
+// out[r][:] = out[r][:] * keep[r] + sum over slots of weights[r][slot] * value_slot.
+template <int Rows, int Width, class T>
+inline void add_values_block(const Tile<T>& tile, const float* weights, const float* keep, int64_t head_dim, int64_t dim,
+                             float* out) {
+  Vec sums[Rows][Width];
+  for (int r = 0; r < Rows; ++r)
+    for (int j = 0; j < Width; ++j) sums[r][j] = load(out + r * head_dim + dim + j * kLanes) * keep[r];
+  for (int s = 0; s < tile.slots; s += kLanes) {
+    const T* value = tile.values[s / kLanes] + dim;
+    const int here = tile.slots - s < kLanes ? tile.slots - s : kLanes;
+    for (int t = 0; t < here; ++t, value += head_dim) {
+      Vec v[Width];
+      for (int j = 0; j < Width; ++j) v[j] = load(value + j * kLanes);
+      for (int r = 0; r < Rows; ++r)
+        for (int j = 0; j < Width; ++j) sums[r][j] += v[j] * weights[r * kTileSlots + s + t];
+    }
+  }
+  for (int r = 0; r < Rows; ++r)
+    for (int j = 0; j < Width; ++j) store(out + r * head_dim + dim + j * kLanes, sums[r][j]);
+}
+
+template <int Rows, class T>
+inline void add_values(const Tile<T>& tile, const float* weights, const float* keep, int64_t head_dim, float* out) {
+  constexpr int kWidth = Rows >= 8 ? 2 : 4;
+  int64_t dim = 0;
+  for (; dim + kWidth * kLanes <= head_dim; dim += kWidth * kLanes)
+    add_values_block<Rows, kWidth>(tile, weights, keep, head_dim, dim, out);
+  for (; dim < head_dim; dim += kLanes) add_values_block<Rows, 1>(tile, weights, keep, head_dim, dim, out);
+}
+
+// Running softmax of some rows: output = out / mass, logsumexp = top + log(mass).
+struct Running {
+  float *out, *top, *mass;
+};
+
+// Turns logits into weights in place and returns in `keep` what the earlier sums are to be multiplied by.
+inline void soften(float* logits, int slots, int visible, float& top, float& mass, float& keep) {
+  Vec highest = splat(-INFINITY);
+  for (int s = 0; s < slots; s += kLanes) {
+    if (s + kLanes > visible)
+      for (int t = visible > s ? visible - s : 0; t < kLanes; ++t) logits[s + t] = -INFINITY;
+    const Vec x = load(logits + s);
+    highest = x > highest ? x : highest;
+  }
+  const float tile_top = largest(highest), new_top = tile_top > top ? tile_top : top;
+  keep = top == new_top ? 1.0f : expf(top - new_top);
+  top = new_top;
+  if (top == -INFINITY) {  // nothing visible yet: every weight is 0
+    for (int s = 0; s < slots; s += kLanes) store(logits + s, Vec{});
+    return;
+  }
+  Vec total = {};
+  for (int s = 0; s < slots; s += kLanes) {
+    const Vec weight = exp_negative(load(logits + s) - top);
+    store(logits + s, weight);
+    total += weight;
+  }
+  mass = mass * keep + sum(total);
+}
+
+template <int Rows, class T>
+inline void attend_tile(const Attend& a, const Tile<T>& tile, const float* query, const int* visible, float* logits,
+                        Running run) {
+  dot_keys<Rows>(tile, query, a.cache.head_dim, a.cache.page_size, a.scale, logits);
+  float keep[Rows];
+  for (int r = 0; r < Rows; ++r)
+    soften(logits + r * kTileSlots, tile.vectors() * kLanes, visible[r], run.top[r], run.mass[r], keep[r]);
+  add_values<Rows>(tile, logits, keep, a.cache.head_dim, run.out);
+}
+
+// step[r][:] = sum over key dimensions i of query[i][r] * covariance[i][:], kWidth vectors of value dimensions at a time.
+template <int Rows, int Width, class C>
+inline void add_covariance_block(C* const* covariance, int64_t d, int64_t dim, const float* query, float* step) {
+  Vec sums[Rows][Width] = {};
+  for (int64_t i = 0; i < d; ++i) {
+    Vec c[Width];
+    for (int w = 0; w < Width; ++w) c[w] = load(covariance[i] + dim + w * kLanes);
+    for (int r = 0; r < Rows; ++r)
+      for (int w = 0; w < Width; ++w) sums[r][w] += c[w] * query[i * Rows + r];
+  }
+  for (int r = 0; r < Rows; ++r)
+    for (int w = 0; w < Width; ++w) store(step + r * d + dim + w * kLanes, sums[r][w]);
+}
+
+template <int Rows, class C>
+inline void add_covariance(const RecordView& record, int64_t d, const float* query, float* step) {
+  constexpr int kWidth = Rows >= 8 ? 2 : 4;
+  C* rows[kMaxHeadDim];
+  for (int64_t i = 0; i < d; ++i) rows[i] = record.covariance_row<C>(i);
+  int64_t dim = 0;
+  for (; dim + kWidth * kLanes <= d; dim += kWidth * kLanes)
+    add_covariance_block<Rows, kWidth>(rows, d, dim, query, step);
+  for (; dim < d; dim += kLanes) add_covariance_block<Rows, 1>(rows, d, dim, query, step);
+}
+
+// The first-order partial of the evicted tokens (paper eqs. 9, 11) as one more step of the running softmax.
+// `query` is [head_dim][Rows]; `step` has room for Rows * head_dim floats.
+template <int Rows, class C>
+inline void attend_record(const Attend& a, const RecordView& record, float count, const float* query, float* step,
+                          Running run) {
+  const int64_t d = a.cache.head_dim;
+  const float *mean_key = record.mean_key(), *mean_value = record.mean_value();
+  const float limit = sqrtf(*record.value_spread() > 0 ? *record.value_spread() : 0);
+  if (a.record.has_covariance)
+    add_covariance<Rows, C>(record, d, query, step);
+  else
+    std::fill_n(step, Rows * d, 0.0f);
+  for (int r = 0; r < Rows; ++r) {
+    float dot = 0;
+    for (int64_t i = 0; i < d; ++i) dot += mean_key[i] * query[i * Rows + r];
+    Vec square = {};
+    for (int64_t i = 0; i < d; i += kLanes) square += load(step + r * d + i) * load(step + r * d + i);
+    const float length = a.scale * sqrtf(sum(square));
+    const float shrink = length > limit ? limit / length : 1.0f;
+    const float log_mass = logf(count) + a.scale * dot;
+    const float top = log_mass > run.top[r] ? log_mass : run.top[r];
+    const float keep = expf(run.top[r] - top), weight = expf(log_mass - top);
+    for (int64_t i = 0; i < d; i += kLanes) {
+      const Vec evicted = load(mean_value + i) + load(step + r * d + i) * (a.scale * shrink);
+      store(run.out + r * d + i, load(run.out + r * d + i) * keep + evicted * weight);
+    }
+    run.mass[r] = run.mass[r] * keep + weight;
+    run.top[r] = top;
+  }
+}
+
+// Writes rows of an item: to the output, or as partials.
+template <class T>
+inline void finish(const Attend& a, const AttendItem& item, int first_row, int rows, Running run) {
+  const int64_t d = a.cache.head_dim, groups = a.query_heads / a.cache.heads;
+  for (int r = 0; r < rows; ++r) {
+    const int row = first_row + r;
+    const float inverse = run.mass[r] > 0 ? 1 / run.mass[r] : 0, lse = run.top[r] + logf(run.mass[r]);
+    if (item.partial != nullptr) {
+      for (int64_t i = 0; i < d; i += kLanes)
+        store(item.partial + row * d + i, load(run.out + r * d + i) * inverse);
+      item.partial[groups * d + row] = lse;
+      continue;
+    }
+    const int64_t token = a.first_token[item.row] + item.first_query + row / groups;
+    const int64_t query_head = item.head * groups + row % groups;
+    T* output = static_cast<T*>(a.output) + token * a.output_stride + query_head * d;
+    for (int64_t i = 0; i < d; i += kLanes) store(output + i, load(run.out + r * d + i) * inverse);
+    if (a.lse != nullptr) a.lse[token * a.query_heads + query_head] = lse;
+  }
+}
+
+// Queries of `Rows` rows from `first_row`, transposed to [head_dim][Rows].
+template <int Rows, class T>
+inline void pack_queries(const Attend& a, const AttendItem& item, int first_row, float* packed) {
+  const int64_t d = a.cache.head_dim, groups = a.query_heads / a.cache.heads;
+  for (int r = 0; r < Rows; ++r) {
+    const int64_t row = first_row + r, token = a.first_token[item.row] + item.first_query + row / groups;
+    const T* query = static_cast<const T*>(a.query) + token * a.query_stride + (item.head * groups + row % groups) * d;
+    for (int64_t i = 0; i < d; ++i) packed[i * Rows + r] = to_float(query[i]);
+  }
+}
+
+template <int Rows, class T>
+void attend_rows(const Attend& a, const AttendItem& item, int first_row, float* scratch) {
+  const int64_t d = a.cache.head_dim, groups = a.query_heads / a.cache.heads;
+  float top[Rows], mass[Rows];
+  const Running run = {scratch, top, mass};
+  float *packed = scratch + Rows * d, *logits = packed + Rows * d;
+  pack_queries<Rows, T>(a, item, first_row, packed);
+  for (int r = 0; r < Rows; ++r) top[r] = -INFINITY, mass[r] = 0;
+  for (int64_t i = 0; i < Rows * d; ++i) run.out[i] = 0;
+
+  int64_t sees[Rows];  // slots that a row sees
+  for (int r = 0; r < Rows; ++r) sees[r] = a.last[item.row] + item.first_query + (first_row + r) / groups + 1;
+  const int64_t* pages = a.pages + item.row * a.max_pages;
+  const int64_t item_end = item.end_page * a.cache.page_size;
+  const int64_t end = sees[Rows - 1] < item_end ? sees[Rows - 1] : item_end;
+  for (int64_t first = item.first_page * a.cache.page_size; first < end; first += kTileSlots) {
+    const Tile<T> tile(a.cache, item.head, pages, first, end);
+    int visible[Rows];
+    for (int r = 0; r < Rows; ++r) visible[r] = int(sees[r] - first > 0 ? sees[r] - first : 0);
+    attend_tile<Rows>(a, tile, packed, visible, logits, run);
+  }
+  if (item.with_record) {
+    const RecordView record{a.cache, a.record, a.record_pages + item.row * a.moment_pages, item.head};
+    with_type(a.record.covariance_type, [&](auto c) {
+      attend_record<Rows, decltype(c)>(a, record, a.count[item.row], packed, logits, run);
+    });
+  }
+  finish<T>(a, item, first_row, Rows, run);
+}
+
+size_t attend_scratch(const Attend& a) {
+  const int64_t step = a.cache.head_dim > kTileSlots ? a.cache.head_dim : kTileSlots;
+  return 8 * (2 * a.cache.head_dim + step);
+}
+
+void attend(const Attend& a, const AttendItem& item, float* scratch) {
+  const int rows = item.queries * int(a.query_heads / a.cache.heads);
+  with_type(a.cache.type, [&](auto t) {
+    using T = decltype(t);
+    int row = 0;
+    for (; row + 8 <= rows; row += 8) attend_rows<8, T>(a, item, row, scratch);
+    if (row + 4 <= rows) attend_rows<4, T>(a, item, row, scratch), row += 4;
+    if (row + 2 <= rows) attend_rows<2, T>(a, item, row, scratch), row += 2;
+    if (row < rows) attend_rows<1, T>(a, item, row, scratch);
+  });
+}
+
+// Flash-decoding's second half: the splits of one query, weighted by their logsumexp.
+void merge(const Attend& a, const MergeItem& item) {
+  const int64_t d = a.cache.head_dim, groups = a.query_heads / a.cache.heads, size = groups * (d + 1);
+  const int64_t token = a.first_token[item.row];
+  for (int64_t g = 0; g < groups; ++g) {
+    float* lse = item.partials + groups * d + g;  // of split 0; the next one is `size` further
+    float top = -INFINITY, mass = 0;
+    for (int s = 0; s < item.splits; ++s) top = lse[s * size] > top ? lse[s * size] : top;
+    for (int s = 0; s < item.splits; ++s) mass += lse[s * size] = expf(lse[s * size] - top);
+    const int64_t query_head = item.head * groups + g;
+    for (int64_t i = 0; i < d; i += kLanes) {
+      Vec out = {};
+      for (int s = 0; s < item.splits; ++s) out += load(item.partials + s * size + g * d + i) * lse[s * size];
+      with_type(a.cache.type, [&](auto t) {
+        store(static_cast<decltype(t)*>(a.output) + token * a.output_stride + query_head * d + i, out * (1 / mass));
+      });
+    }
+    if (a.lse != nullptr) a.lse[token * a.query_heads + query_head] = top + logf(mass);
+  }
+}
+
+size_t observe_scratch(const Attend& a) { return a.cache.head_dim + kTileSlots; }
+
+// Adds the attention that a row's counted queries give to every slot; item = row * heads + head.
+void observe(const Attend& a, int64_t item_index, float* scratch) {
+  const int64_t d = a.cache.head_dim, page_size = a.cache.page_size, groups = a.query_heads / a.cache.heads;
+  const AttendItem item{int32_t(item_index / a.cache.heads), int32_t(item_index % a.cache.heads), 0,
+                        int32_t(a.queries[item_index / a.cache.heads])};
+  const int64_t* pages = a.pages + item.row * a.max_pages;
+  const int64_t last = a.last[item.row] + item.queries - 1;
+  auto mass_of = [&](int64_t slot) {
+    return a.slot_mass + (pages[slot / page_size] * a.cache.heads + item.head) * page_size + slot % page_size;
+  };
+  if (a.restart[item.row])
+    for (int64_t slot = 0; slot <= last; slot += page_size) std::fill_n(mass_of(slot), page_size, 0.0f);
+  float *packed = scratch, *logits = scratch + d;
+  with_type(a.cache.type, [&](auto t) {
+    using T = decltype(t);
+    for (int64_t row = a.observe_from[item.row] * groups; row < item.queries * groups; ++row) {
+      pack_queries<1, T>(a, item, int(row), packed);
+      const int64_t token = a.first_token[item.row] + row / groups, sees = a.last[item.row] + row / groups + 1;
+      const float lse = a.lse[token * a.query_heads + item.head * groups + row % groups];
+      for (int64_t first = 0; first < sees; first += kTileSlots) {
+        const Tile<T> tile(a.cache, item.head, pages, first, sees);
+        dot_keys<1>(tile, packed, d, page_size, a.scale, logits);
+        for (int s = 0; s < tile.slots; ++s) *mass_of(first + s) += expf(logits[s] - lse);
+      }
+    }
+  });
+}

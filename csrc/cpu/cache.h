@@ -1,0 +1,43 @@
+// Addresses inside a layer's cache. Included once per instruction set.
+
+inline size_t bytes_of(Type type) { return type == Type::kFloat32 ? 4 : 2; }
+
+// A head's part of a page: keys [head_dim][page_size], then values [page_size][head_dim].
+template <class T>
+inline T* keys_of(const Cache& c, int64_t page, int64_t head) {
+  return reinterpret_cast<T*>(c.data) + (page * c.heads + head) * c.page_size * 2 * c.head_dim;
+}
+
+template <class T>
+inline T* values_of(const Cache& c, int64_t page, int64_t head) {
+  return keys_of<T>(c, page, head) + c.page_size * c.head_dim;
+}
+
+// One head's moment record, spread over the head's parts of its pages. No field straddles a page (page_layout.py).
+struct RecordView {
+  const Cache& cache;
+  const Record& layout;
+  const int64_t* pages;
+  int64_t head;
+
+  char* at(int64_t offset) const {
+    const int64_t part = cache.page_size * 2 * cache.head_dim * bytes_of(cache.type);
+    return cache.data + (pages[offset / part] * cache.heads + head) * part + offset % part;
+  }
+  float* mean_key() const { return reinterpret_cast<float*>(at(0)); }
+  float* mean_value() const { return mean_key() + cache.head_dim; }
+  float* value_spread() const { return mean_key() + 2 * cache.head_dim; }
+  // Row of the covariance for one key dimension, [head_dim] over the value dimensions.
+  template <class C>
+  C* covariance_row(int64_t key_dim) const {
+    return reinterpret_cast<C*>(at(layout.covariance_offset + key_dim * cache.head_dim * sizeof(C)));
+  }
+};
+
+// Calls f(T{}) with the C++ type that `type` names.
+template <class F>
+inline void with_type(Type type, F f) {
+  if (type == Type::kBFloat16) return f(BFloat16{});
+  if (type == Type::kFloat16) return f(Float16{});
+  f(float{});
+}

@@ -1,0 +1,9 @@
+// Everything from outside that the kernels use; included before the target pragma.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"

@@ -1,0 +1,99 @@
+// Vectors of float32 on GCC's vector extension, MOMENTKV_LANES wide: 16 with AVX-512, 8 with AVX2, 4 elsewhere (SSE, NEON).
+// Included once per instruction set, inside that set's namespace; the standard headers come before it. (Not __AVX512F__:
+// g++ before 13 does not define it after a target pragma.)
+
+constexpr int kLanes = MOMENTKV_LANES;
+
+typedef float Vec __attribute__((vector_size(4 * MOMENTKV_LANES)));
+typedef int32_t IntVec __attribute__((vector_size(4 * MOMENTKV_LANES)));
+typedef uint32_t BitVec __attribute__((vector_size(4 * MOMENTKV_LANES)));
+typedef uint16_t HalfVec __attribute__((vector_size(2 * MOMENTKV_LANES)));
+
+template <class To, class From>
+inline To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+template <class V, class T>
+inline V load_raw(const T* from) {
+  V v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return v;
+}
+
+inline Vec splat(float x) { return x - Vec{}; }
+
+inline Vec load(const float* from) { return load_raw<Vec>(from); }
+
+inline Vec load(const BFloat16* from) {
+  return bits_as<Vec>(__builtin_convertvector(load_raw<HalfVec>(from), BitVec) << 16);
+}
+
+inline Vec load(const Float16* from) {
+#if MOMENTKV_LANES == 16
+  return (Vec)_mm512_cvtph_ps(load_raw<__m256i>(from));
+#elif MOMENTKV_LANES == 8
+  return (Vec)_mm256_cvtph_ps(load_raw<__m128i>(from));
+#else
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = float(bits_as<_Float16>(from[i].bits));
+  return v;
+#endif
+}
+
+inline void store(float* to, Vec v) { __builtin_memcpy(to, &v, sizeof v); }
+
+inline void store(BFloat16* to, Vec v) {
+  const BitVec bits = bits_as<BitVec>(v);
+  const BitVec rounded = bits + 0x7fff + ((bits >> 16) & 1);  // to nearest even
+  const HalfVec half = __builtin_convertvector((v == v ? rounded : bits | 0x400000) >> 16, HalfVec);
+  __builtin_memcpy(to, &half, sizeof half);
+}
+
+inline void store(Float16* to, Vec v) {
+#if MOMENTKV_LANES == 16
+  const __m256i half = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+  __builtin_memcpy(to, &half, sizeof half);
+#elif MOMENTKV_LANES == 8
+  const __m128i half = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+  __builtin_memcpy(to, &half, sizeof half);
+#else
+  for (int i = 0; i < kLanes; ++i) to[i].bits = bits_as<uint16_t>(_Float16(v[i]));
+#endif
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(BFloat16 x) { return bits_as<float>(uint32_t(x.bits) << 16); }
+inline float to_float(Float16 x) { return float(bits_as<_Float16>(x.bits)); }
+
+inline float sum(Vec v) {
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+
+inline float largest(Vec v) {
+  float top = v[0];
+  for (int i = 1; i < kLanes; ++i) top = v[i] > top ? v[i] : top;
+  return top;
+}
+
+// exp(x) for x <= 0 and -inf; 0 below -87. Relative error < 2e-7: 2^n times a polynomial on [-ln2/2, ln2/2].
+inline Vec exp_negative(Vec x) {
+  const Vec clamped = x > -87.0f ? x : splat(-87.0f);
+  const IntVec n = __builtin_convertvector(clamped * 1.44269504f - 0.5f, IntVec);  // truncates towards zero = rounds
+  const Vec nf = __builtin_convertvector(n, Vec);
+  const Vec r = (clamped - nf * 0.693359375f) + nf * 2.12194440e-4f;
+  Vec poly = splat(1.9875691500e-4f);
+  poly = poly * r + 1.3981999507e-3f;
+  poly = poly * r + 8.3334519073e-3f;
+  poly = poly * r + 4.1665795894e-2f;
+  poly = poly * r + 1.6666665459e-1f;
+  poly = poly * r + 5.0000001201e-1f;
+  poly = poly * r * r + r + 1.0f;
+  const Vec power = bits_as<Vec>((n + 127) << 23);
+  return x > -87.0f ? poly * power : Vec{};
+}

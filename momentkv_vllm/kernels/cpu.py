@@ -1,0 +1,114 @@
+"""The C++ kernels of csrc/cpu behind the interface of reference.py, which documents every function here.
+
+They read vLLM's cache where it lies: AVX-512, AVX2 or plain vectors, chosen at run time.
+"""
+
+import torch
+
+from momentkv_vllm.kernels import reference
+from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
+from momentkv_vllm.policies.base import Policy
+
+try:
+    from momentkv_vllm import _cpu  # noqa: F401  registers torch.ops.momentkv_cpu
+except ImportError as error:
+    _why_missing = str(error)
+else:
+    _why_missing = ""
+
+
+def objections() -> list[str]:
+    """Why this family cannot run here."""
+    if _why_missing:
+        return [
+            f"the extension momentkv_vllm._cpu is not built for this torch ({_why_missing}): reinstall with a C++ compiler"
+        ]
+    try:
+        isa()
+    except RuntimeError as error:
+        return [str(error)]
+    return []
+
+
+def isa() -> str:
+    """Instruction set in use: avx512, avx2 or generic. Raises RuntimeError if MOMENTKV_CPU_ISA asks for a missing one."""
+    return torch.ops.momentkv_cpu.isa()
+
+
+def store(
+    cache: CacheView, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, slot_mass: torch.Tensor | None
+) -> None:
+    torch.ops.momentkv_cpu.store(cache.kv, key, value, slots, slot_mass)
+
+
+def attend(
+    cache: CacheView,
+    query: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor | None,
+    work: AttendWork,
+    scale: float,
+    correct: bool,
+) -> None:
+    torch.ops.momentkv_cpu.attend(
+        cache.kv,
+        query,
+        output,
+        lse,
+        work.first_token,
+        work.queries,
+        work.pages,
+        work.last,
+        work.moment_pages,
+        work.count,
+        scale,
+        correct,
+        *_covariance(cache),
+    )
+
+
+def observe(
+    cache: CacheView, slot_mass: torch.Tensor, query: torch.Tensor, lse: torch.Tensor, work: AttendWork, scale: float
+) -> None:
+    torch.ops.momentkv_cpu.observe(
+        cache.kv,
+        slot_mass,
+        query,
+        lse,
+        work.first_token,
+        work.queries,
+        work.pages,
+        work.last,
+        work.observe_from,
+        work.restart,
+        scale,
+    )
+
+
+def consolidate(
+    cache: CacheView,
+    slot_mass: torch.Tensor | None,
+    work: RetireWork,
+    policy: Policy,
+    sink_tokens: int,
+    scale: float,
+) -> None:
+    # The default's score is computed in place; any other policy sees float32 copies of the candidates.
+    score = None if policy.is_key_distance else policy.score(reference.candidates(cache, slot_mass, work, scale))
+    torch.ops.momentkv_cpu.consolidate(
+        cache.kv,
+        work.store_pages,
+        work.retiring_pages,
+        work.moment_pages,
+        work.count,
+        None if score is None else score.contiguous(),
+        sink_tokens,
+        cache.record.has_means,
+        *_covariance(cache),
+    )
+
+
+def _covariance(cache: CacheView) -> tuple[bool, torch.dtype, int]:
+    record = cache.record
+    return record.has_covariance, getattr(torch, record.moment_dtype), record.header_bytes
