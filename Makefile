@@ -2,14 +2,14 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(shell find momentkv_vllm triton_kernels -name '*.py')
+SOURCES := setup.py pyproject.toml $(shell find momentkv_vllm triton_kernels -name '*.py') $(shell find csrc/cpu -type f)
 # Never the repository root on sys.path: vLLM probes for a top-level module `triton_kernels`.
 unexport PYTHONPATH
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_OFFLINE = 1
 export VLLM_NO_USAGE_STATS = 1
 
-.PHONY: help setup demo test test-fast lint format doctor lock model bench-needle bench-mass clean
+.PHONY: help setup demo test test-fast test-sanitize bench-kernels bench-serving lint format doctor lock model bench-needle bench-mass clean
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
@@ -48,6 +48,15 @@ format: setup   ## ruff, writing
 
 doctor: setup   ## versions, device, and which kernel families work here
 	$(BIN)/momentkv doctor
+
+test-sanitize: setup ## kernel tests under AddressSanitizer and UBSan
+	@rm -rf build/sanitize
+	MOMENTKV_SANITIZE=1 $(BIN)/pip install -q --no-deps --no-build-isolation --target build/sanitize .
+	PYTHONPATH=$(CURDIR)/build/sanitize LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest tests/test_kernels.py -k "cpu and not instruction_sets"
+
+bench-kernels: setup ## C++ kernels against vLLM's own on the same tokens
+	$(BIN)/python benchmarks/kernels/run.py
 
 bench-needle: setup ## retrieval accuracy and KL under a budget, in the real engine
 	$(BIN)/python benchmarks/needle/accuracy.py

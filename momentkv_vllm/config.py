@@ -39,7 +39,7 @@ class EvictionConfig:
         correction: order of the closed form added for the evicted attention mass ("off", "zeroth", "first").
         moment_dtype: storage type of the value-key covariance; means are always float32, all arithmetic is float32.
         observation_tokens: queries before an eviction whose attention a policy may use (only `paper` does).
-        retire_tokens: tokens between two evictions, rounded up to whole pages; 0 means one page.
+        retire_tokens: tokens between two evictions, rounded up to whole pages; 0 means 1/32 of the budget (one page at least).
         kernels: kernel family ("auto" takes the fastest that works here; a named one never falls back).
     """
 

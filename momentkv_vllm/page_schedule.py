@@ -19,6 +19,9 @@ from dataclasses import dataclass
 
 from momentkv_vllm.config import EvictionConfig
 
+DEFAULT_RETIRE_SHARE = 32
+"""An event retires budget / 32: 5 % of decode attention at 1,024 tokens on 2 CPU cores (make bench-kernels)."""
+
 
 def cdiv(a: int, b: int) -> int:
     """Ceiling division."""
@@ -124,7 +127,9 @@ def build_schedule(config: EvictionConfig, page_size: int, moment_pages: int, ke
         moment_pages: pages that the moment records of a sequence need (page_layout.py), 0 for none.
         keeps_only_sinks: the policy never keeps a retired token besides the sinks: all else is window (StreamingLLM).
     """
-    retire_pages = max(1, cdiv(config.retire_tokens, page_size))
+    # Scoring reads every key of the budget: retiring a fixed share of it keeps that cost a fixed share of decode attention.
+    retire_tokens = config.retire_tokens or config.budget_tokens // DEFAULT_RETIRE_SHARE
+    retire_pages = max(1, cdiv(retire_tokens, page_size))
     window_pages = cdiv(config.window_tokens, page_size) + retire_pages
     least_store = cdiv(config.sink_tokens, page_size) if keeps_only_sinks else cdiv(config.sink_tokens + 1, page_size)
     least_store = max(1, least_store)

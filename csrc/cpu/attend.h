@@ -32,9 +32,16 @@ inline void dot_keys(const Tile<T>& tile, const float* query, int64_t head_dim, 
     const T* key[kVectors];
     for (int j = 0; j < kVectors; ++j) key[j] = tile.keys[v + j < vectors ? v + j : v];
     Vec sums[Rows][kVectors] = {};
+    const T *next[kVectors], *value[kVectors];
+    for (int j = 0; j < kVectors; ++j) {
+      next[j] = tile.keys[v + j + kVectors < vectors ? v + j + kVectors : v];
+      value[j] = tile.values[v + j < vectors ? v + j : v];
+    }
     for (int64_t i = 0; i < head_dim; ++i) {
       Vec k[kVectors];
       for (int j = 0; j < kVectors; ++j) k[j] = load(key[j] + i * page_size);
+      for (int j = 0; j < kVectors; ++j) __builtin_prefetch(next[j] + i * page_size);
+      for (int j = 0; j < kVectors; ++j) __builtin_prefetch(value[j] + i * kLanes);
       for (int r = 0; r < Rows; ++r)
         for (int j = 0; j < kVectors; ++j) sums[r][j] += k[j] * query[i * Rows + r];
     }
@@ -121,6 +128,7 @@ inline void add_covariance_block(C* const* covariance, int64_t d, int64_t dim, c
   for (int64_t i = 0; i < d; ++i) {
     Vec c[Width];
     for (int w = 0; w < Width; ++w) c[w] = load(covariance[i] + dim + w * kLanes);
+    for (int w = 0; w < Width; w += 2) __builtin_prefetch(covariance[i + 8 < d ? i + 8 : i] + dim + w * kLanes);
     for (int r = 0; r < Rows; ++r)
       for (int w = 0; w < Width; ++w) sums[r][w] += c[w] * query[i * Rows + r];
   }

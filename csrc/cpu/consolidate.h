@@ -54,14 +54,18 @@ void mean_of_candidates(const Event& e, float* mean) {
 template <class T>
 void score_by_distance(const Event& e, const float* mean, float* score) {
   const int64_t page_size = e.c.cache.page_size;
-  for (int64_t p = 0; p < e.c.store_pages + e.retiring_pages; ++p) {
+  const int64_t pages = e.c.store_pages + e.retiring_pages;
+  for (int64_t p = 0; p < pages; ++p) {
     const T* keys = keys_of<T>(e.c.cache, e.page(p), e.head);
+    const T* next = keys_of<T>(e.c.cache, e.page(p + 1 < pages ? p + 1 : p), e.head);
     for (int64_t s = 0; s < page_size; s += kLanes) {
       Vec even = {}, odd = {};  // two chains hide the latency of the multiply-add
       for (int64_t i = 0; i < e.c.cache.head_dim; i += 2) {
         const Vec a = load(keys + i * page_size + s) - mean[i], b = load(keys + (i + 1) * page_size + s) - mean[i + 1];
         even += a * a;
         odd += b * b;
+        __builtin_prefetch(next + i * page_size + s);
+        __builtin_prefetch(next + (i + 1) * page_size + s);
       }
       store(score + p * page_size + s, even + odd);
     }

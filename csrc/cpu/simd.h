@@ -28,8 +28,15 @@ inline Vec splat(float x) { return x - Vec{}; }
 
 inline Vec load(const float* from) { return load_raw<Vec>(from); }
 
+// Intrinsics where g++ 12 splits __builtin_convertvector into halves.
 inline Vec load(const BFloat16* from) {
+#if MOMENTKV_LANES == 16
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_raw<__m256i>(from)), 16);
+#elif MOMENTKV_LANES == 8
+  return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_raw<__m128i>(from)), 16);
+#else
   return bits_as<Vec>(__builtin_convertvector(load_raw<HalfVec>(from), BitVec) << 16);
+#endif
 }
 
 inline Vec load(const Float16* from) {
@@ -49,7 +56,12 @@ inline void store(float* to, Vec v) { __builtin_memcpy(to, &v, sizeof v); }
 inline void store(BFloat16* to, Vec v) {
   const BitVec bits = bits_as<BitVec>(v);
   const BitVec rounded = bits + 0x7fff + ((bits >> 16) & 1);  // to nearest even
-  const HalfVec half = __builtin_convertvector((v == v ? rounded : bits | 0x400000) >> 16, HalfVec);
+  const BitVec kept = (v == v ? rounded : bits | 0x400000) >> 16;
+#if MOMENTKV_LANES == 16
+  const __m256i half = _mm512_cvtepi32_epi16((__m512i)kept);
+#else
+  const HalfVec half = __builtin_convertvector(kept, HalfVec);
+#endif
   __builtin_memcpy(to, &half, sizeof half);
 }
 

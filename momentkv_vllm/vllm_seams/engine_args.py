@@ -83,7 +83,7 @@ def _add_options(parser: Any) -> Any:
         type=json.loads,
         default=None,
         help="Further settings as JSON or dotted keys, e.g. --kv-eviction-config.window_tokens 64. Keys: window_tokens, "
-        "sink_tokens, prefill, correction, moment_dtype, observation_tokens, retire_tokens.",
+        "sink_tokens, prefill, correction, moment_dtype, observation_tokens, retire_tokens, kernels.",
     )
     return parser
 
