@@ -56,7 +56,10 @@ test-sanitize: setup ## kernel tests under AddressSanitizer and UBSan
 	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest tests/test_kernels.py -k "cpu and not instruction_sets"
 
 bench-kernels: setup ## C++ kernels against vLLM's own on the same tokens
-	$(BIN)/python benchmarks/kernels/run.py
+	PYTHONPATH=benchmarks $(BIN)/python -m kernels.run
+
+bench-serving: setup ## stock vLLM against momentkv: decode tokens/s, first token, KV bytes, concurrency (20 minutes)
+	PYTHONPATH=benchmarks $(BIN)/python -m serving.run
 
 bench-needle: setup ## retrieval accuracy and KL under a budget, in the real engine
 	$(BIN)/python benchmarks/needle/accuracy.py

@@ -1,0 +1,134 @@
+"""One vLLM engine in a process of its own; prints one JSON line for each cell.
+
+    python -m serving.measure '{"model": PATH, "eviction": {...} or null, "kind": "decode", "cells": [[context, batch], ...]}'
+
+"decode": seconds of a decode step with every sequence decoding. Contexts of up to 32K cannot be read for real on two cores,
+so steps that read prompts skip the model and the cache is filled with random numbers beforehand: vLLM's scheduler, pages,
+block tables and every decode step are real, tokens are meaningless (random weights: they are anyway).
+"ttft": seconds to the first token of one sequence, everything real.
+"pool": in a pool of POOL_TOKENS, how many of many equal requests run at a time, and how many are preempted; prompts as above.
+"""
+
+import json
+import os
+import statistics
+import sys
+import time
+from typing import Any
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+
+from vllm import EngineArgs, LLMEngine, SamplingParams  # noqa: E402  after the environment is set
+
+STEPS = 24
+CHUNK = {"decode": 8192, "ttft": 2048, "pool": 512}
+POOL_TOKENS, POOL_PROMPT, POOL_NEW, POOL_REQUESTS = 16384, 2048, 256, 96
+
+
+class Engine:
+    """vLLM's engine, stepped by hand."""
+
+    def __init__(self, model: str, eviction: dict | None, max_num_seqs: int, chunk: int, **extra: Any) -> None:
+        if eviction:
+            extra["additional_config"] = {"kv_eviction": eviction}
+        args = EngineArgs(
+            model=model,
+            skip_tokenizer_init=True,
+            enforce_eager=True,
+            enable_prefix_caching=False,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=chunk,
+            **extra,
+        )
+        self.llm = LLMEngine.from_engine_args(args)
+        self.runner = self.llm.model_executor.driver_worker.worker.model_runner
+        self.number = 0
+
+    def fake_prefill(self) -> None:
+        """Fill the cache with random numbers and skip the model in every step that is not pure decode."""
+        for cache in self.runner.kv_caches:
+            cache.normal_()
+        forward = self.runner.model.forward
+
+        def decode_only(input_ids, positions, *args, **kwargs):
+            if len(positions) > self.runner.max_num_reqs:  # a prompt chunk is in it
+                return self.runner.model.model.embed_tokens(input_ids)
+            return forward(input_ids, positions, *args, **kwargs)
+
+        self.runner.model.forward = decode_only
+
+    def add(self, context: int, new_tokens: int) -> None:
+        prompt = [(7 * i + self.number) % 8000 for i in range(context)]
+        sampling = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True, detokenize=False)
+        self.llm.add_request(str(self.number), {"prompt_token_ids": prompt}, sampling)
+        self.number += 1
+
+    def decode_seconds(self, context: int, batch: int) -> float:
+        """Median seconds of a step in which all `batch` sequences decode."""
+        self.finish()
+        for _ in range(batch):
+            self.add(context, 4096)
+        decoding: set[str] = set()
+        while len(decoding) < batch:
+            decoding |= {o.request_id for o in self.llm.step() if o.outputs[0].token_ids}
+        times = []
+        for _ in range(STEPS):
+            start = time.perf_counter()
+            outputs = self.llm.step()
+            times.append(time.perf_counter() - start)
+            assert len(outputs) == batch, "a sequence was preempted: the pool is too small for this cell"
+        return statistics.median(times)
+
+    def ttft_seconds(self, context: int) -> float:
+        self.finish()
+        self.add(context, 1)
+        start = time.perf_counter()
+        self.finish(abort=False)
+        return time.perf_counter() - start
+
+    def finish(self, abort: bool = True) -> None:
+        if abort:
+            self.llm.abort_request([str(n) for n in range(self.number)])
+        while self.llm.has_unfinished_requests():
+            self.llm.step()
+
+
+def measure_pool(engine: Engine) -> dict[str, float]:
+    """Sequences running at a time while others wait, and preemptions."""
+    scheduler = engine.llm.engine_core.engine_core.scheduler
+    preempt, preempted = scheduler._preempt_request, []
+    scheduler._preempt_request = lambda request, *args: (preempted.append(request), preempt(request, *args))[1]
+    for _ in range(POOL_REQUESTS):
+        engine.add(POOL_PROMPT, POOL_NEW)
+    running = []
+    while engine.llm.has_unfinished_requests():
+        engine.llm.step()
+        if scheduler.waiting:
+            running.append(len(scheduler.running))
+    return {"running": statistics.mean(running[len(running) // 4 :]), "preemptions": len(preempted)}
+
+
+def main(task: dict) -> None:
+    kind, cells = task["kind"], task.get("cells", [])
+    extra = {}
+    if kind == "pool":
+        extra["num_gpu_blocks_override"] = POOL_TOKENS // task["page_size"] + 1  # and the null page
+        extra |= {"block_size": task["page_size"], "max_model_len": POOL_PROMPT + POOL_NEW}
+    seqs = 64 if kind == "pool" else max(batch for _, batch in cells)
+    engine = Engine(task["model"], task["eviction"], seqs, CHUNK[kind], **extra)
+    if kind != "ttft":
+        engine.fake_prefill()
+    if kind == "pool":
+        print("RESULT", json.dumps(measure_pool(engine)), flush=True)
+    for context, batch in cells:
+        if kind == "decode":
+            seconds = engine.decode_seconds(context, batch)
+        else:
+            engine.ttft_seconds(256)
+            seconds = engine.ttft_seconds(context)
+        print("RESULT", json.dumps({"context": context, "batch": batch, "seconds": seconds}), flush=True)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,213 @@
+"""`make bench-serving`: stock vLLM against momentkv on one machine in one run. About 15 minutes; `--quick` about 4.
+
+Beside every speed-up stands its bytes bound: weights plus KV that a stock decode step reads, over weights plus retained KV and
+records. Stock and momentkv take turns, each engine in a process of its own.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import report
+from serving import model
+from serving.measure import POOL_NEW, POOL_PROMPT, POOL_TOKENS
+from tqdm import tqdm
+
+from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.page_layout import RecordLayout
+from momentkv_vllm.page_schedule import PageSchedule, build_schedule
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  after the backend is chosen
+
+BUDGET, POOL_BUDGET, STOCK_PAGE, OUR_PAGE = 1024, 512, 128, 16
+POOL_GIB = 9
+EVICTION = {"policy": "momentkv", "budget_tokens": BUDGET}
+UNDER_BUDGET = {"policy": "momentkv", "budget_tokens": 2048}
+
+
+def measure(path: Path, eviction: dict | None, kind: str, plugins: str | None = None, **task: Any) -> list[dict]:
+    """Results of one engine process. `plugins` "" keeps vLLM from loading us at all."""
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": str(POOL_GIB), "PYTHONPATH": str(Path(__file__).parents[1])}
+    if plugins is not None:
+        environment["VLLM_PLUGINS"] = plugins
+    job = json.dumps({"model": str(path), "eviction": eviction, "kind": kind, **task})
+    command = [sys.executable, "-m", "serving.measure", job]
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{job} failed:\n{done.stderr[-3000:]}")
+    return [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT")]
+
+
+def schedule(budget: int, head_dim: int) -> PageSchedule:
+    record = RecordLayout(head_dim)
+    config = EvictionConfig(policy="momentkv", budget_tokens=budget)
+    return build_schedule(config, OUR_PAGE, record.pages(OUR_PAGE, 2), keeps_only_sinks=False)
+
+
+def bytes_bound(head_dim: int, context: int, batch: int) -> float:
+    """Speed-up of a decode step if time were bytes read."""
+    plan, weights = schedule(BUDGET, head_dim), model.weight_bytes(head_dim)
+    retained = BUDGET - plan.moment_pages * OUR_PAGE - plan.retire_tokens / 2  # the window's fill, on average
+    records = model.LAYERS * model.KV_HEADS * RecordLayout(head_dim).num_bytes
+    ours = weights + batch * (retained * model.token_bytes(head_dim) + records)
+    return (weights + batch * context * model.token_bytes(head_dim)) / ours
+
+
+def cells(head_dim: int, quick: bool) -> tuple[list[list[int]], list[list[int]]]:
+    """(context, batch) that fit the pool of stock, and those that do not."""
+    contexts, batches = ((2048, 8192), (1, 8)) if quick else ((2048, 8192, 32768), (1, 8, 32))
+    every = [[c, b] for c in contexts for b in batches]
+    fits = [c * b * model.token_bytes(head_dim) < POOL_GIB * 2**30 * 0.95 for c, b in every]
+    return [x for x, ok in zip(every, fits, strict=True) if ok], [
+        x for x, ok in zip(every, fits, strict=True) if not ok
+    ]
+
+
+def decode(folder: Path, head_dim: int, quick: bool, bar: tqdm) -> list[dict[str, Any]]:
+    path = model.make(folder, head_dim)
+    wanted, skipped = cells(head_dim, quick)
+    seconds: dict[str, list[list[float]]] = {"stock": [], "momentkv": []}
+    for _ in range(1 if quick else 2):
+        for name, eviction in (("stock", None), ("momentkv", EVICTION)):
+            seconds[name].append([r["seconds"] for r in measure(path, eviction, "decode", cells=wanted)])
+            bar.update()
+    rows = []
+    for i, (context, batch) in enumerate(wanted):
+        stock, ours = (statistics.median(run[i] for run in seconds[name]) for name in ("stock", "momentkv"))
+        bound = bytes_bound(head_dim, context, batch)
+        rows.append(
+            {
+                "head_dim": head_dim, "context": context, "batch": batch,
+                "stock_tokens_per_second": batch / stock, "tokens_per_second": batch / ours,
+                "speedup": stock / ours, "bytes_bound": bound, "of_bound": stock / ours / bound,
+                "kv_bytes_to_stock": min(1.0, BUDGET / context),
+            }
+        )  # fmt: skip
+    return rows + [
+        {"head_dim": head_dim, "context": c, "batch": b, "skipped": "stock's KV exceeds the pool"} for c, b in skipped
+    ]
+
+
+def first_token(folder: Path, quick: bool, bar: tqdm) -> list[dict[str, Any]]:
+    path, contexts = model.make(folder, 128), [2048] if quick else [2048, 8192]
+    times: dict[str, list] = {"stock": [], "momentkv": []}
+    for _ in range(1 if quick else 2):
+        for name, eviction in (("stock", None), ("momentkv", EVICTION)):
+            times[name].append(
+                [r["seconds"] for r in measure(path, eviction, "ttft", cells=[[c, 1] for c in contexts])]
+            )
+            bar.update()
+    medians = {name: [statistics.median(t) for t in zip(*runs, strict=True)] for name, runs in times.items()}
+    return [
+        {"context": c, "ttft_to_stock": ours / stock}
+        for c, stock, ours in zip(contexts, medians["stock"], medians["momentkv"], strict=True)
+    ]
+
+
+def overhead(folder: Path, quick: bool, bar: tqdm) -> dict[str, float]:
+    """Decode speed relative to vLLM without this package: eviction off, and contexts below the budget."""
+    path, cell = model.make(folder, 128), [[1024, 8], [1500, 8]]
+    kinds = {"none": (None, ""), "off": (None, None), "under": (UNDER_BUDGET, None)}
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(2 if quick else 5):
+        for name, (eviction, plugins) in kinds.items():
+            runs = measure(path, eviction, "decode", plugins, cells=cell)
+            seconds[name].append(sum(r["seconds"] for r in runs))
+            bar.update()
+    base = seconds["none"]
+    ratios = {n: statistics.median(b / s for b, s in zip(base, seconds[n], strict=True)) for n in ("off", "under")}
+    spread = (max(base) - min(base)) / statistics.median(base)
+    return {"off_to_stock": ratios["off"], "under_budget_to_stock": ratios["under"], "spread_of_stock": spread}
+
+
+def pool(folder: Path, bar: tqdm) -> dict[str, Any]:
+    """Sequences that run at a time in a fixed pool, against what the page arithmetic gives."""
+    path = model.make(folder, 64)
+    stock = measure(path, None, "pool", page_size=STOCK_PAGE)[0]
+    bar.update()
+    eviction = {"policy": "momentkv", "budget_tokens": POOL_BUDGET}
+    ours = measure(path, eviction, "pool", page_size=OUR_PAGE)[0]
+    bar.update()
+    # A stock sequence grows from its prompt to its end: while others wait it holds the mean of both.
+    stock_tokens = POOL_PROMPT + POOL_NEW / 2 + STOCK_PAGE / 2
+    plan = schedule(POOL_BUDGET, 64)
+    our_tokens = POOL_BUDGET - plan.retire_tokens / 2 + OUR_PAGE / 2
+    arithmetic = stock_tokens / our_tokens
+    ratio = ours["running"] / stock["running"]
+    return {
+        "pool_tokens": POOL_TOKENS, "stock": stock, "momentkv": ours,
+        "ratio": ratio, "arithmetic": arithmetic, "of_arithmetic": ratio / arithmetic,
+    }  # fmt: skip
+
+
+def plot(path: Path, rows: list[dict[str, Any]]) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    for axis, head_dim in zip(axes, (64, 128), strict=True):
+        for batch in sorted({r["batch"] for r in rows}):
+            part = [r for r in rows if r["batch"] == batch and r["head_dim"] == head_dim and "speedup" in r]
+            line = axis.plot([r["context"] for r in part], [r["speedup"] for r in part], "o-", label=f"batch {batch}")
+            color = line[0].get_color()
+            axis.plot([r["context"] for r in part], [r["bytes_bound"] for r in part], "--", color=color)
+        axis.set(xscale="log", yscale="log", xlabel="context", title=f"head_dim {head_dim}, budget {BUDGET}")
+        axis.set_xticks([2048, 8192, 32768], ["2K", "8K", "32K"])
+        axis.legend(fontsize=8)
+    axes[0].set_ylabel("decode tokens/s over stock (dashed: bytes bound)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def targets(rows: list[dict], overheads: dict[str, float], pools: dict[str, Any]) -> list[dict[str, Any]]:
+    found = []
+    for context in (8192, 32768):
+        shares = [r["of_bound"] for r in rows if r["context"] == context and "of_bound" in r]
+        if shares:
+            found.append(report.target(f"worst decode speed-up / bytes bound at {context // 1024}K", min(shares), 0.9))
+    return [
+        *found,
+        report.target("eviction off / stock", overheads["off_to_stock"], 0.99),
+        report.target("context under the budget / stock", overheads["under_budget_to_stock"], 0.99),
+        report.target("concurrency / page arithmetic", pools["of_arithmetic"], 0.95),
+    ]
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--quick", action="store_true", help="small cells, one repeat")
+    quick = options.parse_args().quick
+    with tempfile.TemporaryDirectory() as temporary, tqdm(total=14 if quick else 29, desc="engines") as bar:
+        folder = Path(temporary)
+        rows = [r for head_dim in (64, 128) for r in decode(folder, head_dim, quick, bar)]
+        ttft = first_token(folder, quick, bar)
+        overheads = overhead(folder, quick, bar)
+        pools = pool(folder, bar)
+    done = [r for r in rows if "speedup" in r]
+    columns = ["head_dim", "context", "batch", "speedup", "bytes_bound", "of_bound", "kv_bytes_to_stock"]
+    print(report.table([columns, *([r[c] for c in columns] for r in done)]), "\n")
+    print(report.table([["context", "time to first token / stock"], *(list(t.values()) for t in ttft)]), "\n")
+    keys = ["ratio", "arithmetic", "of_arithmetic"]
+    preempted = [pools["stock"]["preemptions"], pools["momentkv"]["preemptions"]]
+    print(
+        report.table(
+            [
+                ["sequences in a fixed pool, ratio", "by pages", "share", "preemptions stock", "momentkv"],
+                [*(pools[k] for k in keys), *preempted],
+            ]
+        )
+    )
+    results = {"decode": rows, "ttft": ttft, "overhead": overheads, "pool": pools, "quick": quick}
+    if not quick:
+        plot(report.RESULTS / "serving.png", rows)
+    report.write("serving_quick" if quick else "serving", results, targets(rows, overheads, pools))
+
+
+if __name__ == "__main__":
+    main()
