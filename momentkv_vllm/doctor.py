@@ -24,6 +24,7 @@ def examine() -> dict[str, Any]:
         "tested_vllm": list(TESTED_VLLM),
         "device": _device(),
         "kernel_families": _families(problems),
+        "kernels": _chosen(),
         "problems": problems,
     }
     if installed_vllm() not in TESTED_VLLM:
@@ -47,6 +48,7 @@ def as_text(report: dict[str, Any]) -> str:
     lines.append("kernel families:")
     for family, objections in report["kernel_families"].items():
         lines.append(f"  {family:18} {'works' if not objections else 'no: ' + '; '.join(objections)}")
+    lines.append(f"  {'auto takes':18} {report['kernels']}")
     lines += [f"PROBLEM: {p}" for p in report["problems"]] or ["eviction can run here"]
     return "\n".join(lines)
 
@@ -78,6 +80,16 @@ def _families(problems: list[str]) -> dict[str, list[str]]:
     if all(found.values()):
         problems.append("no kernel family works here")
     return found
+
+
+def _chosen() -> str:
+    """The family that `auto` takes here."""
+    try:
+        from momentkv_vllm.kernels.dispatch import describe, select
+
+        return describe(select())
+    except (ImportError, ValueError) as error:
+        return f"none: {error}"
 
 
 def _check_plugin(problems: list[str]) -> None:

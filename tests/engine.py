@@ -10,7 +10,7 @@ from vllm import EngineArgs, LLMEngine, SamplingParams
 
 EVICTION_KEYS = (
     "policy", "budget_tokens", "window_tokens", "sink_tokens", "prefill", "correction", "moment_dtype",
-    "observation_tokens", "retire_tokens",
+    "observation_tokens", "retire_tokens", "kernels",
 )  # fmt: skip
 
 

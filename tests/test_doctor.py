@@ -18,7 +18,8 @@ def test_everything_works_here(tmp_path):
     done = doctor(tmp_path)
     report = json.loads(done.stdout)
     assert done.returncode == 0 and report["problems"] == []
-    assert report["kernel_families"]["reference"] == []
+    assert report["kernel_families"] == {"cpu": [], "reference": []}
+    assert report["kernels"] in ("cpu (avx512)", "cpu (avx2)", "cpu (generic)")
     assert report["packages"]["vllm"] == "0.32.0+cpu"
 
 
@@ -26,6 +27,12 @@ def test_a_plugin_that_vllm_would_not_load_is_a_problem(tmp_path):
     done = doctor(tmp_path, VLLM_PLUGINS="other")
     assert done.returncode == 1
     assert "VLLM_PLUGINS='other'" in json.loads(done.stdout)["problems"][0]
+
+
+def test_an_unknown_instruction_set_is_an_objection(tmp_path):
+    report = json.loads(doctor(tmp_path, MOMENTKV_CPU_ISA="sse9").stdout)
+    assert "MOMENTKV_CPU_ISA=sse9" in report["kernel_families"]["cpu"][0]
+    assert report["kernels"] == "reference"
 
 
 def test_triton_kernels_live_inside_the_package(tmp_path):

@@ -105,6 +105,16 @@ def test_preemption_gives_the_same_tokens(engine, models):
     assert preempted, "the pool was meant to be too small"
 
 
+@pytest.mark.parametrize("policy", ["momentkv", "paper", "streamingllm"])
+def test_kernel_families_give_the_same_tokens(engine, policy):
+    prompts = [random_prompt(n) for n in (40, 300, 700)]
+    runs = {}
+    for kernels in ("cpu", "reference"):
+        e = engine(policy=policy, budget_tokens=128, block_size=16, kernels=kernels)
+        runs[kernels] = e.generate(prompts, 40)
+    assert runs["cpu"] == runs["reference"]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(
     ("head_dim", "heads", "kv_heads"), [(32, 4, 4), (64, 4, 1), (80, 4, 2), (128, 2, 1), (256, 2, 2)]

@@ -2,6 +2,9 @@
 and each family against the reference on odd sizes, with everything that must not be read poisoned by NaN."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -381,3 +384,43 @@ def test_observe_sums_the_attention_of_observed_queries(kernels):
     )
     assert torch.equal(mass[0], torch.full((HEADS, page_size), 7.0)), "pages of others are not touched"
     assert mass[1, :, -1].gt(0).all()
+
+
+@pytest.mark.parametrize("isa", ["avx2", "generic"])
+def test_the_other_instruction_sets(isa):
+    """The same cases in a process that may not use the best one."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        "cpu and not instruction_sets",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"MOMENTKV_CPU_ISA": isa})
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+
+
+def test_operators_check_what_they_are_given():
+    """A wrong tensor is an error that names it, never memory of someone else."""
+    cpu = dispatch.select("cpu")
+    cache, work, query = serving_batch(torch.bfloat16, 64, "bfloat16", "first", 4)
+    output = torch.empty_like(query)
+    with pytest.raises(RuntimeError, match="output"):
+        cpu.attend(cache, query, output[:, :4], None, work, 0.1, True)
+    with pytest.raises(RuntimeError, match="query"):
+        cpu.attend(cache, query.float(), output.float(), None, work, 0.1, True)
+    work.last[3] = 10_000
+    with pytest.raises(RuntimeError, match="row 3 sees more slots"):
+        cpu.attend(cache, query, output, None, work, 0.1, True)
+
+
+def test_a_named_family_never_falls_back(monkeypatch):
+    monkeypatch.setattr(dispatch.select("cpu"), "objections", lambda: ["no compiler"])
+    assert dispatch.select("auto") is reference
+    with pytest.raises(ValueError, match="'cpu' cannot run here: no compiler"):
+        dispatch.select("cpu")

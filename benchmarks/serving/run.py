@@ -118,7 +118,7 @@ def overhead(folder: Path, quick: bool, bar: tqdm) -> dict[str, float]:
     path, cell = model.make(folder, 128), [[1024, 8], [1500, 8]]
     kinds = {"none": (None, ""), "off": (None, None), "under": (UNDER_BUDGET, None)}
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
-    for _ in range(2 if quick else 5):
+    for _ in range(2 if quick else 4):
         for name, (eviction, plugins) in kinds.items():
             runs = measure(path, eviction, "decode", plugins, cells=cell)
             seconds[name].append(sum(r["seconds"] for r in runs))
@@ -183,7 +183,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--quick", action="store_true", help="small cells, one repeat")
     quick = options.parse_args().quick
-    with tempfile.TemporaryDirectory() as temporary, tqdm(total=14 if quick else 29, desc="engines") as bar:
+    with tempfile.TemporaryDirectory() as temporary, tqdm(total=14 if quick else 26, desc="engines") as bar:
         folder = Path(temporary)
         rows = [r for head_dim in (64, 128) for r in decode(folder, head_dim, quick, bar)]
         ttft = first_token(folder, quick, bar)

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata, MultipleOf
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -26,6 +27,8 @@ from momentkv_vllm.kernels import dispatch
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.worklists import AttendWork
 from momentkv_vllm.policies import POLICIES
+
+logger = init_logger(__name__)
 
 
 @dataclass
@@ -93,6 +96,9 @@ class MomentKVMetadataBuilder(CPUAttentionMetadataBuilder):
             self.isa = "vec"
             self._set_isa_to_layers(layer_names)
         check_cache_layout(self.isa, kv_cache_spec)
+        logger.info_once(
+            "--kv-eviction %s: kernels %s", config.policy, dispatch.describe(dispatch.select(config.kernels))
+        )
         self.work = WorkBuilder(kv_cache_spec.schedule, config, POLICIES[config.policy].needs_attention)
         if config.prefill == "full":
             # Makes the runner hand prompt lengths to builders (CommonAttentionMetadata.rswa_prefix_lens), the only field

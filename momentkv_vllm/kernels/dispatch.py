@@ -23,6 +23,12 @@ class Family:
         return self.module.objections()
 
 
+def describe(module: ModuleType) -> str:
+    """Name of a family for a log line, with the instruction set where it has one."""
+    name = next(name for name, known in _FAMILIES.items() if known is module)
+    return f"{name} ({module.isa()})" if hasattr(module, "isa") else name
+
+
 def families() -> list[Family]:
     """All families, preferred first."""
     return [Family(name, module) for name, module in _FAMILIES.items()]

@@ -28,6 +28,7 @@ def refuse_unsupported(vllm_config: "VllmConfig", config: EvictionConfig) -> Non
     for what, present in _objections(vllm_config).items():
         if present:
             raise ValueError(f"--kv-eviction {config.policy} does not support {what}: {WAY_OUT}")
+    _refuse_kernels(config)
     _refuse_page_size(vllm_config)
     _refuse_budget(vllm_config, config)
 
@@ -60,6 +61,12 @@ def _objections(vllm_config: "VllmConfig") -> dict[str, object]:
         and attention.name != "CPU_ATTN",
         "disabled chunked prefill (--no-enable-chunked-prefill)": not vllm_config.scheduler_config.enable_chunked_prefill,
     }
+
+
+def _refuse_kernels(config: EvictionConfig) -> None:
+    from momentkv_vllm.kernels import dispatch
+
+    dispatch.select(config.kernels)
 
 
 def _refuse_page_size(vllm_config: "VllmConfig") -> None:
