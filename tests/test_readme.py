@@ -47,3 +47,16 @@ def test_measured_figures_are_those_of_the_committed_results():
     for row in want:
         text = [f"{c:.3f}" if isinstance(c, float) else str(c) for c in row]
         assert "| " + " | ".join(text) + " |" in README, row
+
+
+def test_speed_figures_are_those_of_the_committed_results():
+    kernels = json.loads((ROOT / "benchmarks/results/kernels.json").read_text())["results"]
+    serving = json.loads((ROOT / "benchmarks/results/serving.json").read_text())["results"]
+    want = [[a["shape"], a["attend_to_vllm"], a["corrected_to_attend"]] for a in kernels["attend"]]
+    columns = ("head_dim", "context", "batch", "speedup", "bytes_bound")
+    want += [[r[c] for c in columns] for r in serving["decode"] if "speedup" in r]
+    for row in want:
+        text = [f"{c:.2f}" if isinstance(c, float) else str(c) for c in row]
+        assert "| " + " | ".join(text) + " |" in README, row
+    pool, overhead = serving["pool"], serving["overhead"]
+    assert f"{pool['ratio']:.2f}x as many sequences" in README and f"{overhead['off_to_stock']:.3f} with" in README
