@@ -1,6 +1,6 @@
 """One vLLM engine in a process of its own; prints one JSON line for each cell.
 
-    python -m serving.measure '{"model": PATH, "eviction": {...} or null, "kind": "decode", "cells": [[context, batch], ...]}'
+    python -m serving.measure '{"model": PATH, "eviction": {...} or null, "kind": "decode", "steps": 24, "cells": [[8192, 32]]}'
 
 "decode": seconds of a decode step with every sequence decoding. Contexts of up to 32K cannot be read for real on two cores,
 so steps that read prompts skip the model and the cache is filled with random numbers beforehand: vLLM's scheduler, pages,
@@ -21,7 +21,6 @@ os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 
 from vllm import EngineArgs, LLMEngine, SamplingParams  # noqa: E402  after the environment is set
 
-STEPS = 24
 CHUNK = {"decode": 8192, "ttft": 2048, "pool": 512}
 POOL_TOKENS, POOL_PROMPT, POOL_NEW, POOL_REQUESTS = 16384, 2048, 256, 96
 
@@ -64,7 +63,7 @@ class Engine:
         self.llm.add_request(str(self.number), {"prompt_token_ids": prompt}, sampling)
         self.number += 1
 
-    def decode_seconds(self, context: int, batch: int) -> float:
+    def decode_seconds(self, context: int, batch: int, steps: int) -> float:
         """Median seconds of a step in which all `batch` sequences decode."""
         self.finish()
         for _ in range(batch):
@@ -73,7 +72,7 @@ class Engine:
         while len(decoding) < batch:
             decoding |= {o.request_id for o in self.llm.step() if o.outputs[0].token_ids}
         times = []
-        for _ in range(STEPS):
+        for _ in range(steps):
             start = time.perf_counter()
             outputs = self.llm.step()
             times.append(time.perf_counter() - start)
@@ -123,7 +122,7 @@ def main(task: dict) -> None:
         print("RESULT", json.dumps(measure_pool(engine)), flush=True)
     for context, batch in cells:
         if kind == "decode":
-            seconds = engine.decode_seconds(context, batch)
+            seconds = engine.decode_seconds(context, batch, task["steps"])
         else:
             engine.ttft_seconds(256)
             seconds = engine.ttft_seconds(context)

@@ -1,7 +1,7 @@
 """`make bench-serving`: stock vLLM against momentkv on one machine in one run. About 15 minutes; `--quick` about 4.
 
 Beside every speed-up stands its bytes bound: weights plus KV that a stock decode step reads, over weights plus retained KV and
-records. Stock and momentkv take turns, each engine in a process of its own.
+records. Stock and momentkv take turns, each engine in a process of its own. `--only SECTION` measures one section again.
 """
 
 import argparse
@@ -30,6 +30,7 @@ import matplotlib.pyplot as plt  # noqa: E402  after the backend is chosen
 BUDGET, POOL_BUDGET, STOCK_PAGE, OUR_PAGE = 1024, 512, 128, 16
 POOL_GIB = 9
 EVICTION = {"policy": "momentkv", "budget_tokens": BUDGET}
+STEPS, LONG_STEPS = 24, 250
 UNDER_BUDGET = {"policy": "momentkv", "budget_tokens": 2048}
 
 
@@ -78,7 +79,7 @@ def decode(folder: Path, head_dim: int, quick: bool, bar: tqdm) -> list[dict[str
     seconds: dict[str, list[list[float]]] = {"stock": [], "momentkv": []}
     for _ in range(1 if quick else 2):
         for name, eviction in (("stock", None), ("momentkv", EVICTION)):
-            seconds[name].append([r["seconds"] for r in measure(path, eviction, "decode", cells=wanted)])
+            seconds[name].append([r["seconds"] for r in measure(path, eviction, "decode", cells=wanted, steps=STEPS)])
             bar.update()
     rows = []
     for i, (context, batch) in enumerate(wanted):
@@ -115,12 +116,12 @@ def first_token(folder: Path, quick: bool, bar: tqdm) -> list[dict[str, Any]]:
 
 def overhead(folder: Path, quick: bool, bar: tqdm) -> dict[str, float]:
     """Decode speed relative to vLLM without this package: eviction off, and contexts below the budget."""
-    path, cell = model.make(folder, 128), [[1024, 8], [1500, 8]]
+    path, cell = model.make(folder, 128), [[1024, 8]]
     kinds = {"none": (None, ""), "off": (None, None), "under": (UNDER_BUDGET, None)}
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(2 if quick else 4):
         for name, (eviction, plugins) in kinds.items():
-            runs = measure(path, eviction, "decode", plugins, cells=cell)
+            runs = measure(path, eviction, "decode", plugins, cells=cell, steps=LONG_STEPS)
             seconds[name].append(sum(r["seconds"] for r in runs))
             bar.update()
     base = seconds["none"]
@@ -179,34 +180,66 @@ def targets(rows: list[dict], overheads: dict[str, float], pools: dict[str, Any]
     ]
 
 
+def bare_step(folder: Path, bar: tqdm) -> list[dict[str, Any]]:
+    """A stock decode step with next to no context, relative to that of batch 1, which reads the same weights.
+
+    Where it is longer, matrix products are arithmetic, not bytes, and no KV cache can reach the bytes bound.
+    """
+    rows = []
+    for head_dim in (64, 128):
+        cell = [[64, batch] for batch in (1, 8, 32)]
+        steps = measure(model.make(folder, head_dim), None, "decode", cells=cell, steps=100)
+        rows += [
+            {"head_dim": head_dim, "batch": r["batch"], "to_batch_1": r["seconds"] / steps[0]["seconds"]} for r in steps
+        ]
+        bar.update()
+    return rows
+
+
+SECTIONS = {
+    "decode": lambda folder, quick, bar: [r for d in (64, 128) for r in decode(folder, d, quick, bar)],
+    "bare_step": lambda folder, quick, bar: bare_step(folder, bar),
+    "ttft": first_token,
+    "overhead": overhead,
+    "pool": lambda folder, quick, bar: pool(folder, bar),
+}
+
+
+def show(results: dict[str, Any]) -> None:
+    done = [r for r in results["decode"] if "speedup" in r]
+    columns = ["head_dim", "context", "batch", "speedup", "bytes_bound", "of_bound", "kv_bytes_to_stock"]
+    print(report.table([columns, *([r[c] for c in columns] for r in done)]), "\n")
+    bare = [["head_dim", "batch", "step without context / batch 1"], *(list(r.values()) for r in results["bare_step"])]
+    print(report.table(bare), "\n")
+    ttft = [["context", "time to first token / stock"], *(list(t.values()) for t in results["ttft"])]
+    print(report.table(ttft), "\n")
+    pools = results["pool"]
+    figures = [*(pools[k] for k in ("ratio", "arithmetic", "of_arithmetic"))]
+    preemptions = [pools["stock"]["preemptions"], pools["momentkv"]["preemptions"]]
+    heading = ["sequences in a fixed pool, ratio", "by pages", "share", "preemptions stock", "momentkv"]
+    print(report.table([heading, [*figures, *preemptions]]))
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--quick", action="store_true", help="small cells, one repeat")
-    quick = options.parse_args().quick
-    with tempfile.TemporaryDirectory() as temporary, tqdm(total=14 if quick else 26, desc="engines") as bar:
-        folder = Path(temporary)
-        rows = [r for head_dim in (64, 128) for r in decode(folder, head_dim, quick, bar)]
-        ttft = first_token(folder, quick, bar)
-        overheads = overhead(folder, quick, bar)
-        pools = pool(folder, bar)
-    done = [r for r in rows if "speedup" in r]
-    columns = ["head_dim", "context", "batch", "speedup", "bytes_bound", "of_bound", "kv_bytes_to_stock"]
-    print(report.table([columns, *([r[c] for c in columns] for r in done)]), "\n")
-    print(report.table([["context", "time to first token / stock"], *(list(t.values()) for t in ttft)]), "\n")
-    keys = ["ratio", "arithmetic", "of_arithmetic"]
-    preempted = [pools["stock"]["preemptions"], pools["momentkv"]["preemptions"]]
-    print(
-        report.table(
-            [
-                ["sequences in a fixed pool, ratio", "by pages", "share", "preemptions stock", "momentkv"],
-                [*(pools[k] for k in keys), *preempted],
-            ]
-        )
-    )
-    results = {"decode": rows, "ttft": ttft, "overhead": overheads, "pool": pools, "quick": quick}
-    if not quick:
-        plot(report.RESULTS / "serving.png", rows)
-    report.write("serving_quick" if quick else "serving", results, targets(rows, overheads, pools))
+    options.add_argument("--only", choices=SECTIONS, help="measure one section again, keep the others")
+    arguments = options.parse_args()
+    name = "serving_quick" if arguments.quick else "serving"
+    results: dict[str, Any] = {}
+    if arguments.only:
+        results = json.loads((report.RESULTS / f"{name}.json").read_text())["results"]
+    wanted = [arguments.only] if arguments.only else list(SECTIONS)
+    with tempfile.TemporaryDirectory() as folder, tqdm(desc="engines") as bar:
+        for section in wanted:
+            bar.set_postfix_str(section)
+            results[section] = SECTIONS[section](Path(folder), arguments.quick, bar)
+    if set(SECTIONS) <= set(results):
+        show(results)
+        if not arguments.quick:
+            plot(report.RESULTS / "serving.png", results["decode"])
+    limits = targets(results["decode"], results["overhead"], results["pool"])
+    report.write(name, results, limits)
 
 
 if __name__ == "__main__":
