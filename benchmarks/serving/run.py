@@ -36,7 +36,13 @@ UNDER_BUDGET = {"policy": "momentkv", "budget_tokens": 2048}
 
 def measure(path: Path, eviction: dict | None, kind: str, plugins: str | None = None, **task: Any) -> list[dict]:
     """Results of one engine process. `plugins` "" keeps vLLM from loading us at all."""
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": str(POOL_GIB), "PYTHONPATH": str(Path(__file__).parents[1])}
+    # All cores: vLLM's automatic binding leaves one out.
+    every_core = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{os.cpu_count() - 1}"}
+    environment = (
+        os.environ
+        | every_core
+        | {"VLLM_CPU_KVCACHE_SPACE": str(POOL_GIB), "PYTHONPATH": str(Path(__file__).parents[1])}
+    )
     if plugins is not None:
         environment["VLLM_PLUGINS"] = plugins
     job = json.dumps({"model": str(path), "eviction": eviction, "kind": kind, **task})
