@@ -389,17 +389,9 @@ def test_observe_sums_the_attention_of_observed_queries(kernels):
 @pytest.mark.parametrize("isa", ["avx2", "generic"])
 def test_the_other_instruction_sets(isa):
     """The same cases in a process that may not use the best one."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-        "-k",
-        "cpu and not instruction_sets",
-    ]
+    # -P: the installed package, not the folder that the tests run in.
+    pytest_ = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command = [*pytest_, __file__, "-k", "cpu and not instruction_sets"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"MOMENTKV_CPU_ISA": isa})
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout

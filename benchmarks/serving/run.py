@@ -34,14 +34,14 @@ STEPS, LONG_STEPS = 24, 250
 UNDER_BUDGET = {"policy": "momentkv", "budget_tokens": 2048}
 
 
-def measure(path: Path, eviction: dict | None, kind: str, plugins: str | None = None, **task: Any) -> list[dict]:
+def measure(
+    path: Path, eviction: dict | None, kind: str, plugins: str | None = None, gib: int = POOL_GIB, **task: Any
+) -> list[dict]:
     """Results of one engine process. `plugins` "" keeps vLLM from loading us at all."""
     # All cores: vLLM's automatic binding leaves one out.
     every_core = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{os.cpu_count() - 1}"}
     environment = (
-        os.environ
-        | every_core
-        | {"VLLM_CPU_KVCACHE_SPACE": str(POOL_GIB), "PYTHONPATH": str(Path(__file__).parents[1])}
+        os.environ | every_core | {"VLLM_CPU_KVCACHE_SPACE": str(gib), "PYTHONPATH": str(Path(__file__).parents[1])}
     )
     if plugins is not None:
         environment["VLLM_PLUGINS"] = plugins
@@ -127,7 +127,7 @@ def overhead(folder: Path, quick: bool, bar: tqdm) -> dict[str, float]:
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(2 if quick else 4):
         for name, (eviction, plugins) in kinds.items():
-            runs = measure(path, eviction, "decode", plugins, cells=cell, steps=LONG_STEPS)
+            runs = measure(path, eviction, "decode", plugins, gib=1, cells=cell, steps=LONG_STEPS)
             seconds[name].append(sum(r["seconds"] for r in runs))
             bar.update()
     base = seconds["none"]
@@ -194,7 +194,7 @@ def bare_step(folder: Path, bar: tqdm) -> list[dict[str, Any]]:
     rows = []
     for head_dim in (64, 128):
         cell = [[64, batch] for batch in (1, 8, 32)]
-        steps = measure(model.make(folder, head_dim), None, "decode", cells=cell, steps=100)
+        steps = measure(model.make(folder, head_dim), None, "decode", gib=1, cells=cell, steps=100)
         rows += [
             {"head_dim": head_dim, "batch": r["batch"], "to_batch_1": r["seconds"] / steps[0]["seconds"]} for r in steps
         ]
