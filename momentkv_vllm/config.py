@@ -21,7 +21,14 @@ POLICY_DEFAULTS: dict[str, dict[str, Any]] = {
     "momentkv": {},
     # arXiv 2606.01563, section "Protocol": evict after the prompt, one sink, the last 32 queries observed.
     "paper": {"prefill": "full", "sink_tokens": 1, "observation_tokens": 32},
+    # The baselines as published: no correction unless the user asks for one.
     "streamingllm": {"correction": "off"},
+    "random": {"correction": "off"},
+    "knorm": {"correction": "off"},
+    "keydiff": {"correction": "off"},
+    "h2o": {"correction": "off"},
+    "tova": {"correction": "off", "observation_tokens": 1},
+    "snapkv": {"correction": "off", "prefill": "full", "observation_tokens": 32},
 }
 
 
@@ -38,7 +45,7 @@ class EvictionConfig:
             "full" attends the whole prompt exactly and evicts at its end (needs memory for the whole prompt).
         correction: order of the closed form added for the evicted attention mass ("off", "zeroth", "first").
         moment_dtype: storage type of the value-key covariance; means are always float32, all arithmetic is float32.
-        observation_tokens: queries before an eviction whose attention a policy may use (only `paper` does).
+        observation_tokens: queries before an eviction whose attention a policy may use (`paper`, `snapkv`, `tova`).
         retire_tokens: tokens between two evictions, rounded up to whole pages; 0 means 1/32 of the budget (one page at least).
         kernels: kernel family ("auto" takes the fastest that works here; a named one never falls back).
     """

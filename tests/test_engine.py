@@ -3,6 +3,8 @@
 import pytest
 from engine import random_prompt
 
+from momentkv_vllm.policies import POLICIES
+
 pytestmark = pytest.mark.engine
 
 EVICT = {"policy": "momentkv", "budget_tokens": 256}
@@ -53,8 +55,10 @@ def test_prompt_longer_than_the_whole_pool(engine):
     assert e.peak_pages["r0"] <= 32
 
 
-@pytest.mark.parametrize("policy", ["momentkv", "paper", "streamingllm"])
-@pytest.mark.parametrize("prefill", ["chunked", "full"])
+@pytest.mark.parametrize(
+    ("policy", "prefill"),
+    [*((p, "chunked") for p in POLICIES), ("momentkv", "full"), ("paper", "full"), ("snapkv", "full"), ("h2o", "full")],
+)
 def test_tokens_do_not_depend_on_chunk_size_or_batch(engine, models, policy, prefill):
     """The schedule is a pure function of committed tokens: chunks, neighbours and order cannot matter."""
     options = {**EXACT, "policy": policy, "prefill": prefill, "model": models(seed=1)}

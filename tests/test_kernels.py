@@ -319,18 +319,20 @@ def test_consolidation_agrees_with_the_reference(kernels, policy, dtype, head_di
     cache.write_moments(moment_pages[2:], _row(moments.of_tokens(*gone, torch.ones(rows, HEADS, 40), True), 2))
     work = RetireWork(store, retiring, moment_pages, counts)
     twin = CacheView.of_vllm_cpu(cache.kv.clone(), record)
-    reference.consolidate(twin, mass, work, POLICIES[policy](), 4, head_dim**-0.5)
+    twin_mass = None if mass is None else mass.clone()
+    reference.consolidate(twin, twin_mass, work, POLICIES[policy](), 4, head_dim**-0.5)
     kernels.consolidate(cache, mass, work, POLICIES[policy](), 4, head_dim**-0.5)
     for got, want in zip(cache.read_tokens(store), twin.read_tokens(store), strict=True):
         assert torch.equal(got, want), "the same tokens in the same slots"
-    if POLICIES[policy].needs_means or policy == "streamingllm":
-        after = torch.ones(rows)
-        got, want = cache.read_moments(moment_pages, after), twin.read_moments(moment_pages, after)
-        rounding = 2**-7 if moment_dtype == "bfloat16" else 1e-4
-        torch.testing.assert_close(got.mean_key, want.mean_key, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(got.mean_value, want.mean_value, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(got.value_spread, want.value_spread, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(got.covariance, want.covariance, rtol=rounding, atol=1e-4)
+    if mass is not None:
+        assert torch.equal(mass[store], twin_mass[store]), "a token's observed attention moves with it"
+    after = torch.ones(rows)
+    got, want = cache.read_moments(moment_pages, after), twin.read_moments(moment_pages, after)
+    rounding = 2**-7 if moment_dtype == "bfloat16" else 1e-4
+    torch.testing.assert_close(got.mean_key, want.mean_key, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got.mean_value, want.mean_value, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got.value_spread, want.value_spread, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got.covariance, want.covariance, rtol=rounding, atol=1e-4)
 
 
 def _row(m, row):

@@ -200,8 +200,8 @@ void observe(const Tensor& kv, const Tensor& slot_mass, const Tensor& query, con
 }
 
 void consolidate(const Tensor& kv, const Tensor& store_pages, const Tensor& retiring_pages, const Tensor& moment_pages,
-                 const Tensor& count, const OptionalTensor& score, int64_t sink_tokens, bool has_means, bool has_covariance,
-                 at::ScalarType moment_dtype, int64_t covariance_offset) {
+                 const Tensor& count, const OptionalTensor& score, const OptionalTensor& slot_mass, int64_t sink_tokens,
+                 bool has_means, bool has_covariance, at::ScalarType moment_dtype, int64_t covariance_offset) {
   Consolidate c{};
   c.cache = cache_of(kv);
   c.record = record_of(has_means, has_covariance, moment_dtype, covariance_offset);
@@ -215,6 +215,7 @@ void consolidate(const Tensor& kv, const Tensor& store_pages, const Tensor& reti
   c.count = data_of<float>(count, "count", {c.rows});
   const int64_t candidates = (c.store_pages + c.retiring_pages) * c.cache.page_size;
   c.score = data_of<float>(score, "score", {c.rows, c.cache.heads, candidates});
+  c.slot_mass = data_of<float>(slot_mass, "slot_mass", {kv.size(0), c.cache.heads, c.cache.page_size});
   TORCH_CHECK(score || has_means, "the distance score needs the mean key");
   c.sink_tokens = sink_tokens;
   const Kernels& k = kernels();
@@ -239,7 +240,7 @@ TORCH_LIBRARY(momentkv_cpu, m) {
       &momentkv::observe);
   m.def(
       "consolidate(Tensor(a!) kv, Tensor store_pages, Tensor retiring_pages, Tensor moment_pages, Tensor count, "
-      "Tensor? score, int sink_tokens, bool has_means, bool has_covariance, ScalarType moment_dtype, "
+      "Tensor? score, Tensor(b!)? slot_mass, int sink_tokens, bool has_means, bool has_covariance, ScalarType moment_dtype, "
       "int covariance_offset) -> ()",
       &momentkv::consolidate);
   m.def("isa() -> str", &momentkv::isa);

@@ -99,7 +99,7 @@ class MomentKVMetadataBuilder(CPUAttentionMetadataBuilder):
         logger.info_once(
             "--kv-eviction %s: kernels %s", config.policy, dispatch.describe(dispatch.select(config.kernels))
         )
-        self.work = WorkBuilder(kv_cache_spec.schedule, config, POLICIES[config.policy].needs_attention)
+        self.work = WorkBuilder(kv_cache_spec.schedule, config, POLICIES[config.policy])
         if config.prefill == "full":
             # Makes the runner hand prompt lengths to builders (CommonAttentionMetadata.rswa_prefix_lens), the only field
             # that carries them. Nothing else on a CPU worker reads this attribute of this process's config copy.

@@ -14,6 +14,7 @@ import torch
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
 from momentkv_vllm.page_schedule import PageSchedule, cdiv
+from momentkv_vllm.policies import Policy
 
 MAX_SLOTS_PER_WORK = 1 << 16
 """Retained slots that one work list may name: bounds the float32 copies of the reference kernels
@@ -64,10 +65,11 @@ class EvictionMetadata:
 class WorkBuilder:
     """Builds `EvictionMetadata`; pure index arithmetic on the CPU, no model data."""
 
-    def __init__(self, schedule: PageSchedule, config: EvictionConfig, observe: bool) -> None:
+    def __init__(self, schedule: PageSchedule, config: EvictionConfig, policy: type[Policy]) -> None:
         self.schedule = schedule
         self.config = config
-        self.observe = observe
+        self.observe = policy.needs_attention
+        self.observe_all = policy.observes_all_queries
 
     def build(
         self, query_start: list[int], seq_lens: list[int], prompt_lens: list[int], block_table: torch.Tensor
@@ -121,6 +123,8 @@ class WorkBuilder:
         """First observed position before the next event; a huge number when nothing is observed."""
         if not self.observe:
             return 1 << 62
+        if self.observe_all:
+            return 0
         event = self.schedule.next_event(position, prompt)
         return max(event - self.config.observation_tokens, self.schedule.last_event(position, prompt))
 

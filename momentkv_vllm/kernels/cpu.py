@@ -103,6 +103,7 @@ def consolidate(
         work.moment_pages,
         work.count,
         None if score is None else score.contiguous(),
+        slot_mass,
         sink_tokens,
         cache.record.has_means,
         *_covariance(cache),

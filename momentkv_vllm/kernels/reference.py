@@ -123,7 +123,7 @@ def consolidate(
     the earlier candidate stays (store slots come before retiring tokens); a NaN score goes first.
 
     Args:
-        slot_mass: as filled by `observe`; None unless the policy needs it.
+        slot_mass: as filled by `observe`, moved along with the tokens; None unless the policy needs it.
         work: store, retiring and moment pages, and the count before this event.
     """
     tokens = candidates(cache, slot_mass, work, scale)
@@ -141,6 +141,9 @@ def consolidate(
     source = _fill_holes(kept, store_tokens).unsqueeze(-1)
     pick = source.expand(-1, -1, -1, keys.shape[-1])
     cache.write_tokens(work.store_pages, keys.gather(2, pick), values.gather(2, pick))
+    if slot_mass is not None:
+        moved = tokens.attention.gather(2, source.squeeze(-1))
+        slot_mass[work.store_pages] = moved.unflatten(2, (-1, cache.page_size)).permute(0, 2, 1, 3)
 
 
 def candidates(cache: CacheView, slot_mass: torch.Tensor | None, work: RetireWork, scale: float) -> Candidates:

@@ -16,7 +16,7 @@ class Candidates:
     valid:        [rows, tokens] False for padding (rows retire different numbers of tokens).
     store_tokens: how many of the tokens are store slots.
     moments:      the running moments before this event; `moments.count` is 0 for a sequence's first event.
-    attention:    [rows, heads, tokens] attention mass observed over the last queries, None unless `needs_attention`.
+    attention:    [rows, heads, tokens] attention mass observed so far, None unless `needs_attention`.
     scale:        softmax scale of the layer.
     """
 
@@ -37,6 +37,9 @@ class Policy(ABC):
     """The score reads the mean key or value (so a record is kept even with correction off)."""
     needs_covariance: bool = False
     needs_attention: bool = False
+    """The score reads the attention of the last `observation_tokens` queries before the event."""
+    observes_all_queries: bool = False
+    """That attention sums over all queries since the sequence's start instead; it moves with the tokens."""
     is_key_distance: bool = False
     """The score is the distance of a key to the mean evicted key, which kernels may compute in place."""
     keeps_only_sinks: bool = False

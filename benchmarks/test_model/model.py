@@ -1,0 +1,97 @@
+"""A compact Llama for training on a CPU; its parameters carry the Hugging Face names, so saving is a plain state dict."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP = 128, 4, 8, 2, 32, 320
+ROPE_THETA = 10000.0
+
+
+def rope(length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos, sin [length, HEAD_DIM] in Hugging Face's rotate-half convention."""
+    frequency = ROPE_THETA ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+    angle = torch.outer(torch.arange(length), frequency).repeat(1, 2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat([-b, a], -1) * sin
+
+
+class Layer(nn.Module):
+    """One pre-norm block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(HIDDEN, eps=1e-5)
+        self.post_attention_layernorm = nn.RMSNorm(HIDDEN, eps=1e-5)
+        attention = {"q_proj": HEADS, "k_proj": KV_HEADS, "v_proj": KV_HEADS}
+        self.self_attn = nn.ModuleDict({n: nn.Linear(HIDDEN, h * HEAD_DIM, bias=False) for n, h in attention.items()})
+        self.self_attn["o_proj"] = nn.Linear(HEADS * HEAD_DIM, HIDDEN, bias=False)
+        self.mlp = nn.ModuleDict({n: nn.Linear(HIDDEN, MLP, bias=False) for n in ("gate_proj", "up_proj")})
+        self.mlp["down_proj"] = nn.Linear(MLP, HIDDEN, bias=False)
+        nn.init.zeros_(self.self_attn["o_proj"].weight)
+        nn.init.zeros_(self.mlp["down_proj"].weight)
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        h = self.input_layernorm(x)
+        q, k, v = (
+            self.self_attn[n](h).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2) for n in ("q_proj", "k_proj", "v_proj")
+        )
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        # Repeated by hand: with enable_gqa the CPU falls back to materialised logits.
+        k, v = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.self_attn["o_proj"](mixed.transpose(1, 2).flatten(-2))
+        h = self.post_attention_layernorm(x)
+        return x + self.mlp["down_proj"](F.silu(self.mlp["gate_proj"](h)) * self.mlp["up_proj"](h))
+
+
+class Model(nn.Module):
+    """Token ids [batch, length] -> logits [batch, length, vocabulary]."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(vocabulary, HIDDEN)
+        self.layers = nn.ModuleList([Layer() for _ in range(LAYERS)])
+        self.norm = nn.RMSNorm(HIDDEN, eps=1e-5)
+        self.lm_head = nn.Linear(HIDDEN, vocabulary, bias=False)
+        nn.init.normal_(self.embed_tokens.weight, std=0.5)
+        nn.init.zeros_(self.lm_head.weight)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        cos, sin = rope(ids.shape[1])
+        x = self.embed_tokens(ids)
+        for layer in self.layers:
+            x = layer(x, cos, sin)
+        return self.lm_head(self.norm(x))
+
+
+def save_checkpoint(model: Model, folder: Path, context_tokens: int) -> None:
+    """Write an HF LlamaForCausalLM checkpoint in bfloat16."""
+    from test_model.tokenizer import save_tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=model.lm_head.out_features, hidden_size=HIDDEN, intermediate_size=MLP, num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM, rms_norm_eps=1e-5,
+        rope_theta=ROPE_THETA, max_position_embeddings=max(4096, context_tokens), bos_token_id=1, eos_token_id=2,
+        pad_token_id=0, tie_word_embeddings=False,
+    )  # fmt: skip
+    target = LlamaForCausalLM(config)
+    state = {n if n.startswith("lm_head") else f"model.{n}": p for n, p in model.state_dict().items()}
+    target.load_state_dict(state)
+    target.to(torch.bfloat16).save_pretrained(folder)
+    save_tokenizer(folder)
+
+
+def load_checkpoint(model: Model, folder: Path) -> None:
+    """Read back what `save_checkpoint` wrote (bfloat16 weights into the float32 model)."""
+    from safetensors.torch import load_file
+
+    state = load_file(folder / "model.safetensors")
+    model.load_state_dict({name.removeprefix("model."): weight.float() for name, weight in state.items()})

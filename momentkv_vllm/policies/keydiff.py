@@ -1,0 +1,17 @@
+"""KeyDiff (Park et al., arXiv 2504.15364): keep the keys that differ most from the others."""
+
+import torch
+import torch.nn.functional as F
+
+from momentkv_vllm.policies.base import Candidates, Policy
+
+
+class KeyDiff(Policy):
+    """score_j = -cos(k_j, mean of the candidates' normalised keys)."""
+
+    name = "keydiff"
+
+    def score(self, tokens: Candidates) -> torch.Tensor:
+        # Padding is zero and stays zero.
+        anchor = F.normalize(tokens.keys, dim=-1).sum(2, keepdim=True)
+        return -F.cosine_similarity(tokens.keys, anchor, dim=-1)

@@ -1,0 +1,14 @@
+"""L2 norm of the key (Devoto et al., arXiv 2406.11430)."""
+
+import torch
+
+from momentkv_vllm.policies.base import Candidates, Policy
+
+
+class KNorm(Policy):
+    """score_j = -||k_j||: keys of small norm tend to receive much attention."""
+
+    name = "knorm"
+
+    def score(self, tokens: Candidates) -> torch.Tensor:
+        return -tokens.keys.norm(dim=-1)

@@ -1,0 +1,99 @@
+"""What each policy's score says, on cases small enough to know the answer."""
+
+import pytest
+import torch
+
+from momentkv_vllm.kernels import moments
+from momentkv_vllm.policies import POLICIES, Candidates
+
+ROWS, HEADS, TOKENS, DIM = 2, 3, 32, 16
+
+
+def candidates(count=0.0, **changes):
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(ROWS, HEADS, TOKENS, DIM, generator=generator) for _ in range(2))
+    gone = moments.of_tokens(keys.flip(2), values, torch.ones(ROWS, HEADS, TOKENS), True)
+    gone.count = torch.full((ROWS,), count)
+    attention = torch.rand(ROWS, HEADS, TOKENS, generator=generator)
+    given = {"keys": keys, "values": values, "valid": torch.ones(ROWS, TOKENS, dtype=torch.bool), "store_tokens": 16}
+    return Candidates(**{**given, "moments": gone, "attention": attention, "scale": 0.25, **changes})
+
+
+def order(policy, tokens):
+    return POLICIES[policy]().score(tokens).argsort(-1, descending=True)
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("count", [0.0, 100.0])
+def test_scores_are_finite_and_leave_the_candidates_alone(policy, count):
+    tokens = candidates(count)
+    before = [x.clone() for x in (tokens.keys, tokens.values, tokens.attention)]
+    score = POLICIES[policy]().score(tokens)
+    assert score.shape == (ROWS, HEADS, TOKENS) and score.isfinite().all()
+    score.fill_(7.0)  # the caller protects sinks in place
+    for was, now in zip(before, (tokens.keys, tokens.values, tokens.attention), strict=True):
+        assert torch.equal(was, now)
+
+
+@pytest.mark.parametrize("policy", sorted(set(POLICIES) - {"streamingllm", "snapkv", "paper", "random"}))
+def test_a_score_belongs_to_the_token_not_to_its_place(policy):
+    tokens = candidates(100.0)
+    mixed = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(1))
+    moved = candidates(
+        100.0, keys=tokens.keys[:, :, mixed], values=tokens.values[:, :, mixed], attention=tokens.attention[:, :, mixed]
+    )
+    torch.testing.assert_close(POLICIES[policy]().score(moved), POLICIES[policy]().score(tokens)[:, :, mixed])
+
+
+@pytest.mark.parametrize("policy", sorted(p for p, c in POLICIES.items() if not c.needs_attention))
+def test_padding_does_not_change_a_score(policy):
+    tokens = candidates()
+    pad = torch.zeros(ROWS, HEADS, 16, DIM)
+    padded = candidates(
+        keys=torch.cat([tokens.keys, pad], 2), values=torch.cat([tokens.values, pad], 2),
+        valid=torch.cat([tokens.valid, torch.zeros(ROWS, 16, dtype=torch.bool)], 1),
+    )  # fmt: skip
+    torch.testing.assert_close(POLICIES[policy]().score(padded)[..., :TOKENS], POLICIES[policy]().score(tokens))
+
+
+def test_knorm_keeps_short_keys():
+    tokens = candidates()
+    assert torch.equal(order("knorm", tokens), tokens.keys.square().sum(-1).argsort(-1))
+
+
+def test_keydiff_and_momentkv_keep_the_odd_one_out():
+    keys = torch.randn(DIM).expand(ROWS, HEADS, TOKENS, DIM) + 0.01 * torch.randn(ROWS, HEADS, TOKENS, DIM)
+    keys[:, :, 21] *= -1
+    for policy in ("keydiff", "momentkv"):
+        assert (order(policy, candidates(keys=keys))[..., 0] == 21).all(), policy
+
+
+def test_attention_policies_keep_what_was_attended():
+    tokens = candidates(100.0)
+    for policy in ("h2o", "tova", "snapkv"):
+        assert torch.equal(order(policy, tokens), tokens.attention.argsort(-1, descending=True)), policy
+
+
+def test_snapkv_lifts_the_neighbours_of_an_attended_token_at_the_first_event():
+    attention = torch.zeros(ROWS, HEADS, TOKENS)
+    attention[..., 12] = 1.0
+    assert set(order("snapkv", candidates(attention=attention))[0, 0, :5].tolist()) == {10, 11, 12, 13, 14}
+
+
+def test_random_keeps_a_uniform_sample_of_the_past():
+    """The positions that survive 60 events of 16 tokens: as many old as new ones, and every head its own."""
+    heads, store, retire, events = 64, 64, 16, 60
+    held = torch.arange(store).expand(heads, -1)
+    for event in range(events):
+        new = store + retire * event + torch.arange(retire).expand(heads, -1)
+        all_of = torch.cat([held, new], 1)
+        keys = torch.zeros(1, heads, store + retire, DIM)
+        gone = moments.Moments(
+            torch.tensor([float(retire * event)]), keys[:, :, 0], keys[:, :, 0], keys[:, :, 0, 0], None
+        )
+        tokens = candidates(keys=keys, moments=gone, store_tokens=store)
+        held = all_of.gather(1, POLICIES["random"]().score(tokens)[0].topk(store, -1).indices)
+    total = store + retire * events
+    assert abs(held.float().mean() / total - 0.5) < 0.02  # standard error 0.0045
+    assert abs(held.float().std() / total - 12**-0.5) < 0.02
+    assert len({tuple(h) for h in held.tolist()}) == heads
