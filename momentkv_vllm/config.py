@@ -13,7 +13,7 @@ CONFIG_KEY = "kv_eviction"
 
 PREFILL_MODES = ("chunked", "full")
 CORRECTIONS = ("off", "zeroth", "first")
-MOMENT_DTYPES = ("bfloat16", "float32")
+MOMENT_DTYPES = ("int8", "bfloat16", "float32")
 KERNELS = ("auto", "cpu", "reference")
 
 # A policy may need its own protocol: each entry replaces defaults, never what the user has set.
@@ -44,7 +44,8 @@ class EvictionConfig:
         prefill: "chunked" evicts while the prompt is read (memory bounded by the budget plus one scheduler chunk);
             "full" attends the whole prompt exactly and evicts at its end (needs memory for the whole prompt).
         correction: order of the closed form added for the evicted attention mass ("off", "zeroth", "first").
-        moment_dtype: storage type of the value-key covariance; means are always float32, all arithmetic is float32.
+        moment_dtype: storage type of the value-key covariance (int8 with a scale per key dimension); means are always float32,
+            all arithmetic is float32.
         observation_tokens: queries before an eviction whose attention a policy may use (`paper`, `snapkv`, `tova`).
         retire_tokens: tokens between two evictions, rounded up to whole pages; 0 means 1/32 of the budget (one page at least).
         kernels: kernel family ("auto" takes the fastest that works here; a named one never falls back).

@@ -5,8 +5,10 @@ One record per KV head: the head's slices of the M moment pages, read one after 
     mean key     [head_dim] float32
     mean value   [head_dim] float32
     value spread [1]        float32   mean squared distance of the evicted values to their mean (trust region)
+    scales       [head_dim] float32   one per covariance row (only for int8)
     padding                           up to a whole number of covariance rows, so that no row straddles two pages
-    covariance   [head_dim, head_dim] moment_dtype, rows = key dims, columns = value dims (only for order "first")
+    covariance   [head_dim, head_dim] moment_dtype, rows = key dims, columns = value dims (only for order "first");
+                                      int8: a row's numbers times its scale, the largest being 127
 
 The count n is not stored: the page schedule knows it. A record is meaningless, and never read, while n = 0, so a recycled
 page needs no clearing.
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 
 from momentkv_vllm.page_schedule import cdiv
 
-_DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
+_DTYPE_BYTES = {"int8": 1, "bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,15 @@ class RecordLayout:
 
     @property
     def header_bytes(self) -> int:
-        """Means, spread and padding: where the covariance starts."""
+        """Means, spread, scales and padding: where the covariance starts."""
         if not self.has_means:
             return 0
-        return cdiv(4 * (2 * self.head_dim + 1), self._row_bytes) * self._row_bytes
+        scales = self.head_dim if self.has_scales else 0
+        return cdiv(4 * (2 * self.head_dim + 1 + scales), self._row_bytes) * self._row_bytes
+
+    @property
+    def has_scales(self) -> bool:
+        return self.has_covariance and self.moment_dtype == "int8"
 
     @property
     def num_bytes(self) -> int:

@@ -8,6 +8,10 @@ import uuid
 from abc import ABC, abstractmethod
 
 
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
 class Wording(ABC):
     """One language of the tasks. Every method returns text whose pieces are joined by a space.
 
@@ -203,18 +207,20 @@ class Compact(Wording):
 class English(Wording):
     """Plain English for real models; the haystack's text comes from a file if one is given, else from a small grammar."""
 
-    ADJECTIVES = (
+    ADJECTIVES = _words(
         "amber brisk calm dusty eager faint gentle hollow icy jolly keen lively mellow narrow olive patient quiet rusty "
         "silver tender upbeat vivid weary young zesty bright crimson distant early frozen golden humble"
-    ).split()  # noqa: SIM905
-    NOUNS = (
+    )
+    NOUNS = _words(
         "anchor basket candle dolphin engine falcon garden harbor island jacket kettle lantern meadow needle orchard "
         "pencil quarry ribbon saddle temple umbrella village window yacht zebra bridge cabin desert ember forest glacier helmet"
-    ).split()  # noqa: SIM905
-    FIRST = (
+    )
+    FIRST = _words(
         "Ada Boris Clara Dmitri Elena Farid Greta Hugo Ines Jonas Kira Leon Mina Nils Olga Pavel Rosa Sami Tessa Viktor"
-    ).split()  # noqa: SIM905
-    LAST = "Abelson Brandt Castel Dorfman Egger Falk Grunwald Hale Ibarra Jansen Kovac Lund Moreau Novak Okoye Petrov".split()  # noqa: SIM905
+    )
+    LAST = _words(
+        "Abelson Brandt Castel Dorfman Egger Falk Grunwald Hale Ibarra Jansen Kovac Lund Moreau Novak Okoye Petrov"
+    )
     FACTS = {
         "city": ("lives in the city of", "In which city does {} live?"),
         "job": ("earns a living as a", "What does {} do for a living?"),

@@ -123,11 +123,14 @@ inline void attend_tile(const Attend& a, const Tile<T>& tile, const float* query
 
 // step[r][:] = sum over key dimensions i of query[i][r] * covariance[i][:], kWidth vectors of value dimensions at a time.
 template <int Rows, int Width, class C>
-inline void add_covariance_block(C* const* covariance, int64_t d, int64_t dim, const float* query, float* step) {
+inline void add_covariance_block(C* const* covariance, const float* scales, int64_t d, int64_t dim, const float* query,
+                                 float* step) {
   Vec sums[Rows][Width] = {};
   for (int64_t i = 0; i < d; ++i) {
     Vec c[Width];
     for (int w = 0; w < Width; ++w) c[w] = load(covariance[i] + dim + w * kLanes);
+    if constexpr (std::is_same_v<C, Int8>)
+      for (int w = 0; w < Width; ++w) c[w] *= scales[i];
     for (int w = 0; w < Width; w += 2) __builtin_prefetch(covariance[i + 8 < d ? i + 8 : i] + dim + w * kLanes);
     for (int r = 0; r < Rows; ++r)
       for (int w = 0; w < Width; ++w) sums[r][w] += c[w] * query[i * Rows + r];
@@ -143,8 +146,8 @@ inline void add_covariance(const RecordView& record, int64_t d, const float* que
   for (int64_t i = 0; i < d; ++i) rows[i] = record.covariance_row<C>(i);
   int64_t dim = 0;
   for (; dim + kWidth * kLanes <= d; dim += kWidth * kLanes)
-    add_covariance_block<Rows, kWidth>(rows, d, dim, query, step);
-  for (; dim < d; dim += kLanes) add_covariance_block<Rows, 1>(rows, d, dim, query, step);
+    add_covariance_block<Rows, kWidth>(rows, record.scales(), d, dim, query, step);
+  for (; dim < d; dim += kLanes) add_covariance_block<Rows, 1>(rows, record.scales(), d, dim, query, step);
 }
 
 // The first-order partial of the evicted tokens (paper eqs. 9, 11) as one more step of the running softmax.
@@ -233,7 +236,7 @@ void attend_rows(const Attend& a, const AttendItem& item, int first_row, float* 
   }
   if (item.with_record) {
     const RecordView record{a.cache, a.record, a.record_pages + item.row * a.moment_pages, item.head};
-    with_type(a.record.covariance_type, [&](auto c) {
+    with_covariance_type(a.record.covariance_type, [&](auto c) {
       attend_record<Rows, decltype(c)>(a, record, a.count[item.row], packed, logits, run);
     });
   }

@@ -46,9 +46,12 @@ Cache cache_of(const Tensor& kv) {
   return {static_cast<char*>(kv.data_ptr()), type_of(kv.scalar_type(), "kv"), kv.size(1), page_size, head_dim};
 }
 
-// `moment_dtype` bfloat16 or float32; the layout is that of momentkv_vllm/page_layout.py.
+// The layout is that of momentkv_vllm/page_layout.py.
 Record record_of(bool means, bool covariance, at::ScalarType moment_dtype, int64_t covariance_offset) {
-  return {means, covariance, type_of(moment_dtype, "moment_dtype"), covariance_offset};
+  TORCH_CHECK(moment_dtype == at::kChar || moment_dtype == at::kBFloat16 || moment_dtype == at::kFloat, "moment_dtype is ",
+              moment_dtype, "; the CPU kernels know int8, bfloat16 and float32");
+  const Type type = moment_dtype == at::kChar ? Type::kInt8 : type_of(moment_dtype, "moment_dtype");
+  return {means, covariance, type, covariance_offset};
 }
 
 // [tokens, heads, head_dim] with packed heads; returns the distance of two tokens in numbers.

@@ -27,6 +27,7 @@ struct RecordView {
   float* mean_key() const { return reinterpret_cast<float*>(at(0)); }
   float* mean_value() const { return mean_key() + cache.head_dim; }
   float* value_spread() const { return mean_key() + 2 * cache.head_dim; }
+  float* scales() const { return value_spread() + 1; }  // [head_dim] one per covariance row, int8 only
   // Row of the covariance for one key dimension, [head_dim] over the value dimensions.
   template <class C>
   C* covariance_row(int64_t key_dim) const {
@@ -34,7 +35,15 @@ struct RecordView {
   }
 };
 
-// Calls f(T{}) with the C++ type that `type` names.
+// Calls f(C{}) with the type of a record's covariance.
+template <class F>
+inline void with_covariance_type(Type type, F f) {
+  if (type == Type::kInt8) return f(Int8{});
+  if (type == Type::kBFloat16) return f(BFloat16{});
+  f(float{});
+}
+
+// Calls f(T{}) with the C++ type of the cache's numbers.
 template <class F>
 inline void with_type(Type type, F f) {
   if (type == Type::kBFloat16) return f(BFloat16{});

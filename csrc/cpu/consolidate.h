@@ -179,6 +179,23 @@ void fold(const Event& e, const int32_t* losers, Folded& f, float* room) {
   f.value_spread = sum(spread) / float(n);
 }
 
+template <class C>
+void write_row(C* row, const float* values, int64_t d, float*) {
+  for (int64_t dim = 0; dim < d; dim += kLanes) store(row + dim, load(values + dim));
+}
+
+// int8: the row's largest number becomes 127.
+inline void write_row(Int8* row, const float* values, int64_t d, float* scale) {
+  Vec top = {};
+  for (int64_t dim = 0; dim < d; dim += kLanes) {
+    const Vec v = absolute(load(values + dim));
+    top = v > top ? v : top;
+  }
+  *scale = largest(top) / 127;
+  const float inverse = *scale > 0 ? 1 / *scale : 0;
+  for (int64_t dim = 0; dim < d; dim += kLanes) store(row + dim, load(values + dim) * inverse);
+}
+
 // Merges `f` into the record (Chan et al. 1979); an empty record is not read.
 template <class C>
 void merge_into_record(const Event& e, const Folded& f) {
@@ -200,12 +217,15 @@ void merge_into_record(const Event& e, const Folded& f) {
   if (!e.c.record.has_covariance) return;
   for (int64_t i = 0; i < d; ++i) {
     C* row = record.covariance_row<C>(i);
+    const float scale = std::is_same_v<C, Int8> ? record.scales()[i] : 1.0f;
+    float merged[kMaxHeadDim];
     for (int64_t dim = 0; dim < d; dim += kLanes) {
       const Vec gone = load(f.covariance + i * d + dim) * (1 / n);
-      const Vec old = empty ? Vec{} : load(row + dim);
-      const Vec merged = old + (gone - old) * share + load(delta_value + dim) * (between * delta_key[i]);
-      store(row + dim, empty ? gone : merged);
+      const Vec old = empty ? Vec{} : load(row + dim) * scale;
+      const Vec both = old + (gone - old) * share + load(delta_value + dim) * (between * delta_key[i]);
+      store(merged + dim, empty ? gone : both);
     }
+    write_row(row, merged, d, record.scales() + i);
   }
 }
 
@@ -251,5 +271,5 @@ void consolidate(const Consolidate& c, int64_t item, float* scratch) {
     fill_holes<T>(e, losers);
   });
   if (c.record.has_means)
-    with_type(c.record.covariance_type, [&](auto t) { merge_into_record<decltype(t)>(e, f); });
+    with_covariance_type(c.record.covariance_type, [&](auto t) { merge_into_record<decltype(t)>(e, f); });
 }

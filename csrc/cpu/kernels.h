@@ -16,7 +16,10 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
-enum class Type { kFloat32, kBFloat16, kFloat16 };
+struct Int8 {
+  int8_t number;
+};
+enum class Type { kFloat32, kBFloat16, kFloat16, kInt8 };
 
 // A layer's KV cache as vLLM's "vec" CPU attention lays it out: [num_pages, heads, page_size * 2 * head_dim]. A head's part
 // of a page is head_dim x page_size keys (dimension-major), then page_size x head_dim values (token-major).
@@ -29,7 +32,7 @@ struct Cache {
 // Where a moment record's parts lie, in bytes from its start; see momentkv_vllm/page_layout.py.
 struct Record {
   bool has_means, has_covariance;
-  Type covariance_type;
+  Type covariance_type;  // bfloat16, float32, or int8 with a scale per row
   int64_t covariance_offset;
 };
 

@@ -51,6 +51,24 @@ inline Vec load(const Float16* from) {
 #endif
 }
 
+inline Vec load(const Int8* from) {
+#if MOMENTKV_LANES == 16
+  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_raw<__m128i>(from)));
+#elif MOMENTKV_LANES == 8
+  return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = from[i].number;
+  return v;
+#endif
+}
+
+// Numbers in [-127, 127], rounded to nearest even: adding 1.5 * 2^23 leaves the integer in the low bits.
+inline void store(Int8* to, Vec v) {
+  const IntVec rounded = bits_as<IntVec>(v + 12582912.0f);
+  for (int i = 0; i < kLanes; ++i) to[i].number = int8_t(rounded[i]);
+}
+
 inline void store(float* to, Vec v) { __builtin_memcpy(to, &v, sizeof v); }
 
 inline void store(BFloat16* to, Vec v) {
@@ -86,6 +104,8 @@ inline float sum(Vec v) {
   for (int i = 0; i < kLanes; ++i) total += v[i];
   return total;
 }
+
+inline Vec absolute(Vec v) { return bits_as<Vec>(bits_as<BitVec>(v) & 0x7fffffffu); }
 
 inline float largest(Vec v) {
   float top = v[0];

@@ -71,11 +71,13 @@ class CacheView:
         raw = self.raw[pages].permute(0, 2, 1, 3).reshape(rows, heads, -1)
         raw = torch.where((count == 0)[:, None, None], raw.new_zeros(()), raw)
         header_bytes = self.record.header_bytes
-        header = raw[..., : 4 * (2 * d + 1)].contiguous().view(torch.float32)
+        header = raw[..., : header_bytes // 4 * 4].contiguous().view(torch.float32)
         covariance = None
         if self.record.has_covariance:
             stored = raw[..., header_bytes : self.record.num_bytes].contiguous().view(self._covariance_dtype)
             covariance = stored.view(rows, heads, d, d).float()
+        if self.record.has_scales:
+            covariance = covariance * header[..., 2 * d + 1 : 3 * d + 1].unsqueeze(-1)
         return Moments(count, header[..., :d], header[..., d : 2 * d], header[..., 2 * d], covariance)
 
     def write_moments(self, pages: torch.Tensor, moments: Moments) -> None:
@@ -83,11 +85,18 @@ class CacheView:
         if not self.record.has_means:
             return
         rows, heads = moments.mean_key.shape[:2]
-        header = [moments.mean_key, moments.mean_value, moments.value_spread.unsqueeze(-1)]
+        header, covariance = (
+            [moments.mean_key, moments.mean_value, moments.value_spread.unsqueeze(-1)],
+            moments.covariance,
+        )
+        if self.record.has_scales:
+            scales = covariance.abs().amax(-1) / 127
+            covariance = (covariance / scales.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)).round()
+            header.append(scales)
         parts = [torch.cat(header, -1).view(torch.uint8)]
         parts.append(parts[0].new_zeros(rows, heads, self.record.header_bytes - parts[0].shape[-1]))
         if self.record.has_covariance:
-            stored = moments.covariance.flatten(2).to(self._covariance_dtype)
+            stored = covariance.flatten(2).to(self._covariance_dtype)
             parts.append(stored.contiguous().view(torch.uint8))
         room = pages.shape[1] * self.raw.shape[2] - self.record.num_bytes
         parts.append(self.raw.new_zeros(rows, heads, room))
