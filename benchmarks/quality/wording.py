@@ -94,15 +94,15 @@ class Wording(ABC):
 class Compact(Wording):
     """The closed vocabulary of the test model: one word is one token, names of a kind are equally long."""
 
-    KEYS = [f"k{i:03}" for i in range(384)]
-    VALUES = [f"v{i:02}" for i in range(64)]
+    KEYS = [f"k{i:03}" for i in range(256)]
+    VALUES = [f"v{i:03}" for i in range(256)]
     TOPIC = [f"t{i:03}" for i in range(128)]
     RARE = [f"r{i:02}" for i in range(48)]
     COUNTED = [f"c{i:02}" for i in range(48)]
     VARIABLES = [f"x{i:02}" for i in range(32)]
     PEOPLE = [f"p{i:02}" for i in range(48)]
     RELATIONS = [f"a{i}" for i in range(6)]
-    MARKS = ["remember", "is", "are", ".", ",", "?", "let", ":", "#", "common", "frequent", "friend", "copy", "[", "]"]
+    MARKS = ["remember", "all", "are", ".", ",", "?", "let", "#", "common", "frequent", "friend", "copy", "[", "]"]
     SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
     WORDS = SPECIAL + MARKS + KEYS + VALUES + TOPIC + RARE + COUNTED + VARIABLES + PEOPLE + RELATIONS
     TOPICS = 8
@@ -121,30 +121,30 @@ class Compact(Wording):
         return rng.sample(self.KEYS, min(count, len(self.KEYS)))
 
     def value(self, rng: random.Random, long: bool = False) -> str:
-        return " ".join(rng.choices(self.VALUES, k=8 if long else 2))
+        return " ".join(rng.choices(self.VALUES, k=8 if long else 1))
 
     def needle(self, key: str, value: str) -> str:
-        return f"remember {key} is {value} ."
+        return f"remember {key} {value} ."
 
     def ask_needles(self, keys: list[str], all_values: bool) -> str:
-        return f"? {keys[0]} {'are' if all_values else 'is'}" if len(keys) == 1 else f"? {' , '.join(keys)} are"
+        return f"? {'all ' * all_values}{keys[0]}" if len(keys) == 1 else f"? {' , '.join(keys)} are"
 
     def answer_needles(self, keys: list[str], values: list[str]) -> str:
         if len(keys) == 1:
             return " , ".join(values)
-        return " , ".join(f"{k} is {v}" for k, v in zip(keys, values, strict=True))
+        return " , ".join(f"{k} {v}" for k, v in zip(keys, values, strict=True))
 
     def variables(self, rng: random.Random, count: int) -> list[str]:
         return rng.sample(self.VARIABLES, count)
 
     def assign(self, variable: str, source: str, is_value: bool) -> str:
-        return f"let {source} : {variable} ."
+        return f"let {source} {variable} ."
 
     def ask_variables(self, value: str) -> str:
-        return f"? let {value} :"
+        return f"? let {value}"
 
     def answer_variables(self, variables: list[str]) -> str:
-        return " : ".join(variables)
+        return " ".join(variables)
 
     def counted(self, rng: random.Random, count: int, coded: bool) -> list[str]:
         return rng.sample(self.COUNTED, min(count, len(self.COUNTED)))

@@ -17,13 +17,13 @@ def _copy(facts: Facts, rng: random.Random, room: int) -> None:
 
 def _needles(facts: Facts, rng: random.Random, room: int) -> None:
     # At least as many as fit half the room: with a single needle the answer needs no key.
-    most = min(16, room // 11)
+    most = min(16, room // 7)
     needles(facts, rng, WORDING, rng.randint(max(1, most // 2), max(1, most)))
 
 
 def _long_needles(facts: Facts, rng: random.Random, room: int) -> None:
     needles(
-        facts, rng, WORDING, rng.randint(1, max(1, min(6, room // 30))), long_key=rng.random() < 0.5, long_value=True
+        facts, rng, WORDING, rng.randint(1, max(1, min(6, room // 22))), long_key=rng.random() < 0.5, long_value=True
     )
 
 
@@ -81,7 +81,7 @@ def document(rng: random.Random, tokens: int) -> tuple[list[str], list[bool]]:
     if dense and left >= 200:
         # The haystack of multikey_2 and _3: nothing but needles, a few of them asked.
         trial = Facts()
-        needles(trial, rng, WORDING, left // 9, long_key=rng.random() < 0.3)
+        needles(trial, rng, WORDING, left // 5, long_key=rng.random() < 0.3)
         facts.pieces += trial.pieces
         facts.questions += trial.questions[: left // 50]
     # Pieces of one task must keep their order (chains, values): interleave the tasks' lists by sorted random places.

@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from test_model.documents import WORDS, document
 from test_model.model import Model, load_checkpoint, save_checkpoint
 
-STAGES = ((64, 0.6), (128, 0.6), (256, 0.9), (512, 0.9), (1024, 0.8), (2048, 0.0))
+STAGES = ((64, 0.6), (128, 0.6), (256, 0.7), (512, 0.7), (1024, 0.7), (2048, 0.0))
 """(context tokens, answer loss at which the stage ends)."""
+STAGE_SHARE = 0.12
+"""A stage also ends after this share of the time, times its number: the long contexts must have theirs."""
 STEP_TOKENS = 4096
 TEXT_WEIGHT = 0.15
 DECAY_SHARE = 0.3
@@ -83,7 +85,8 @@ def train(minutes: float, seed: int, out: Path, resume: bool = False) -> None:
             opt.zero_grad()
         if context == STAGES[stage][0]:
             running = 0.97 * running + 0.03 * answer_loss
-        if running < STAGES[stage][1]:
+        share = (time.monotonic() - began) / (60 * minutes)
+        if running < STAGES[stage][1] or STAGE_SHARE * (stage + 1) < share and stage < len(STAGES) - 1:
             save_checkpoint(model, out, STAGES[stage][0])
             stage, running = stage + 1, 3.0
         if number % 50 == 0:
