@@ -29,6 +29,7 @@ POLICY_DEFAULTS: dict[str, dict[str, Any]] = {
     "h2o": {"correction": "off"},
     "tova": {"correction": "off", "observation_tokens": 1},
     "snapkv": {"correction": "off", "prefill": "full", "observation_tokens": 32},
+    "expected_attention": {"correction": "off", "prefill": "full", "observation_tokens": 128},
 }
 
 
@@ -46,7 +47,8 @@ class EvictionConfig:
         correction: order of the closed form added for the evicted attention mass ("off", "zeroth", "first").
         moment_dtype: storage type of the value-key covariance (int8 with a scale per key dimension); means are always float32,
             all arithmetic is float32.
-        observation_tokens: queries before an eviction whose attention a policy may use (`paper`, `snapkv`, `tova`).
+        observation_tokens: queries before an eviction whose attention a policy may use (`paper`, `snapkv`, `tova`,
+            `expected_attention`).
         retire_tokens: tokens between two evictions, rounded up to whole pages; 0 means 1/32 of the budget (one page at least).
         kernels: kernel family ("auto" takes the fastest that works here; a named one never falls back).
     """

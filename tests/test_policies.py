@@ -1,5 +1,7 @@
 """What each policy's score says, on cases small enough to know the answer."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -19,8 +21,16 @@ def candidates(count=0.0, **changes):
     return Candidates(**{**given, "moments": gone, "attention": attention, "scale": 0.25, **changes})
 
 
+def score(policy, tokens):
+    """A policy that observes logits gets their count, sum and sum of squares made from the attention."""
+    if POLICIES[policy].observes_logits and tokens.attention.dim() == 3:
+        x = tokens.attention
+        tokens = replace(tokens, attention=torch.stack([torch.full_like(x, 4.0), 4 * x, 4 * x.square() + 1], -1))
+    return POLICIES[policy]().score(tokens)
+
+
 def order(policy, tokens):
-    return POLICIES[policy]().score(tokens).argsort(-1, descending=True)
+    return score(policy, tokens).argsort(-1, descending=True)
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
@@ -28,9 +38,9 @@ def order(policy, tokens):
 def test_scores_are_finite_and_leave_the_candidates_alone(policy, count):
     tokens = candidates(count)
     before = [x.clone() for x in (tokens.keys, tokens.values, tokens.attention)]
-    score = POLICIES[policy]().score(tokens)
-    assert score.shape == (ROWS, HEADS, TOKENS) and score.isfinite().all()
-    score.fill_(7.0)  # the caller protects sinks in place
+    result = score(policy, tokens)
+    assert result.shape == (ROWS, HEADS, TOKENS) and result.isfinite().all()
+    result.fill_(7.0)  # the caller protects sinks in place
     for was, now in zip(before, (tokens.keys, tokens.values, tokens.attention), strict=True):
         assert torch.equal(was, now)
 
@@ -42,7 +52,7 @@ def test_a_score_belongs_to_the_token_not_to_its_place(policy):
     moved = candidates(
         100.0, keys=tokens.keys[:, :, mixed], values=tokens.values[:, :, mixed], attention=tokens.attention[:, :, mixed]
     )
-    torch.testing.assert_close(POLICIES[policy]().score(moved), POLICIES[policy]().score(tokens)[:, :, mixed])
+    torch.testing.assert_close(score(policy, moved), score(policy, tokens)[:, :, mixed])
 
 
 @pytest.mark.parametrize("policy", sorted(p for p, c in POLICIES.items() if not c.needs_attention))
@@ -97,3 +107,11 @@ def test_random_keeps_a_uniform_sample_of_the_past():
     assert abs(held.float().mean() / total - 0.5) < 0.02  # standard error 0.0045
     assert abs(held.float().std() / total - 12**-0.5) < 0.02
     assert len({tuple(h) for h in held.tolist()}) == heads
+
+
+def test_expected_attention_is_the_mean_of_the_exponential_for_gaussian_logits():
+    logits = 0.7 * torch.randn(200_000, generator=torch.Generator().manual_seed(2)) + 0.3
+    seen = torch.stack([torch.tensor(200_000.0), logits.sum(), logits.square().sum()]).expand(ROWS, HEADS, TOKENS, 3)
+    tokens = candidates(attention=seen)
+    want = logits.exp().mean().log() + tokens.values.norm(dim=-1).log()
+    torch.testing.assert_close(score("expected_attention", tokens), want, atol=0.02, rtol=0)

@@ -47,7 +47,8 @@ def evicting_attention(
     output = torch.empty_like(queries)
     plan, page = how.schedule, how.schedule.page_size
     state = how.state() if how.state else None
-    exact = mo.of_tokens(key[:, :, :1], value[:, :, :1], torch.zeros(rows, kv_heads, 1), True)
+    covariance = how.policy.needs_covariance
+    exact = mo.of_tokens(key[:, :, :1], value[:, :, :1], torch.zeros(rows, kv_heads, 1), covariance)
     stored_k, stored_v = key[:, :, :0], value[:, :, :0]
     mass = torch.zeros(rows, kv_heads, 0)
     start = window = 0
@@ -92,7 +93,7 @@ def evicting_attention(
         lost = (~kept).float()
         if state is not None:
             state.absorb(candidates.keys, candidates.values, lost, exact)
-        exact = mo.merge(exact, mo.of_tokens(candidates.keys, candidates.values, lost, True))
+        exact = mo.merge(exact, mo.of_tokens(candidates.keys, candidates.values, lost, covariance))
         source = _fill_holes(kept, kept_slots)
         pick = source.unsqueeze(-1).expand(-1, -1, -1, dim)
         stored_k, stored_v = candidates.keys.gather(2, pick), candidates.values.gather(2, pick)

@@ -200,7 +200,8 @@ class MomentKVImpl(CPUAttentionBackendImpl):
 
     def _observe(self, cache: CacheView, query: torch.Tensor, lse: torch.Tensor, work: AttendWork) -> None:
         if self.slot_mass is None:
-            self.slot_mass = torch.zeros(cache.keys.shape[:3])
+            shape = cache.keys.shape[:3]
+            self.slot_mass = torch.zeros(*shape, 3) if self.policy.observes_logits else torch.zeros(shape)
         self.kernels.observe(cache, self.slot_mass, query, lse, work, self.scale)
 
 

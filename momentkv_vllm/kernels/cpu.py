@@ -39,6 +39,9 @@ def isa() -> str:
 def store(
     cache: CacheView, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, slot_mass: torch.Tensor | None
 ) -> None:
+    if slot_mass is not None and slot_mass.dim() == 4:
+        slot_mass[slots[(slots >= 0) & (slots % cache.page_size == 0)] // cache.page_size] = 0.0
+        slot_mass = None
     torch.ops.momentkv_cpu.store(cache.kv, key, value, slots, slot_mass)
 
 
@@ -71,6 +74,8 @@ def attend(
 def observe(
     cache: CacheView, slot_mass: torch.Tensor, query: torch.Tensor, lse: torch.Tensor, work: AttendWork, scale: float
 ) -> None:
+    if slot_mass.dim() == 4:
+        return reference.observe(cache, slot_mass, query, lse, work, scale)
     torch.ops.momentkv_cpu.observe(
         cache.kv,
         slot_mass,
@@ -103,7 +108,7 @@ def consolidate(
         work.moment_pages,
         work.count,
         None if score is None else score.contiguous(),
-        slot_mass,
+        None if policy.observes_logits else slot_mass,
         sink_tokens,
         cache.record.has_means,
         *_covariance(cache),

@@ -86,10 +86,11 @@ def attend(
 def observe(
     cache: CacheView, slot_mass: torch.Tensor, query: torch.Tensor, lse: torch.Tensor, work: AttendWork, scale: float
 ) -> None:
-    """Add the attention mass that the observed queries give to every retained token to `slot_mass`, in place.
+    """Add what the observed queries give to every retained token to `slot_mass`, in place: attention mass, or logits.
 
     Args:
-        slot_mass: [num_pages, num_kv_heads, page_size] float32.
+        slot_mass: [num_pages, num_kv_heads, page_size] float32 attention mass; with a last dimension of 3: count, sum and sum
+            of squares of the logits.
         query, lse: as given to and written by `attend`.
         work: `work.observe_from` [rows] says which queries count, `work.restart` which rows begin at zero.
     """
@@ -102,9 +103,14 @@ def observe(
     slots = torch.arange(num_slots, device=query.device)
     counted = (slots <= last.unsqueeze(-1)) & observed.unsqueeze(-1)
     grouped = _group(query[tokens].float(), heads)
-    logits = (grouped @ keys.transpose(-1, -2)) * scale - _group(lse[tokens].unsqueeze(-1), heads)
-    mass = torch.where(counted.repeat(1, groups, 1).unsqueeze(1), logits.exp(), 0.0).sum(2)
-    paged = mass.view(rows, heads, -1, cache.page_size).permute(0, 2, 1, 3)
+    logits = (grouped @ keys.transpose(-1, -2)) * scale
+    if slot_mass.dim() == 4:
+        seen = [torch.ones_like(logits), logits, logits.square()]
+    else:
+        seen = [(logits - _group(lse[tokens].unsqueeze(-1), heads)).exp()]
+    counted = counted.repeat(1, groups, 1).unsqueeze(1)
+    mass = torch.stack([torch.where(counted, x, 0.0).sum(2) for x in seen], -1)
+    paged = mass.unflatten(2, (-1, cache.page_size)).transpose(1, 2).reshape(*work.pages.shape, *slot_mass.shape[1:])
     # Accumulate: padding repeats the null page, so a plain assignment would lose sums.
     slot_mass.index_put_((work.pages,), paged, accumulate=True)
 
@@ -141,7 +147,7 @@ def consolidate(
     source = _fill_holes(kept, store_tokens).unsqueeze(-1)
     pick = source.expand(-1, -1, -1, keys.shape[-1])
     cache.write_tokens(work.store_pages, keys.gather(2, pick), values.gather(2, pick))
-    if slot_mass is not None:
+    if slot_mass is not None and not policy.observes_logits:
         moved = tokens.attention.gather(2, source.squeeze(-1))
         slot_mass[work.store_pages] = moved.unflatten(2, (-1, cache.page_size)).permute(0, 2, 1, 3)
 
@@ -195,5 +201,5 @@ def _padded(work: AttendWork) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _slots_of(slot_mass: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-    rows = pages.shape[0]
-    return slot_mass[pages].permute(0, 2, 1, 3).reshape(rows, slot_mass.shape[1], -1)
+    """[rows, heads, slots] (or with the last dimension of 3) of the given pages."""
+    return slot_mass[pages].transpose(1, 2).flatten(2, 3)

@@ -16,7 +16,8 @@ class Candidates:
     valid:        [rows, tokens] False for padding (rows retire different numbers of tokens).
     store_tokens: how many of the tokens are store slots.
     moments:      the running moments before this event; `moments.count` is 0 for a sequence's first event.
-    attention:    [rows, heads, tokens] attention mass observed so far, None unless `needs_attention`.
+    attention:    [rows, heads, tokens] attention mass observed so far, None unless `needs_attention`; with `observes_logits`
+                  [rows, heads, tokens, 3]: count, sum and sum of squares of the logits.
     scale:        softmax scale of the layer.
     """
 
@@ -40,6 +41,8 @@ class Policy(ABC):
     """The score reads the attention of the last `observation_tokens` queries before the event."""
     observes_all_queries: bool = False
     """That attention sums over all queries since the sequence's start instead; it moves with the tokens."""
+    observes_logits: bool = False
+    """The statistics of the logits are observed instead of their softmax (in PyTorch: no C++ kernel has them)."""
     is_key_distance: bool = False
     """The score is the distance of a key to the mean evicted key, which kernels may compute in place."""
     keeps_only_sinks: bool = False
