@@ -130,7 +130,7 @@ def build_schedule(config: EvictionConfig, page_size: int, moment_pages: int, ke
     # Scoring reads every key of the budget: retiring a fixed share of it keeps that cost a fixed share of decode attention.
     retire_tokens = config.retire_tokens or config.budget_tokens // DEFAULT_RETIRE_SHARE
     retire_pages = max(1, cdiv(retire_tokens, page_size))
-    window_pages = cdiv(config.window_tokens, page_size) + retire_pages
+    window_pages = cdiv(config.window_tokens or 1, page_size) + retire_pages
     least_store = cdiv(config.sink_tokens, page_size) if keeps_only_sinks else cdiv(config.sink_tokens + 1, page_size)
     least_store = max(1, least_store)
     least_pages = least_store + moment_pages + window_pages
@@ -142,12 +142,15 @@ def build_schedule(config: EvictionConfig, page_size: int, moment_pages: int, ke
             f"for window_tokens={config.window_tokens}, retire_tokens={retire_pages * page_size}); raise --kv-budget, "
             f"or lower window_tokens, use a smaller --block-size, or correction 'zeroth' or 'off' for a smaller state"
         )
-    spare = budget_pages - least_pages
+    if keeps_only_sinks:
+        window_pages = budget_pages - least_store - moment_pages
+    elif not config.window_tokens:
+        window_pages = max(window_pages, min(budget_pages // 2, budget_pages - least_store - moment_pages))
     return PageSchedule(
         page_size=page_size,
-        store_pages=least_store + (0 if keeps_only_sinks else spare),
+        store_pages=budget_pages - moment_pages - window_pages,
         moment_pages=moment_pages,
-        window_pages=window_pages + (spare if keeps_only_sinks else 0),
+        window_pages=window_pages,
         retire_pages=retire_pages,
         evict_in_prefill=config.prefill == "chunked",
     )

@@ -244,6 +244,13 @@ def test_records_survive_their_pages(record_dtype, kv_dtype):
     assert not unused.mean_key[0].any() and unused.mean_key[1].any()
 
 
+def observed(policy, shape, generator):
+    """What a policy may have observed of every slot; None if it observes nothing."""
+    if not POLICIES[policy].needs_attention:
+        return None
+    return torch.rand(*shape, *[3] * POLICIES[policy].observes_logits, generator=generator)
+
+
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_consolidation_keeps_folds_and_loses_nothing(kernels, policy):
     """Over many events: store + moments = exactly the tokens retired so far, and the moments are the float64 ones."""
@@ -254,7 +261,7 @@ def test_consolidation_keeps_folds_and_loses_nothing(kernels, policy):
     generator = torch.Generator().manual_seed(3)
     store = torch.arange(1, 1 + store_pages)[None]
     moment_pages = torch.arange(10, 10 + moment_count)[None]
-    mass = torch.rand(64, HEADS, page_size, generator=generator) if POLICIES[policy].needs_attention else None
+    mass = observed(policy, (64, HEADS, page_size), generator)
     everything_k, everything_v = torch.zeros(HEADS, 0, d), torch.zeros(HEADS, 0, d)
 
     def fill(page):
@@ -321,7 +328,7 @@ def test_consolidation_agrees_with_the_reference(kernels, policy, dtype, head_di
     cache = poisoned_cache(rows * (store_pages + retire) + 1, page_size, head_dim, dtype)
     cache.record = record
     cache.kv[1:] = torch.randn(cache.kv[1:].shape, generator=generator).to(dtype)
-    mass = torch.rand(cache.keys.shape[:3], generator=generator) if POLICIES[policy].needs_attention else None
+    mass = observed(policy, cache.keys.shape[:3], generator)
     counts = torch.tensor([0.0, 0.0, 200.0])
     gone = (torch.randn(rows, HEADS, 40, head_dim, generator=generator) for _ in range(2))
     moment_pages = retiring[:, -num_moments:].contiguous()
@@ -334,7 +341,7 @@ def test_consolidation_agrees_with_the_reference(kernels, policy, dtype, head_di
     kernels.consolidate(cache, mass, work, POLICIES[policy](), 4, head_dim**-0.5)
     for got, want in zip(cache.read_tokens(store), twin.read_tokens(store), strict=True):
         assert torch.equal(got, want), "the same tokens in the same slots"
-    if mass is not None:
+    if mass is not None and not POLICIES[policy].observes_logits:
         assert torch.equal(mass[store], twin_mass[store]), "a token's observed attention moves with it"
     after = torch.ones(rows)
     got, want = cache.read_moments(moment_pages, after), twin.read_moments(moment_pages, after)
@@ -370,7 +377,7 @@ def test_equal_and_undefined_scores(kernels):
     cache.write_moments(
         work.moment_pages, moments.of_tokens(*torch.randn(2, 1, HEADS, 9, d), torch.ones(1, HEADS, 9), True)
     )
-    kernels.consolidate(cache, None, work, POLICIES["momentkv"](), 0, 0.2)
+    kernels.consolidate(cache, torch.zeros(8, HEADS, page_size), work, POLICIES["momentkv"](), 0, 0.2)
     want = torch.ones(page_size)
     want[5] = 2.0
     assert torch.equal(cache.values[1, 0, :, 0], want)
@@ -383,7 +390,7 @@ def test_padding_pages_are_never_kept_nor_folded(kernels):
         cache.keys[page], cache.values[page] = torch.randn(HEADS, page_size, d), torch.randn(HEADS, page_size, d)
     moment_pages = torch.tensor([[6, 7, 8], [9, 10, 11]])
     work = RetireWork(torch.tensor([[1], [5]]), torch.tensor([[2, 3], [3, -1]]), moment_pages, torch.zeros(2))
-    kernels.consolidate(cache, None, work, POLICIES["momentkv"](), 0, 0.2)
+    kernels.consolidate(cache, torch.rand(16, HEADS, page_size), work, POLICIES["momentkv"](), 0, 0.2)
     assert not cache.read_tokens(work.store_pages)[0].isnan().any()
     record = cache.read_moments(moment_pages, torch.tensor([32.0, 16.0]))
     assert not record.covariance.isnan().any() and not record.mean_key.isnan().any()

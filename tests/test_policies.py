@@ -55,13 +55,14 @@ def test_a_score_belongs_to_the_token_not_to_its_place(policy):
     torch.testing.assert_close(score(policy, moved), score(policy, tokens)[:, :, mixed])
 
 
-@pytest.mark.parametrize("policy", sorted(p for p, c in POLICIES.items() if not c.needs_attention))
+@pytest.mark.parametrize("policy", ["momentkv", *sorted(p for p, c in POLICIES.items() if not c.needs_attention)])
 def test_padding_does_not_change_a_score(policy):
     tokens = candidates()
     pad = torch.zeros(ROWS, HEADS, 16, DIM)
     padded = candidates(
         keys=torch.cat([tokens.keys, pad], 2), values=torch.cat([tokens.values, pad], 2),
         valid=torch.cat([tokens.valid, torch.zeros(ROWS, 16, dtype=torch.bool)], 1),
+        attention=torch.cat([tokens.attention, torch.ones(ROWS, HEADS, 16)], 2),
     )  # fmt: skip
     torch.testing.assert_close(POLICIES[policy]().score(padded)[..., :TOKENS], POLICIES[policy]().score(tokens))
 

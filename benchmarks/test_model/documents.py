@@ -81,7 +81,7 @@ def document(rng: random.Random, tokens: int) -> tuple[list[str], list[bool]]:
     if dense and left >= 200:
         # The haystack of multikey_2 and _3: nothing but needles, a few of them asked.
         trial = Facts()
-        needles(trial, rng, WORDING, left // 5, long_key=rng.random() < 0.3)
+        needles(trial, rng, WORDING, left // 7, long_key=rng.random() < 0.3)
         facts.pieces += trial.pieces
         facts.questions += trial.questions[: left // 50]
     # Pieces of one task must keep their order (chains, values): interleave the tasks' lists by sorted random places.

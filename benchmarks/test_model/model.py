@@ -72,8 +72,7 @@ class Model(nn.Module):
 
 
 def save_checkpoint(model: Model, folder: Path, context_tokens: int) -> None:
-    """Write an HF LlamaForCausalLM checkpoint in bfloat16."""
-    from test_model.tokenizer import save_tokenizer
+    """Write an HF LlamaForCausalLM checkpoint in bfloat16, without a tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -86,7 +85,6 @@ def save_checkpoint(model: Model, folder: Path, context_tokens: int) -> None:
     state = {n if n.startswith("lm_head") else f"model.{n}": p for n, p in model.state_dict().items()}
     target.load_state_dict(state)
     target.to(torch.bfloat16).save_pretrained(folder)
-    save_tokenizer(folder)
 
 
 def load_checkpoint(model: Model, folder: Path) -> None:

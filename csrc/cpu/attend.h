@@ -281,32 +281,55 @@ void merge(const Attend& a, const MergeItem& item) {
   }
 }
 
-size_t observe_scratch(const Attend& a) { return a.cache.head_dim + kTileSlots; }
+// Adds the attention of `Rows` query rows from `first_row` to the mass of every slot that they see. The rows are added one
+// after the other, so that the sum does not depend on how they are grouped.
+template <int Rows, class T>
+void observe_rows(const Attend& a, const AttendItem& item, int first_row, float* scratch) {
+  const int64_t d = a.cache.head_dim, page_size = a.cache.page_size, groups = a.query_heads / a.cache.heads;
+  const int64_t* pages = a.pages + item.row * a.max_pages;
+  float *packed = scratch, *logits = scratch + Rows * d, lse[Rows];
+  int64_t sees[Rows];
+  pack_queries<Rows, T>(a, item, first_row, packed);
+  for (int r = 0; r < Rows; ++r) {
+    const int64_t query = (first_row + r) / groups, query_head = item.head * groups + (first_row + r) % groups;
+    lse[r] = a.lse[(a.first_token[item.row] + query) * a.query_heads + query_head];
+    sees[r] = a.last[item.row] + query + 1;
+  }
+  for (int64_t first = 0; first < sees[Rows - 1]; first += kTileSlots) {
+    const Tile<T> tile(a.cache, item.head, pages, first, sees[Rows - 1]);
+    dot_keys<Rows>(tile, packed, d, page_size, a.scale, logits);
+    for (int s = 0; s < tile.slots; s += kLanes) {
+      const int64_t slot = first + s;
+      float* mass = a.slot_mass + (pages[slot / page_size] * a.cache.heads + item.head) * page_size + slot % page_size;
+      Vec total = load(mass);
+      for (int r = 0; r < Rows; ++r) {
+        float* row = logits + r * kTileSlots + s;
+        for (int64_t t = sees[r] > slot ? sees[r] - slot : 0; t < kLanes; ++t) row[t] = -INFINITY;
+        total += exp_negative(load(row) - lse[r]);
+      }
+      store(mass, total);
+    }
+  }
+}
+
+size_t observe_scratch(const Attend& a) { return 8 * (a.cache.head_dim + kTileSlots); }
 
 // Adds the attention that a row's counted queries give to every slot; item = row * heads + head.
 void observe(const Attend& a, int64_t item_index, float* scratch) {
-  const int64_t d = a.cache.head_dim, page_size = a.cache.page_size, groups = a.query_heads / a.cache.heads;
+  const int64_t page_size = a.cache.page_size, groups = a.query_heads / a.cache.heads;
   const AttendItem item{int32_t(item_index / a.cache.heads), int32_t(item_index % a.cache.heads), 0,
                         int32_t(a.queries[item_index / a.cache.heads])};
   const int64_t* pages = a.pages + item.row * a.max_pages;
-  const int64_t last = a.last[item.row] + item.queries - 1;
-  auto mass_of = [&](int64_t slot) {
-    return a.slot_mass + (pages[slot / page_size] * a.cache.heads + item.head) * page_size + slot % page_size;
-  };
   if (a.restart[item.row])
-    for (int64_t slot = 0; slot <= last; slot += page_size) std::fill_n(mass_of(slot), page_size, 0.0f);
-  float *packed = scratch, *logits = scratch + d;
+    for (int64_t slot = 0; slot < a.last[item.row] + item.queries; slot += page_size)
+      std::fill_n(a.slot_mass + (pages[slot / page_size] * a.cache.heads + item.head) * page_size, page_size, 0.0f);
+  int row = int(a.observe_from[item.row] * groups);
+  const int rows = item.queries * int(groups);
   with_type(a.cache.type, [&](auto t) {
     using T = decltype(t);
-    for (int64_t row = a.observe_from[item.row] * groups; row < item.queries * groups; ++row) {
-      pack_queries<1, T>(a, item, int(row), packed);
-      const int64_t token = a.first_token[item.row] + row / groups, sees = a.last[item.row] + row / groups + 1;
-      const float lse = a.lse[token * a.query_heads + item.head * groups + row % groups];
-      for (int64_t first = 0; first < sees; first += kTileSlots) {
-        const Tile<T> tile(a.cache, item.head, pages, first, sees);
-        dot_keys<1>(tile, packed, d, page_size, a.scale, logits);
-        for (int s = 0; s < tile.slots; ++s) *mass_of(first + s) += expf(logits[s] - lse);
-      }
-    }
+    for (; row + 8 <= rows; row += 8) observe_rows<8, T>(a, item, row, scratch);
+    if (row + 4 <= rows) observe_rows<4, T>(a, item, row, scratch), row += 4;
+    if (row + 2 <= rows) observe_rows<2, T>(a, item, row, scratch), row += 2;
+    if (row < rows) observe_rows<1, T>(a, item, row, scratch);
   });
 }

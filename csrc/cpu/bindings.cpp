@@ -219,7 +219,7 @@ void consolidate(const Tensor& kv, const Tensor& store_pages, const Tensor& reti
   const int64_t candidates = (c.store_pages + c.retiring_pages) * c.cache.page_size;
   c.score = data_of<float>(score, "score", {c.rows, c.cache.heads, candidates});
   c.slot_mass = data_of<float>(slot_mass, "slot_mass", {kv.size(0), c.cache.heads, c.cache.page_size});
-  TORCH_CHECK(score || has_means, "the distance score needs the mean key");
+  TORCH_CHECK(score || (has_means && slot_mass), "the score by moments needs the means and the observed attention");
   c.sink_tokens = sink_tokens;
   const Kernels& k = kernels();
   in_parallel(c.rows * c.cache.heads, [&](int64_t i) { k.consolidate(c, i, scratch(k.consolidate_scratch(c))); });

@@ -38,25 +38,28 @@ struct Event {
   }
 };
 
-// Mean key of all candidates, [head_dim].
+// Mean key and value of all candidates, [head_dim] each.
 template <class T>
-void mean_of_candidates(const Event& e, float* mean) {
-  const int64_t page_size = e.c.cache.page_size;
-  std::fill_n(mean, e.c.cache.head_dim, 0.0f);
+void means_of_candidates(const Event& e, float* mean_key, float* mean_value) {
+  const int64_t page_size = e.c.cache.page_size, d = e.c.cache.head_dim;
+  std::fill_n(mean_key, d, 0.0f);
+  std::fill_n(mean_value, d, 0.0f);
   for (int64_t p = 0; p < e.c.store_pages + e.retiring_pages; ++p) {
-    const T* keys = keys_of<T>(e.c.cache, e.page(p), e.head);
-    for (int64_t i = 0; i < e.c.cache.head_dim; ++i) {
+    const T *keys = keys_of<T>(e.c.cache, e.page(p), e.head), *values = values_of<T>(e.c.cache, e.page(p), e.head);
+    for (int64_t i = 0; i < d; ++i) {
       Vec total = {};
       for (int64_t s = 0; s < page_size; s += kLanes) total += load(keys + i * page_size + s);
-      mean[i] += sum(total);
+      mean_key[i] += sum(total);
     }
+    for (int64_t s = 0; s < page_size; ++s)
+      for (int64_t i = 0; i < d; i += kLanes) store(mean_value + i, load(mean_value + i) + load(values + s * d + i));
   }
-  for (int64_t i = 0; i < e.c.cache.head_dim; ++i) mean[i] /= float(e.candidates());
+  for (int64_t i = 0; i < d; ++i) mean_key[i] /= float(e.candidates()), mean_value[i] /= float(e.candidates());
 }
 
-// score = squared distance to `mean`: the order of policies/momentkv.py.
+// distance[candidate] = ||key - mean||.
 template <class T>
-void score_by_distance(const Event& e, const float* mean, float* score) {
+void distances_of_keys(const Event& e, const float* mean, float* distance) {
   const int64_t page_size = e.c.cache.page_size;
   const int64_t pages = e.c.store_pages + e.retiring_pages;
   for (int64_t p = 0; p < pages; ++p) {
@@ -71,9 +74,52 @@ void score_by_distance(const Event& e, const float* mean, float* score) {
         __builtin_prefetch(next + i * page_size + s);
         __builtin_prefetch(next + (i + 1) * page_size + s);
       }
-      store(score + p * page_size + s, even + odd);
+      const Vec square = even + odd;
+      for (int t = 0; t < kLanes; ++t) distance[p * page_size + s + t] = sqrtf(square[t]);
     }
   }
+}
+
+// distance[candidate] = observed attention * ||value - mean||.
+template <class T>
+void distances_of_values(const Event& e, const float* mean, float* distance) {
+  const int64_t page_size = e.c.cache.page_size, d = e.c.cache.head_dim, pages = e.c.store_pages + e.retiring_pages;
+  for (int64_t p = 0; p < pages; ++p) {
+    const T* values = values_of<T>(e.c.cache, e.page(p), e.head);
+    const float* mass = e.mass(p * page_size);
+    for (int64_t s = 0; s < page_size; ++s, values += d) {
+      Vec square = {};
+      for (int64_t i = 0; i < d; i += kLanes) {
+        const Vec x = load(values + i) - load(mean + i);
+        square += x * x;
+      }
+      distance[p * page_size + s] = mass[s] * sqrtf(sum(square));
+    }
+  }
+}
+
+// score += x / mean(x) over the candidates; a NaN does not count in the mean.
+inline void add_relative(const Event& e, const float* x, float* score) {
+  const int64_t n = e.candidates();
+  float total = 0;
+  for (int64_t i = 0; i < n; ++i) total += x[i] == x[i] ? x[i] : 0;
+  const float mean = total / float(n), inverse = 1 / (mean > 1e-30f ? mean : 1e-30f);
+  for (int64_t i = 0; i < n; ++i) score[i] += x[i] * inverse;
+}
+
+// The score of policies/momentkv.py. `means` has room for 2 * head_dim floats, `room` for a float per candidate.
+template <class T>
+void score_by_moments(const Event& e, float* means, float* room, float* score) {
+  float *mean_key = means, *mean_value = means + e.c.cache.head_dim;
+  if (e.count() == 0)
+    means_of_candidates<T>(e, mean_key, mean_value);
+  else
+    mean_key = e.record().mean_key(), mean_value = e.record().mean_value();
+  std::fill_n(score, e.candidates(), 0.0f);
+  distances_of_keys<T>(e, mean_key, room);
+  add_relative(e, room, score);
+  distances_of_values<T>(e, mean_value, room);
+  add_relative(e, room, score);
 }
 
 // A number that sorts candidates by who goes first: the lower score, of equal scores the later one, NaN before all.
@@ -255,17 +301,15 @@ void consolidate(const Consolidate& c, int64_t item, float* scratch) {
   if (e.retiring_pages == 0) return;
   const int64_t d = c.cache.head_dim, candidates = (c.store_pages + c.retiring_pages) * c.cache.page_size;
   uint64_t* ranks = reinterpret_cast<uint64_t*>(scratch);
-  float* distance = scratch + 2 * candidates;
-  int32_t* losers = reinterpret_cast<int32_t*>(distance + candidates);
-  float* rest = distance + 2 * candidates;
+  float* own_score = scratch + 2 * candidates;
+  int32_t* losers = reinterpret_cast<int32_t*>(own_score + candidates);
+  float* rest = own_score + 2 * candidates;
   Folded f{rest, rest + d, rest + 2 * d, 0};
   with_type(c.cache.type, [&](auto t) {
     using T = decltype(t);
-    if (c.score == nullptr) {
-      if (e.count() == 0) mean_of_candidates<T>(e, f.mean_key);
-      score_by_distance<T>(e, e.count() == 0 ? f.mean_key : e.record().mean_key(), distance);
-    }
-    choose_losers(e, c.score == nullptr ? distance : c.score + item * candidates, ranks, losers);
+    // `scratch` is free until the ranks are made.
+    if (c.score == nullptr) score_by_moments<T>(e, f.mean_key, scratch, own_score);
+    choose_losers(e, c.score == nullptr ? own_score : c.score + item * candidates, ranks, losers);
     // The record may lie in retiring pages: their tokens are read before it is written.
     if (c.record.has_means) fold<T>(e, losers, f, f.covariance + d * d);
     fill_holes<T>(e, losers);

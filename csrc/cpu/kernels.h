@@ -87,7 +87,7 @@ struct Consolidate {
   const int64_t* retiring;  // [rows, retiring_pages], -1 pads at the end
   const int64_t* moments;   // [rows, moment_pages]
   const float* count;       // [rows] before the event
-  const float* score;       // [rows, heads, (store_pages + retiring_pages) * page_size]; null: distance to the mean key
+  const float* score;       // [rows, heads, (store_pages + retiring_pages) * page_size]; null: policies/momentkv.py
   float* slot_mass;         // [num_pages, heads, page_size], moved along with the tokens; may be null
   int64_t sink_tokens;
 };

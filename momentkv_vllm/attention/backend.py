@@ -194,7 +194,8 @@ class MomentKVImpl(CPUAttentionBackendImpl):
     def _attend(self, cache: CacheView, query: torch.Tensor, output: torch.Tensor, work: AttendWork) -> None:
         observed = work.observe_from is not None
         lse = torch.empty(query.shape[:2], dtype=torch.float32) if observed else None
-        self.kernels.attend(cache, query, output, lse, work, self.scale, self.config.correction != "off")
+        target = torch.empty_like(query) if work.observe_only else output
+        self.kernels.attend(cache, query, target, lse, work, self.scale, self.config.correction != "off")
         if observed:
             self._observe(cache, query, lse, work)
 

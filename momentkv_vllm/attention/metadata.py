@@ -6,7 +6,7 @@ is one round, and the result never depends on how the scheduler cut the prompt.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ class Segment:
     row: request's row in the batch; first_token: index of its first token in the flat token list; start, end: token
     positions; boundary: first exact column while the segment attends; retire_to: boundary after its event, 0 if none.
     observe_from: position of the first query whose attention is observed for the coming event.
+    observe_only: the row is below its budget and attended by vLLM's kernel.
     """
 
     row: int
@@ -40,6 +41,7 @@ class Segment:
     boundary: int
     retire_to: int
     observe_from: int
+    observe_only: bool = False
 
 
 @dataclass
@@ -89,18 +91,21 @@ class WorkBuilder:
             first_token = query_start[row]
             start = end - (query_start[row + 1] - first_token)
             segments = list(self._segments(row, first_token, start, end, prompt_lens[row]))
-            if self._is_stock(segments):
+            if all(s.boundary == 0 and s.retire_to == 0 for s in segments):
+                # Nothing evicted, nothing to evict: vLLM's own kernel, bit for bit.
                 stock_rows.append(row)
-                continue
+                segments = [self._only_observed(s) for s in segments if s.observe_from < s.end]
             for number, segment in enumerate(segments):
                 if number == len(rounds):
                     rounds.append([])
                 rounds[number].append(segment)
         return EvictionMetadata(stock_rows, [self._round(segments, table) for segments in rounds])
 
-    def _is_stock(self, segments: list[Segment]) -> bool:
-        """Nothing evicted, nothing to evict, nothing to observe: vLLM's own kernel, bit for bit."""
-        return all(s.boundary == 0 and s.retire_to == 0 and s.observe_from >= s.end for s in segments)
+    @staticmethod
+    def _only_observed(s: Segment) -> Segment:
+        """The queries of a stock segment whose attention the coming event needs; their output is vLLM's."""
+        start = max(s.start, s.observe_from)
+        return replace(s, first_token=s.first_token + start - s.start, start=start, observe_only=True)
 
     def _segments(self, row: int, first_token: int, start: int, end: int, prompt: int) -> Iterator[Segment]:
         plan = self.schedule
@@ -131,9 +136,11 @@ class WorkBuilder:
     def _round(self, segments: list[Segment], table: np.ndarray) -> Round:
         work = Round()
         # Decode rows would pay for the padding of chunks beside them: they get a list of their own.
-        for group in ([s for s in segments if s.end - s.start == 1], [s for s in segments if s.end - s.start > 1]):
-            for part in self._split(group):
-                work.attends.append(self._attend(part, table))
+        groups: dict[tuple[bool, bool], list[Segment]] = {}
+        for s in segments:
+            groups.setdefault((s.observe_only, s.end - s.start > 1), []).append(s)
+        for group in groups.values():
+            work.attends += [self._attend(part, table) for part in self._split(group)]
         due = [s for s in segments if s.retire_to]
         # A first event retires more pages than later ones: grouping by their number avoids padding.
         for pages in sorted({s.retire_to - self._retire_from(s) for s in due}):
@@ -142,8 +149,6 @@ class WorkBuilder:
 
     def _split(self, segments: list[Segment]) -> Iterator[list[Segment]]:
         """Parts of at most MAX_SLOTS_PER_WORK gathered slots."""
-        if not segments:
-            return
         slots = max(self.schedule.retained_pages(s.end, s.boundary) for s in segments) * self.schedule.page_size
         size = max(1, MAX_SLOTS_PER_WORK // slots)
         for i in range(0, len(segments), size):
@@ -175,6 +180,7 @@ class WorkBuilder:
             count=self._count(segments),
             observe_from=observe_from,
             restart=restart,
+            observe_only=segments[0].observe_only,
         )
 
     def _retire(self, segments: list[Segment], table: np.ndarray) -> RetireWork:

@@ -100,7 +100,7 @@ def consolidate(
     scale: float,
 ) -> None:
     # The default's score is computed in place; any other policy sees float32 copies of the candidates.
-    score = None if policy.is_key_distance else policy.score(reference.candidates(cache, slot_mass, work, scale))
+    score = None if policy.is_moment_distance else policy.score(reference.candidates(cache, slot_mass, work, scale))
     torch.ops.momentkv_cpu.consolidate(
         cache.kv,
         work.store_pages,

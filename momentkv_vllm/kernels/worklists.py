@@ -18,6 +18,7 @@ class AttendWork:
     count:        [rows] float32, n of the moments; 0 = no record.
     observe_from: [rows] int64, first query (0 = the row's first) whose attention the policy wants; None: no policy asks.
     restart:      [rows] bool, the observation before the row's next event begins in this work list; None likewise.
+    observe_only: the rows are below their budget: only their attention is wanted, their output is vLLM's.
     """
 
     first_token: torch.Tensor
@@ -28,6 +29,7 @@ class AttendWork:
     count: torch.Tensor
     observe_from: torch.Tensor | None = None
     restart: torch.Tensor | None = None
+    observe_only: bool = False
 
 
 @dataclass

@@ -43,8 +43,8 @@ class Policy(ABC):
     """That attention sums over all queries since the sequence's start instead; it moves with the tokens."""
     observes_logits: bool = False
     """The statistics of the logits are observed instead of their softmax (in PyTorch: no C++ kernel has them)."""
-    is_key_distance: bool = False
-    """The score is the distance of a key to the mean evicted key, which kernels may compute in place."""
+    is_moment_distance: bool = False
+    """The score is that of policies/momentkv.py, which kernels may compute in place."""
     keeps_only_sinks: bool = False
     """Never keeps a retired token: the page schedule turns the store into window (StreamingLLM)."""
 

@@ -1,4 +1,4 @@
-"""MomentKV's default score: distance of a key to the mean evicted key."""
+"""MomentKV's default score: what the moments would misrepresent, known from attention or feared from geometry."""
 
 import torch
 
@@ -6,21 +6,38 @@ from momentkv_vllm.policies.base import Candidates, Policy
 
 
 class MomentKV(Policy):
-    """score_j = ||k_j - k'||: what stays is what the moments describe worst.
+    """score_j = ||k_j - k'|| + alpha_j ||v_j - v'||, each term relative to its mean over the candidates.
 
-    The evicted keys stay close together, which is what makes the first-order expansion of the correction accurate, and
-    no attention is needed, so a token that no query has asked for yet can still be kept. Beat attention-based scores
-    on retrieval in every run at 1/4 of the context (README, "Quality").
-    Before a sequence's first event the mean is that of the candidates themselves.
+    The second term is the paper's moment-informed score (arXiv 2606.01563, eq. 10, to zeroth order): the error that the
+    last `observation_tokens` queries would have made without token j. No query has asked yet for most of what a prompt
+    holds, so the first term keeps the keys that lie far from the evicted ones: they are what a later query can single out,
+    and what remains stays close to its mean, where the correction is accurate. Alone, either term fails: attention loses
+    every needle that was not asked for at its eviction, distance loses the running text (README, "How good is it").
+    Before a sequence's first event the means are those of the candidates themselves.
     """
 
     name = "momentkv"
     needs_means = True
-    is_key_distance = True
+    needs_attention = True
+    is_moment_distance = True
 
     def score(self, tokens: Candidates) -> torch.Tensor:
-        weight = tokens.valid[:, None, :, None].to(tokens.keys.dtype)
-        own_mean = (tokens.keys * weight).sum(2) / weight.sum(2)
-        first = (tokens.moments.count == 0)[:, None, None]
-        mean = torch.where(first, own_mean, tokens.moments.mean_key)
-        return (tokens.keys - mean.unsqueeze(2)).norm(dim=-1)
+        m = tokens.moments
+        keys = self._distance(tokens, tokens.keys, m.mean_key)
+        values = self._distance(tokens, tokens.values, m.mean_value)
+        return self._relative(tokens, keys) + self._relative(tokens, tokens.attention * values)
+
+    @staticmethod
+    def _distance(tokens: Candidates, points: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+        """[rows, heads, tokens] distance to the mean evicted point."""
+        # Padding is zero.
+        own_mean = points.sum(2) / tokens.valid.sum(1)[:, None, None]
+        mean = torch.where((tokens.moments.count == 0)[:, None, None], own_mean, mean)
+        return (points - mean.unsqueeze(2)).norm(dim=-1)
+
+    @staticmethod
+    def _relative(tokens: Candidates, x: torch.Tensor) -> torch.Tensor:
+        """x over its mean; 0 if all are 0. A NaN stays one, but not in the mean: it is not to decide for the others."""
+        valid = tokens.valid.unsqueeze(1)
+        mean = x.nan_to_num(nan=0.0).where(valid, 0.0).sum(-1, keepdim=True) / valid.sum(-1, keepdim=True)
+        return x / mean.clamp(min=1e-30)
