@@ -86,16 +86,18 @@ def test_the_same_tokens_stay(engine, oracle, keys, policy):
 
 
 def test_streamingllm_differs_by_the_rest_of_the_first_page(engine, oracle, keys):
-    """kvpress keeps exactly its sinks; we keep the page that holds them, 12 tokens more, and so many fewer recent ones."""
+    """kvpress keeps 4 sinks and 171 recent tokens. We keep the whole page that holds the sinks, hence 12 recent tokens fewer,
+    and between two events the window is up to a page short of the budget.
+    """
     tokens = CANDIDATES + WINDOW
     budget = 176
     e = engine(CHECKPOINT, policy="streamingllm", budget_tokens=budget, sink_tokens=4, prefill="full", block_size=PAGE)
     boundary = schedule_of(e).boundary(tokens, tokens)
     ours = kept_positions(e, oracle["ids"].tolist(), keys, [0, *range(boundary, tokens // PAGE)])
-    size = ours.shape[-1]
-    theirs = oracle["streamingllm"].topk(size).indices
     for layer in range(len(ours)):
         for head in range(ours.shape[1]):
-            have, want = set(ours[layer, head].tolist()), set(theirs[layer, head].tolist())
+            have = set(ours[layer, head].tolist())
+            want = set(oracle["streamingllm"][layer, head].nonzero().flatten().tolist())
             assert have - want == set(range(4, 16))
-            assert want - have == set(range(tokens - size + 4, tokens - size + 16))
+            assert want - have == {t for t in want if 4 <= t < boundary * PAGE}
+            assert len(want - have) <= 12 + PAGE

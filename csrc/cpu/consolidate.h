@@ -1,6 +1,7 @@
 // Retires pages of one (row, head): score, choose, fold the losers into the moments, fill their slots with the winners.
 // Included once per instruction set.
 
+constexpr float kAttentionWeight = 0.5f;  // as policies/momentkv.py
 constexpr int kFoldTokens = 64;  // losers whose centred keys and values are held at a time
 
 // The candidates of one (row, head): the store's slots, then those of the retiring pages.
@@ -98,12 +99,12 @@ void distances_of_values(const Event& e, const float* mean, float* distance) {
   }
 }
 
-// score += x / mean(x) over the candidates; a NaN does not count in the mean.
-inline void add_relative(const Event& e, const float* x, float* score) {
+// score += weight * x / mean(x) over the candidates; a NaN does not count in the mean.
+inline void add_relative(const Event& e, const float* x, float weight, float* score) {
   const int64_t n = e.candidates();
   float total = 0;
   for (int64_t i = 0; i < n; ++i) total += x[i] == x[i] ? x[i] : 0;
-  const float mean = total / float(n), inverse = 1 / (mean > 1e-30f ? mean : 1e-30f);
+  const float mean = total / float(n), inverse = weight / (mean > 1e-30f ? mean : 1e-30f);
   for (int64_t i = 0; i < n; ++i) score[i] += x[i] * inverse;
 }
 
@@ -117,9 +118,9 @@ void score_by_moments(const Event& e, float* means, float* room, float* score) {
     mean_key = e.record().mean_key(), mean_value = e.record().mean_value();
   std::fill_n(score, e.candidates(), 0.0f);
   distances_of_keys<T>(e, mean_key, room);
-  add_relative(e, room, score);
+  add_relative(e, room, 1, score);
   distances_of_values<T>(e, mean_value, room);
-  add_relative(e, room, score);
+  add_relative(e, room, kAttentionWeight, score);
 }
 
 // A number that sorts candidates by who goes first: the lower score, of equal scores the later one, NaN before all.

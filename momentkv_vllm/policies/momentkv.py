@@ -4,9 +4,12 @@ import torch
 
 from momentkv_vllm.policies.base import Candidates, Policy
 
+ATTENTION_WEIGHT = 0.5
+"""w: more keeps running text closer to the full cache, less keeps more needles (make bench-states). csrc/cpu has it too."""
+
 
 class MomentKV(Policy):
-    """score_j = ||k_j - k'|| + alpha_j ||v_j - v'||, each term relative to its mean over the candidates.
+    """score_j = ||k_j - k'|| + w alpha_j ||v_j - v'||, each term relative to its mean over the candidates.
 
     The second term is the paper's moment-informed score (arXiv 2606.01563, eq. 10, to zeroth order): the error that the
     last `observation_tokens` queries would have made without token j. No query has asked yet for most of what a prompt
@@ -25,7 +28,7 @@ class MomentKV(Policy):
         m = tokens.moments
         keys = self._distance(tokens, tokens.keys, m.mean_key)
         values = self._distance(tokens, tokens.values, m.mean_value)
-        return self._relative(tokens, keys) + self._relative(tokens, tokens.attention * values)
+        return self._relative(tokens, keys) + ATTENTION_WEIGHT * self._relative(tokens, tokens.attention * values)
 
     @staticmethod
     def _distance(tokens: Candidates, points: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
