@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_OFFLINE = 1
 export VLLM_NO_USAGE_STATS = 1
 
-.PHONY: help setup demo test test-fast test-sanitize bench-kernels bench-serving lint format doctor lock model bench-needle bench-mass oracle clean
+.PHONY: help setup demo test test-fast test-sanitize bench-kernels bench-serving lint format doctor lock model bench-needle bench-mass bench-quality bench-states oracle clean
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
@@ -66,6 +66,12 @@ bench-needle: setup ## retrieval accuracy and KL under a budget, in the real eng
 
 bench-mass: setup ## attention mass that eviction loses on the test model, and what the correction gives back
 	$(BIN)/python benchmarks/needle/evicted_mass.py
+
+bench-quality: setup ## accuracy, KL and perplexity of all policies under a budget, in the real engine (under half an hour)
+	PYTHONPATH=benchmarks $(BIN)/python -m quality.run --samples 4
+
+bench-states: setup ## the large table: states and scores in the simulator
+	PYTHONPATH=benchmarks $(BIN)/python -m quality.state_search
 
 model: setup    ## train the test model again (30 minutes on 2 cores)
 	$(BIN)/python benchmarks/needle/train.py

@@ -14,8 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rapidfuzz import fuzz
-from rouge_score import rouge_scorer
 from transformers import PreTrainedTokenizerBase
 
 
@@ -43,12 +41,19 @@ def f1(said: str, answer: str, classes: Sequence[str]) -> float:
     return 2 * same / (len(a) + len(b)) if same else 0.0
 
 
-_rouge = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
+def _common_subsequence(a: Sequence[str], b: Sequence[str]) -> float:
+    """F-measure of the longest common subsequence: 2 x its length / both lengths; 0 when either is empty."""
+    lengths = [0] * (len(b) + 1)
+    for x in a:
+        before = 0
+        for i, y in enumerate(b, 1):
+            before, lengths[i] = lengths[i], before + 1 if x == y else max(lengths[i], lengths[i - 1])
+    return 2 * lengths[-1] / (len(a) + len(b)) if a and b else 0.0
 
 
 def rouge_l(said: str, answer: str, classes: Sequence[str]) -> float:
-    """F-measure of the longest common subsequence of words."""
-    return _rouge.score(answer, said)["rougeL"].fmeasure
+    """ROUGE-L of the whole texts over words in lower case (LongBench's package unites the sentences' subsequences)."""
+    return _common_subsequence(*(re.findall(r"[a-z0-9]+", text.lower()) for text in (said, answer)))
 
 
 def classification(said: str, answer: str, classes: Sequence[str]) -> float:
@@ -73,9 +78,9 @@ def count(said: str, answer: str, classes: Sequence[str]) -> float:
 
 
 def code(said: str, answer: str, classes: Sequence[str]) -> float:
-    """Edit similarity of the first line that is neither a comment nor a fence."""
+    """Edit similarity (insertions and deletions) of the first line that is neither a comment nor a fence."""
     lines = [x for x in said.lstrip("\n").split("\n") if not any(mark in x for mark in ("`", "#", "//"))]
-    return fuzz.ratio(lines[0] if lines else "", answer) / 100
+    return _common_subsequence(lines[0] if lines else "", answer)
 
 
 METRICS: dict[str, Callable[[str, str, Sequence[str]], float]] = {
@@ -89,11 +94,13 @@ RAW = (*FEW_SHOT, "lcc", "repobench-p")
 """Never wrapped in a chat template."""
 
 
-def load(folder: Path, task: str, tokenizer: PreTrainedTokenizerBase, context: int, most: int, seed: int) -> list[Example]:
+def load(
+    folder: Path, task: str, tokenizer: PreTrainedTokenizerBase, context: int, most: int, seed: int
+) -> list[Example]:
     """`most` examples drawn by `seed` (all of them if there are fewer), prompts cut in the middle to `context` tokens.
 
     Raises:
-        ValueError: unknown task. FileNotFoundError: the folder is no copy of LongBench.
+        ValueError: unknown task, or no room for a prompt. FileNotFoundError: the folder is no copy of LongBench.
     """
     if task not in METRICS:
         raise ValueError(f"LongBench task {task!r} is not one of {', '.join(METRICS)}")
@@ -104,6 +111,10 @@ def load(folder: Path, task: str, tokenizer: PreTrainedTokenizerBase, context: i
             raise FileNotFoundError(f"{path} is missing: --longbench wants a checkout of the LongBench data set")
     template = json.loads(config["prompt"].read_text())[task]
     answer_tokens = json.loads(config["maxlen"].read_text())[task]
+    if answer_tokens >= context:
+        raise ValueError(
+            f"LongBench task {task!r} answers with {answer_tokens} tokens, --context {context} is too small"
+        )
     rows = [json.loads(line) for line in data.read_text().splitlines() if line.strip()]
     random.Random(seed).shuffle(rows)
     return [

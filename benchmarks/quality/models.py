@@ -1,25 +1,28 @@
-"""Who answers: an engine in this process, or any OpenAI endpoint."""
+"""Who answers: an engine in this process, or a server."""
 
 import concurrent.futures
 import gc
 import os
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from divergence import Known
+from quality.questions import Question
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 TOP = 20
 """Log-probabilities kept per place; vLLM's default upper limit."""
+FORCED_TOKENS = 64
+"""Length of the end of a text that is read token by token."""
 
 
-class Answerer(Protocol):
-    def answers(self, prompts: Sequence[str], answer_tokens: Sequence[int]) -> list[str]:
-        """What the model says, greedily, at most so many tokens each."""
-
-    def continuations(self, texts: Sequence[str], tokens: int) -> tuple[list[Known], float]:
-        """Next-token distributions over the last `tokens` tokens of each text, read one by one; the mean of -log p(token)."""
-
-    def close(self) -> None: ...
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: Question) -> list[int]:
+    """What a server would make of it."""
+    if not question.chat:
+        return tokenizer(question.prompt).input_ids
+    said = [{"role": "user", "content": question.prompt}]
+    return tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
 
 
 class InProcess:
@@ -33,30 +36,31 @@ class InProcess:
         from vllm import LLM
 
         self.llm = LLM(model, logits_processors=[ForcedTokens], **options)
+        self.tokenizer = self.llm.get_tokenizer()
 
-    def answers(self, prompts: Sequence[str], answer_tokens: Sequence[int]) -> list[str]:
+    def answers(self, questions: Sequence[Question]) -> list[str]:
+        """What the model says, greedily."""
         from vllm import SamplingParams
 
-        params = [SamplingParams(temperature=0, max_tokens=n) for n in answer_tokens]
-        return [o.outputs[0].text for o in self.llm.generate(list(prompts), params)]
+        prompts = [{"prompt_token_ids": prompt_ids(self.tokenizer, q)} for q in questions]
+        params = [SamplingParams(temperature=0, max_tokens=q.answer_tokens) for q in questions]
+        return [o.outputs[0].text for o in self.llm.generate(prompts, params)]
 
-    def continuations(self, texts: Sequence[str], tokens: int) -> tuple[list[Known], float]:
+    def continuations(self, texts: Sequence[str]) -> tuple[list[Known], float]:
+        """Next-token distributions over the last FORCED_TOKENS of each text, decoded one by one; mean of -log p(token)."""
         from vllm import SamplingParams
 
-        tokenizer = self.llm.get_tokenizer()
-        ids = [tokenizer(t).input_ids for t in texts]
-        prompts = [{"prompt_token_ids": row[:-tokens]} for row in ids]
-        params = [
-            SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=TOP, extra_args={"forced": row[-tokens:]})
-            for row in ids
-        ]
+        ids = [self.tokenizer(t).input_ids for t in texts]
+        prompts = [{"prompt_token_ids": row[:-FORCED_TOKENS]} for row in ids]
+        settings = {"temperature": 0, "max_tokens": FORCED_TOKENS, "ignore_eos": True, "logprobs": TOP}
+        params = [SamplingParams(**settings, extra_args={"forced": row[-FORCED_TOKENS:]}) for row in ids]
         known, loss = [], 0.0
         for row, out in zip(ids, self.llm.generate(prompts, params), strict=True):
             said = out.outputs[0]
-            if list(said.token_ids) != row[-tokens:]:
+            if list(said.token_ids) != row[-FORCED_TOKENS:]:
                 raise RuntimeError("the engine did not follow the forced tokens")
             for token, place in zip(said.token_ids, said.logprobs, strict=True):
-                known.append({t: p.logprob for t, p in place.items()})
+                known.append({f"token_id:{t}": p.logprob for t, p in place.items()})
                 loss -= place[token].logprob
         return known, loss / len(known)
 
@@ -67,53 +71,60 @@ class InProcess:
 
 
 class Endpoint:
-    """An OpenAI-compatible server. Asks several at once; texts are cut at single places (a server cannot be forced)."""
+    """A server at `url` (without /v1), asked through the openai client, several requests at a time.
 
-    CUTS = 8
+    Questions need nothing but OpenAI's API. `continuations` needs vLLM's extensions of it.
+    """
 
-    def __init__(self, url: str, tokenizer: Any, concurrency: int = 8, chat: bool = False) -> None:
+    PLACES = 8
+    """Of a text. A server cannot be made to decode a given text, so each place is a prompt of its own: what is judged is
+    eviction while the prompt is read, and nothing at all with `full` prefill."""
+
+    def __init__(self, url: str, tokenizer: PreTrainedTokenizerBase, concurrency: int = 8) -> None:
         import openai
 
-        self.client = openai.OpenAI(
-            base_url=url.rstrip("/") + "/v1", api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=2
-        )
-        self.name = self.client.models.list().data[0].id
-        self.tokenizer, self.concurrency, self.chat = tokenizer, concurrency, chat
+        key = os.environ.get("OPENAI_API_KEY", "none")
+        self.client = openai.OpenAI(base_url=f"{url.rstrip('/')}/v1", api_key=key, timeout=3600)
+        self.model = self.client.models.list().data[0].id
+        self.tokenizer, self.concurrency = tokenizer, concurrency
 
-    def answers(self, prompts: Sequence[str], answer_tokens: Sequence[int]) -> list[str]:
-        return self._several(self._answer, list(zip(prompts, answer_tokens, strict=True)))
+    def answers(self, questions: Sequence[Question]) -> list[str]:
+        """What the model says, greedily."""
+        return self._several(self._answer, questions)
 
-    def _answer(self, job: tuple[str, int]) -> str:
-        prompt, tokens = job
-        given = {"model": self.name, "max_tokens": tokens, "temperature": 0}
-        if self.chat:
-            reply = self.client.chat.completions.create(messages=[{"role": "user", "content": prompt}], **given)
-            return reply.choices[0].message.content or ""
-        return self.client.completions.create(prompt=prompt, **given).choices[0].text
+    def _answer(self, question: Question) -> str:
+        given = {"model": self.model, "max_tokens": question.answer_tokens, "temperature": 0}
+        if question.chat:
+            said = [{"role": "user", "content": question.prompt}]
+            return self.client.chat.completions.create(messages=said, **given).choices[0].message.content or ""
+        return self.client.completions.create(prompt=question.prompt, **given).choices[0].text
 
-    def continuations(self, texts: Sequence[str], tokens: int) -> tuple[list[Known], float]:
-        jobs = []
-        for text in texts:
-            ids = self.tokenizer(text).input_ids
-            for i in range(self.CUTS):
-                at = len(ids) - tokens + i * tokens // self.CUTS
-                jobs.append((ids[:at], self.tokenizer.decode(ids[at : at + 1])))
-        found = self._several(self._next, jobs)
-        # The server names tokens by their text; what is not listed has at most the least listed probability.
-        loss = sum(-known.get(word, known.get(f" {word}", min(known.values()))) for (_, word), known in zip(jobs, found, strict=True))
-        return found, loss / len(found)
+    def continuations(self, texts: Sequence[str]) -> tuple[list[Known], float]:
+        """Next-token distributions at PLACES of the end of each text; mean of -log p(token)."""
+        ids = [self.tokenizer(t).input_ids for t in texts]
+        step = FORCED_TOKENS // self.PLACES
+        places = [(row[:at], row[at]) for row in ids for at in range(len(row) - FORCED_TOKENS, len(row), step)]
+        found = self._several(self._next, places)
+        return [known for known, _ in found], sum(loss for _, loss in found) / len(found)
 
-    def _next(self, job: tuple[list[int], str]) -> Known:
+    def _next(self, place: tuple[list[int], int]) -> tuple[Known, float]:
+        """Log-probabilities after the tokens, and -log p of the token that follows, which the server is made to say."""
+        before, token = place
+        extensions = {"allowed_token_ids": [token], "return_tokens_as_token_ids": True, "ignore_eos": True}
         reply = self.client.completions.create(
-            model=self.name, prompt=job[0], max_tokens=1, temperature=0, logprobs=TOP
+            model=self.model, prompt=before, max_tokens=1, temperature=0, logprobs=TOP, extra_body=extensions
         )
-        return reply.choices[0].logprobs.top_logprobs[0]
+        said = reply.choices[0].logprobs
+        if said.tokens != [f"token_id:{token}"]:
+            raise RuntimeError(
+                f"{self.client.base_url} answered {said.tokens} instead of token_id:{token}: KL and perplexity need vLLM's "
+                "allowed_token_ids and return_tokens_as_token_ids; leave out --tasks text for another server"
+            )
+        return said.top_logprobs[0], -said.token_logprobs[0]
 
-    def _several(self, ask: Any, jobs: Sequence[Any]) -> list[Any]:
-        from tqdm import tqdm
-
+    def _several(self, ask: Callable[[Any], Any], jobs: Sequence[Any]) -> list[Any]:
         with concurrent.futures.ThreadPoolExecutor(self.concurrency) as pool:
-            return list(tqdm(pool.map(ask, jobs), total=len(jobs), desc=self.name, leave=False))
+            return list(tqdm(pool.map(ask, jobs), total=len(jobs), desc=str(self.client.base_url), leave=False))
 
     def close(self) -> None:
         self.client.close()

@@ -1,239 +1,142 @@
 """Answers under eviction against those of the full cache: RULER, LongBench, KL and perplexity; at equal bytes and equal tokens.
 
-    make bench-quality                                      # test model, in process, about half an hour
+    make bench-quality                                      # small: the test model, in process
     python -m quality.run --model meta-llama/Llama-3.1-8B-Instruct --wording english --chat --context 16384 \\
-        --budgets 1024 2048 4096 --tasks ruler text --text-file book.txt --samples 100 --out llama   # on a GPU
-    python -m quality.run --model M --url full=http://127.0.0.1:8000 --url momentkv=http://127.0.0.1:8001 ...
+        --budgets 8192 4096 2048 1024 --samples 100 --text-file book.txt --out llama        # on a GPU
+    python -m quality.run --model M --url full=http://127.0.0.1:8000 --url momentkv=http://127.0.0.1:8001
 
 Equal bytes: every method has `budget` tokens, the moments included. Equal tokens: a method with moments gets their pages on top,
-so that it retains as many tokens as a method without. Cells that are in the output file already are not run again.
+so that it retains as many tokens as a method without. Cells that are done are in build/quality and not run again.
 """
 
 import argparse
 import concurrent.futures
+import hashlib
 import json
-import math
 import multiprocessing
-import os
-import random
-import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import report
-from divergence import mean_kl
-from quality import longbench, ruler
+import torch
+from quality import questions, show
+from quality.cells import DTYPE, FP8, METHODS, Cell, cells
 from quality.models import Endpoint, InProcess
-from quality.wording import Compact, English
+from quality.questions import Question
+from quality.results import judge
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer
-
-from momentkv_vllm.block_manager.spec import record_layout
-from momentkv_vllm.config import EvictionConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 HERE = Path(__file__).resolve().parent
 TEST_MODEL = HERE.parent / "test_model/checkpoint"
-PAGE = 16
-FORCED = 64
-FULL = "full cache"
-
-METHODS: dict[str, dict[str, Any]] = {
-    "momentkv": {"policy": "momentkv"},
-    "momentkv, zeroth": {"policy": "momentkv", "correction": "zeroth"},
-    "momentkv, off": {"policy": "momentkv", "correction": "off"},
-    "paper": {"policy": "paper"},
-    **{
-        name: {"policy": name}
-        for name in ("streamingllm", "random", "knorm", "keydiff", "h2o", "tova", "snapkv", "expected_attention")
-    },
-}
+RAW = HERE.parents[1] / "build/quality"
+CELLS_PER_PROCESS = 1 if torch.cuda.is_available() else 16
+"""Device memory is free for certain when the process has ended; on a CPU the imports take longer than a small engine."""
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One configuration; `pages`: KV pages of a sequence, everything included."""
-
-    method: str
-    prefill: str = ""
-    budget: int = 0
-    column: str = "bytes"
-    extra_tokens: int = 0
-
-    @property
-    def name(self) -> str:
-        return f"{self.method} / {self.prefill} / {self.budget} / {self.column}" if self.budget else self.method
-
-    @property
-    def eviction(self) -> dict[str, Any]:
-        return {**METHODS[self.method], "prefill": self.prefill, "budget_tokens": self.budget + self.extra_tokens}
-
-
-@dataclass(frozen=True)
-class Work:
-    """Everything that every cell answers."""
-
-    questions: list[ruler.Sample | longbench.Example]
-    texts: list[str]
-
-
-def cells(methods: Sequence[str], budgets: Sequence[int], prefills: Sequence[str], head_dim: int) -> Iterator[Cell]:
-    """The full cache first; then every method at equal bytes, and those with moments at equal tokens too."""
-    yield Cell(FULL)
-    for budget in budgets:
-        for prefill in prefills:
-            for method in methods:
-                yield Cell(method, prefill, budget)
-                config = EvictionConfig.from_dict(METHODS[method])
-                state = record_layout(config, head_dim).pages(PAGE, 2) * PAGE
-                if state:
-                    yield Cell(method, prefill, budget, "tokens", state)
-
-
-def run_cell(model: str, cell: Cell, work: Work, context: int, threads_bind: str | None) -> dict[str, Any]:
-    """Scores per task, distributions over the texts. Runs in a worker process."""
-    if threads_bind is not None:
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = threads_bind
-    options: dict[str, Any] = {"block_size": PAGE, "max_num_batched_tokens": 512, "max_num_seqs": 16, "enforce_eager": True}
-    options |= {"max_model_len": context + 256, "enable_prefix_caching": False}
-    if cell.budget:
-        options["additional_config"] = {"kv_eviction": cell.eviction}
-    return judge(InProcess(model, **options), work)
-
-
-def judge(who: InProcess | Endpoint, work: Work) -> dict[str, Any]:
-    """Let `who` answer everything and close it."""
-    said = who.answers([q.prompt for q in work.questions], [q.answer_tokens for q in work.questions])
-    scores: dict[str, list[float]] = {}
-    for question, text in zip(work.questions, said, strict=True):
-        if isinstance(question, ruler.Sample):
-            value = ruler.score(question.task, text, question.references)
-        else:
-            value = longbench.score(question.task, text, question.answers, question.classes)
-        scores.setdefault(question.task, []).append(value)
-    result: dict[str, Any] = {"scores": scores}
-    if work.texts:
-        result["known"], result["loss"] = who.continuations(work.texts, FORCED)
+def ask(who: InProcess | Endpoint, asked: Sequence[Question], texts: Sequence[str]) -> dict[str, Any]:
+    """What `who` said to every question, and its distributions over the texts; closes it."""
+    said = who.answers(asked)
+    known, loss = who.continuations(texts) if texts else ([], None)
     who.close()
-    return result
+    return {"said": said, "known": known, "loss": loss}
 
 
-def summary(result: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
-    """Means and standard errors; `vs_full`: the paired difference to the full cache, whose noise is smaller."""
-    tasks = {t: statistics.fmean(s) for t, s in result["scores"].items()}
-    pairs = [a - b for t, s in result["scores"].items() for a, b in zip(s, full["scores"][t], strict=True)]
-    out: dict[str, Any] = {"tasks": tasks}
-    if pairs:
-        out["mean"] = statistics.fmean(tasks.values())
-        out["vs_full"] = statistics.fmean(pairs)
-        out["vs_full_error"] = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else 0.0
-    if "known" in result:
-        out["kl"] = mean_kl(full["known"], result["known"])
-        out["perplexity"] = math.exp(result["loss"])
-    return out
+def ask_engine(model: str, cell: Cell, asked: Sequence[Question], texts: Sequence[str], context: int) -> dict[str, Any]:
+    """Runs in a worker process."""
+    return ask(InProcess(model, **cell.engine_options(context)), asked, texts)
 
 
-def make_work(args: argparse.Namespace, tokenizer: Any) -> Work:
-    """Samples of every task and seed, and the texts."""
-
-    def count_tokens(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False).input_ids)
-
-    book = Path(args.text_file).read_text() if args.text_file else ""
-    wording = Compact() if args.wording == "compact" else English(book)
-    questions: list[Any] = []
-    for task in args.tasks:
-        for seed in args.seeds:
-            rng = random.Random(f"{task} {seed}")
-            if task in ruler.TASKS:
-                length = args.context - 2 - (0 if args.wording == "compact" else 64)
-                made = [ruler.sample(task, rng, wording, length, count_tokens) for _ in range(args.samples)]
-                slack = 0 if args.wording == "compact" else 24
-                questions += [ruler.Sample(**{**vars(s), "answer_tokens": s.answer_tokens + slack}) for s in made]
-            elif task in longbench.METRICS:
-                questions += longbench.load(args.longbench, task, tokenizer, args.context, args.samples, seed)
-    rng = random.Random("texts")
-    texts = []
-    for _ in range(args.texts if "text" in args.tasks else 0):
-        words = " ".join(wording.text(rng, args.context))
-        ids = tokenizer(words, add_special_tokens=False).input_ids[: args.context - 2]
-        texts.append(tokenizer.decode(ids))
-    return Work(questions, texts)
+def raw_folder(model: str, context: int, asked: Sequence[Question], texts: Sequence[str]) -> Path:
+    """Where finished cells of exactly this model and work are kept."""
+    weights = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(Path(model).glob("*.safetensors"))]
+    prompts = [(q.prompt, q.answer_tokens, q.chat) for q in asked]
+    work = json.dumps([model, weights, context, prompts, list(texts)])
+    return RAW / hashlib.sha256(work.encode()).hexdigest()[:12]
 
 
-def evaluate(todo: list[Cell], args: argparse.Namespace, work: Work) -> Iterator[tuple[Cell, dict[str, Any]]]:
-    """Results as they come; the full cache alone first."""
-    cores = os.cpu_count() or 1
+def answers_of_engines(
+    plan: Sequence[Cell], model: str, context: int, asked: Sequence[Question], texts: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """What every cell said, in order; one engine at a time."""
+    folder = raw_folder(model, context, asked, texts)
+    folder.mkdir(parents=True, exist_ok=True)
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=spawn, max_tasks_per_child=8) as pool:
-        binds = [str(i % cores) if args.jobs > 1 else None for i in range(len(todo))]
-        running = {
-            pool.submit(run_cell, str(args.model), cell, work, args.context, "nobind" if bind else None): cell
-            for cell, bind in zip(todo, binds, strict=True)
-        }
-        for done in tqdm(concurrent.futures.as_completed(running), total=len(running), desc="cells"):
-            yield running[done], done.result()
+    with concurrent.futures.ProcessPoolExecutor(1, spawn, max_tasks_per_child=CELLS_PER_PROCESS) as pool:
+        for cell in tqdm(plan, desc="cells"):
+            path = folder / f"{cell.name.replace(' / ', '_').replace(' ', '-')}.json"
+            if not path.exists():
+                said = pool.submit(ask_engine, model, cell, asked, texts, context).result()
+                path.write_text(json.dumps(said))
+            yield json.loads(path.read_text())
 
 
-def expand(names: Sequence[str]) -> list[str]:
-    """`ruler` and `longbench` stand for all their tasks."""
-    groups = {"ruler": list(ruler.TASKS), "longbench": list(longbench.METRICS)}
-    out = [task for name in names for task in groups.get(name, [name])]
-    for task in out:
-        if task not in ruler.TASKS and task not in longbench.METRICS and task != "text":
-            raise SystemExit(f"--tasks {task}: not one of ruler, longbench, text, {', '.join([*ruler.TASKS, *longbench.METRICS])}")
-    return out
+def head_dim_of(config: PretrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", default=str(TEST_MODEL), help="checkpoint (its tokenizer counts tokens for endpoints too)")
-    parser.add_argument("--url", action="append", default=[], metavar="NAME=URL", help="endpoints to compare; the first is the full cache")
-    parser.add_argument("--chat", action="store_true", help="endpoints: ask as chat messages")
-    parser.add_argument("--tasks", nargs="+", default=["ruler", "text"])
-    parser.add_argument("--wording", choices=("compact", "english"), default="compact", help="compact: the test model's vocabulary")
-    parser.add_argument("--text-file", help="running text for haystacks and KL")
-    parser.add_argument("--longbench", type=Path, help="local checkout of LongBench")
-    parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[512, 256, 128, 64])
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--prefill", nargs="+", choices=("chunked", "full"), default=["chunked", "full"])
-    parser.add_argument("--samples", type=int, default=16, help="prompts per task and seed")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--texts", type=int, default=16)
-    parser.add_argument("--jobs", type=int, default=1, help="engines at a time, one process each")
-    parser.add_argument("--out", default="quality", help="results/NAME.json and .png")
-    return parser.parse_args()
+def token_bytes(config: PretrainedConfig) -> int:
+    """KV bytes of one token."""
+    return config.num_hidden_layers * config.num_key_value_heads * 2 * head_dim_of(config) * DTYPE.itemsize
 
 
-def main() -> None:
-    args = parse()
-    args.tasks = expand(args.tasks)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    work = make_work(args, tokenizer)
-    path = report.RESULTS / f"{args.out}.raw.json"
-    raw: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", default=str(TEST_MODEL), help="checkpoint; for servers: whose tokenizer counts")
+    add("--url", action="append", metavar="NAME=URL", help="a server to ask; the first is the full cache")
+    add("--chat", action="store_true", help="ask as chat messages")
+    add("--tasks", nargs="+", default=["ruler", "text"], help="ruler, longbench, their tasks, text (KL and perplexity)")
+    add("--wording", choices=("compact", "english"), default="compact", help="compact: the test model's vocabulary")
+    add("--text-file", type=Path, help="running text for haystacks and KL (English)")
+    add("--longbench", type=Path, help="local checkout of the LongBench data set")
+    add("--context", type=int, default=1024, help="tokens of prompt and answer")
+    add("--budgets", type=int, nargs="+", default=[512, 256, 128], help="tokens")
+    add("--methods", nargs="+", choices=[*METHODS, FP8], default=[*METHODS, FP8])
+    add("--prefill", nargs="+", choices=("chunked", "full"), default=["chunked", "full"])
+    add("--samples", type=int, default=16, help="prompts per task and seed")
+    add("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    add("--texts", type=int, default=16)
+    add("--out", default="quality", help="results/NAME.json and .png")
+    return parser.parse_args(argv)
+
+
+def servers(urls: Sequence[str]) -> dict[str, str]:
+    """Name -> address. Raises ValueError on an argument without a name."""
+    for pair in urls:
+        if not pair.partition("=")[0] or "://" not in pair.partition("=")[2]:
+            raise ValueError(f"--url {pair} is not NAME=URL, e.g. full=http://127.0.0.1:8000")
+    return dict(pair.split("=", 1) for pair in urls)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    tokenizer, config = AutoTokenizer.from_pretrained(args.model), AutoConfig.from_pretrained(args.model)
+    asked, texts = questions.make(args, tokenizer)
     if args.url:
-        for name, url in (pair.split("=", 1) for pair in args.url):
-            raw[name] = judge(Endpoint(url, tokenizer, chat=args.chat), work)
-        plan = [Cell(name) for name in raw]
+        named = servers(args.url)
+        plan = [Cell(name) for name in named]
+        raws = (ask(Endpoint(url, tokenizer), asked, texts) for url in named.values())
     else:
-        config = AutoConfig.from_pretrained(args.model)
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        plan = list(cells(args.methods, args.budgets, args.prefill, head_dim))
-        for cell, result in evaluate([c for c in plan if c.name not in raw], args, work):
-            raw[cell.name] = result
-            path.write_text(json.dumps(raw))
-    full = raw[next(iter(c.name for c in plan))]
-    results = {c.name: {**asdict(c), **summary(raw[c.name], full)} for c in plan}
-    from quality import show
-
+        plan = list(cells(args.methods, args.budgets, args.prefill, args.context, head_dim_of(config)))
+        raws = answers_of_engines(plan, args.model, args.context, asked, texts)
+    results, full = [], None
+    for cell, raw in zip(plan, raws, strict=True):
+        full = full or raw
+        results.append(judge(cell, raw, full, asked))
     print(show.tables(results))
-    settings = {"context": args.context, "samples": args.samples * len(args.seeds), "model": Path(args.model).name}
-    report.write(args.out, {**settings, "cells": results}, show.targets(results))
+    keys = ("context", "wording", "chat", "samples", "seeds", "texts")
+    settings = {
+        "model": Path(args.model).name,
+        **{k: getattr(args, k) for k in keys},
+        "token_bytes": token_bytes(config),
+    }
+    report.write(args.out, {**settings, "cells": [r.to_json() for r in results]}, show.targets(results))
     if not args.url:
-        show.plot(results, report.RESULTS / f"{args.out}.png")
+        show.plot(results, token_bytes(config), report.RESULTS / f"{args.out}.png")
 
 
 if __name__ == "__main__":

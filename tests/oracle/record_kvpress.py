@@ -46,7 +46,9 @@ def main(checkpoint: str, out: str) -> None:
             # These see the candidates only: the keys of a prefix do not depend on what follows.
             "knorm": recorded(KnormPress(ratio), model, ids[:, :CANDIDATES]),
             "keydiff": recorded(KeyDiffPress(ratio), model, ids[:, :CANDIDATES]),
-            "snapkv": recorded(SnapKVPress(ratio, window_size=WINDOW, kernel_size=5), model, ids)[..., :CANDIDATES].contiguous(),
+            "snapkv": recorded(SnapKVPress(ratio, window_size=WINDOW, kernel_size=5), model, ids)[
+                ..., :CANDIDATES
+            ].contiguous(),
             "streamingllm": recorded(StreamingLLMPress(1 - 176 / 544, n_sink=4), model, ids),
         },
         out,

@@ -1,0 +1,107 @@
+"""What is compared: methods, budgets, prefill modes, and the two meanings of "the same budget"."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from momentkv_vllm.block_manager.spec import page_schedule, record_layout
+from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.vllm_seams.engine_args import SMALL_BUDGET_TOKENS
+
+FULL = "full cache"
+FP8 = "fp8 KV"
+OURS = "momentkv"
+OFF = "momentkv, off"
+BASELINES = (
+    "paper", "streamingllm", "random", "knorm", "keydiff", "h2o", "tova", "snapkv", "expected_attention",
+)  # fmt: skip
+METHODS: dict[str, dict[str, Any]] = {
+    OURS: {"policy": "momentkv"},
+    "momentkv, zeroth": {"policy": "momentkv", "correction": "zeroth"},
+    OFF: {"policy": "momentkv", "correction": "off"},
+    **{name: {"policy": name} for name in BASELINES},
+}
+"""Those that evict; FP8 keeps every token in half the bytes."""
+
+DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One configuration.
+
+    Attributes:
+        prefill: "chunked" or "full"; "" when nothing is evicted.
+        budget_tokens: KV tokens of the model's dtype that the method may hold; 0: no limit.
+        column: "bytes", the state is part of the budget; "tokens", the state comes on top.
+        state_tokens: what comes on top.
+    """
+
+    method: str
+    prefill: str = ""
+    budget_tokens: int = 0
+    column: str = "bytes"
+    state_tokens: int = 0
+
+    @property
+    def name(self) -> str:
+        parts = (self.method, self.prefill, self.budget_tokens, f"equal {self.column}" if self.prefill else "")
+        return " / ".join(str(p) for p in parts if p)
+
+    @property
+    def page_size(self) -> int:
+        """The product's choice for this budget, the same in both columns."""
+        return 16 if self.budget_tokens <= SMALL_BUDGET_TOKENS else 32
+
+    @property
+    def eviction(self) -> dict[str, Any]:
+        """As `additional_config["kv_eviction"]`; `retire_tokens` is said because its default follows the budget."""
+        return {
+            **METHODS[self.method],
+            "prefill": self.prefill,
+            "budget_tokens": self.budget_tokens + self.state_tokens,
+            "retire_tokens": self.budget_tokens // 32,
+        }
+
+    def engine_options(self, context: int) -> dict[str, Any]:
+        """Arguments of `vllm.LLM` for prompts and answers of `context` tokens."""
+        options: dict[str, Any] = {
+            "dtype": str(DTYPE).removeprefix("torch."), "max_model_len": context, "enforce_eager": True,
+            "enable_prefix_caching": False,
+        }  # fmt: skip
+        if self.method == FP8:
+            options["kv_cache_dtype"] = "fp8"
+        if self.prefill:
+            options |= {"block_size": self.page_size, "additional_config": {"kv_eviction": self.eviction}}
+        return options
+
+
+def cells(
+    methods: Sequence[str], budgets: Sequence[int], prefills: Sequence[str], context: int, head_dim: int
+) -> Iterator[Cell]:
+    """The full cache first; then every method at equal bytes, and those with a state at equal tokens too.
+
+    A budget that a method's state and window do not fit is left out, with a line that says so.
+    """
+    yield Cell(FULL)
+    if FP8 in methods and context // 2 in budgets:
+        yield Cell(FP8, budget_tokens=context // 2)
+    for budget in budgets:
+        for prefill in prefills:
+            for method in [m for m in methods if m in METHODS]:
+                cell = Cell(method, prefill, budget)
+                record = record_layout(EvictionConfig.from_dict(cell.eviction), head_dim)
+                state = record.pages(cell.page_size, DTYPE.itemsize) * cell.page_size
+                both = [cell, Cell(method, prefill, budget, "tokens", state)] if state else [cell]
+                yield from (c for c in both if _fits(c, head_dim))
+
+
+def _fits(cell: Cell, head_dim: int) -> bool:
+    try:
+        page_schedule(EvictionConfig.from_dict(cell.eviction), cell.page_size, head_dim, DTYPE)
+    except ValueError as error:
+        print(f"left out: {cell.name}: {error}")
+        return False
+    return True
