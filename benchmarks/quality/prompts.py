@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 @dataclass(frozen=True)
 class Batch:
-    """ids [samples, tokens]: prompt and answer; the last `answer` tokens are the answer. answer 0: running text."""
+    """ids [samples, tokens]: prompt and answer; the last `answer` tokens are the answer."""
 
     ids: torch.Tensor
     answer: int
@@ -31,11 +31,3 @@ def task_batch(
         rows.append(tokenizer("<s> " + " ".join(words), add_special_tokens=False).input_ids)
         answer = one.answer.count(" ") + 1
     return Batch(torch.tensor(rows), answer)
-
-
-def text_batch(
-    tokenizer: PreTrainedTokenizerBase, wording: Compact, length: int, samples: int, seed: int
-) -> Batch:  # fmt: skip
-    rng = random.Random(f"text {seed}")
-    rows = [" ".join(["<s>", *wording.text(rng, length - 1)]) for _ in range(samples)]
-    return Batch(torch.tensor([tokenizer(r, add_special_tokens=False).input_ids for r in rows]), 0)

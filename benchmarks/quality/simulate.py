@@ -115,10 +115,10 @@ class SimulatedModel:
     layer_errors: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        AttentionInterface.register("momentkv_simulated", self._attention)
-        self.model = AutoModelForCausalLM.from_pretrained(
-            self.path, dtype=torch.float32, attn_implementation="momentkv_simulated"
-        )
+        # The registry is global: a name a model.
+        name = f"momentkv_simulated_{id(self)}"
+        AttentionInterface.register(name, self._attention)
+        self.model = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32, attn_implementation=name)
 
     def _attention(self, module, query, key, value, attention_mask, scaling, **_) -> tuple[torch.Tensor, None]:
         exact = None

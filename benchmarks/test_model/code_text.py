@@ -27,7 +27,10 @@ def texts(held_out: bool) -> tuple[str, ...]:
     found = []
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
-        if any(part in SKIPPED for part in path.relative_to(root).parts) or (zlib.crc32(name.encode()) % 20 == 0) != held_out:
+        if (
+            any(part in SKIPPED for part in path.relative_to(root).parts)
+            or (zlib.crc32(name.encode()) % 20 == 0) != held_out
+        ):
             continue
         text = path.read_text(errors="ignore")
         if text and max(map(len, text.splitlines()), default=0) <= LONGEST_LINE:
