@@ -36,8 +36,10 @@ class Engine:
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.free_at_start = self.pool.get_num_free_blocks()
         self.peak_pages: dict[str, int] = {}
+        self.cached_tokens: dict[str, int] = {}
         self.preemptions = 0
         self._next = 0
+        self._count_preemptions()
 
     def add(self, prompt: list[int], max_tokens: int = 32, **sampling: Any) -> str:
         name = f"r{self._next}"
@@ -64,6 +66,7 @@ class Engine:
         while self.vllm.has_unfinished_requests():
             for output in self.step():
                 if output.finished:
+                    self.cached_tokens[output.request_id] = output.num_cached_tokens
                     tokens[output.request_id] = list(output.outputs[0].token_ids)
             if on_step:
                 on_step(number)
@@ -74,6 +77,15 @@ class Engine:
         names = [self.add(p, max_tokens, **sampling) for p in prompts]
         tokens = self.run()
         return [tokens[n] for n in names]
+
+    def _count_preemptions(self) -> None:
+        preempt = self.scheduler._preempt_request
+
+        def counted(*args, **kwargs):
+            self.preemptions += 1
+            return preempt(*args, **kwargs)
+
+        self.scheduler._preempt_request = counted
 
     def abort(self, name: str) -> None:
         self.vllm.abort_request([name])
