@@ -56,7 +56,6 @@ def _objections(vllm_config: "VllmConfig", config: EvictionConfig) -> dict[str, 
         "KV connectors (--kv-transfer-config)": vllm_config.kv_transfer_config,
         "KV cache events (--kv-events-config)": getattr(vllm_config.kv_events_config, "enable_kv_cache_events", False),
         "speculative decoding (--speculative-config)": vllm_config.speculative_config,
-        "async scheduling (--async-scheduling)": vllm_config.scheduler_config.async_scheduling,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
         f"--attention-backend {getattr(attention, 'name', attention)}": attention is not None
