@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_OFFLINE = 1
 export VLLM_NO_USAGE_STATS = 1
 
-.PHONY: help setup demo test test-fast test-sanitize bench-kernels bench-serving lint format doctor lock model bench-needle bench-mass bench-quality bench-states oracle clean
+.PHONY: help setup demo test test-fast test-sanitize bench-kernels bench-serving lint format doctor lock model bench-needle bench-mass bench-quality bench-states oracle clean bench-prefix
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
@@ -60,6 +60,9 @@ bench-kernels: setup ## C++ kernels against vLLM's own on the same tokens
 
 bench-serving: setup ## stock vLLM against momentkv: decode tokens/s, first token, KV bytes, concurrency (20 minutes)
 	PYTHONPATH=benchmarks $(BIN)/python -m serving.run
+
+bench-prefix: setup ## prompt tokens saved by prefix caching under a shared system prompt, stock against momentkv
+	PYTHONPATH=benchmarks $(BIN)/python -m serving.prefix
 
 bench-needle: setup ## retrieval accuracy and KL under a budget, in the real engine
 	$(BIN)/python benchmarks/needle/accuracy.py

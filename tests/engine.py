@@ -1,5 +1,6 @@
 """A real vLLM engine in this process, stepped by hand, with the block manager's books checked after every step."""
 
+import contextlib
 import gc
 import random
 from collections.abc import Callable
@@ -7,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm import EngineArgs, LLMEngine, SamplingParams
+from vllm.v1.worker.cpu_model_runner import _torch_cuda_wrapper
+
+from momentkv_vllm.vllm_seams.engine_args import _choose_scheduler
 
 EVICTION_KEYS = (
     "policy", "budget_tokens", "window_tokens", "sink_tokens", "prefill", "correction", "moment_dtype",
@@ -20,9 +24,13 @@ def random_prompt(tokens: int, seed: int = 0) -> list[int]:
 
 
 class Engine:
-    """vLLM's LLMEngine. Eviction keys go to additional_config, everything else to EngineArgs."""
+    """vLLM's LLMEngine. Eviction keys go to additional_config, everything else to EngineArgs.
 
-    def __init__(self, model: Path, **options: Any) -> None:
+    pipelined: schedule every step before the last one's output is in. vLLM's CPU platform sets async_scheduling to False whatever
+    the user says, so it is set behind its back; the worker then needs vLLM's own stand-ins for CUDA streams and events.
+    """
+
+    def __init__(self, model: Path, pipelined: bool = False, **options: Any) -> None:
         eviction = {k: options.pop(k) for k in EVICTION_KEYS if k in options}
         defaults = {
             "dtype": "float32", "enforce_eager": True, "max_model_len": 4096, "max_num_seqs": 8, "max_num_batched_tokens": 256,
@@ -30,14 +38,24 @@ class Engine:
         }  # fmt: skip
         if eviction:
             defaults["additional_config"] = {"kv_eviction": eviction}
-        self.vllm = LLMEngine.from_engine_args(EngineArgs(model=str(model), **{**defaults, **options}))
+        config = EngineArgs(model=str(model), **{**defaults, **options}).create_engine_config()
+        self._streams = contextlib.ExitStack()
+        if pipelined:
+            config.scheduler_config.async_scheduling = True
+            config.scheduler_config.scheduler_cls = None
+            if eviction:
+                _choose_scheduler(config)
+            self._streams.enter_context(_torch_cuda_wrapper())
+        self.vllm = LLMEngine.from_vllm_config(config)
         self.scheduler = self.vllm.engine_core.engine_core.scheduler
         self.manager = self.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.free_at_start = self.pool.get_num_free_blocks()
         self.peak_pages: dict[str, int] = {}
+        self.cached_tokens: dict[str, int] = {}
         self.preemptions = 0
         self._next = 0
+        self._count_preemptions()
 
     def add(self, prompt: list[int], max_tokens: int = 32, **sampling: Any) -> str:
         name = f"r{self._next}"
@@ -64,6 +82,7 @@ class Engine:
         while self.vllm.has_unfinished_requests():
             for output in self.step():
                 if output.finished:
+                    self.cached_tokens[output.request_id] = output.num_cached_tokens
                     tokens[output.request_id] = list(output.outputs[0].token_ids)
             if on_step:
                 on_step(number)
@@ -75,11 +94,21 @@ class Engine:
         tokens = self.run()
         return [tokens[n] for n in names]
 
+    def _count_preemptions(self) -> None:
+        preempt = self.scheduler._preempt_request
+
+        def counted(*args, **kwargs):
+            self.preemptions += 1
+            return preempt(*args, **kwargs)
+
+        self.scheduler._preempt_request = counted
+
     def abort(self, name: str) -> None:
         self.vllm.abort_request([name])
 
     def close(self) -> None:
         assert self.pool.get_num_free_blocks() == self.free_at_start, "an idle engine must own no pages"
         self.vllm.engine_core.shutdown()
+        self._streams.close()
         del self.vllm, self.scheduler, self.manager, self.pool
         gc.collect()

@@ -22,7 +22,6 @@ def config_of(model, **options):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"enable_prefix_caching": True}, ["--enable-prefix-caching"]),
         ({"kv_cache_dtype": "fp8"}, ["--kv-cache-dtype fp8"]),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
@@ -112,7 +111,7 @@ def test_untested_vllm(models, monkeypatch):
 
 def test_defaults_are_chosen_only_where_the_user_was_silent(models):
     config = config_of(models())
-    assert config.cache_config.block_size == 16 and not config.cache_config.enable_prefix_caching
+    assert config.cache_config.block_size == 16 and config.cache_config.enable_prefix_caching
     assert config_of(models(), block_size=64, max_num_batched_tokens=128).cache_config.block_size == 64
 
 

@@ -1,4 +1,6 @@
-"""The scheduler's side: frees retired pages to vLLM's pool, bounds admission, counts."""
+"""The scheduler's side: frees retired pages to vLLM's pool, bounds admission, keeps shared prefixes out of harm's way, counts."""
+
+from collections.abc import Sequence
 
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -15,6 +17,15 @@ class MomentKVManager(FullAttentionManager):
 
     It frees columns [S+M, boundary) of a request once the tokens that made the worker retire them are settled; the
     worker, which runs the same schedule, retired them at the end of the step that computed those tokens.
+
+    Prefix caching: the worker rewrites columns [0, S+M) from the first event on, so a page there never has two owners, and
+    leaves the prefix cache before it is first rewritten.
+
+    * A hit page that somebody else owns is copied for the new request; one that nobody owns is taken as it is. So a hit
+      never needs more free pages than the same request without one.
+    * When a request gets the last page of its budget it is sealed: a copy of each of its cached pages takes their place in
+      the cache. The copies ride on vLLM's own list, which the worker runs before the step that could rewrite them.
+    * Pages are cached a step after they were scheduled, because those copies run before the step's own stores.
     """
 
     def __init__(self, kv_cache_spec: MomentKVSpec, **kwargs) -> None:
@@ -25,8 +36,48 @@ class MomentKVManager(FullAttentionManager):
             self.max_admission_blocks_per_request = self.schedule.peak_pages(kv_cache_spec.step_tokens)
         self.evicting: dict[str, int] = {}
         self.live_pages: dict[str, int] = {}
+        self.sealed: set[str] = set()
         self.metrics = PageMetrics(kv_cache_spec)
         _announce(kv_cache_spec, self.block_pool.num_gpu_blocks - 1)
+
+    @property
+    def rewritten_pages(self) -> int:
+        """S+M: columns before this one are rewritten once the request evicts."""
+        return self.schedule.store_pages + self.schedule.moment_pages
+
+    @classmethod
+    def find_longest_cache_hit(cls, *, max_length: int, kv_cache_spec: MomentKVSpec, **kwargs):
+        """As vLLM's, but never past what a request must compute itself for its first event."""
+        max_length = min(max_length, kv_cache_spec.cacheable_tokens)
+        return super().find_longest_cache_hit(max_length=max_length, kv_cache_spec=kv_cache_spec, **kwargs)
+
+    def get_num_blocks_to_allocate(
+        self, request_id: str, num_tokens: int, new_computed_blocks: Sequence[KVCacheBlock], *args, **kwargs
+    ) -> int:
+        """As vLLM's, plus the pages for copies of hit pages that others own."""
+        pages = super().get_num_blocks_to_allocate(request_id, num_tokens, new_computed_blocks, *args, **kwargs)
+        return pages + sum(b.ref_cnt > 0 for b in new_computed_blocks[: self.rewritten_pages])
+
+    def add_local_computed_blocks(
+        self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *args, **kwargs
+    ) -> None:
+        """Give a new request its hit pages; those that it will rewrite become its own."""
+        super().add_local_computed_blocks(request_id, new_computed_blocks, *args, **kwargs)
+        copied_from = {copy.block_id: source for source, copy in self._pending_cow_copies}
+        for column, block in enumerate(new_computed_blocks[: self.rewritten_pages]):
+            if block.ref_cnt > 1:
+                self._make_private(request_id, column, copied_from.get(block.block_id, block))
+        self._count_live(request_id, len(new_computed_blocks))
+
+    def cache_blocks(self, request, num_tokens: int, *args, **kwargs) -> None:
+        """Cache the pages that earlier steps have filled, until the request's last chance before its first event."""
+        request_id = request.request_id
+        if request_id in self.sealed:
+            return
+        filled = min(num_tokens, request.num_computed_tokens, self.kv_cache_spec.cacheable_tokens)
+        super().cache_blocks(request, filled, *args, **kwargs)
+        if len(self.req_to_blocks.get(request_id, ())) >= self.schedule.budget_pages:
+            self._seal(request_id)
 
     def allocate_new_blocks(self, request_id: str, *args, **kwargs) -> list[KVCacheBlock]:
         blocks = super().allocate_new_blocks(request_id, *args, **kwargs)
@@ -42,8 +93,7 @@ class MomentKVManager(FullAttentionManager):
         # A request that was preempted starts again at zero; its pages were all freed.
         if boundary <= before or request_id not in self.req_to_blocks:
             return
-        kept = self.schedule.store_pages + self.schedule.moment_pages
-        first = max(before, kept)
+        first = max(before, self.rewritten_pages)
         self._remove_blocks_in_range(request_id, first, boundary)
         self.evicting[request_id] = boundary
         freed = boundary - first
@@ -54,6 +104,7 @@ class MomentKVManager(FullAttentionManager):
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         blocks = super().pop_blocks_for_free(request_id)
         self.evicting.pop(request_id, None)
+        self.sealed.discard(request_id)
         self.live_pages.pop(request_id, None)
         self.metrics.live(sum(self.live_pages.values()), len(self.evicting))
         return blocks
@@ -63,27 +114,65 @@ class MomentKVManager(FullAttentionManager):
         return 0
 
     def check_integrity(self) -> None:
-        """Assert the bookkeeping. Raises AssertionError naming the request and the numbers."""
-        owners: dict[int, str] = {}
+        """Assert the bookkeeping between two steps. Raises AssertionError naming the request and the numbers."""
+        owners: dict[int, int] = {}
         for request_id, blocks in self.req_to_blocks.items():
-            boundary = self.evicting.get(request_id, 0)
-            kept = self.schedule.store_pages + self.schedule.moment_pages
-            for column, block in enumerate(blocks):
-                retired = kept <= column < boundary
-                assert block.is_null == retired, (
-                    f"{request_id}: column {column} null={block.is_null}, boundary {boundary}"
-                )
-                if not retired:
-                    other = owners.setdefault(block.block_id, request_id)
-                    assert other == request_id, f"page {block.block_id} belongs to {other} and {request_id}"
-                    assert block.ref_cnt == 1, f"{request_id}: page {block.block_id} has {block.ref_cnt} owners"
-            live = sum(not b.is_null for b in blocks)
-            assert live == self.live_pages.get(request_id, 0), f"{request_id}: {live} live pages, counted otherwise"
-            cap = self.max_admission_blocks_per_request
-            assert cap is None or live <= cap, f"{request_id}: {live} live pages exceed the admission bound {cap}"
+            for block in blocks:
+                if not block.is_null:
+                    owners[block.block_id] = owners.get(block.block_id, 0) + 1
+            self._check_request(request_id, blocks)
+        for number, count in owners.items():
+            found = self.block_pool.blocks[number].ref_cnt
+            assert found == count, f"page {number} has {count} owners, but is referenced {found} times"
         free = self.block_pool.get_num_free_blocks()
         total = self.block_pool.num_gpu_blocks - 1
         assert len(owners) + free == total, f"{len(owners)} owned + {free} free pages != {total}"
+
+    def _check_request(self, request_id: str, blocks: list[KVCacheBlock]) -> None:
+        boundary = self.evicting.get(request_id, 0)
+        assert not boundary or not self.enable_caching or request_id in self.sealed, f"{request_id} evicts unsealed"
+        for column, block in enumerate(blocks):
+            rewritten = column < self.rewritten_pages
+            retired = not rewritten and column < boundary
+            assert block.is_null == retired, f"{request_id}: column {column} null={block.is_null}, boundary {boundary}"
+            if rewritten:
+                assert block.ref_cnt == 1, f"{request_id}: store or moment page {column} has {block.ref_cnt} owners"
+                assert block.block_hash is None or request_id not in self.sealed, (
+                    f"{request_id}: page {column} may be rewritten and is cached"
+                )
+        live = sum(not b.is_null for b in blocks)
+        assert live == self.live_pages.get(request_id, 0), f"{request_id}: {live} live pages, counted otherwise"
+        cap = self.max_admission_blocks_per_request
+        assert cap is None or live <= cap, f"{request_id}: {live} live pages exceed the admission bound {cap}"
+
+    def _make_private(self, request_id: str, column: int, source: KVCacheBlock) -> None:
+        """Replace a shared hit page by a copy of `source`, the page that holds its content before the coming step.
+
+        Both ends of the copy stay referenced until vLLM has handed the list over (Scheduler._free_cow_retained_blocks).
+        """
+        blocks = self.req_to_blocks[request_id]
+        shared, (copy,) = blocks[column], self.block_pool.get_new_blocks(1)
+        blocks[column] = copy
+        self._copy_before_step(source, copy)
+        copy.ref_cnt += 1
+        self.block_pool.free_blocks([shared])
+
+    def _seal(self, request_id: str) -> None:
+        """Take the request's pages that will be rewritten out of the prefix cache, leaving copies there."""
+        self.sealed.add(request_id)
+        cached = [b for b in self.req_to_blocks[request_id][: self.rewritten_pages] if b.block_hash is not None]
+        # Only pages that this step cannot need: a copy must never be the reason for a preemption.
+        step_pages = self.kv_cache_spec.step_tokens // self.block_size + len(self.req_to_blocks)
+        spare = max(0, self.block_pool.get_num_free_blocks() - step_pages)
+        copies = self.block_pool.get_new_blocks(min(spare, len(cached)))
+        for page, copy in zip(cached, copies, strict=False):
+            self.block_pool.move_block_hashes(page, copy)
+            self._copy_before_step(page, copy)
+        self.block_pool.evict_blocks({page.block_id for page in cached[len(copies) :]})
+
+    def _copy_before_step(self, source: KVCacheBlock, copy: KVCacheBlock) -> None:
+        source.ref_cnt += 1
+        self._pending_cow_copies.append((source, copy))
 
     def _count_live(self, request_id: str, change: int) -> None:
         if change:

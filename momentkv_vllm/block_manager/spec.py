@@ -98,6 +98,19 @@ class MomentKVSpec(FullAttentionSpec):
         return min(pages, self.schedule.peak_pages(self.step_tokens)) if self.schedule.evict_in_prefill else pages
 
     @property
+    def cacheable_tokens(self) -> int:
+        """Longest prefix that may come from the prefix cache.
+
+        The first event must lie ahead, and so must the queries whose attention the policy wants before it. Beyond the first
+        event a prefix is a store and a record, which no page holds as they were.
+        """
+        policy = POLICIES[self.config.policy]
+        if policy.observes_all_queries:
+            return 0
+        ahead = self.config.observation_tokens if policy.needs_attention else 1
+        return max(0, self.schedule.first_event - ahead) // self.block_size * self.block_size
+
+    @property
     def state_bytes(self) -> int:
         """Bytes of one sequence's moment pages in one layer."""
         return self.schedule.moment_pages * self.page_size_bytes

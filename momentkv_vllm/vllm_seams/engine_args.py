@@ -17,6 +17,7 @@ import logging
 from typing import Any
 
 from momentkv_vllm.config import CONFIG_KEY, POLICY_DEFAULTS, EvictionConfig
+from momentkv_vllm.policies import POLICIES
 from momentkv_vllm.vllm_seams.validate import refuse_unsupported, refuse_untested_vllm
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -52,6 +53,7 @@ def patch_engine_args() -> None:
         _set_defaults(self, config)
         vllm_config = create(self, *args, **kwargs)
         refuse_unsupported(vllm_config, config)
+        _choose_scheduler(vllm_config)
         # Imported late: prometheus must not be touched by processes that only parse options.
         from momentkv_vllm.block_manager.metrics import serve_metrics
 
@@ -115,7 +117,18 @@ def _set_defaults(engine_args: Any, config: EvictionConfig) -> None:
     if engine_args.block_size is None:
         engine_args.block_size = 16 if config.budget_tokens <= SMALL_BUDGET_TOKENS else 32
         logger.info("momentkv: --block-size not given, using %d", engine_args.block_size)
-    if engine_args.enable_prefix_caching is None:
+    if engine_args.enable_prefix_caching is None and POLICIES[config.policy].observes_all_queries:
         engine_args.enable_prefix_caching = False
-        logger.warning("momentkv: prefix caching is switched off: it does not work together with --kv-eviction yet")
+        logger.warning(
+            "momentkv: prefix caching is switched off: policy %s must observe every query of a sequence", config.policy
+        )
     engine_args.additional_config = {**engine_args.additional_config, CONFIG_KEY: config.to_dict()}
+
+
+def _choose_scheduler(vllm_config: Any) -> None:
+    """With prefix caching, the scheduler that lets long prompts leave their prefix in the cache; a user's own one stays."""
+    scheduler = vllm_config.scheduler_config
+    if not vllm_config.cache_config.enable_prefix_caching or scheduler.scheduler_cls is not None:
+        return
+    name = "AsyncPrefixScheduler" if scheduler.async_scheduling else "PrefixScheduler"
+    scheduler.scheduler_cls = f"momentkv_vllm.block_manager.scheduler.{name}"

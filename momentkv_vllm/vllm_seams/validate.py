@@ -4,6 +4,7 @@ import os
 from typing import TYPE_CHECKING
 
 from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.policies import POLICIES
 from momentkv_vllm.versions import ALLOW_UNTESTED_VARIABLE, TESTED_VLLM, installed_vllm
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def refuse_untested_vllm() -> None:
 
 def refuse_unsupported(vllm_config: "VllmConfig", config: EvictionConfig) -> None:
     """Raises ValueError naming the first option or model property that eviction cannot serve."""
-    for what, present in _objections(vllm_config).items():
+    for what, present in _objections(vllm_config, config).items():
         if present:
             raise ValueError(f"--kv-eviction {config.policy} does not support {what}: {WAY_OUT}")
     _refuse_kernels(config)
@@ -33,7 +34,7 @@ def refuse_unsupported(vllm_config: "VllmConfig", config: EvictionConfig) -> Non
     _refuse_budget(vllm_config, config)
 
 
-def _objections(vllm_config: "VllmConfig") -> dict[str, object]:
+def _objections(vllm_config: "VllmConfig", config: EvictionConfig) -> dict[str, object]:
     from vllm.platforms import current_platform
 
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
@@ -49,12 +50,12 @@ def _objections(vllm_config: "VllmConfig") -> dict[str, object]:
         f"sliding-window attention (window {model.get_sliding_window()})": model.get_sliding_window() is not None,
         f"--kv-cache-dtype {cache.cache_dtype} (only auto, i.e. the model's dtype)": cache.cache_dtype
         not in ("auto", "bfloat16", "float16", "float32"),
-        "--enable-prefix-caching (store pages are rewritten in place)": cache.enable_prefix_caching,
+        "--enable-prefix-caching (the policy must observe every query of a sequence)": cache.enable_prefix_caching
+        and POLICIES[config.policy].observes_all_queries,
         "KV offloading (--kv-offloading-size)": cache.kv_offloading_size,
         "KV connectors (--kv-transfer-config)": vllm_config.kv_transfer_config,
         "KV cache events (--kv-events-config)": getattr(vllm_config.kv_events_config, "enable_kv_cache_events", False),
         "speculative decoding (--speculative-config)": vllm_config.speculative_config,
-        "async scheduling (--async-scheduling)": vllm_config.scheduler_config.async_scheduling,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
         f"--attention-backend {getattr(attention, 'name', attention)}": attention is not None
