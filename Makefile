@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_OFFLINE = 1
 export VLLM_NO_USAGE_STATS = 1
 
-.PHONY: help setup demo test test-fast test-sanitize bench-kernels bench-serving lint format doctor lock model bench-needle bench-mass bench-quality bench-states oracle clean bench-prefix
+.PHONY: help setup demo test test-fast test-sanitize bench-kernels bench-serving lint format doctor lock model code-model bench-quality bench-states bench-rope oracle clean bench-prefix
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
@@ -64,20 +64,27 @@ bench-serving: setup ## stock vLLM against momentkv: decode tokens/s, first toke
 bench-prefix: setup ## prompt tokens saved by prefix caching under a shared system prompt, stock against momentkv
 	PYTHONPATH=benchmarks $(BIN)/python -m serving.prefix
 
-bench-needle: setup ## retrieval accuracy and KL under a budget, in the real engine
-	$(BIN)/python benchmarks/needle/accuracy.py
-
-bench-mass: setup ## attention mass that eviction loses on the test model, and what the correction gives back
-	$(BIN)/python benchmarks/needle/evicted_mass.py
-
-bench-quality: setup ## accuracy, KL and perplexity of all policies under a budget, in the real engine (under half an hour)
-	PYTHONPATH=benchmarks $(BIN)/python -m quality.run --samples 4
+bench-quality: setup ## accuracy, KL and perplexity of all policies under a budget, in the real engine (an hour)
+	PYTHONPATH=benchmarks $(BIN)/python -P -m quality.run --samples 8 --tasks ruler --budgets 512 256 128 64
+	@mkdir -p build
+	PYTHONPATH=benchmarks $(BIN)/python -P -m test_model.code_text > build/held_out.txt
+	PYTHONPATH=benchmarks $(BIN)/python -P -m quality.run --model benchmarks/test_model/code_checkpoint --tasks text --texts 48 \
+	  --wording english --text-file build/held_out.txt --budgets 512 256 128 --prefill chunked --out quality_code
 
 bench-states: setup ## the large table: states and scores in the simulator
-	PYTHONPATH=benchmarks $(BIN)/python -m quality.state_search
+	PYTHONPATH=benchmarks $(BIN)/python -P -m quality.state_search
 
-model: setup    ## train the test model again (30 minutes on 2 cores)
-	$(BIN)/python benchmarks/needle/train.py
+bench-rope: setup ## does RoPE wash out the mean key, layer by layer
+	PYTHONPATH=benchmarks $(BIN)/python -P -m quality.rope
+
+model: setup    ## train the test model code-model of synthetic tasks again (an hour)
+	PYTHONPATH=benchmarks $(BIN)/python -P -m test_model.train --data tasks --minutes 60 --out benchmarks/test_model/checkpoint
+
+code-bench-rope: setup ## does RoPE wash out the mean key, layer by layer
+	PYTHONPATH=benchmarks $(BIN)/python -P -m quality.rope
+
+model: setup ## train the language model code-model of source code again (an hour)
+	PYTHONPATH=benchmarks $(BIN)/python -P -m test_model.train --data code --minutes 60 --out benchmarks/test_model/code_checkpoint
 
 oracle: setup   ## the tokens that stay against NVIDIA's kvpress, in an environment of its own
 	@test -x .venv-oracle/bin/python || $(PYTHON) -m venv .venv-oracle

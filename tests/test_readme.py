@@ -5,6 +5,8 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+from quality.show import overview
+
 from momentkv_vllm.block_manager.metrics import METRICS
 from momentkv_vllm.config import POLICY_DEFAULTS, EvictionConfig
 
@@ -42,11 +44,18 @@ def test_files_that_it_names_exist():
 
 def test_measured_figures_are_those_of_the_committed_results():
     demo = json.loads((ROOT / "benchmarks/results/demo.json").read_text())["results"]["table"]
-    cells = json.loads((ROOT / "benchmarks/results/needle_accuracy.json").read_text())["results"]["cells"]
-    want = [*demo[1:], *([n, c["needle"], c["multikey"], c["copy"]] for n, c in cells.items())]
-    for row in want:
+    for row in demo[1:]:
         text = [f"{c:.3f}" if isinstance(c, float) else str(c) for c in row]
         assert "| " + " | ".join(text) + " |" in README, row
+    quality, code = (
+        json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())["results"]
+        for name in ("quality", "quality_code")
+    )
+    assert overview(quality, code) in README
+    states = json.loads((ROOT / "benchmarks/results/states.json").read_text())["results"]["cells"]
+    for name, cell in states.items():
+        if "kl" in cell:
+            assert f"| {name} | {cell['mean']:.3f} | {cell['kl']:.4f} |" in README, name
 
 
 def test_speed_figures_are_those_of_the_committed_results():

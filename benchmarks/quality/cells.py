@@ -19,7 +19,7 @@ BASELINES = (
 )  # fmt: skip
 METHODS: dict[str, dict[str, Any]] = {
     OURS: {"policy": "momentkv"},
-    "momentkv, zeroth": {"policy": "momentkv", "correction": "zeroth"},
+    "momentkv, first": {"policy": "momentkv", "correction": "first", "moment_dtype": "int8"},
     OFF: {"policy": "momentkv", "correction": "off"},
     **{name: {"policy": name} for name in BASELINES},
 }

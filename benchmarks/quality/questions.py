@@ -76,15 +76,20 @@ def longbench_questions(
     return made
 
 
-def running_texts(wording: Wording, tokenizer: PreTrainedTokenizerBase, context: int, count: int) -> list[str]:
-    """`count` texts of about `context` tokens, at most."""
+def running_texts(
+    wording: Wording, book: str, tokenizer: PreTrainedTokenizerBase, context: int, count: int
+) -> list[str]:
+    """`count` texts of about `context` tokens, at most: stretches of the book as they stand, or the wording's own text."""
     rng = random.Random("texts")
-    texts = []
-    for _ in range(count):
-        ids = tokenizer(" ".join(wording.text(rng, context)), add_special_tokens=False).input_ids
-        # A cut text may become a token longer when it is read again.
-        texts.append(tokenizer.decode(ids[: context - 4]))
-    return texts
+    if book:
+        ids = tokenizer(book, add_special_tokens=False).input_ids
+        starts = [rng.randrange(max(1, len(ids) - context)) for _ in range(count)]
+        stretches = [ids[s : s + context] for s in starts]
+    else:
+        made = [" ".join(wording.text(rng, context)) for _ in range(count)]
+        stretches = [tokenizer(text, add_special_tokens=False).input_ids for text in made]
+    # A cut text may become a few tokens longer when it is read again.
+    return [tokenizer.decode(ids[: context - 8]) for ids in stretches]
 
 
 def make(args: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Question], list[str]]:
@@ -99,7 +104,7 @@ def make(args: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Question],
     questions += longbench_questions(
         of_longbench, args.longbench, tokenizer, args.context, number, args.seeds[0], args.chat
     )
-    return questions, running_texts(wording, tokenizer, args.context, args.texts) if TEXT in tasks else []
+    return questions, running_texts(wording, book, tokenizer, args.context, args.texts) if TEXT in tasks else []
 
 
 def _count_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:

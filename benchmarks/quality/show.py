@@ -42,6 +42,23 @@ def _table(results: Sequence[Result]) -> str:
     return report.table(rows)
 
 
+def overview(accuracy: dict[str, Any], text: dict[str, Any]) -> str:
+    """The README's table from two written results: mean accuracy by budget and prefill mode, KL by budget, at equal bytes."""
+    cells = [c for c in accuracy["cells"] if c["prefill"] and c["column"] == "bytes"]
+    columns = list(dict.fromkeys((c["budget_tokens"], c["prefill"]) for c in cells))
+    means = {(c["method"], c["budget_tokens"], c["prefill"]): f"{c['mean']:.3f}" for c in cells}
+    of_text = [c for c in text["cells"] if c["prefill"] and c["column"] == "bytes"]
+    budgets = list(dict.fromkeys(c["budget_tokens"] for c in of_text))
+    kls = {(c["method"], c["budget_tokens"]): f"{c['kl']:.3f}" for c in of_text}
+    rows = [["", *(f"{b}, {p}" for b, p in columns), *(f"KL {b}" for b in budgets)]]
+    for method in dict.fromkeys(c["method"] for c in cells):
+        row = [means.get((method, *column), "-") for column in columns]
+        rows.append([method, *row, *(kls.get((method, b), "-") for b in budgets)])
+    (full,) = [c for c in accuracy["cells"] if c["method"] == FULL]
+    rows.insert(1, [FULL, *[f"{full['mean']:.3f}"] * len(columns), *["0"] * len(budgets)])
+    return report.table(rows)
+
+
 def groups(results: Sequence[Result], column: str = "bytes") -> dict[tuple[int, str], Group]:
     """(budget, prefill) -> method -> result. A method without a state has the same cell in both columns."""
     found: dict[tuple[int, str], Group] = {}

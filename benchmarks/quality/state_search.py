@@ -9,7 +9,7 @@ the code model, exact inputs. (On the synthetic text of the tasks model every st
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,9 +132,8 @@ def divergence(model: SimulatedModel, ids: torch.Tensor, full: torch.Tensor, how
     return {"kl": kl, **{f"error {i}": e for i, e in enumerate(model.layer_errors)}}
 
 
-def cells(context: int) -> list[Cell]:
+def cells(budgets: Sequence[int]) -> list[Cell]:
     """States behind the default score, then windows and scores behind the default state."""
-    budgets = [context // n for n in (4, 8)]
     out = [Cell("momentkv", s, b) for b in budgets for s in STATES]
     out += [Cell("momentkv", "zeroth", b, window=w) for b in budgets for w in WINDOWS[1:]]
     others = list(SCORES)[1:]
@@ -144,6 +143,7 @@ def cells(context: int) -> list[Cell]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--budgets", type=int, nargs="+", default=[256])
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", default="", help="run only cells whose name contains this")
@@ -157,7 +157,7 @@ def main() -> None:
     full = text_model.log_probs(ids, slice(args.context // 2, None), None)
     result = {"full cache": {t: accuracy(tasks_model, b, None) for t, b in tasks.items()}}
     dim = tasks_model.model.config.head_dim
-    for cell in tqdm([c for c in cells(args.context) if args.only in c.name]):
+    for cell in tqdm([c for c in cells(args.budgets) if args.only in c.name]):
         found = {t: accuracy(tasks_model, b, eviction(cell, dim, args.context - b.answer)) for t, b in tasks.items()}
         found["mean"] = sum(found.values()) / len(found)
         found |= divergence(text_model, ids, full, eviction(cell, dim, args.context // 2))

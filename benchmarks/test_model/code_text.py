@@ -72,6 +72,11 @@ class CodeText:
         self.tokenizer.save_pretrained(folder)
 
 
+def main() -> None:
+    """Print the held-out modules, one after the other: a --text-file for quality/run.py."""
+    print("\n".join(texts(True)))
+
+
 def held_out_rows(tokenizer: PreTrainedTokenizerFast, context: int, rows: int, seed: int) -> torch.Tensor:
     """[rows, context] ids, each the beginning of a stretch of some held-out module that is long enough."""
     rng = random.Random(seed)
@@ -82,3 +87,7 @@ def held_out_rows(tokenizer: PreTrainedTokenizerFast, context: int, rows: int, s
         start = rng.randrange(len(row) - context + 1)
         out.append(row[start : start + context])
     return torch.tensor(out)
+
+
+if __name__ == "__main__":
+    main()
