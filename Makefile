@@ -77,10 +77,10 @@ bench-states: setup ## the large table: states and scores in the simulator
 bench-rope: setup ## does RoPE wash out the mean key, layer by layer
 	PYTHONPATH=benchmarks $(BIN)/python -P -m quality.rope
 
-model: setup    ## train the test model code-model of synthetic tasks again (an hour)
+model: setup    ## train the test model of synthetic tasks again (an hour)
 	PYTHONPATH=benchmarks $(BIN)/python -P -m test_model.train --data tasks --minutes 60 --out benchmarks/test_model/checkpoint
 
-code-model: setup ## train the language model code-model of source code again (an hour)
+code-model: setup ## train the language model of source code again (an hour)
 	PYTHONPATH=benchmarks $(BIN)/python -P -m test_model.train --data code --minutes 60 --out benchmarks/test_model/code_checkpoint
 
 oracle: setup   ## the tokens that stay against NVIDIA's kvpress, in an environment of its own
