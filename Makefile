@@ -71,10 +71,10 @@ bench-mass: setup ## attention mass that eviction loses on the test model, and w
 	$(BIN)/python benchmarks/needle/evicted_mass.py
 
 bench-quality: setup ## accuracy, KL and perplexity of all policies under a budget, in the real engine (under half an hour)
-	PYTHONPATH=benchmarks $(BIN)/python -m quality.run --samples 4
+	PYTHONPATH=benchmarks $(BIN)/python -P -m quality.run --samples 3
 
 bench-states: setup ## the large table: states and scores in the simulator
-	PYTHONPATH=benchmarks $(BIN)/python -m quality.state_search
+	PYTHONPATH=benchmarks $(BIN)/python -P -m quality.state_search
 
 model: setup    ## train the test model again (30 minutes on 2 cores)
 	$(BIN)/python benchmarks/needle/train.py
