@@ -56,13 +56,13 @@ test-sanitize: setup ## kernel tests under AddressSanitizer and UBSan
 	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest tests/test_kernels.py -k "cpu and not instruction_sets"
 
 bench-kernels: setup ## C++ kernels against vLLM's own on the same tokens
-	PYTHONPATH=benchmarks $(BIN)/python -m kernels.run
+	PYTHONPATH=benchmarks $(BIN)/python -P -m kernels.run
 
 bench-serving: setup ## stock vLLM against momentkv: decode tokens/s, first token, KV bytes, concurrency (20 minutes)
-	PYTHONPATH=benchmarks $(BIN)/python -m serving.run
+	PYTHONPATH=benchmarks $(BIN)/python -P -m serving.run
 
 bench-prefix: setup ## prompt tokens saved by prefix caching under a shared system prompt, stock against momentkv
-	PYTHONPATH=benchmarks $(BIN)/python -m serving.prefix
+	PYTHONPATH=benchmarks $(BIN)/python -P -m serving.prefix
 
 bench-quality: setup ## accuracy, KL and perplexity of all policies under a budget, in the real engine (an hour)
 	PYTHONPATH=benchmarks $(BIN)/python -P -m quality.run --samples 8 --tasks ruler --budgets 512 256 128 64

@@ -1,6 +1,8 @@
 """A real `vllm serve` in a child process, on a free loopback port."""
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -31,7 +33,9 @@ class Server:
         settings = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_") and k != "PYTHONPATH"}
         settings |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": str(threads)}
         with self.log_path.open("wb") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=settings)
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=settings, start_new_session=True
+            )
 
     @property
     def log(self) -> str:
@@ -66,3 +70,6 @@ class Server:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+        # An API server that ends while its engine starts leaves engine and workers behind, in its process group.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import report
 from quality import run
-from quality.cells import FP8, FULL, OFF, OURS, Cell, cells
+from quality.cells import FIRST, FP8, FULL, OFF, OURS, Cell, cells
 from quality.results import Result, mean_error
 from quality.show import groups, plot, tables, targets
 from server import Server
@@ -20,20 +20,20 @@ from momentkv_vllm.config import EvictionConfig
 
 def test_equal_bytes_and_equal_tokens(capsys):
     """Head dimension 32: a record of 2,368 bytes takes two pages of 16 tokens (2,048 bytes each), its means one."""
-    found = list(cells([OURS, OFF, "knorm", FP8], [512, 64], ["chunked", "full"], 1024, 32))
+    found = list(cells([FIRST, OFF, "knorm", FP8], [512, 64], ["chunked", "full"], 1024, 32))
     assert found[:2] == [Cell(FULL), Cell(FP8, budget_tokens=512)]
     at_512 = [c for c in found if c.budget_tokens == 512 and c.prefill == "full"]
     assert [(c.method, c.column, c.state_tokens) for c in at_512] == [
-        (OURS, "bytes", 0), (OURS, "tokens", 32), (OFF, "bytes", 0), (OFF, "tokens", 16), ("knorm", "bytes", 0),
+        (FIRST, "bytes", 0), (FIRST, "tokens", 32), (OFF, "bytes", 0), (OFF, "tokens", 16), ("knorm", "bytes", 0),
     ]  # fmt: skip
     assert len({c.name for c in found}) == len(found)
     assert [EvictionConfig.from_dict(c.eviction).budget_tokens for c in at_512] == [512, 544, 512, 528, 512]
     assert {c.engine_options(1024)["additional_config"]["kv_eviction"]["retire_tokens"] for c in at_512} == {16}
     # 64 tokens are four pages: the state of two leaves no room for store and window.
     at_64 = [(c.method, c.column) for c in found if c.budget_tokens == 64 and c.prefill == "chunked"]
-    assert at_64 == [(OURS, "tokens"), (OFF, "bytes"), (OFF, "tokens"), ("knorm", "bytes")]
+    assert at_64 == [(FIRST, "tokens"), (OFF, "bytes"), (OFF, "tokens"), ("knorm", "bytes")]
     assert (
-        "left out: momentkv / chunked / 64 / equal bytes: kv_eviction.budget_tokens=64 is too small"
+        "left out: momentkv, first / chunked / 64 / equal bytes: kv_eviction.budget_tokens=64 is too small"
         in capsys.readouterr().out
     )
 
@@ -127,20 +127,8 @@ def test_arguments_are_checked(tmp_path):
 
 
 SMALL = [
-    "--tasks",
-    "niah_single_2",
-    "vt",
-    "text",
-    "--context",
-    "320",
-    "--samples",
-    "2",
-    "--seeds",
-    "1",
-    "2",
-    "--texts",
-    "2",
-]
+    "--tasks", "niah_single_2", "vt", "text", "--context", "320", "--samples", "2", "--seeds", "1", "2", "--texts", "2",
+]  # fmt: skip
 
 
 @pytest.mark.engine
@@ -149,18 +137,8 @@ def test_a_small_run(tmp_path, monkeypatch):
     """One budget, two methods, both columns, chunked: everything is written, and what is done is not run again."""
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(run, "RAW", tmp_path / "raw")
-    arguments = [
-        *SMALL,
-        "--budgets",
-        "160",
-        "--methods",
-        OURS,
-        "streamingllm",
-        "--prefill",
-        "chunked",
-        "--out",
-        "small",
-    ]
+    one_budget = "--budgets 160 --methods momentkv streamingllm --prefill chunked --out small"
+    arguments = [*SMALL, *one_budget.split()]
     run.main(arguments)
     written = json.loads((tmp_path / "results/small.json").read_text())
     found = {(c["method"], c["column"]): c for c in written["results"]["cells"]}

@@ -14,12 +14,13 @@ FULL = "full cache"
 FP8 = "fp8 KV"
 OURS = "momentkv"
 OFF = "momentkv, off"
+FIRST = "momentkv, first"
 BASELINES = (
     "paper", "streamingllm", "random", "knorm", "keydiff", "h2o", "tova", "snapkv", "expected_attention",
 )  # fmt: skip
 METHODS: dict[str, dict[str, Any]] = {
     OURS: {"policy": "momentkv"},
-    "momentkv, first": {"policy": "momentkv", "correction": "first", "moment_dtype": "int8"},
+    FIRST: {"policy": "momentkv", "correction": "first", "moment_dtype": "int8"},
     OFF: {"policy": "momentkv", "correction": "off"},
     **{name: {"policy": name} for name in BASELINES},
 }

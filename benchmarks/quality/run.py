@@ -1,9 +1,9 @@
 """Answers under eviction against those of the full cache: RULER, LongBench, KL and perplexity; at equal bytes and equal tokens.
 
     make bench-quality                                      # small: the test model, in process
-    python -m quality.run --model meta-llama/Llama-3.1-8B-Instruct --wording english --chat --context 16384 \\
+    python -P -m quality.run --model meta-llama/Llama-3.1-8B-Instruct --wording english --chat --context 16384 \\
         --budgets 8192 4096 2048 1024 --samples 100 --text-file book.txt --out llama        # on a GPU
-    python -m quality.run --model M --url full=http://127.0.0.1:8000 --url momentkv=http://127.0.0.1:8001
+    python -P -m quality.run --model M --url full=http://127.0.0.1:8000 --url momentkv=http://127.0.0.1:8001
 
 Equal bytes: every method has `budget` tokens, the moments included. Equal tokens: a method with moments gets their pages on top,
 so that it retains as many tokens as a method without. Cells that are done are in build/quality and not run again.
@@ -94,7 +94,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--text-file", type=Path, help="running text for haystacks and KL (English)")
     add("--longbench", type=Path, help="local checkout of the LongBench data set")
     add("--context", type=int, default=1024, help="tokens of prompt and answer")
-    add("--budgets", type=int, nargs="+", default=[512, 256, 128], help="tokens")
+    add("--budgets", type=int, nargs="+", default=[512, 256, 128, 64], help="tokens")
     add("--methods", nargs="+", choices=[*METHODS, FP8], default=[*METHODS, FP8])
     add("--prefill", nargs="+", choices=("chunked", "full"), default=["chunked", "full"])
     add("--samples", type=int, default=16, help="prompts per task and seed")

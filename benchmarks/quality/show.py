@@ -149,8 +149,12 @@ def plot(results: Sequence[Result], token_bytes: int, path: Path) -> None:
             _line(below, [(r.cell.budget_tokens * token_bytes, r.kl)], {"marker": "*", "color": "black"})
         if full.mean is not None:
             above.axhline(full.mean, color="grey", linestyle=":", label=FULL)
-        above.set(title=f"{mode} prefill, equal bytes", xlabel="budget, tokens", ylabel="mean accuracy", xscale="log")
-        below.set(xlabel="KV bytes of a sequence", ylabel="KL to the full cache", xscale="log", yscale="log")
+        above.set(title=f"{mode} prefill, equal bytes", xlabel="budget, tokens", ylabel="mean accuracy")
+        below.set(xlabel="KV bytes of a sequence", ylabel="KL to the full cache", yscale="log")
+        for axis, unit in ((above, 1), (below, token_bytes)):
+            ticks = sorted({b * unit for b, _ in grouped})
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(ticks, [f"{t:,}" for t in ticks])
     axes[0, 0].legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
