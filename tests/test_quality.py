@@ -19,8 +19,8 @@ from momentkv_vllm.config import EvictionConfig
 
 
 def test_equal_bytes_and_equal_tokens(capsys):
-    """Head dimension 32: a record of 2,368 bytes takes two pages of 16 tokens (2,048 bytes each), its means one."""
-    found = list(cells([FIRST, OFF, "knorm", FP8], [512, 64], ["chunked", "full"], 1024, 32))
+    """Head dimension 64: a record with an int8 covariance takes two pages of 16 tokens, its means one."""
+    found = list(cells([FIRST, OFF, "knorm", FP8], [512, 64], ["chunked", "full"], 1024, 64))
     assert found[:2] == [Cell(FULL), Cell(FP8, budget_tokens=512)]
     at_512 = [c for c in found if c.budget_tokens == 512 and c.prefill == "full"]
     assert [(c.method, c.column, c.state_tokens) for c in at_512] == [

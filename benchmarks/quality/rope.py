@@ -2,7 +2,7 @@
 
     make bench-rope
 
-Per layer: how much of the keys' length their mean keeps, for the fastest and the slowest quarter of the frequencies; and the error
+Per layer: how much of the keys' length their mean keeps, for the fastest and the slowest quarter of frequencies; and the error
 of the attention output of the last 64 queries with no correction, with one set of means, with 4 sets by age, and with means of
 de-rotated keys that are rotated back to 16 positions of the evicted stretch (an ideal: 16 log-masses a query instead of one).
 """
