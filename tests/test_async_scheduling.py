@@ -16,7 +16,7 @@ def test_tokens_are_those_of_the_synchronous_engine(engine, models, prefill):
     want = engine(**options).generate(prompts, 80)
     e = engine(**options, pipelined=True)
     assert e.vllm.engine_core.engine_core.batch_queue_size == 2
-    assert type(e.scheduler).__name__ == "AsyncPrefixScheduler"
+    assert type(e.scheduler).__name__ == "AsyncMomentKVScheduler"
     assert e.generate(prompts, 80) == want
     assert e.manager.metrics.values and sum(e.cached_tokens.values())
 

@@ -109,7 +109,7 @@ def config_of(model, policy: str, **options):
 def test_it_is_on_by_default_except_where_every_query_must_be_seen(models):
     config = config_of(models(), "momentkv")
     assert config.cache_config.enable_prefix_caching
-    assert config.scheduler_config.get_scheduler_cls().__name__ == "PrefixScheduler"
+    assert config.scheduler_config.get_scheduler_cls().__name__ == "MomentKVScheduler"
     assert not config_of(models(), "h2o").cache_config.enable_prefix_caching
     with pytest.raises(ValueError, match="--enable-prefix-caching .*observe every query"):
         config_of(models(), "h2o", enable_prefix_caching=True)

@@ -23,10 +23,6 @@ def config_of(model, **options):
     ("options", "words"),
     [
         ({"kv_cache_dtype": "fp8"}, ["--kv-cache-dtype fp8"]),
-        (
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
-            ["--speculative-config"],
-        ),
         ({"block_size": 24}, ["--block-size 24", "multiple of 16"]),
         (
             {"num_gpu_blocks_override": 20, "max_num_batched_tokens": 512},

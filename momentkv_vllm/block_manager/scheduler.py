@@ -1,6 +1,6 @@
-"""vLLM's schedulers with one more chunk boundary in prefill, so that a long prompt's prefix can be cached before it is rewritten.
+"""vLLM's schedulers with two more boundaries for a step's tokens, both known from the page schedule.
 
-Chosen through vLLM's own option `scheduler_cls` when prefix caching is on and the user has not set it.
+Chosen through vLLM's own option `scheduler_cls`, unless the user has set it.
 """
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -8,29 +8,37 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 
-class _ChunkEndsAtCacheablePrefix:
-    """A prefill chunk that would run across the end of the cacheable prefix stops there.
+class _StopsAtEvents:
+    """Shortens what vLLM would schedule of a request, never to nothing.
 
-    The manager caches pages one step after they were filled; the step that crosses the first event rewrites them. Without the
-    stop, a prompt whose first chunk is longer than the budget would leave nothing in the prefix cache.
+    * A prefill chunk stops at the end of the cacheable prefix. The manager caches pages one step after they were filled, and the
+      step that crosses the first event rewrites them: without the stop, a prompt whose first chunk is longer than the budget
+      would leave nothing in the prefix cache.
+    * Draft tokens stop before the next event. A page is retired for good, so the tokens that make the worker retire it must be
+      committed: the step that reaches an event has one token and no drafts.
     """
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         (group,) = self.kv_cache_config.kv_cache_groups
+        self.page_schedule = group.kv_cache_spec.schedule
         self.cacheable_tokens = group.kv_cache_spec.cacheable_tokens
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
-        """vLLM's last word on the length of a prefill chunk [num_computed_tokens, + num_new_tokens)."""
+        """vLLM's last word on how many tokens of a request a step computes: [num_computed_tokens, + num_new_tokens)."""
         tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        ahead = self.cacheable_tokens - num_computed_tokens
-        in_prefill = num_computed_tokens < request.num_tokens - 1
-        return min(tokens, ahead) if in_prefill and ahead > 0 else tokens
+        if num_computed_tokens < request.num_tokens - 1:  # it reads known tokens, without drafts
+            ahead = self.cacheable_tokens - num_computed_tokens
+            return min(tokens, ahead) if ahead > 0 else tokens
+        if tokens <= 1:
+            return tokens
+        event = self.page_schedule.next_event(num_computed_tokens, request.num_prompt_tokens)
+        return min(tokens, max(1, event - 1 - num_computed_tokens))
 
 
-class PrefixScheduler(_ChunkEndsAtCacheablePrefix, Scheduler):
+class MomentKVScheduler(_StopsAtEvents, Scheduler):
     """For --no-async-scheduling."""
 
 
-class AsyncPrefixScheduler(_ChunkEndsAtCacheablePrefix, AsyncScheduler):
+class AsyncMomentKVScheduler(_StopsAtEvents, AsyncScheduler):
     """For --async-scheduling."""

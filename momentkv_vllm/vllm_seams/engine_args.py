@@ -126,9 +126,8 @@ def _set_defaults(engine_args: Any, config: EvictionConfig) -> None:
 
 
 def _choose_scheduler(vllm_config: Any) -> None:
-    """With prefix caching, the scheduler that lets long prompts leave their prefix in the cache; a user's own one stays."""
+    """The scheduler that knows the page schedule; a user's own one stays (validate.py says what that rules out)."""
     scheduler = vllm_config.scheduler_config
-    if not vllm_config.cache_config.enable_prefix_caching or scheduler.scheduler_cls is not None:
-        return
-    name = "AsyncPrefixScheduler" if scheduler.async_scheduling else "PrefixScheduler"
-    scheduler.scheduler_cls = f"momentkv_vllm.block_manager.scheduler.{name}"
+    if scheduler.scheduler_cls is None:
+        name = "AsyncMomentKVScheduler" if scheduler.async_scheduling else "MomentKVScheduler"
+        scheduler.scheduler_cls = f"momentkv_vllm.block_manager.scheduler.{name}"

@@ -31,6 +31,7 @@ def refuse_unsupported(vllm_config: "VllmConfig", config: EvictionConfig) -> Non
             raise ValueError(f"--kv-eviction {config.policy} does not support {what}: {WAY_OUT}")
     _refuse_kernels(config)
     _refuse_page_size(vllm_config)
+    _refuse_drafts(vllm_config, config)
     _refuse_budget(vllm_config, config)
 
 
@@ -55,7 +56,6 @@ def _objections(vllm_config: "VllmConfig", config: EvictionConfig) -> dict[str, 
         "KV offloading (--kv-offloading-size)": cache.kv_offloading_size,
         "KV connectors (--kv-transfer-config)": vllm_config.kv_transfer_config,
         "KV cache events (--kv-events-config)": getattr(vllm_config.kv_events_config, "enable_kv_cache_events", False),
-        "speculative decoding (--speculative-config)": vllm_config.speculative_config,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
         f"--attention-backend {getattr(attention, 'name', attention)}": attention is not None
@@ -74,6 +74,28 @@ def _refuse_page_size(vllm_config: "VllmConfig") -> None:
     page_size = vllm_config.cache_config.block_size
     if page_size % 16:
         raise ValueError(f"--block-size {page_size} is not a multiple of 16, which --kv-eviction needs")
+
+
+def _refuse_drafts(vllm_config: "VllmConfig", config: EvictionConfig) -> None:
+    """Speculative decoding by n-grams only: other drafters keep KV or hidden states of their own."""
+    drafts = vllm_config.speculative_config
+    if drafts is None:
+        return
+    # Draft tokens stop one token before an event, and a prefix hit starts at least one page before one.
+    most = vllm_config.cache_config.block_size - 2
+    objections = {
+        f"method {drafts.method!r}; only 'ngram'": drafts.method != "ngram",
+        f"num_speculative_tokens {drafts.num_speculative_tokens} above {most}, the page size less 2": (
+            drafts.num_speculative_tokens > most
+        ),
+        "a policy that observes attention (it would observe rejected drafts)": POLICIES[config.policy].needs_attention,
+        "--scheduler-cls (drafts must stop before an eviction)": vllm_config.scheduler_config.scheduler_cls is not None,
+    }
+    for what, present in objections.items():
+        if present:
+            raise ValueError(
+                f"--kv-eviction {config.policy} does not support --speculative-config with {what}: {WAY_OUT}"
+            )
 
 
 def _refuse_budget(vllm_config: "VllmConfig", config: EvictionConfig) -> None:

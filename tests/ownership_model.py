@@ -1,0 +1,268 @@
+"""A brute-force model of who owns which page: vLLM's real block manager with ours in it, a random scheduler, and a worker that
+moves symbols instead of tensors and checks every page it reads.
+
+A slot holds what its KV would depend on: the hash of the tokens up to its position and, past the first event, the boundary at
+which it was computed. A store or moment page holds the prefix that was folded into it. Pages are never cleared.
+"""
+
+import random
+from collections import deque
+from dataclasses import dataclass, field
+
+from vllm import SamplingParams
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.request import Request, RequestStatus
+
+from momentkv_vllm.block_manager.scheduler import _StopsAtEvents
+from momentkv_vllm.block_manager.spec import MomentKVSpec
+from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.page_schedule import PageSchedule, cdiv
+
+MAX_TOKENS = 64
+
+
+def cheap_hash(value) -> bytes:
+    return hash(value).to_bytes(8, "little", signed=True)
+
+
+class NoLimit:
+    """In place of vLLM's scheduler below our mixin."""
+
+    def _reserve_prefill_lookahead(self, request, num_computed_tokens, num_new_tokens):
+        return num_new_tokens
+
+
+class Stops(_StopsAtEvents, NoLimit):
+    def __init__(self, spec: MomentKVSpec) -> None:
+        self.page_schedule, self.cacheable_tokens = spec.schedule, spec.cacheable_tokens
+
+
+@dataclass
+class Sequence:
+    """A request, its prefix hashes, and how it was preempted and aborted."""
+
+    request: Request
+    prefix: list[int] = field(default_factory=list)
+    aborted: bool = False
+    stale: int = 0
+
+    def hash(self, position: int) -> int:
+        while len(self.prefix) <= position:
+            before = self.prefix[-1] if self.prefix else 0
+            self.prefix.append(hash((before, self.request.all_token_ids[len(self.prefix)])))
+        return self.prefix[position]
+
+    def sample(self) -> None:
+        """The next token: a function of all tokens before it, from a small alphabet."""
+        self.request.append_output_token_ids(self.hash(self.request.num_tokens - 1) % 3)
+
+    @property
+    def done(self) -> bool:
+        return self.request.num_tokens >= self.request.num_prompt_tokens + self.request.max_tokens
+
+
+@dataclass
+class Work:
+    """A sequence's part of a step: positions [start, end), the last `drafts` of them uncertain."""
+
+    sequence: Sequence
+    start: int
+    end: int
+    drafts: int
+    samples: bool
+    table: list[int]
+
+
+class Worker:
+    def __init__(self, plan: PageSchedule, pages: int) -> None:
+        self.plan = plan
+        self.pages = [[None] * plan.page_size for _ in range(pages)]
+
+    def execute(self, works: list[Work], copies: list) -> None:
+        for (_, to), content in zip(copies, [list(self.pages[source]) for source, _ in copies]):
+            self.pages[to] = content
+        for w in works:
+            for position in range(w.start, w.end):
+                slot = self.slot(w, position) if position < w.end - w.drafts else "draft"
+                self.write(w, position, slot)
+        for w in works:
+            self.walk(w)
+
+    def write(self, w: Work, position: int, slot) -> None:
+        column, place = divmod(position, self.plan.page_size)
+        self.pages[w.table[column]][place] = slot
+
+    def slot(self, w: Work, position: int):
+        boundary = self.plan.boundary(position, w.sequence.request.num_prompt_tokens)
+        return (w.sequence.hash(position), boundary) if boundary else w.sequence.hash(position)
+
+    def state(self, w: Work, event: int, column: int) -> list:
+        """A store or moment page after the event at that token count."""
+        return [("state", w.sequence.hash(event - 1), column)] * self.plan.page_size
+
+    def walk(self, w: Work) -> None:
+        prompt, certain = w.sequence.request.num_prompt_tokens, w.end - w.drafts
+        events = list(self.plan.events(w.start, w.end, prompt))
+        assert not events or events[-1] <= certain, "an event depends on draft tokens"
+        position = w.start
+        for stop in [*events, certain] if certain not in events else events:
+            self.read(w, position, stop)
+            if stop in events:
+                for column in range(self.plan.store_pages + self.plan.moment_pages):
+                    self.pages[w.table[column]] = self.state(w, stop, column)
+            position = stop
+
+    def read(self, w: Work, position: int, end: int) -> None:
+        plan, prompt = self.plan, w.sequence.request.num_prompt_tokens
+        boundary = plan.boundary(position, prompt)
+        if boundary:
+            event = plan.last_event(position, prompt)
+            for column in range(plan.store_pages + plan.moment_pages):
+                assert self.pages[w.table[column]] == self.state(w, event, column), f"column {column}: another's state"
+        for column in range(boundary, cdiv(end, plan.page_size)):
+            first = column * plan.page_size
+            want = [self.slot(w, p) for p in range(first, min(end, first + plan.page_size))]
+            assert self.pages[w.table[column]][: len(want)] == want, f"column {column}: not this sequence's tokens"
+
+
+class Simulation:
+    """One random schedule: lengths, chunks, arrivals, aborts, preemptions, prefix hits, drafts, steps in flight."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = rng = random.Random(seed)
+        retire, size = rng.randint(1, 2), rng.choice([2, 3, 4])
+        plan = PageSchedule(
+            size, rng.randint(1, 3), rng.randint(0, 2), retire + rng.randint(1, 2), retire, rng.random() < 0.7
+        )
+        self.chunk, self.lag = rng.choice([1, 3, 8, 20]), rng.choice([0, 0, 1])
+        self.drafts = 0 if self.lag or size == 2 else rng.choice([0, size - 2])
+        step_tokens = (self.chunk + self.drafts) * (1 + self.lag)
+        spec = MomentKVSpec(
+            block_size=size, num_kv_heads=1, head_size=8, dtype=None, schedule=plan, step_tokens=step_tokens,
+            config=EvictionConfig("momentkv", plan.first_event), model_name="", engine=0,
+        )  # fmt: skip
+        least = plan.peak_pages(step_tokens) if plan.evict_in_prefill else cdiv(MAX_TOKENS + step_tokens, size)
+        config = KVCacheConfig(least + rng.randint(1, 20), [], [KVCacheGroupSpec(["layer"], spec)])
+        self.kv = KVCacheManager(config, 4096, size, size, max_in_flight_tokens=step_tokens)
+        self.manager, self.stops = self.kv.coordinator.single_type_managers[0], Stops(spec)
+        self.worker = Worker(plan, config.num_blocks)
+        self.hasher = get_request_block_hasher(size, cheap_hash)
+        self.waiting = deque(self.sequence(f"r{i}") for i in range(rng.randint(2, 6)))
+        self.total = list(self.waiting)
+        self.running: list[Sequence] = []
+        self.in_flight: deque = deque()
+        self.hits = self.preemptions = 0
+
+    def sequence(self, name: str) -> Sequence:
+        """Prompts share one of two beginnings, so that prefixes hit at every length."""
+        shared = [self.rng.choice([3, 4])] * self.rng.randint(0, 24)
+        prompt = shared + [self.rng.randrange(3) for _ in range(self.rng.randint(1, 16))]
+        settings = SamplingParams(max_tokens=self.rng.randint(1, 20))
+        return Sequence(Request(name, prompt, settings, None, block_hasher=self.hasher))
+
+    @property
+    def alive(self) -> bool:
+        return any(not s.done and not s.aborted for s in self.total)
+
+    def run(self) -> None:
+        while self.alive:
+            if self.running and self.rng.random() < 0.03:
+                self.drop(self.rng.choice(self.running), abort=True)
+            before = self.preemptions
+            works = self.schedule()
+            copies, retained = self.kv.take_kv_cache_block_copies()
+            self.kv.block_pool.free_blocks(retained)
+            self.manager.check_integrity()
+            idle = self.alive and not works and not self.in_flight and self.preemptions == before
+            assert not idle, "deadlock: nothing runs and nothing can be admitted"
+            self.in_flight.append((works, copies))
+            if len(self.in_flight) > self.lag or not works:
+                self.finish_step()
+        while self.in_flight:
+            self.finish_step()
+        assert self.kv.block_pool.get_num_free_blocks() == self.kv.block_pool.num_gpu_blocks - 1
+
+    def schedule(self) -> list[Work]:
+        works: dict[str, Work] = {}
+        preempted = False
+        for s in list(self.running):
+            if s not in self.running:
+                continue
+            r = s.request
+            if r.num_tokens + r.num_output_placeholders >= r.num_prompt_tokens + r.max_tokens + bool(self.lag):
+                continue
+            left = r.num_tokens + r.num_output_placeholders - r.num_computed_tokens
+            drafts = self.rng.randint(0, self.drafts) if left == 1 else 0
+            tokens = self.stops._reserve_prefill_lookahead(r, r.num_computed_tokens, min(left, self.chunk) + drafts)
+            while s in self.running and self.kv.allocate_slots(r, tokens) is None:
+                preempted = True
+                works.pop(self.running[-1].request.request_id, None)
+                self.drop(self.running[-1])
+            if s in self.running:
+                works[r.request_id] = self.work(s, tokens, tokens - 1 if left == 1 else 0)
+        while self.waiting and not preempted:
+            s = self.waiting[0]
+            if s.stale or not self.admit(s, works):
+                break
+        for w in works.values():
+            r = w.sequence.request
+            r.num_computed_tokens += w.end - w.start
+            r.num_in_flight_tokens += w.end - w.start
+            r.num_output_placeholders += w.samples and self.lag
+        return list(works.values())
+
+    def admit(self, s: Sequence, works: dict[str, Work]) -> bool:
+        r = s.request
+        blocks, hit, _ = self.kv.get_computed_blocks(r)
+        tokens = self.stops._reserve_prefill_lookahead(r, hit, min(r.num_tokens - hit, self.chunk))
+        must_fit = self.rng.random() < 0.5
+        if self.kv.allocate_slots(r, tokens, hit, blocks, full_sequence_must_fit=must_fit) is None:
+            return False
+        self.hits += hit > 0
+        self.running.append(self.waiting.popleft())
+        r.status, r.num_computed_tokens = RequestStatus.RUNNING, hit
+        works[r.request_id] = self.work(s, tokens, 0)
+        return self.rng.random() < 0.7
+
+    def work(self, s: Sequence, tokens: int, drafts: int) -> Work:
+        r = s.request
+        end = r.num_computed_tokens + tokens
+        samples = end - drafts >= r.num_tokens + r.num_output_placeholders
+        return Work(s, r.num_computed_tokens, end, drafts, samples, list(self.kv.get_block_ids(r.request_id)[0]))
+
+    def drop(self, s: Sequence, abort: bool = False) -> None:
+        """Preempt or abort: all pages go back at once, steps in flight still run."""
+        self.running.remove(s)
+        self.kv.free(s.request)
+        s.aborted, s.stale = abort, s.request.num_in_flight_tokens
+        s.request.num_computed_tokens = s.request.num_output_placeholders = 0
+        if not abort:
+            self.preemptions += 1
+            s.request.status = RequestStatus.PREEMPTED
+            self.waiting.appendleft(s)
+
+    def finish_step(self) -> None:
+        works, copies = self.in_flight.popleft()
+        self.worker.execute(works, copies)
+        for w in works:
+            s, r = w.sequence, w.sequence.request
+            r.num_in_flight_tokens -= w.end - w.start
+            stale, s.stale = s.stale > 0, max(0, s.stale - (w.end - w.start))
+            if s.aborted or s.done or not w.samples:
+                continue
+            accepted = self.rng.randint(0, w.drafts)
+            for position in range(w.end - w.drafts, w.end - w.drafts + 1 + accepted):
+                if not s.done:
+                    s.sample()
+                    if position < w.end - w.drafts + accepted:  # the draft was right, and so is its KV
+                        self.worker.write(w, position, self.worker.slot(w, position))
+            if not stale:
+                r.num_computed_tokens -= w.drafts - accepted
+                r.num_output_placeholders -= self.lag
+            if s.done and s in self.running:
+                self.running.remove(s)
+                self.kv.free(r)
+            elif s.done and s in self.waiting:
+                self.waiting.remove(s)

@@ -1,0 +1,32 @@
+"""10,000 random schedules against the brute-force model of page ownership (ownership_model.py). No model, no engine."""
+
+import pytest
+from ownership_model import Simulation, cheap_hash
+from vllm.v1.core.kv_cache_utils import init_none_hash
+
+from momentkv_vllm.plugin import register
+
+SCHEDULES = 10_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    register()
+    init_none_hash(cheap_hash)
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_random_schedules(part):
+    hits = preemptions = evicted = 0
+    for seed in range(part, SCHEDULES, 4):
+        simulation = Simulation(seed)
+        try:
+            simulation.run()
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+        hits += simulation.hits
+        preemptions += simulation.preemptions
+        evicted += any(simulation.manager.metrics.values.values())
+    assert hits > SCHEDULES / 4 and preemptions > SCHEDULES / 40 and evicted > SCHEDULES / 10, (
+        "too tame to prove anything"
+    )

@@ -1,0 +1,216 @@
+"""Every place where we hold on to vLLM: a renamed method, parameter or field fails here by name, before it fails anywhere else."""
+
+import dataclasses
+import importlib
+import inspect
+from importlib.metadata import entry_points
+
+import pytest
+import torch
+
+# (object, parameters or fields that we rely on, who relies on it)
+CALLS = [
+    ("vllm.engine.arg_utils:EngineArgs.add_cli_args", ["parser"], "vllm_seams/engine_args.py"),
+    ("vllm.engine.arg_utils:EngineArgs.from_cli_args", ["args"], "vllm_seams/engine_args.py"),
+    ("vllm.engine.arg_utils:EngineArgs.create_engine_config", ["self"], "vllm_seams/engine_args.py"),
+    ("vllm.v1.attention.backends.registry:register_backend", ["backend", "class_path"], "vllm_seams/registry.py"),
+    (
+        "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry.register",
+        ["kvcache_spec_cls", "manager_class", "uniform_type_base_spec"],
+        "vllm_seams/registry.py",
+    ),
+    ("vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry._ensure_registered", [], "vllm_seams/registry.py"),
+    ("vllm.v1.attention.backend:AttentionBackend.customize_spec", ["spec"], "attention/backend.py"),
+    (
+        "vllm.v1.attention.backend:AttentionBackend.get_supported_kernel_block_sizes",
+        ["kv_cache_spec"],
+        "attention/backend.py",
+    ),
+    (
+        "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.build",
+        ["common_prefix_len", "common_attn_metadata", "fast_build"],
+        "attention/backend.py",
+    ),
+    (
+        "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward",
+        ["layer", "query", "key", "value", "kv_cache", "attn_metadata", "output", "output_scale", "output_block_scale"],
+        "attention/backend.py",
+    ),
+    (
+        "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update",
+        ["layer", "key", "value", "kv_cache", "slot_mapping"],
+        "attention/backend.py",
+    ),
+    (
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.remove_skipped_blocks",
+        ["request_id", "processed_computed_tokens", "num_prompt_tokens"],
+        "block_manager/manager.py",
+    ),
+    (
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.allocate_new_blocks",
+        ["request_id", "num_tokens", "num_tokens_main_model"],
+        "block_manager/manager.py",
+    ),
+    (
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.get_num_blocks_to_allocate",
+        ["request_id", "num_tokens", "new_computed_blocks", "apply_admission_cap"],
+        "block_manager/manager.py",
+    ),
+    (
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.add_local_computed_blocks",
+        ["request_id", "new_computed_blocks"],
+        "block_manager/manager.py",
+    ),
+    (
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.find_longest_cache_hit",
+        ["block_hashes", "max_length", "kv_cache_spec"],
+        "block_manager/manager.py",
+    ),
+    (
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.cache_blocks",
+        ["request", "num_tokens"],
+        "block_manager/manager.py",
+    ),
+    (
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager._remove_blocks_in_range",
+        ["request_id", "first_block", "last_block"],
+        "block_manager/manager.py",
+    ),
+    (
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.take_pending_cow_copies",
+        [],
+        "block_manager/manager.py",
+    ),
+    (
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.pop_blocks_for_free",
+        ["request_id"],
+        "block_manager/manager.py",
+    ),
+    ("vllm.v1.core.block_pool:BlockPool.get_new_blocks", ["num_blocks"], "block_manager/manager.py"),
+    ("vllm.v1.core.block_pool:BlockPool.free_blocks", ["ordered_blocks"], "block_manager/manager.py"),
+    ("vllm.v1.core.block_pool:BlockPool.move_block_hashes", ["src_block", "dst_block"], "block_manager/manager.py"),
+    ("vllm.v1.core.block_pool:BlockPool.evict_blocks", ["block_ids"], "block_manager/manager.py"),
+    (
+        "vllm.v1.core.sched.scheduler:Scheduler._reserve_prefill_lookahead",
+        ["request", "num_computed_tokens", "num_new_tokens"],
+        "block_manager/scheduler.py",
+    ),
+    ("vllm.v1.kv_cache_interface:FullAttentionSpec.merge", ["specs"], "block_manager/spec.py"),
+    (
+        "vllm.v1.kv_cache_interface:FullAttentionSpec.copy_with_new_block_size",
+        ["block_size"],
+        "block_manager/spec.py",
+    ),
+    (
+        "vllm.v1.kv_cache_interface:FullAttentionSpec.max_memory_usage_bytes",
+        ["vllm_config"],
+        "block_manager/spec.py",
+    ),
+    ("vllm._custom_ops:cpu_attn_reshape_and_cache", ["key", "value", "slot_mapping", "isa"], "attention/self_check.py"),
+    ("prometheus_client.mmap_dict:MmapedDict.write_value", ["key", "value"], "block_manager/metrics.py"),
+    ("prometheus_client.mmap_dict:mmap_key", ["metric_name", "name", "labelnames"], "block_manager/metrics.py"),
+]
+FIELDS = [
+    (
+        "vllm.v1.attention.backend:CommonAttentionMetadata",
+        ["query_start_loc", "query_start_loc_cpu", "seq_lens", "num_reqs", "num_actual_tokens", "max_query_len",
+         "block_table_tensor", "slot_mapping", "rswa_prefix_lens"],
+        "attention/backend.py",
+    ),
+    ("vllm.config:SchedulerConfig", ["scheduler_cls", "async_scheduling", "max_num_batched_tokens"], "vllm_seams"),
+    ("vllm.config:CacheConfig", ["enable_prefix_caching", "block_size", "num_gpu_blocks_override"], "vllm_seams"),
+    ("vllm.config:VllmConfig", ["additional_config", "speculative_config", "kv_transfer_config"], "vllm_seams"),
+    (
+        "vllm.v1.kv_cache_interface:FullAttentionSpec",
+        ["block_size", "num_kv_heads", "head_size", "head_size_v", "dtype", "sliding_window"],
+        "block_manager/spec.py",
+    ),
+    (
+        "vllm.v1.core.sched.output:SchedulerOutput",
+        ["kv_cache_block_copies", "num_scheduled_tokens", "scheduled_spec_decode_tokens"],
+        "block_manager/manager.py",
+    ),
+]  # fmt: skip
+
+
+def find(path: str):
+    module, _, names = path.partition(":")
+    found = importlib.import_module(module)
+    for name in names.split("."):
+        assert hasattr(found, name), f"vLLM has no {path} any more"
+        found = getattr(found, name)
+    return found
+
+
+@pytest.mark.parametrize(("path", "parameters", "user"), CALLS, ids=[c[0].split(":")[1] for c in CALLS])
+def test_calls(path, parameters, user):
+    found = find(path)
+    known = inspect.signature(inspect.unwrap(found)).parameters
+    for name in parameters:
+        assert name in known or name == "self", f"{path} lost its parameter {name!r}, which {user} relies on"
+
+
+@pytest.mark.parametrize(("path", "names", "user"), FIELDS, ids=[f[0].split(":")[1] for f in FIELDS])
+def test_fields(path, names, user):
+    known = {f.name for f in dataclasses.fields(find(path))}
+    for name in names:
+        assert name in known, f"{path} lost its field {name!r}, which {user} relies on"
+
+
+def source(path: str) -> str:
+    return inspect.getsource(find(path))
+
+
+def test_we_are_loaded_as_a_general_plugin():
+    group = find("vllm.plugins:DEFAULT_PLUGINS_GROUP")
+    ours = [e.value for e in entry_points(group=group) if e.name == "momentkv"]
+    assert ours == ["momentkv_vllm.plugin:register"]
+
+
+def test_the_cpu_platform_asks_for_the_backend_that_we_replace():
+    assert "CPU_ATTN" in source("vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls")
+
+
+def test_runners_ask_every_layer_for_its_spec():
+    assert "customize_attention_spec(" in source("vllm.v1.worker.gpu_model_runner:GPUModelRunner.get_kv_cache_spec")
+    assert "backend.customize_spec(spec)" in source("vllm.v1.worker.utils:customize_attention_spec")
+
+
+def test_the_scheduler_lets_us_shorten_running_and_waiting_requests_last():
+    """Between our word on the number of tokens and the allocation nothing may change it."""
+    text = source("vllm.v1.core.sched.scheduler:Scheduler.schedule")
+    parts = text.split("self._reserve_prefill_lookahead(")
+    assert len(parts) == 3, (
+        "schedule() does not ask _reserve_prefill_lookahead once for running and once for waiting requests"
+    )
+    for part in parts[1:]:
+        until_allocation = part.split("allocate_slots(")[0]
+        assert "num_new_tokens = " not in until_allocation, "schedule() changes num_new_tokens after our word"
+
+
+def test_pages_are_freed_on_settled_tokens_before_new_ones_are_allocated():
+    text = source("vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots")
+    assert "total_computed_tokens - request.num_in_flight_tokens" in text
+    steps = [
+        "remove_skipped_blocks(",
+        "allocate_new_computed_blocks(",
+        "coordinator.allocate_new_blocks(",
+        ".cache_blocks(",
+    ]
+    places = [text.index(s) for s in steps]
+    assert places == sorted(places), f"allocate_slots does not call {steps} in this order"
+
+
+def test_page_copies_run_before_the_step_and_read_before_they_write():
+    """What prefix caching stands on: copies of one list are one parallel assignment, made before the step's own stores."""
+    from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
+
+    cache = torch.arange(4.0).view(4, 1)
+    copy_kv_cache_blocks_inplace([cache], 4, [(0, 1), (1, 2)])
+    assert cache.flatten().tolist() == [0, 0, 1, 3]
+    assert "copy_kv_cache_blocks_inplace" in source("vllm.v1.worker.gpu_model_runner:GPUModelRunner._update_states")
+
+
+def test_vllm_keeps_both_ends_of_a_copy_until_the_list_is_handed_over():
+    text = source("vllm.v1.core.kv_cache_manager:KVCacheManager.take_kv_cache_block_copies")
+    assert "retained_blocks = [block for pair in pending_copies for block in pair]" in text
