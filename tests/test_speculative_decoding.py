@@ -47,7 +47,7 @@ def test_preemption_with_drafts(tmp_path, models):
     ("policy", "changes", "options", "words"),
     [
         ("momentkv", {"num_speculative_tokens": 15}, {}, "num_speculative_tokens 15 above 14"),
-        ("tova", {}, {}, "observes attention"),
+        ("h2o", {}, {}, "observes every query"),
         ("momentkv", {}, {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls"),
         ("momentkv", {"method": "suffix"}, {}, "only 'ngram'"),
     ],

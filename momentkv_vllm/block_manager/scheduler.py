@@ -14,14 +14,15 @@ class _StopsAtEvents:
     * A prefill chunk stops at the end of the cacheable prefix. The manager caches pages one step after they were filled, and the
       step that crosses the first event rewrites them: without the stop, a prompt whose first chunk is longer than the budget
       would leave nothing in the prefix cache.
-    * Draft tokens stop before the next event. A page is retired for good, so the tokens that make the worker retire it must be
-      committed: the step that reaches an event has one token and no drafts.
+    * Draft tokens stop before the tokens that the next event depends on: a page is retired for good, and what a policy has
+      observed stays observed, so these steps have one token and no drafts.
     """
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         (group,) = self.kv_cache_config.kv_cache_groups
         self.page_schedule = group.kv_cache_spec.schedule
+        self.own_tokens = group.kv_cache_spec.own_tokens
         self.cacheable_tokens = group.kv_cache_spec.cacheable_tokens
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
@@ -33,7 +34,7 @@ class _StopsAtEvents:
         if tokens <= 1:
             return tokens
         event = self.page_schedule.next_event(num_computed_tokens, request.num_prompt_tokens)
-        return min(tokens, max(1, event - 1 - num_computed_tokens))
+        return min(tokens, max(1, event - self.own_tokens - num_computed_tokens))
 
 
 class MomentKVScheduler(_StopsAtEvents, Scheduler):

@@ -104,11 +104,14 @@ class MomentKVSpec(FullAttentionSpec):
         The first event must lie ahead, and so must the queries whose attention the policy wants before it. Beyond the first
         event a prefix is a store and a record, which no page holds as they were.
         """
-        policy = POLICIES[self.config.policy]
-        if policy.observes_all_queries:
+        if POLICIES[self.config.policy].observes_all_queries:
             return 0
-        ahead = self.config.observation_tokens if policy.needs_attention else 1
-        return max(0, self.schedule.first_event - ahead) // self.block_size * self.block_size
+        return max(0, self.schedule.first_event - self.own_tokens) // self.block_size * self.block_size
+
+    @property
+    def own_tokens(self) -> int:
+        """Last tokens before an event that a sequence must compute itself and without drafts: the policy observes them."""
+        return self.config.observation_tokens if POLICIES[self.config.policy].needs_attention else 1
 
     @property
     def state_bytes(self) -> int:

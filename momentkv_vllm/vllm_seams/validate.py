@@ -81,14 +81,14 @@ def _refuse_drafts(vllm_config: "VllmConfig", config: EvictionConfig) -> None:
     drafts = vllm_config.speculative_config
     if drafts is None:
         return
-    # Draft tokens stop one token before an event, and a prefix hit starts at least one page before one.
+    # Draft tokens stop before an event, and a prefix hit starts at least one page before one.
     most = vllm_config.cache_config.block_size - 2
     objections = {
         f"method {drafts.method!r}; only 'ngram'": drafts.method != "ngram",
         f"num_speculative_tokens {drafts.num_speculative_tokens} above {most}, the page size less 2": (
             drafts.num_speculative_tokens > most
         ),
-        "a policy that observes attention (it would observe rejected drafts)": POLICIES[config.policy].needs_attention,
+        "a policy that observes every query (rejected drafts too)": POLICIES[config.policy].observes_all_queries,
         "--scheduler-cls (drafts must stop before an eviction)": vllm_config.scheduler_config.scheduler_cls is not None,
     }
     for what, present in objections.items():
