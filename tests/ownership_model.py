@@ -36,7 +36,8 @@ class NoLimit:
 
 class Stops(_StopsAtEvents, NoLimit):
     def __init__(self, spec: MomentKVSpec) -> None:
-        self.page_schedule, self.cacheable_tokens = spec.schedule, spec.cacheable_tokens
+        self.page_schedule, self.own_tokens = spec.schedule, spec.own_tokens
+        self.cacheable_tokens = spec.cacheable_tokens
 
 
 @dataclass
