@@ -28,6 +28,8 @@ from tqdm import tqdm  # noqa: E402
 
 CONTEXT, BUDGET, SEQUENCES = 1000, 256, 6
 TASKS = ("needle", "multikey", "copy")
+STEP, ANSWER = 250, 64
+"""Tokens between two lengths of the growing sequence, and how many it generates at each."""
 MAX_LEN = 4096
 COMMON = ["--max-num-batched-tokens", "256", "--max-model-len", str(MAX_LEN)]
 SMALL_POOL = ["--block-size", "16", "--num-gpu-blocks-override", "129"]
@@ -71,18 +73,26 @@ def next_token(client: openai.OpenAI, one: Sample) -> dict[str, float]:
     return answer.choices[0].logprobs.top_logprobs[0]
 
 
-def grow(server: Server, client: openai.OpenAI, pool_tokens: int, prompt: str) -> list[tuple[int, float]]:
-    """One sequence alone: (tokens so far, live KV tokens) while it generates."""
+def grow(server: Server, client: openai.OpenAI, pool_tokens: int, words: list[str]) -> list[tuple[int, float]]:
+    """One sequence alone at growing lengths: (its tokens, KV tokens it holds while it answers)."""
     points: list[tuple[int, float]] = []
-    start = len(prompt.split()) + 1
-    stream = client.completions.create(
-        model="needle", prompt=prompt, max_tokens=500, temperature=0, stream=True, extra_body={"ignore_eos": True}
-    )
-    for number, _ in enumerate(stream):
+    for length in range(STEP, MAX_LEN - ANSWER, STEP):
+        prompt = " ".join(words[: length - 1])
+        stream = client.completions.create(
+            model="needle",
+            prompt=prompt,
+            max_tokens=ANSWER,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
         # Not at the first token: the pages of the last prefill chunk are freed with the next step.
-        if number % 20 == 10:
-            points.append((start + number, live_tokens(server, pool_tokens)))
-    return [(tokens, live) for tokens, live in points if live > 0]
+        next(stream), next(stream)
+        live = live_tokens(server, pool_tokens)
+        list(stream)
+        if live > 0:  # else the answer was complete before the question of how much it holds
+            points.append((length, live))
+    return points
 
 
 def run_server(name: str, model: Path, questions: list[Sample], texts: list[Sample], folder: Path) -> Run:
@@ -105,7 +115,8 @@ def run_server(name: str, model: Path, questions: list[Sample], texts: list[Samp
         for task in TASKS:
             marks = [a == q.answer.split() for a, q in zip(result.answers, questions, strict=True) if q.task == task]
             result.right[task] = sum(marks) / len(marks)
-        result.growth = grow(server, client, result.pool_tokens, texts[0].prompt)
+        words = " ".join(t.prompt for t in texts).split()
+        result.growth = grow(server, client, result.pool_tokens, words)
     finally:
         server.stop()
     return result

@@ -53,9 +53,10 @@ def test_measured_figures_are_those_of_the_committed_results():
     )
     assert overview(quality, code) in README
     states = json.loads((ROOT / "benchmarks/results/states.json").read_text())["results"]["cells"]
+    table = (ROOT / "benchmarks/quality/README.md").read_text()
     for name, cell in states.items():
         if "kl" in cell:
-            assert f"| {name} | {cell['mean']:.3f} | {cell['kl']:.4f} |" in README, name
+            assert f"| {name} | {cell['mean']:.3f} | {cell['kl']:.4f} |" in table, name
 
 
 def test_speed_figures_are_those_of_the_committed_results():

@@ -9,6 +9,7 @@ the code model, exact inputs. (On the synthetic text of the tasks model every st
 """
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +147,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=int, nargs="+", default=[256])
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", default="", help="run only cells whose name contains this")
+    parser.add_argument("--only", default="", help="repeat only cells whose name contains this")
     args = parser.parse_args()
     tasks_model, text_model = (SimulatedModel(MODELS / name) for name in ("checkpoint", "code_checkpoint"))
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "checkpoint")
@@ -155,7 +156,8 @@ def main() -> None:
         AutoTokenizer.from_pretrained(MODELS / "code_checkpoint"), args.context, args.samples // 2, args.seed
     )
     full = text_model.log_probs(ids, slice(args.context // 2, None), None)
-    result = {"full cache": {t: accuracy(tasks_model, b, None) for t, b in tasks.items()}}
+    result = json.loads((report.RESULTS / "states.json").read_text())["results"]["cells"] if args.only else {}
+    result["full cache"] = {t: accuracy(tasks_model, b, None) for t, b in tasks.items()}
     dim = tasks_model.model.config.head_dim
     for cell in tqdm([c for c in cells(args.budgets) if args.only in c.name]):
         found = {t: accuracy(tasks_model, b, eviction(cell, dim, args.context - b.answer)) for t, b in tasks.items()}

@@ -144,7 +144,7 @@ class Clusters(State):
 
     def _start(self, keys: torch.Tensor, lost: torch.Tensor) -> None:
         """Centres after five rounds of k-means from tokens spread over the first evicted ones."""
-        order = lost.argsort(-1, descending=True, stable=True)
+        order = lost.argsort(dim=-1, descending=True, stable=True)
         pick = (torch.arange(self.sets) * lost[0, 0].sum().item() / self.sets).long()
         at = order[..., pick].unsqueeze(-1).expand(-1, -1, -1, keys.shape[-1])
         self.keys = keys.gather(2, at)
