@@ -56,6 +56,9 @@ def _objections(vllm_config: "VllmConfig", config: EvictionConfig) -> dict[str, 
         "KV offloading (--kv-offloading-size)": cache.kv_offloading_size,
         "KV connectors (--kv-transfer-config)": vllm_config.kv_transfer_config,
         "KV cache events (--kv-events-config)": getattr(vllm_config.kv_events_config, "enable_kv_cache_events", False),
+        "pipeline parallelism (vLLM 0.32.0's CPU workers lose requests with it, also without eviction)": (
+            parallel.pipeline_parallel_size > 1
+        ),
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
         f"--attention-backend {getattr(attention, 'name', attention)}": attention is not None
