@@ -53,6 +53,7 @@ def _objections(vllm_config: "VllmConfig", config: EvictionConfig) -> dict[str, 
         not in ("auto", "bfloat16", "float16", "float32"),
         "--enable-prefix-caching (the policy must observe every query of a sequence)": cache.enable_prefix_caching
         and POLICIES[config.policy].observes_all_queries,
+        "LoRA adapters (--enable-lora; not tested yet)": vllm_config.lora_config,
         "KV offloading (--kv-offloading-size)": cache.kv_offloading_size,
         "KV connectors (--kv-transfer-config)": vllm_config.kv_transfer_config,
         "KV cache events (--kv-events-config)": getattr(vllm_config.kv_events_config, "enable_kv_cache_events", False),
