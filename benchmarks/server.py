@@ -21,9 +21,14 @@ def free_port() -> int:
 
 
 class Server:
-    """Started in the constructor; `stop` ends exactly the processes it started."""
+    """Started in the constructor; `stop` ends exactly the processes it started.
 
-    def __init__(self, model: Path, *options: str, folder: Path, name: str = "tiny", threads: int = 1) -> None:
+    binding: cores of the workers as vLLM writes them, "0|1" for two workers; None lets vLLM choose.
+    """
+
+    def __init__(
+        self, model: Path, *options: str, folder: Path, name: str = "tiny", threads: int = 1, binding: str | None = None
+    ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = folder / f"server-{self.port}.log"
@@ -32,6 +37,8 @@ class Server:
         # Not the repository root: a top-level folder `triton_kernels` on sys.path would confuse vLLM.
         settings = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_") and k != "PYTHONPATH"}
         settings |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": str(threads)}
+        if binding:
+            settings["VLLM_CPU_OMP_THREADS_BIND"] = binding
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=settings, start_new_session=True
@@ -55,11 +62,15 @@ class Server:
         self.stop()
         raise RuntimeError(f"vllm serve was not ready after {START_SECONDS} s:\n{self.log[-3000:]}")
 
-    def metrics(self) -> dict[str, float]:
-        """Our samples on /metrics, by name without labels."""
+    def samples(self) -> list[str]:
+        """Our lines on /metrics, one a metric and engine."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as response:
             lines = response.read().decode().splitlines()
-        found = (line.rsplit(" ", 1) for line in lines if line.startswith("momentkv:"))
+        return [line for line in lines if line.startswith("momentkv:")]
+
+    def metrics(self) -> dict[str, float]:
+        """Our samples by name without labels (of one engine)."""
+        found = (line.rsplit(" ", 1) for line in self.samples())
         return {name.split("{")[0]: float(value) for name, value in found}
 
     def stop(self) -> None:

@@ -1,14 +1,24 @@
-"""Tensor parallel 2: ranks never exchange a message about eviction, and agree by construction."""
+"""Two workers: tensor-parallel ranks never exchange a message about eviction and agree by construction; data-parallel engines evict
+each on their own."""
 
+import concurrent.futures
 import json
 import os
 import subprocess
 import sys
 
+import openai
 import pytest
 from engine import random_prompt
+from server import Server
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two workers need two cores"),
+]
+
+PROMPTS = [random_prompt(n) for n in (30, 700, 1200)] + [random_prompt(700)[:600] + random_prompt(90)]
 
 SCRIPT = """
 import json, sys
@@ -28,22 +38,52 @@ if __name__ == "__main__":
 """
 
 
-def tokens_of(folder, model, ranks: int, binding: str) -> list[list[int]]:
+def tokens_of(folder, model, binding: str, **ranks: int) -> list[list[int]]:
     script = folder / "run.py"
     script.write_text(SCRIPT)
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VLLM_ENABLE_V1_MULTIPROCESSING")}
     env |= {"VLLM_CPU_OMP_THREADS_BIND": binding}
-    prompts = json.dumps([random_prompt(n) for n in (30, 700, 1200)])
-    options = json.dumps({"model": str(model), "tensor_parallel_size": ranks})
+    options = json.dumps({"model": str(model), **ranks})
     done = subprocess.run(
-        [sys.executable, str(script), options, prompts], capture_output=True, text=True, cwd=folder, env=env
+        [sys.executable, str(script), options, json.dumps(PROMPTS)], capture_output=True, text=True, cwd=folder, env=env
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
     assert lines, done.stdout[-2000:] + done.stderr[-3000:]
     return json.loads(lines[0].removeprefix("TOKENS "))
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two workers need two cores")
-def test_two_ranks_give_the_tokens_of_one(tmp_path, models):
-    model = models(seed=1)
-    assert tokens_of(tmp_path, model, 2, "0|1") == tokens_of(tmp_path, model, 1, "0")
+@pytest.fixture(scope="module")
+def one_worker(tmp_path_factory, models):
+    return tokens_of(tmp_path_factory.mktemp("one"), models(seed=1), "0")
+
+
+def test_two_ranks_give_the_tokens_of_one(tmp_path, models, one_worker):
+    assert tokens_of(tmp_path, models(seed=1), "0|1", tensor_parallel_size=2) == one_worker
+
+
+@pytest.mark.server
+def test_two_data_parallel_engines_give_the_tokens_of_one(tmp_path, models, one_worker):
+    eviction = ["--kv-eviction", "momentkv", "--kv-budget", "384", "--kv-eviction-config.moment_dtype", "float32"]
+    pool = ["--num-gpu-blocks-override", "200", "--max-num-batched-tokens", "256", "--max-model-len", "4096"]
+    server = Server(
+        models(seed=1), *eviction, *pool, "--dtype", "float32", "--data-parallel-size", "2", "--return-tokens-as-token-ids",
+        folder=tmp_path, binding="0|1",
+    )  # fmt: skip
+    try:
+        server.wait_ready()
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+        def ask(prompt):
+            more = {"ignore_eos": True}
+            answer = client.completions.create(
+                model="tiny", prompt=prompt, max_tokens=24, temperature=0, logprobs=1, extra_body=more
+            )
+            return [int(t.removeprefix("token_id:")) for t in answer.choices[0].logprobs.tokens]
+
+        with concurrent.futures.ThreadPoolExecutor(8) as threads:
+            assert list(threads.map(ask, 2 * PROMPTS)) == 2 * one_worker
+        retired = [s.rsplit(" ", 1) for s in server.samples() if s.startswith("momentkv:retired_pages_total")]
+        assert sorted(name.split('engine="')[1][0] for name, _ in retired) == ["0", "1"]
+        assert all(float(value) > 0 for _, value in retired), "both engines must have evicted"
+    finally:
+        server.stop()

@@ -30,6 +30,8 @@ def config_of(model, **options):
         ),
         ({"kv_offloading_size": 1.0}, ["--kv-offloading-size"]),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, ["--kv-transfer-config"]),
+        ({"enable_lora": True}, ["--enable-lora"]),
+        ({"pipeline_parallel_size": 2}, ["pipeline parallelism", "also without eviction"]),
         ({"runner": "pooling", "convert": "embed"}, ["pooling"]),
     ],
 )

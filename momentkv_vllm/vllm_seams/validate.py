@@ -53,9 +53,13 @@ def _objections(vllm_config: "VllmConfig", config: EvictionConfig) -> dict[str, 
         not in ("auto", "bfloat16", "float16", "float32"),
         "--enable-prefix-caching (the policy must observe every query of a sequence)": cache.enable_prefix_caching
         and POLICIES[config.policy].observes_all_queries,
+        "LoRA adapters (--enable-lora; not tested yet)": vllm_config.lora_config,
         "KV offloading (--kv-offloading-size)": cache.kv_offloading_size,
         "KV connectors (--kv-transfer-config)": vllm_config.kv_transfer_config,
         "KV cache events (--kv-events-config)": getattr(vllm_config.kv_events_config, "enable_kv_cache_events", False),
+        "pipeline parallelism (vLLM 0.32.0's CPU workers lose requests with it, also without eviction)": (
+            parallel.pipeline_parallel_size > 1
+        ),
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
         f"--attention-backend {getattr(attention, 'name', attention)}": attention is not None
