@@ -19,7 +19,7 @@ class MomentKVManager(FullAttentionManager):
     worker, which runs the same schedule, retired them at the end of the step that computed those tokens.
 
     Prefix caching: the worker rewrites columns [0, S+M) from the first event on, so a page there never has two owners, and
-    leaves the prefix cache before it is first rewritten.
+    leaves the prefix cache before it is first rewritten. With a policy that observes attention no page of the budget has.
 
     * A hit page that somebody else owns is copied for the new request; one that nobody owns is taken as it is. So a hit
       never needs more free pages than the same request without one.
@@ -45,6 +45,11 @@ class MomentKVManager(FullAttentionManager):
         """S+M: columns before this one are rewritten once the request evicts."""
         return self.schedule.store_pages + self.schedule.moment_pages
 
+    @property
+    def private_pages(self) -> int:
+        """Columns before this one have a single owner. Observed attention is kept by page, so what is observed is not shared."""
+        return self.schedule.budget_pages if self.kv_cache_spec.observes_attention else self.rewritten_pages
+
     @classmethod
     def find_longest_cache_hit(cls, *, max_length: int, kv_cache_spec: MomentKVSpec, **kwargs):
         """As vLLM's, but never past what a request must compute itself for its first event."""
@@ -56,15 +61,15 @@ class MomentKVManager(FullAttentionManager):
     ) -> int:
         """As vLLM's, plus the pages for copies of hit pages that others own."""
         pages = super().get_num_blocks_to_allocate(request_id, num_tokens, new_computed_blocks, *args, **kwargs)
-        return pages + sum(b.ref_cnt > 0 for b in new_computed_blocks[: self.rewritten_pages])
+        return pages + sum(b.ref_cnt > 0 for b in new_computed_blocks[: self.private_pages])
 
     def add_local_computed_blocks(
         self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *args, **kwargs
     ) -> None:
-        """Give a new request its hit pages; those that it will rewrite become its own."""
+        """Give a new request its hit pages; those that it must not share become its own."""
         super().add_local_computed_blocks(request_id, new_computed_blocks, *args, **kwargs)
         copied_from = {copy.block_id: source for source, copy in self._pending_cow_copies}
-        for column, block in enumerate(new_computed_blocks[: self.rewritten_pages]):
+        for column, block in enumerate(new_computed_blocks[: self.private_pages]):
             if block.ref_cnt > 1:
                 self._make_private(request_id, column, copied_from.get(block.block_id, block))
         self._count_live(request_id, len(new_computed_blocks))
@@ -135,8 +140,9 @@ class MomentKVManager(FullAttentionManager):
             rewritten = column < self.rewritten_pages
             retired = not rewritten and column < boundary
             assert block.is_null == retired, f"{request_id}: column {column} null={block.is_null}, boundary {boundary}"
+            if column < self.private_pages and not retired:
+                assert block.ref_cnt == 1, f"{request_id}: page {column} has {block.ref_cnt} owners"
             if rewritten:
-                assert block.ref_cnt == 1, f"{request_id}: store or moment page {column} has {block.ref_cnt} owners"
                 assert block.block_hash is None or request_id not in self.sealed, (
                     f"{request_id}: page {column} may be rewritten and is cached"
                 )

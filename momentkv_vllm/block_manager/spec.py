@@ -111,7 +111,11 @@ class MomentKVSpec(FullAttentionSpec):
     @property
     def own_tokens(self) -> int:
         """Last tokens before an event that a sequence must compute itself and without drafts: the policy observes them."""
-        return self.config.observation_tokens if POLICIES[self.config.policy].needs_attention else 1
+        return self.config.observation_tokens if self.observes_attention else 1
+
+    @property
+    def observes_attention(self) -> bool:
+        return POLICIES[self.config.policy].needs_attention
 
     @property
     def state_bytes(self) -> int:
