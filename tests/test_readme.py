@@ -70,3 +70,6 @@ def test_speed_figures_are_those_of_the_committed_results():
         assert "| " + " | ".join(text) + " |" in README, row
     pool, overhead = serving["pool"], serving["overhead"]
     assert f"{pool['ratio']:.2f}x as many sequences" in README and f"{overhead['off_to_stock']:.3f} with" in README
+    prefix = json.loads((ROOT / "benchmarks/results/prefix_cache.json").read_text())["results"]
+    assert f"prompt tokens saved {prefix[0]['saving_to_stock']:.2f} of" in README
+    assert f"{prefix[1]['saving_to_stock']:.2f} with 1,536" in README
