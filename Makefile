@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_OFFLINE = 1
 export VLLM_NO_USAGE_STATS = 1
 
-.PHONY: help setup demo test test-fast test-sanitize bench-kernels bench-serving lint format doctor lock model code-model bench-quality bench-states bench-rope oracle clean bench-prefix
+.PHONY: help setup demo test test-fast test-sanitize bench-kernels bench-serving lint format doctor lock model code-model bench-quality bench-ablation bench-states bench-rope oracle clean bench-prefix
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
@@ -70,6 +70,13 @@ bench-quality: setup ## accuracy, KL and perplexity of all policies under a budg
 	PYTHONPATH=benchmarks $(BIN)/python -P -m test_model.code_text > build/held_out.txt
 	PYTHONPATH=benchmarks $(BIN)/python -P -m quality.run --model benchmarks/test_model/code_checkpoint --tasks text --texts 48 \
 	  --wording english --text-file build/held_out.txt --budgets 512 256 128 --prefill chunked --out quality_code
+
+bench-ablation: setup ## the paper's ablation: its score, its correction, both, neither
+	@mkdir -p build
+	PYTHONPATH=benchmarks $(BIN)/python -P -m test_model.code_text > build/held_out.txt
+	PYTHONPATH=benchmarks $(BIN)/python -P -m quality.run --model benchmarks/test_model/code_checkpoint --tasks text --texts 48 \
+	  --wording english --text-file build/held_out.txt --budgets 256 128 --prefill chunked --out ablation \
+	  --methods snapkv "snapkv, zeroth" "snapkv, first" "paper, off" "paper, zeroth" paper
 
 bench-states: setup ## the large table: states and scores in the simulator
 	PYTHONPATH=benchmarks $(BIN)/python -P -m quality.state_search

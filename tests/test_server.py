@@ -129,7 +129,7 @@ def test_start_up_line_states_the_layout(server):
     for part in (
         "policy momentkv",
         "budget 256 tokens = 16 pages of 16",
-        "moments 2",
+        "moments 1",
         "pool 80 pages",
         "about 5 sequences",
     ):
@@ -142,7 +142,7 @@ def test_start_up_line_states_the_layout(server):
         (["--kv-eviction", "lru"], ["--kv-eviction", "lru", "momentkv"]),
         (["--kv-budget", "64"], ["without 'policy'", "--kv-eviction"]),
         (
-            ["--kv-eviction", "momentkv", "--enable-prefix-caching"],
+            ["--kv-eviction", "h2o", "--enable-prefix-caching"],
             ["--enable-prefix-caching", "serve without --kv-eviction"],
         ),
     ],

@@ -25,6 +25,14 @@ METHODS: dict[str, dict[str, Any]] = {
     **{name: {"policy": name} for name in BASELINES},
 }
 """Those that evict; FP8 keeps every token in half the bytes."""
+ABLATION: dict[str, dict[str, Any]] = {
+    "snapkv, zeroth": {"policy": "snapkv", "correction": "zeroth"},
+    "snapkv, first": {"policy": "snapkv", "correction": "first"},
+    "paper, off": {"policy": "paper", "correction": "off"},
+    "paper, zeroth": {"policy": "paper", "correction": "zeroth"},
+}
+"""Beside snapkv (none of the two) and paper (both): the paper's ablation of its score (MI) and its correction (NC)."""
+KNOWN = METHODS | ABLATION
 
 DTYPE = torch.bfloat16
 
@@ -60,7 +68,7 @@ class Cell:
     def eviction(self) -> dict[str, Any]:
         """As `additional_config["kv_eviction"]`; `retire_tokens` is said because its default follows the budget."""
         return {
-            **METHODS[self.method],
+            **KNOWN[self.method],
             "prefill": self.prefill,
             "budget_tokens": self.budget_tokens + self.state_tokens,
             "retire_tokens": self.budget_tokens // 32,
@@ -91,7 +99,7 @@ def cells(
         yield Cell(FP8, budget_tokens=context // 2)
     for budget in budgets:
         for prefill in prefills:
-            for method in [m for m in methods if m in METHODS]:
+            for method in [m for m in methods if m in KNOWN]:
                 cell = Cell(method, prefill, budget)
                 record = record_layout(EvictionConfig.from_dict(cell.eviction), head_dim)
                 state = record.pages(cell.page_size, DTYPE.itemsize) * cell.page_size

@@ -21,7 +21,7 @@ from typing import Any
 import report
 import torch
 from quality import questions, show
-from quality.cells import DTYPE, FP8, METHODS, Cell, cells
+from quality.cells import DTYPE, FP8, KNOWN, METHODS, Cell, cells
 from quality.models import Endpoint, InProcess
 from quality.questions import Question
 from quality.results import judge
@@ -95,7 +95,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--longbench", type=Path, help="local checkout of the LongBench data set")
     add("--context", type=int, default=1024, help="tokens of prompt and answer")
     add("--budgets", type=int, nargs="+", default=[512, 256, 128, 64], help="tokens")
-    add("--methods", nargs="+", choices=[*METHODS, FP8], default=[*METHODS, FP8])
+    add("--methods", nargs="+", choices=[*KNOWN, FP8], default=[*METHODS, FP8])
     add("--prefill", nargs="+", choices=("chunked", "full"), default=["chunked", "full"])
     add("--samples", type=int, default=16, help="prompts per task and seed")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3])

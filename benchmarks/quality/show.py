@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import report
-from quality.cells import BASELINES, FP8, FULL, METHODS, OFF, OURS
+from quality.cells import BASELINES, FP8, FULL, OFF, OURS
 from quality.results import Result, mean_error
 
 NOISE_ERRORS = 2
@@ -139,7 +139,7 @@ def plot(results: Sequence[Result], token_bytes: int, path: Path) -> None:
     figure, axes = plt.subplots(2, len(modes), figsize=(6 * len(modes), 8), squeeze=False, sharex="row", sharey="row")
     full, *_ = [r for r in results if r.cell.method == FULL]
     for (above, below), mode in zip(axes.T, modes, strict=True):
-        for number, method in enumerate(METHODS):
+        for number, method in enumerate(dict.fromkeys(r.cell.method for r in results if r.cell.prefill)):
             line = sorted((b, g[method]) for (b, m), g in grouped.items() if m == mode and method in g)
             style = {"marker": "os^dv"[number % 5], "linewidth": 2.5 if method == OURS else 1, "label": method}
             _line(above, [(b, r.mean) for b, r in line], style)
