@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm import EngineArgs, LLMEngine, SamplingParams
+from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
 from vllm.v1.worker.cpu_model_runner import _torch_cuda_wrapper
 
+from momentkv_vllm.block_manager.manager import MomentKVManager
 from momentkv_vllm.vllm_seams.engine_args import _choose_scheduler
 
 EVICTION_KEYS = (
@@ -48,7 +50,8 @@ class Engine:
             self._streams.enter_context(_torch_cuda_wrapper())
         self.vllm = LLMEngine.from_vllm_config(config)
         self.scheduler = self.vllm.engine_core.engine_core.scheduler
-        self.manager = self.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+        managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        self.manager = next((m for m in managers if isinstance(m, MomentKVManager)), managers[0])
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.free_at_start = self.pool.get_num_free_blocks()
         self.peak_pages: dict[str, int] = {}
@@ -68,12 +71,17 @@ class Engine:
         """One engine step; the books must balance after it."""
         outputs = self.vllm.step()
         if hasattr(self.manager, "check_integrity"):
-            self.manager.check_integrity()
+            self.manager.check_integrity(self._pages_of_other_groups())
         for name, blocks in self.manager.req_to_blocks.items():
             live = sum(not b.is_null for b in blocks)
             # vLLM appends a random suffix to internal request ids.
             self.peak_pages[name.split("-")[0]] = max(live, self.peak_pages.get(name.split("-")[0], 0))
         return outputs
+
+    def _pages_of_other_groups(self) -> int:
+        managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        tables = [blocks for m in managers if m is not self.manager for blocks in m.req_to_blocks.values()]
+        return len({b.block_id for blocks in tables for b in blocks if not b.is_null})
 
     def run(self, on_step: Callable[[int], None] | None = None) -> dict[str, list[int]]:
         """Step until nothing is left; tokens of every finished request. `on_step(number)` may add or abort requests."""
@@ -110,5 +118,8 @@ class Engine:
         assert self.pool.get_num_free_blocks() == self.free_at_start, "an idle engine must own no pages"
         self.vllm.engine_core.shutdown()
         self._streams.close()
+        # Otherwise the next engine inherits process groups made for this one's model (none for experts, say).
+        destroy_model_parallel()
+        destroy_distributed_environment()
         del self.vllm, self.scheduler, self.manager, self.pool
         gc.collect()

@@ -5,6 +5,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+from model_families import table
 from quality.show import overview
 
 from momentkv_vllm.block_manager.metrics import METRICS
@@ -35,6 +36,10 @@ def test_flags_name_every_policy():
 def test_metrics():
     table = rows("metric")
     assert table == {m.name + ("_total" if m.kind == "counter" else ""): [m.kind, m.help] for m in METRICS}
+
+
+def test_model_families():
+    assert table() in README
 
 
 def test_files_that_it_names_exist():

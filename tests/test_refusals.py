@@ -30,7 +30,6 @@ def config_of(model, **options):
         ),
         ({"kv_offloading_size": 1.0}, ["--kv-offloading-size"]),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, ["--kv-transfer-config"]),
-        ({"enable_lora": True}, ["--enable-lora"]),
         ({"pipeline_parallel_size": 2}, ["pipeline parallelism", "also without eviction"]),
         ({"runner": "pooling", "convert": "embed"}, ["pooling"]),
     ],
@@ -50,12 +49,16 @@ def changed_model(folder, source, **changes):
     return folder
 
 
-def test_sliding_window_models(models, tmp_path):
+def test_sliding_window_models_get_pages_that_their_kernel_can_read(models, tmp_path):
     model = changed_model(
         tmp_path / "m", models(), model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=64
     )
-    with pytest.raises(ValueError, match="sliding-window"):
-        config_of(model)
+    assert config_of(models()).cache_config.block_size == 16
+    assert config_of(model).cache_config.block_size == 32
+    with pytest.raises(ValueError, match="--block-size 48 is not a multiple of 32"):
+        config_of(model, block_size=48)
+    with pytest.raises(ValueError, match="--disable-hybrid-kv-cache-manager"):
+        config_of(model, disable_hybrid_kv_cache_manager=True)
 
 
 @pytest.mark.parametrize(
@@ -64,8 +67,6 @@ def test_sliding_window_models(models, tmp_path):
         ("DeepseekV2Config", "DeepseekV2ForCausalLM", "MLA", {}),
         ("MambaConfig", "MambaForCausalLM", "attention-free", {}),
         ("JambaConfig", "JambaForCausalLM", "hybrid", {}),
-        ("GptOssConfig", "GptOssForCausalLM", "sliding-window", {}),
-        ("Gemma2Config", "Gemma2ForCausalLM", "sliding-window", {}),
         ("WhisperConfig", "WhisperForConditionalGeneration", "encoder-decoder", {}),
     ],
 )

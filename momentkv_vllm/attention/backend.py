@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
 from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata, MultipleOf
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -17,7 +18,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadata,
     CPUAttentionMetadataBuilder,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
 from momentkv_vllm.attention.metadata import EvictionMetadata, WorkBuilder
 from momentkv_vllm.attention.self_check import check_cache_layout
@@ -25,6 +26,7 @@ from momentkv_vllm.block_manager.spec import MomentKVSpec, record_layout
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import dispatch
 from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.sinks import add_sinks
 from momentkv_vllm.kernels.worklists import AttendWork
 from momentkv_vllm.policies import POLICIES
 
@@ -62,7 +64,8 @@ class MomentKVBackend(CPUAttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Called for every layer's spec by both model runners; full attention layers get the bounded one."""
+        """Called for every layer's spec by both model runners; full attention layers get the bounded one, layers with a
+        sliding window hold no more than that anyway."""
         config = EvictionConfig.from_vllm(cls.loading) if cls.loading else EvictionConfig()
         if not config.active or type(spec) is not FullAttentionSpec:
             return spec
@@ -85,6 +88,9 @@ class MomentKVMetadataBuilder(CPUAttentionMetadataBuilder):
         self.work: WorkBuilder | None = None
         config = EvictionConfig.from_vllm(vllm_config)
         if not config.active:
+            return
+        if isinstance(kv_cache_spec, SlidingWindowSpec):
+            _require_evicting_layers(vllm_config, config)
             return
         if not isinstance(kv_cache_spec, MomentKVSpec):
             raise RuntimeError(
@@ -152,7 +158,8 @@ class MomentKVImpl(CPUAttentionBackendImpl):
         super().__init__(*args, **kwargs)
         MomentKVBackend.loading = get_current_vllm_config()
         config = EvictionConfig.from_vllm(MomentKVBackend.loading)
-        self.config = config if config.active else None
+        self.shares_pool = config.active
+        self.config = config if config.active and self.sliding_window == -1 else None
         if self.config is None:
             return
         _refuse_layer(self)
@@ -163,6 +170,8 @@ class MomentKVImpl(CPUAttentionBackendImpl):
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
         if self.config is None:
+            if self.shares_pool:
+                _zero_fresh_pages(kv_cache, slot_mapping)
             return super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         self.kernels.store(CacheView.of_vllm_cpu(kv_cache, self.record), key, value, slot_mapping, self.slot_mass)
 
@@ -193,9 +202,11 @@ class MomentKVImpl(CPUAttentionBackendImpl):
 
     def _attend(self, cache: CacheView, query: torch.Tensor, output: torch.Tensor, work: AttendWork) -> None:
         observed = work.observe_from is not None
-        lse = torch.empty(query.shape[:2], dtype=torch.float32) if observed else None
+        lse = torch.empty(query.shape[:2], dtype=torch.float32) if observed or self.sinks is not None else None
         target = torch.empty_like(query) if work.observe_only else output
         self.kernels.attend(cache, query, target, lse, work, self.scale, self.config.correction != "off")
+        if self.sinks is not None:
+            add_sinks(target, lse, work, self.sinks)
         if observed:
             self._observe(cache, query, lse, work)
 
@@ -206,13 +217,28 @@ class MomentKVImpl(CPUAttentionBackendImpl):
         self.kernels.observe(cache, self.slot_mass, query, lse, work, self.scale)
 
 
+def _zero_fresh_pages(kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    """Zero pages whose first slot is about to be written, in a layer that does not evict but shares the pool with layers that
+    do: such a page may have been a moment page there (kernels/reference.py, `store`)."""
+    page_size = kv_cache.shape[2]
+    kv_cache[slot_mapping[(slot_mapping >= 0) & (slot_mapping % page_size == 0)] // page_size] = 0
+
+
+def _require_evicting_layers(vllm_config: VllmConfig, config: EvictionConfig) -> None:
+    """Raises ValueError for a model none of whose layers evicts."""
+    layers = get_layers_from_vllm_config(vllm_config, Attention).values()
+    if not any(getattr(layer.impl, "config", None) for layer in layers):
+        raise ValueError(
+            f"--kv-eviction {config.policy}: every layer of this model has a sliding window and holds no more than that; "
+            f"there is nothing to evict; serve without --kv-eviction"
+        )
+
+
 def _refuse_layer(impl: MomentKVImpl) -> None:
     """Layer features that eviction does not model. Raises ValueError; the model cannot be loaded then."""
     reasons = {
-        "sliding-window attention": impl.sliding_window != -1,
         "ALiBi": impl.alibi_slopes is not None,
         "logits soft-capping": bool(impl.logits_soft_cap),
-        "attention sinks": impl.sinks is not None,
         f"attention type {impl.attn_type!r}": impl.attn_type != "decoder",
         "KV sharing between layers": impl.kv_sharing_target_layer_name is not None,
     }

@@ -118,8 +118,11 @@ class MomentKVManager(FullAttentionManager):
         """No cascade attention: store pages are private."""
         return 0
 
-    def check_integrity(self) -> None:
-        """Assert the bookkeeping between two steps. Raises AssertionError naming the request and the numbers."""
+    def check_integrity(self, other_pages: int = 0) -> None:
+        """Assert the bookkeeping between two steps. Raises AssertionError naming the request and the numbers.
+
+        other_pages: pages of the pool that layers without eviction own.
+        """
         owners: dict[int, int] = {}
         for request_id, blocks in self.req_to_blocks.items():
             for block in blocks:
@@ -131,7 +134,9 @@ class MomentKVManager(FullAttentionManager):
             assert found == count, f"page {number} has {count} owners, but is referenced {found} times"
         free = self.block_pool.get_num_free_blocks()
         total = self.block_pool.num_gpu_blocks - 1
-        assert len(owners) + free == total, f"{len(owners)} owned + {free} free pages != {total}"
+        assert len(owners) + other_pages + free == total, (
+            f"{len(owners)} owned + {other_pages} of other layers + {free} free pages != {total}"
+        )
 
     def _check_request(self, request_id: str, blocks: list[KVCacheBlock]) -> None:
         boundary = self.evicting.get(request_id, 0)

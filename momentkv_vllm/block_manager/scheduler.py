@@ -7,6 +7,8 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+from momentkv_vllm.block_manager.spec import MomentKVSpec
+
 
 class _StopsAtEvents:
     """Shortens what vLLM would schedule of a request, never to nothing.
@@ -20,10 +22,12 @@ class _StopsAtEvents:
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        (group,) = self.kv_cache_config.kv_cache_groups
-        self.page_schedule = group.kv_cache_spec.schedule
-        self.own_tokens = group.kv_cache_spec.own_tokens
-        self.cacheable_tokens = group.kv_cache_spec.cacheable_tokens
+        # Models with sliding-window layers have several groups; those that evict have one schedule.
+        specs = [group.kv_cache_spec for group in self.kv_cache_config.kv_cache_groups]
+        spec = next(s for s in specs if isinstance(s, MomentKVSpec))
+        self.page_schedule = spec.schedule
+        self.own_tokens = spec.own_tokens
+        self.cacheable_tokens = spec.cacheable_tokens
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """vLLM's last word on how many tokens of a request a step computes: [num_computed_tokens, + num_new_tokens)."""

@@ -53,6 +53,11 @@ class MomentKVSpec(FullAttentionSpec):
                 f"--kv-eviction needs key and value heads of one size, this model has {spec.head_size} and "
                 f"{spec.head_size_v}; serve without --kv-eviction"
             )
+        if spec.sliding_window is not None:
+            raise ValueError(
+                "--kv-eviction needs pages of their own for sliding-window layers, but vLLM's hybrid KV cache manager is "
+                "off; drop --disable-hybrid-kv-cache-manager, or serve without --kv-eviction"
+            )
         known = {f.name: getattr(spec, f.name) for f in fields(spec) if f.init}
         model = vllm_config.model_config.served_model_name
         return cls(
@@ -66,7 +71,9 @@ class MomentKVSpec(FullAttentionSpec):
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
-        """One spec for the layers of a group; they must be equal."""
+        """One spec for the layers of a group; they must be equal. vLLM tries it on the layers of hybrid models too, and
+        takes an AssertionError for a no."""
+        assert all(isinstance(s, cls) for s in specs), "layers with and without eviction share no group"
         base = FullAttentionSpec.merge([FullAttentionSpec(**_base_fields(s)) for s in specs])
         if any(s.schedule != specs[0].schedule for s in specs):
             raise ValueError("--kv-eviction needs the same KV head size in all layers; serve without --kv-eviction")

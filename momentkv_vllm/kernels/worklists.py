@@ -31,6 +31,12 @@ class AttendWork:
     restart: torch.Tensor | None = None
     observe_only: bool = False
 
+    def tokens(self) -> torch.Tensor:
+        """[queries of all rows] int64 flat token indices."""
+        ends = self.queries.cumsum(0)
+        inside = torch.arange(int(ends[-1]), device=ends.device) - (ends - self.queries).repeat_interleave(self.queries)
+        return self.first_token.repeat_interleave(self.queries) + inside
+
 
 @dataclass
 class RetireWork:

@@ -18,7 +18,7 @@ from typing import Any
 
 from momentkv_vllm.config import CONFIG_KEY, POLICY_DEFAULTS, EvictionConfig
 from momentkv_vllm.policies import POLICIES
-from momentkv_vllm.vllm_seams.validate import refuse_unsupported, refuse_untested_vllm
+from momentkv_vllm.vllm_seams.validate import WINDOW_PAGE_TOKENS, refuse_unsupported, refuse_untested_vllm
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -50,8 +50,11 @@ def patch_engine_args() -> None:
         if not config.active:
             return create(self, *args, **kwargs)
         refuse_untested_vllm()
-        _set_defaults(self, config)
+        chose_page_size = _set_defaults(self, config)
         vllm_config = create(self, *args, **kwargs)
+        if vllm_config.model_config.get_sliding_window():
+            _set_window_defaults(self, chose_page_size)
+            vllm_config = create(self, *args, **kwargs)
         refuse_unsupported(vllm_config, config)
         _choose_scheduler(vllm_config)
         # Imported late: prometheus must not be touched by processes that only parse options.
@@ -112,9 +115,10 @@ def _carry_options(engine_args: Any, args: argparse.Namespace) -> None:
     engine_args.additional_config = {**carrier, CONFIG_KEY: EvictionConfig.from_dict(merged).to_dict()}
 
 
-def _set_defaults(engine_args: Any, config: EvictionConfig) -> None:
-    """Choose what the user left open, in ways that eviction needs; said in one line each."""
-    if engine_args.block_size is None:
+def _set_defaults(engine_args: Any, config: EvictionConfig) -> bool:
+    """Choose what the user left open, in ways that eviction needs; said in one line each. True if that was the page size."""
+    choose_block_size = engine_args.block_size is None
+    if choose_block_size:
         engine_args.block_size = 16 if config.budget_tokens <= SMALL_BUDGET_TOKENS else 32
         logger.info("momentkv: --block-size not given, using %d", engine_args.block_size)
     if engine_args.enable_prefix_caching is None and POLICIES[config.policy].observes_all_queries:
@@ -123,6 +127,17 @@ def _set_defaults(engine_args: Any, config: EvictionConfig) -> None:
             "momentkv: prefix caching is switched off: policy %s must observe every query of a sequence", config.policy
         )
     engine_args.additional_config = {**engine_args.additional_config, CONFIG_KEY: config.to_dict()}
+    return choose_block_size
+
+
+def _set_window_defaults(engine_args: Any, chose_page_size: bool) -> None:
+    """As `_set_defaults`, for models with sliding-window layers; that a model has them is known only from its configuration."""
+    if chose_page_size and engine_args.block_size % WINDOW_PAGE_TOKENS:
+        engine_args.block_size = WINDOW_PAGE_TOKENS
+        logger.info("momentkv: the model has sliding-window layers, --block-size is %d", engine_args.block_size)
+    if engine_args.prefix_cache_retention_interval == 0:
+        # vLLM's default keeps their windows at the end of the prompt only; hits end before the first eviction.
+        engine_args.prefix_cache_retention_interval = None
 
 
 def _choose_scheduler(vllm_config: Any) -> None:

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 WAY_OUT = "change it, or serve without --kv-eviction"
 
+WINDOW_PAGE_TOKENS = 32
+"""vLLM's CPU attention with a sliding window gives wrong results in pages that are not a multiple of it."""
+
 
 def refuse_untested_vllm() -> None:
     """Raises ValueError unless the installed vLLM is a tested one or the user insists."""
@@ -48,12 +51,13 @@ def _objections(vllm_config: "VllmConfig", config: EvictionConfig) -> dict[str, 
         "attention-free models": model.is_attention_free,
         "hybrid models (Mamba or linear attention beside attention)": model.is_hybrid,
         "multimodal models": model.is_multimodal_model,
-        f"sliding-window attention (window {model.get_sliding_window()})": model.get_sliding_window() is not None,
+        "--disable-hybrid-kv-cache-manager for models with sliding-window layers": (
+            vllm_config.scheduler_config.disable_hybrid_kv_cache_manager and model.get_sliding_window() is not None
+        ),
         f"--kv-cache-dtype {cache.cache_dtype} (only auto, i.e. the model's dtype)": cache.cache_dtype
         not in ("auto", "bfloat16", "float16", "float32"),
         "--enable-prefix-caching (the policy must observe every query of a sequence)": cache.enable_prefix_caching
         and POLICIES[config.policy].observes_all_queries,
-        "LoRA adapters (--enable-lora; not tested yet)": vllm_config.lora_config,
         "KV offloading (--kv-offloading-size)": cache.kv_offloading_size,
         "KV connectors (--kv-transfer-config)": vllm_config.kv_transfer_config,
         "KV cache events (--kv-events-config)": getattr(vllm_config.kv_events_config, "enable_kv_cache_events", False),
@@ -78,6 +82,11 @@ def _refuse_page_size(vllm_config: "VllmConfig") -> None:
     page_size = vllm_config.cache_config.block_size
     if page_size % 16:
         raise ValueError(f"--block-size {page_size} is not a multiple of 16, which --kv-eviction needs")
+    if page_size % WINDOW_PAGE_TOKENS and vllm_config.model_config.get_sliding_window():
+        raise ValueError(
+            f"--block-size {page_size} is not a multiple of {WINDOW_PAGE_TOKENS}, which the sliding-window layers of this model "
+            f"need on a CPU; change it, or leave it out"
+        )
 
 
 def _refuse_drafts(vllm_config: "VllmConfig", config: EvictionConfig) -> None:
