@@ -10,7 +10,7 @@ import torch
 from torch.utils import cpp_extension
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc/cuda"
-FLAGS = "-std=c++20 -U_FORTIFY_SOURCE -Wall -Werror -Wno-unknown-pragmas -fPIC -DMOMENTKV_EMULATE".split()
+FLAGS = ["-std=c++20", "-U_FORTIFY_SOURCE", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-DMOMENTKV_EMULATE"]
 
 
 def build(folder: Path) -> Path:

@@ -7,6 +7,8 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "kernels.h"
 
 #ifdef MOMENTKV_EMULATE
@@ -75,6 +77,7 @@ Cache cache_of(const Tensor& keys, const Tensor& values) {
   const int64_t page_size = keys.size(2), d = keys.size(3);
   TORCH_CHECK(page_size > 0 && page_size % kTileSlots == 0, "page size ", page_size, " is not a multiple of ", kTileSlots);
   TORCH_CHECK(d == 64 || d == 128 || d == 256, "head dimension ", d, " is none of 64, 128, 256");
+  TORCH_CHECK(keys.size(0) * page_size <= INT32_MAX, keys.size(0), " pages of ", page_size, " slots; legal: 2^31 slots a layer");
   return {static_cast<char*>(keys.data_ptr()), static_cast<char*>(values.data_ptr()), keys.stride(0), keys.stride(1),
           keys.stride(2), int(keys.size(1)), int(page_size), int(d), type == at::kHalf ? Type::kFloat16 : Type::kBFloat16};
 }
@@ -141,14 +144,82 @@ void attend_op(const Tensor& keys, const Tensor& values, const Tensor& query, co
   a.lse = data_of<float>(lse, "lse", {query.size(0), a.work.query_heads});
   if (a.work.rows == 0) return;
   const int64_t slots = int64_t(a.work.max_pages) * a.work.cache.page_size, d = a.work.cache.head_dim;
-  const int64_t tiles = (max_queries * (a.work.query_heads / a.work.cache.heads) + kTileRows - 1) / kTileRows;
+  const int64_t query_rows = max_queries * (a.work.query_heads / a.work.cache.heads);
+  const int64_t tiles = (query_rows + kTileRows - 1) / kTileRows;
+  a.tile_rows = int(std::min<int64_t>(query_rows, kTileRows));
   a.max_splits = int(std::max<int64_t>(1, slots / kSplitSlots));
   a.units = int(a.max_splits + 1 + 2 * (tiles - 1));
-  const int64_t partials = int64_t(a.work.rows) * a.work.cache.heads * a.units * kTileRows;
+  const int64_t partials = int64_t(a.work.rows) * a.work.cache.heads * a.units * a.tile_rows;
   const Tensor room = at::empty({partials * (d + 1)}, keys.options().dtype(at::kFloat));
   a.partial_out = room.data_ptr<float>();
   a.partial_lse = a.partial_out + partials * d;
   run(attend, a, keys);
+}
+
+void consolidate_op(const Tensor& keys, const Tensor& values, const Tensor& store_pages, const Tensor& retiring_pages,
+                    const Tensor& moment_pages, const Tensor& count, const OptionalTensor& score,
+                    const OptionalTensor& slot_mass, const OptionalTensor& num_rows, int64_t sink_tokens, bool has_means,
+                    bool has_covariance, at::ScalarType moment_dtype, int64_t covariance_offset) {
+  Consolidate c{};
+  c.cache = cache_of(keys, values);
+  c.record = record_of(has_means, has_covariance, moment_dtype, covariance_offset);
+  TORCH_CHECK(store_pages.dim() == 2 && retiring_pages.dim() == 2 && moment_pages.dim() == 2, "store_pages ",
+              store_pages.sizes(), ", retiring_pages ", retiring_pages.sizes(), " and moment_pages ", moment_pages.sizes(),
+              " must be [rows, pages]");
+  c.rows = int(store_pages.size(0));
+  c.store_pages = int(store_pages.size(1));
+  c.retiring_pages = int(retiring_pages.size(1));
+  c.moment_pages = int(moment_pages.size(1));
+  c.store = data_of<int64_t>(store_pages, "store_pages", {c.rows, c.store_pages});
+  c.retiring = data_of<int64_t>(retiring_pages, "retiring_pages", {c.rows, c.retiring_pages});
+  c.moments = data_of<int64_t>(moment_pages, "moment_pages", {c.rows, c.moment_pages});
+  c.count = data_of<float>(count, "count", {c.rows});
+  c.num_rows = data_of<int32_t>(num_rows, "num_rows", {1});
+  const int64_t heads = c.cache.heads, d = c.cache.head_dim, page_size = c.cache.page_size;
+  const int64_t candidates = (c.store_pages + c.retiring_pages) * page_size;
+  c.score = data_of<float>(score, "score", {c.rows, heads, candidates});
+  c.slot_mass = data_of<float>(slot_mass, "slot_mass", {keys.size(0), heads, page_size});
+  TORCH_CHECK(score || (has_means && slot_mass), "the score by moments needs the means and the observed attention; give score");
+  c.sink_tokens = int(sink_tokens);
+  if (c.rows == 0 || c.retiring_pages == 0) return;
+  const auto floats = keys.options().dtype(at::kFloat);
+  const Tensor own_score = at::empty({score ? 0 : 2 * c.rows * heads * candidates}, floats);
+  const Tensor folded = at::empty({has_means ? c.rows * heads * (2 * d + kFoldedSpread + d * d) : 0}, floats);
+  const Tensor losers = at::empty({c.rows * heads * c.retiring_pages * page_size}, keys.options().dtype(at::kInt));
+  c.own_score = own_score.data_ptr<float>();
+  c.folded = folded.data_ptr<float>();
+  c.losers = losers.data_ptr<int>();
+  run(consolidate, c, keys);
+}
+
+void store_op(const Tensor& keys, const Tensor& values, const Tensor& key, const Tensor& value, const Tensor& slots,
+              const OptionalTensor& slot_mass) {
+  Store s{};
+  s.cache = cache_of(keys, values);
+  TORCH_CHECK(slots.dim() == 1 && slots.numel() <= key.size(0) && key.sizes() == value.sizes() &&
+                  key.size(1) == s.cache.heads,
+              "slots has shape ", slots.sizes(), ", key ", key.sizes(), ", value ", value.sizes(),
+              "; key and value must be [at least the slots, ", s.cache.heads, " heads, head_dim]");
+  s.tokens = int(slots.numel());
+  s.slots = data_of<int64_t>(slots, "slots", {s.tokens});
+  s.key_stride = token_stride(key, keys, "key");
+  s.value_stride = token_stride(value, keys, "value");
+  s.key = static_cast<const char*>(key.data_ptr());
+  s.value = static_cast<const char*>(value.data_ptr());
+  s.slot_mass = data_of<float>(slot_mass, "slot_mass", {keys.size(0), s.cache.heads, s.cache.page_size});
+  if (s.tokens > 0) run(store, s, keys);
+}
+
+void observe_op(const Tensor& keys, const Tensor& values, const Tensor& slot_mass, const Tensor& query, const Tensor& lse,
+                const Tensor& first_token, const Tensor& queries, const Tensor& pages, const Tensor& last,
+                const Tensor& observe_from, const Tensor& restart, const OptionalTensor& num_rows, double scale) {
+  Observe o{};
+  o.work = queries_of(keys, values, query, first_token, queries, pages, last, num_rows, query.size(0), scale);
+  o.lse = data_of<float>(lse, "lse", {query.size(0), o.work.query_heads});
+  o.slot_mass = data_of<float>(slot_mass, "slot_mass", {keys.size(0), o.work.cache.heads, o.work.cache.page_size});
+  o.observe_from = data_of<int64_t>(observe_from, "observe_from", {o.work.rows});
+  o.restart = data_of<bool>(restart, "restart", {o.work.rows});
+  if (o.work.rows > 0 && o.work.max_pages > 0) run(observe, o, keys);
 }
 
 }  // namespace
@@ -162,11 +233,23 @@ MOMENTKV_DEFINE(MOMENTKV_LIBRARY) {
       "attend(Tensor keys, Tensor values, Tensor query, Tensor(a!) output, Tensor(b!)? lse, Tensor first_token, "
       "Tensor queries, Tensor pages, Tensor last, Tensor moment_pages, Tensor count, Tensor? num_rows, int max_queries, "
       "float scale, bool correct, bool has_covariance, ScalarType moment_dtype, int covariance_offset) -> ()");
+  m.def(
+      "observe(Tensor keys, Tensor values, Tensor(a!) slot_mass, Tensor query, Tensor lse, Tensor first_token, "
+      "Tensor queries, Tensor pages, Tensor last, Tensor observe_from, Tensor restart, Tensor? num_rows, float scale) -> ()");
+  m.def(
+      "consolidate(Tensor(a!) keys, Tensor(b!) values, Tensor store_pages, Tensor retiring_pages, Tensor moment_pages, "
+      "Tensor count, Tensor? score, Tensor(c!)? slot_mass, Tensor? num_rows, int sink_tokens, bool has_means, "
+      "bool has_covariance, ScalarType moment_dtype, int covariance_offset) -> ()");
+  m.def(
+      "store(Tensor(a!) keys, Tensor(b!) values, Tensor key, Tensor value, Tensor slots, Tensor(c!)? slot_mass) -> ()");
 }
 
 MOMENTKV_IMPLEMENT(MOMENTKV_LIBRARY, MOMENTKV_DEVICE) {
   using namespace momentkv::cuda;
   m.impl("attend", &attend_op);
+  m.impl("observe", &observe_op);
+  m.impl("consolidate", &consolidate_op);
+  m.impl("store", &store_op);
 }
 
 // Importing the extension registers the operators above.

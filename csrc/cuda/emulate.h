@@ -43,7 +43,7 @@ struct Copy {
 
 struct Thread {
   std::jmp_buf state;
-  ucontext_t start;
+  ucontext_t start = {};
   std::unique_ptr<char[]> stack;
   bool started = false, done = false;
   const Barrier* waits_for = nullptr;

@@ -51,9 +51,10 @@ struct Attend {
   const float* count;           // [rows]; 0 = no record
   int num_moment_pages;
   bool correct;
-  int max_splits, units;  // see Units in units.cuh
-  float* partial_out;     // [rows, heads, units, kTileRows, head_dim], normalised
-  float* partial_lse;     // [rows, heads, units, kTileRows] natural logarithm
+  int max_splits, units;  // see Unit in units.cuh
+  int tile_rows;          // query rows that a tile has at most, up to kTileRows
+  float* partial_out;     // [rows, heads, units, tile_rows, head_dim], normalised
+  float* partial_lse;     // [rows, heads, units, tile_rows] natural logarithm
 };
 
 struct Observe {
@@ -86,15 +87,11 @@ struct Consolidate {
   float* slot_mass;         // [num_pages, heads, page_size], moved along with the tokens; may be null if score is given
   float* own_score;         // workspace, like score, two of them; unused if score is given
   int* losers;              // workspace [rows, heads, retiring_pages * page_size]
-  float* folded;            // workspace [rows, heads, Folded::floats(head_dim)]; unused without means
+  float* folded;            // workspace [rows, heads, 2 * head_dim + kFoldedSpread + head_dim * head_dim]: the losers' mean
+                            // key, mean value, value spread, covariance; unused without means
 };
 
-// Moments of the losers of one (row, head), not yet merged: mean key, mean value, value spread, padding, covariance.
-struct Folded {
-  static constexpr size_t covariance_at(int head_dim) { return 2 * head_dim + 4; }
-  static constexpr size_t floats(int head_dim) { return covariance_at(head_dim) + size_t(head_dim) * head_dim; }
-};
-
+constexpr int kFoldedSpread = 4;  // numbers that the spread takes, so that the covariance is aligned
 constexpr int kTileRows = 16;     // query rows (queries x query heads of a KV head) of one tensor-core tile
 constexpr int kTileSlots = 16;    // slots of one tile: never straddles two pages
 constexpr int kSplitSlots = 256;  // least slots of a decode split; not tuned on a GPU yet

@@ -12,7 +12,7 @@
 #include "emulate.h"
 #define __device__
 #define __global__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #else
 #include <cuda_runtime.h>
 #endif

@@ -52,7 +52,7 @@ struct Unit {
 };
 
 __device__ inline size_t partial_row(const Attend& a, int row, int head, int unit, int query_row) {
-  return ((size_t(row) * a.work.cache.heads + head) * a.units + unit) * kTileRows + query_row;
+  return ((size_t(row) * a.work.cache.heads + head) * a.units + unit) * a.tile_rows + query_row;
 }
 
 }  // namespace momentkv::cuda
