@@ -12,7 +12,7 @@ constexpr int kObserveWarps = kObserveThreads / kLanes;
 
 // Block: a page of a (row, head). A warp takes a slot at a time, its lanes share the dimensions.
 template <class T, int D>
-__global__ void __launch_bounds__(kObserveThreads) observe_page(const Observe o) {
+__global__ void __launch_bounds__(kObserveThreads, 8) observe_page(const Observe o) {
   const Queries& w = o.work;
   const int number = blockIdx.x, head = blockIdx.y, row = blockIdx.z, page_size = w.cache.page_size;
   const int64_t queries = is_padding(w.num_rows, row) ? 0 : w.queries[row], first = int64_t(number) * page_size;
