@@ -69,7 +69,7 @@ def cuda_kernels() -> list:
         raise SystemExit(
             f"MOMENTKV_BUILD_CUDA=1 needs a CUDA build of torch, this is {torch.__version__}: install one, or set it to 0"
         )
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a+PTX")
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     sources = [
         str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc/cuda").glob("*.c[up]*")) if p.suffix in (".cu", ".cpp")
     ]

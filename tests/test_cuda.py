@@ -1,5 +1,5 @@
-"""The CUDA kernels without a GPU: their own source and operators, run on the CPU by csrc/cuda/emulate.h, against the
-reference. What nvcc makes of them is in test_cuda_compiles.py."""
+"""The CUDA kernels against the reference: without a GPU their own source and operators, run on the CPU by csrc/cuda/emulate.h;
+with one, and the extension built, the same cases there. What nvcc makes of them is in test_cuda_compiles.py."""
 
 import math
 
@@ -7,6 +7,7 @@ import cuda_emulated
 import pytest
 import test_kernels as shared
 import torch
+from cuda_device import OnDevice
 
 from momentkv_vllm.kernels import cuda, dispatch, reference
 from momentkv_vllm.kernels.cache_view import CacheView
@@ -44,6 +45,15 @@ def emulated(library, monkeypatch):
     return cuda
 
 
+@pytest.fixture(params=["emulated", *["gpu"] * (not cuda.objections())])
+def kernels(request, monkeypatch):
+    """The family, given CPU tensors: emulated, and where there is one on a GPU."""
+    if request.param == "emulated":
+        return request.getfixturevalue("emulated")
+    monkeypatch.setattr(CacheView, "of_vllm_cpu", staticmethod(gpu_view))
+    return OnDevice(cuda, "cuda")
+
+
 @pytest.fixture
 def last_thread_first(monkeypatch):
     """Threads run in the other order: where a barrier is missing, one of the two orders gives other numbers."""
@@ -73,45 +83,63 @@ def assert_close(got, want, rounding):
 
 
 @pytest.mark.parametrize("batch", BATCHES, ids=lambda b: f"{b[0]}-d{b[1]}-{b[2]}-{b[3]}-g{b[4]}-p{b[5]}")
-def test_attend_and_observe_agree_with_the_reference(emulated, batch, last_thread_first):
+def test_attend_and_observe_agree_with_the_reference(kernels, batch, last_thread_first):
     """Odd lengths, chunks, empty records, 1 to 20 query heads a KV head; all that must not be read is NaN."""
     cache, work, query = shared.serving_batch(*batch)
     scale = query.shape[-1] ** -0.5
     for correct in (False, True):
         want, want_lse = shared.run_attend(reference, cache, query, work, scale, correct)
-        got, lse = shared.run_attend(emulated, cache, query, work, scale, correct)
+        got, lse = shared.run_attend(kernels, cache, query, work, scale, correct)
         assert_close(got, want, ROUNDING[query.dtype])
         torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=2e-5)
     last_thread_first()
-    again, _ = shared.run_attend(emulated, nhd(cache), query, work, scale, True)
+    again, _ = shared.run_attend(kernels, nhd(cache), query, work, scale, True)
     assert torch.equal(again, got), "bitwise, whichever thread runs first, and NHD like HND"
     want_mass, mass = (torch.full(cache.keys.shape[:3], 7.0) for _ in range(2))
     reference.observe(cache, want_mass, query, want_lse, work, scale)
-    emulated.observe(cache, mass, query, want_lse, work, scale)
+    kernels.observe(cache, mass, query, want_lse, work, scale)
     used = torch.cat([row[row > 0] for row in work.pages])
     torch.testing.assert_close(mass[used], want_mass[used], rtol=1e-4, atol=1e-5)
     assert mass[0].eq(7).all()
 
 
-def test_a_row_does_not_depend_on_its_batch(emulated):
+def test_a_row_does_not_depend_on_its_batch(kernels):
     cache, work, query = shared.serving_batch(torch.bfloat16, 64, "bfloat16", "first", 4)
-    together, _ = shared.run_attend(emulated, cache, query, work, 0.125, True)
+    together, _ = shared.run_attend(kernels, cache, query, work, 0.125, True)
     for row in range(len(work.last)):
         alone = shared.attend_work(work.pages[row : row + 1], [int(work.last[row])], [int(work.queries[row])])
         alone.moment_pages, alone.count = work.moment_pages[row : row + 1], work.count[row : row + 1]
         tokens = slice(int(work.first_token[row]), int(work.first_token[row] + work.queries[row]))
-        output, _ = shared.run_attend(emulated, cache, query[tokens], alone, 0.125, True)
+        output, _ = shared.run_attend(kernels, cache, query[tokens], alone, 0.125, True)
         assert torch.equal(output, together[tokens]), row
 
 
-def test_padding_rows_are_not_touched(emulated):
+def test_the_first_order_step_is_limited_to_the_spread(kernels):
+    """Values that follow their keys and far queries: without the limit the correction would leave the evicted values."""
+    cache, work, query = shared.serving_batch(torch.bfloat16, 64, "float32", "first", 4)
+    gone = torch.randn(len(work.last), shared.HEADS, 64, 64, generator=torch.Generator().manual_seed(5))
+    weight = torch.ones(gone.shape[:3])
+    cache.write_moments(work.moment_pages, shared.moments.of_tokens(gone, 3 * gone, weight, True))
+    query = 8 * query
+    unlimited = cache.read_moments(work.moment_pages, work.count)
+    unlimited.value_spread *= 1e6
+    grouped = query[: len(work.last), None, :1].float().expand(-1, shared.HEADS, -1, -1)
+    far, _ = shared.moments.partial(unlimited, grouped, 0.125)
+    near, _ = shared.moments.partial(cache.read_moments(work.moment_pages, work.count), grouped, 0.125)
+    assert (far - near).abs().max() > 1, "the limit acts here"
+    want, _ = shared.run_attend(reference, cache, query, work, 0.125, True)
+    got, _ = shared.run_attend(kernels, cache, query, work, 0.125, True)
+    assert_close(got, want, ROUNDING[torch.bfloat16])
+
+
+def test_padding_rows_are_not_touched(kernels):
     """A captured launch covers the largest batch: rows without queries and rows beyond the device's count are skipped."""
     cache, work, query = shared.serving_batch(torch.bfloat16, 64, "bfloat16", "zeroth", 4)
     work.queries[1] = 0
     work.pages[3:] = 1 << 40
     num_rows = torch.tensor([3], dtype=torch.int32)
     output = torch.full_like(query, math.nan)
-    emulated.attend(cache, query, output, None, work, 0.125, True, num_rows)
+    kernels.attend(cache, query, output, None, work, 0.125, True, num_rows)
     untouched = output.isnan().flatten(1)
     assert untouched.all(1).tolist() == [False, True, False] + [True] * (len(query) - 3)
     assert not untouched[[0, 2]].any()
@@ -120,7 +148,7 @@ def test_padding_rows_are_not_touched(emulated):
     )
     retire.retiring_pages[:3] = -1
     before = cache.kv.clone()
-    emulated.consolidate(cache, torch.zeros(cache.keys.shape[:3]), retire, POLICIES["momentkv"](), 0, 0.1, num_rows)
+    kernels.consolidate(cache, torch.zeros(cache.keys.shape[:3]), retire, POLICIES["momentkv"](), 0, 0.1, num_rows)
     assert torch.equal(before.view(torch.int16), cache.kv.view(torch.int16))
 
 
@@ -137,35 +165,35 @@ RECORDS = [
 @pytest.mark.parametrize("policy", ["momentkv", "random", "h2o", "expected_attention"])
 @pytest.mark.parametrize(("dtype", "head_dim", "moment_dtype"), RECORDS)
 def test_consolidation_agrees_with_the_reference(
-    emulated, policy, dtype, head_dim, moment_dtype, order, last_thread_first
+    kernels, policy, dtype, head_dim, moment_dtype, order, last_thread_first
 ):
     """First events, whose moment pages are among the retiring ones, later events, rows that retire fewer pages."""
     if order == "last thread first":
         last_thread_first()
-    shared.test_consolidation_agrees_with_the_reference(emulated, policy, dtype, head_dim, moment_dtype)
+    shared.test_consolidation_agrees_with_the_reference(kernels, policy, dtype, head_dim, moment_dtype)
 
 
 @pytest.mark.parametrize("has_covariance", [False, True])
-def test_consolidation_repeats_to_the_bit_in_both_layouts(emulated, has_covariance, last_thread_first):
+def test_consolidation_repeats_to_the_bit_in_both_layouts(kernels, has_covariance, last_thread_first):
     cache = shared.poisoned_cache(20, 32, 128, torch.bfloat16, has_covariance=has_covariance)
     cache.kv[1:] = torch.randn(cache.kv[1:].shape, generator=torch.Generator().manual_seed(1)).bfloat16()
     mass = torch.rand(cache.keys.shape[:3], generator=torch.Generator().manual_seed(2))
     work = RetireWork(
         torch.tensor([[3, 9], [1, 2]]),
         torch.tensor([[5, 7, 4], [8, 6, -1]]),
-        torch.tensor([[4, 7], [11, 12]]),
+        torch.tensor([[4, 7, 5], [11, 12, 10]]),
         torch.zeros(2),
     )
     twins = [(gpu_view(cache.kv.clone(), cache.record), mass.clone()), (nhd(cache), mass.clone())]
     for twin, twin_mass in twins:
-        emulated.consolidate(twin, twin_mass, work, POLICIES["momentkv"](), 4, 0.1)
+        kernels.consolidate(twin, twin_mass, work, POLICIES["momentkv"](), 4, 0.1)
         last_thread_first()
     (one, one_mass), (two, two_mass) = twins
     assert torch.equal(one.kv[1:].view(torch.int16), two.kv[1:].contiguous().view(torch.int16))
     assert torch.equal(one_mass, two_mass)
 
 
-def test_equal_and_undefined_scores(emulated):
+def test_equal_and_undefined_scores(kernels):
     """Of equal scores the earlier candidate stays, a NaN goes with the lowest; over more candidates than threads."""
     cache = shared.poisoned_cache(20, 32, 64, torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
@@ -183,14 +211,14 @@ def test_equal_and_undefined_scores(emulated):
     mass = torch.zeros(cache.keys.shape[:3])
     twin = gpu_view(cache.kv.clone(), cache.record)
     reference.consolidate(twin, mass.clone(), work, POLICIES["momentkv"](), 4, 0.1)
-    emulated.consolidate(cache, mass, work, POLICIES["momentkv"](), 4, 0.1)
+    kernels.consolidate(cache, mass, work, POLICIES["momentkv"](), 4, 0.1)
     for got, want in zip(cache.read_tokens(work.store_pages), twin.read_tokens(work.store_pages), strict=True):
         assert torch.equal(got, want) and not got.isnan().any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_store_writes_tokens_and_clears_fresh_pages(emulated, dtype):
-    shared.test_store_writes_tokens_and_clears_fresh_pages(emulated, dtype)
+def test_store_writes_tokens_and_clears_fresh_pages(kernels, dtype):
+    shared.test_store_writes_tokens_and_clears_fresh_pages(kernels, dtype)
 
 
 def test_operators_check_what_they_are_given(emulated):
@@ -209,14 +237,28 @@ def test_operators_check_what_they_are_given(emulated):
         given = dict(cache=cache, query=query, output=output, lse=None, work=work, scale=0.1, correct=True) | change
         with pytest.raises(RuntimeError, match=message):
             emulated.attend(**given)
+    moment_pages, work.moment_pages = work.moment_pages, work.moment_pages[:, :1].contiguous()
+    with pytest.raises(RuntimeError, match="moment_pages has 1 pages of 4096 bytes a head; its record needs 8832"):
+        emulated.attend(cache, query, output, None, work, 0.1, True)
     work.count = work.count.double()
     with pytest.raises(RuntimeError, match="expected scalar type Float but found Double"):
-        emulated.attend(cache, query, output, None, work, 0.1, True)
+        emulated.attend(cache, query, output, None, work, 0.1, False)
     retire = RetireWork(
-        work.pages[:, :1].contiguous(), work.pages[:, 1:2].contiguous(), work.moment_pages, work.last.float()
+        work.pages[:, :1].contiguous(), work.pages[:, 1:2].contiguous(), moment_pages, work.last.float()
     )
     with pytest.raises(RuntimeError, match="needs the means and the observed attention"):
         emulated.consolidate(cache, None, retire, POLICIES["momentkv"](), 0, 0.1)
+
+
+def test_another_device_is_only_a_copy_away(emulated):
+    """What the GPU runs of these tests rely on, tried with the CPU as the other device."""
+    shared.test_consolidation_agrees_with_the_reference(
+        OnDevice(emulated, "cpu"), "momentkv", torch.bfloat16, 64, "int8"
+    )
+    cache, work, query = shared.serving_batch(torch.bfloat16, 64, "bfloat16", "first", 4)
+    want, _ = shared.run_attend(emulated, nhd(cache), query, work, 0.1, True)
+    got, _ = shared.run_attend(OnDevice(emulated, "cpu"), nhd(cache), query, work, 0.1, True)
+    assert torch.equal(got, want)
 
 
 def test_operators_declare_what_they_write(emulated):

@@ -83,10 +83,17 @@ Cache cache_of(const Tensor& keys, const Tensor& values) {
 }
 
 // The layout is that of momentkv_vllm/page_layout.py.
-Record record_of(bool means, bool covariance, at::ScalarType moment_dtype, int64_t covariance_offset) {
+Record record_of(const Cache& cache, const Tensor& moment_pages, bool means, bool covariance, at::ScalarType moment_dtype,
+                 int64_t covariance_offset) {
+  TORCH_CHECK(moment_pages.dim() == 2, "moment_pages has shape ", moment_pages.sizes(), "; it must be [rows, pages]");
   TORCH_CHECK(moment_dtype == at::kChar || moment_dtype == at::kBFloat16 || moment_dtype == at::kFloat, "moment_dtype is ",
               moment_dtype, "; the CUDA kernels know int8, bfloat16 and float32");
   const Type type = moment_dtype == at::kChar ? Type::kInt8 : moment_dtype == at::kFloat ? Type::kFloat32 : Type::kBFloat16;
+  const int64_t d = cache.head_dim, number_bytes = type == Type::kInt8 ? 1 : type == Type::kFloat32 ? 4 : 2;
+  const int64_t needed = !means ? 0 : covariance ? covariance_offset + d * d * number_bytes : 4 * (2 * d + 1);
+  const int64_t there = moment_pages.size(1) * cache.page_size * 2 * d * 2;
+  TORCH_CHECK(there >= needed, "moment_pages has ", moment_pages.size(1), " pages of ", there, " bytes a head; its record needs ",
+              needed);
   return {means, covariance, type, int(covariance_offset)};
 }
 
@@ -132,8 +139,7 @@ void attend_op(const Tensor& keys, const Tensor& values, const Tensor& query, co
                double scale, bool correct, bool has_covariance, at::ScalarType moment_dtype, int64_t covariance_offset) {
   Attend a{};
   a.work = queries_of(keys, values, query, first_token, queries, pages, last, num_rows, max_queries, scale);
-  a.record = record_of(correct, has_covariance, moment_dtype, covariance_offset);
-  TORCH_CHECK(moment_pages.dim() == 2, "moment_pages has shape ", moment_pages.sizes(), "; it must be [rows, pages]");
+  a.record = record_of(a.work.cache, moment_pages, correct, has_covariance, moment_dtype, covariance_offset);
   a.num_moment_pages = int(moment_pages.size(1));
   a.moment_pages = data_of<int64_t>(moment_pages, "moment_pages", {a.work.rows, a.num_moment_pages});
   a.count = data_of<float>(count, "count", {a.work.rows});
@@ -162,10 +168,9 @@ void consolidate_op(const Tensor& keys, const Tensor& values, const Tensor& stor
                     bool has_covariance, at::ScalarType moment_dtype, int64_t covariance_offset) {
   Consolidate c{};
   c.cache = cache_of(keys, values);
-  c.record = record_of(has_means, has_covariance, moment_dtype, covariance_offset);
-  TORCH_CHECK(store_pages.dim() == 2 && retiring_pages.dim() == 2 && moment_pages.dim() == 2, "store_pages ",
-              store_pages.sizes(), ", retiring_pages ", retiring_pages.sizes(), " and moment_pages ", moment_pages.sizes(),
-              " must be [rows, pages]");
+  c.record = record_of(c.cache, moment_pages, has_means, has_covariance, moment_dtype, covariance_offset);
+  TORCH_CHECK(store_pages.dim() == 2 && retiring_pages.dim() == 2, "store_pages ", store_pages.sizes(), " and retiring_pages ",
+              retiring_pages.sizes(), " must be [rows, pages]");
   c.rows = int(store_pages.size(0));
   c.store_pages = int(store_pages.size(1));
   c.retiring_pages = int(retiring_pages.size(1));
