@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(shell find momentkv_vllm triton_kernels -name '*.py') $(shell find csrc/cpu -type f)
+SOURCES := setup.py pyproject.toml $(shell find momentkv_vllm triton_kernels -name '*.py') $(shell find csrc -type f)
 # Never the repository root on sys.path: vLLM probes for a top-level module `triton_kernels`.
 unexport PYTHONPATH
 export PIP_DISABLE_PIP_VERSION_CHECK = 1

@@ -3,6 +3,7 @@
 The CPU kernels (csrc/cpu) need a C++20 compiler and are built against the torch of this environment
 (pip install --no-build-isolation). MOMENTKV_BUILD_CPU=0 leaves them out; the PyTorch reference kernels serve then, slowly.
 MOMENTKV_SANITIZE=1 builds them with AddressSanitizer and UBSan (make test-sanitize).
+The CUDA kernels (csrc/cuda) are built as well where that torch is a CUDA build; MOMENTKV_BUILD_CUDA=1 insists, 0 leaves them out.
 """
 
 import os
@@ -50,7 +51,31 @@ def native_build() -> dict:
     kernels = CppExtension(
         "momentkv_vllm._cpu", sources, depends=headers, extra_compile_args=compile_args, extra_link_args=link_args
     )
-    return {"ext_modules": [kernels], "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=False)}}
+    return {
+        "ext_modules": [kernels, *cuda_kernels()],
+        "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=False)},
+    }
+
+
+def cuda_kernels() -> list:
+    """The CUDA extension, if it is wanted. TORCH_CUDA_ARCH_LIST chooses other architectures than those named here."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, CUDAExtension
+
+    wanted = os.environ.get("MOMENTKV_BUILD_CUDA", "auto")
+    if wanted == "0" or (wanted == "auto" and (torch.version.cuda is None or CUDA_HOME is None)):
+        return []
+    if torch.version.cuda is None:
+        raise SystemExit(
+            f"MOMENTKV_BUILD_CUDA=1 needs a CUDA build of torch, this is {torch.__version__}: install one, or set it to 0"
+        )
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    sources = [
+        str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc/cuda").glob("*.c[up]*")) if p.suffix in (".cu", ".cpp")
+    ]
+    headers = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.*h"))
+    flags = {"cxx": ["-std=c++20", "-O2", "-g0"], "nvcc": ["-std=c++17", "-O3"]}
+    return [CUDAExtension("momentkv_vllm._cuda", sources, depends=headers, extra_compile_args=flags)]
 
 
 setup(

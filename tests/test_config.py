@@ -38,7 +38,7 @@ def test_a_policy_replaces_defaults_but_not_what_the_user_says():
         ({"policy": "momentkv", "prefill": "lazy"}, ["prefill", "'lazy'", "chunked", "full"]),
         ({"policy": "momentkv", "correction": "second"}, ["correction", "'second'", "zeroth"]),
         ({"policy": "momentkv", "moment_dtype": "int4"}, ["moment_dtype", "'int4'", "int8", "bfloat16"]),
-        ({"policy": "momentkv", "kernels": "cuda"}, ["kernels", "'cuda'", "auto", "reference"]),
+        ({"policy": "momentkv", "kernels": "metal"}, ["kernels", "'metal'", "auto", "reference"]),
         ({"budget_tokens": 64}, ["without 'policy'", "--kv-eviction"]),
         ([1], ["not a JSON object"]),
     ],

@@ -6,9 +6,9 @@ falls back.
 
 from types import ModuleType
 
-from momentkv_vllm.kernels import cpu, reference
+from momentkv_vllm.kernels import cpu, cuda, reference
 
-_FAMILIES: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+_FAMILIES: dict[str, ModuleType] = {"cpu": cpu, "reference": reference, "cuda": cuda}
 
 
 class Family:

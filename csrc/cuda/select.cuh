@@ -1,0 +1,225 @@
+// Which candidates of a (row, head) lose: score, then exact selection. One block a (row, head).
+#pragma once
+
+#include "cache.cuh"
+
+namespace momentkv::cuda {
+
+constexpr int kConsolidateThreads = 256;
+constexpr int kConsolidateWarps = kConsolidateThreads / kLanes;
+constexpr float kAttentionWeight = 0.5f;  // as policies/momentkv.py
+
+// The candidates of one (row, head): the store's slots, then those of the retiring pages.
+struct Event {
+  const Consolidate& c;
+  int row, head;
+  int store_tokens, candidates, losers;  // as many lose as retire
+
+  __device__ Event(const Consolidate& all, int head_, int row_) : c(all), row(row_), head(head_) {
+    int pages = 0;
+    if (c.num_rows == nullptr || row < *c.num_rows)
+      while (pages < c.retiring_pages && c.retiring[int64_t(row) * c.retiring_pages + pages] >= 0) ++pages;
+    store_tokens = c.store_pages * c.cache.page_size;
+    losers = pages * c.cache.page_size;
+    candidates = store_tokens + losers;
+  }
+  __device__ int64_t page(int candidate) const {
+    const int number = candidate / c.cache.page_size;
+    return number < c.store_pages ? c.store[int64_t(row) * c.store_pages + number]
+                                  : c.retiring[int64_t(row) * c.retiring_pages + number - c.store_pages];
+  }
+  template <class T>
+  __device__ T* key(int candidate) const { return key_of<T>(c.cache, page(candidate), head, candidate % c.cache.page_size); }
+  template <class T>
+  __device__ T* value(int candidate) const { return value_of<T>(c.cache, page(candidate), head, candidate % c.cache.page_size); }
+  __device__ float* mass(int candidate) const {
+    return c.slot_mass + (page(candidate) * c.cache.heads + head) * c.cache.page_size + candidate % c.cache.page_size;
+  }
+  __device__ RecordView record() const { return {c.cache, c.record, c.moments + int64_t(row) * c.moment_pages, head}; }
+  __device__ size_t number() const { return size_t(row) * c.cache.heads + head; }
+  __device__ int* loser_list() const { return c.losers + number() * c.retiring_pages * c.cache.page_size; }
+  __device__ size_t scores_at() const { return number() * (c.store_pages + c.retiring_pages) * c.cache.page_size; }
+  __device__ float* folded() const {
+    const size_t d = c.cache.head_dim;
+    return c.folded + number() * (2 * d + kFoldedSpread + d * d);
+  }
+};
+
+// Sum over the block in a fixed order, in every thread. `room`: kConsolidateWarps numbers of shared memory.
+__device__ inline float block_sum(float x, float* room) {
+  x = warp_sum(x);
+  sync_block();  // readers of an earlier sum
+  if (threadIdx.x % kLanes == 0) room[threadIdx.x / kLanes] = x;
+  sync_block();
+  float sum = 0;
+  for (int w = 0; w < kConsolidateWarps; ++w) sum += room[w];
+  return sum;
+}
+
+// What all threads before this one brought; `total`: what all brought.
+__device__ inline int block_scan(int x, int* room, int& total) {
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+  int sum = x;
+  for (int distance = 1; distance < kLanes; distance *= 2) {
+    const int below = shuffle_up(sum, distance);
+    if (lane >= distance) sum += below;
+  }
+  sync_block();
+  if (lane == kLanes - 1) room[warp] = sum;
+  sync_block();
+  int before = 0;
+  total = 0;
+  for (int w = 0; w < kConsolidateWarps; ++w) {
+    if (w < warp) before += room[w];
+    total += room[w];
+  }
+  return before + sum - x;
+}
+
+// Numbers of a token that one lane reads: D / kLanes side by side.
+template <int D>
+constexpr int kPerLane = D / kLanes;
+
+// Mean key and value of all candidates into `mean` [2 * D]: each warp sums every kConsolidateWarps-th candidate.
+// `room`: kConsolidateWarps * 2 * D numbers.
+template <class T, int D>
+__device__ inline void means_of_candidates(const Event& e, float* mean, float* room) {
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+  float sums[2][kPerLane<D>] = {};
+  for (int j = warp; j < e.candidates; j += kConsolidateWarps) {
+    float key[kPerLane<D>], value[kPerLane<D>];
+    load_vector(e.key<T>(j) + lane * kPerLane<D>, key);
+    load_vector(e.value<T>(j) + lane * kPerLane<D>, value);
+#pragma unroll
+    for (int i = 0; i < kPerLane<D>; ++i) sums[0][i] += key[i], sums[1][i] += value[i];
+  }
+  for (int part = 0; part < 2; ++part)
+    for (int i = 0; i < kPerLane<D>; ++i) room[(warp * 2 + part) * D + lane * kPerLane<D> + i] = sums[part][i];
+  sync_block();
+  for (int dim = threadIdx.x; dim < 2 * D; dim += kConsolidateThreads) {
+    float sum = 0;
+    for (int w = 0; w < kConsolidateWarps; ++w) sum += room[w * 2 * D + dim];
+    mean[dim] = sum / float(e.candidates);
+  }
+  sync_block();
+}
+
+// distance[j] = ||key - mean key||, distance[n + j] = attention * ||value - mean value|| of every candidate.
+template <class T, int D>
+__device__ inline void distances(const Event& e, const float* mean, float* distance, size_t n) {
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+  float centre[2][kPerLane<D>];
+  for (int part = 0; part < 2; ++part) load_vector(mean + part * D + lane * kPerLane<D>, centre[part]);
+  for (int j = warp; j < e.candidates; j += kConsolidateWarps) {
+    float key[kPerLane<D>], value[kPerLane<D>], squares[2] = {};
+    load_vector(e.key<T>(j) + lane * kPerLane<D>, key);
+    load_vector(e.value<T>(j) + lane * kPerLane<D>, value);
+#pragma unroll
+    for (int i = 0; i < kPerLane<D>; ++i) {
+      squares[0] += (key[i] - centre[0][i]) * (key[i] - centre[0][i]);
+      squares[1] += (value[i] - centre[1][i]) * (value[i] - centre[1][i]);
+    }
+    for (float& square : squares) square = warp_sum(square);
+    if (lane == 0) distance[j] = sqrtf(squares[0]), distance[n + j] = *e.mass(j) * sqrtf(squares[1]);
+  }
+  sync_block();
+}
+
+// weight over the mean of x, in which a NaN does not count.
+__device__ inline float relative(const Event& e, const float* x, float weight, float* room) {
+  float sum = 0;
+  for (int j = threadIdx.x; j < e.candidates; j += kConsolidateThreads) sum += x[j] == x[j] ? x[j] : 0;
+  const float mean = block_sum(sum, room) / float(e.candidates);
+  return weight / (mean > 1e-30f ? mean : 1e-30f);
+}
+
+// The score of policies/momentkv.py into `score`; `n` numbers further lies room for as many.
+template <class T, int D>
+__device__ inline void score_by_moments(const Event& e, float* score, size_t n, float* room) {
+  float* mean = room + kConsolidateWarps * 2 * D;
+  if (e.c.count[e.row] == 0) {
+    means_of_candidates<T, D>(e, mean, room);
+  } else {
+    for (int dim = threadIdx.x; dim < 2 * D; dim += kConsolidateThreads) mean[dim] = *e.record().number(dim);
+    sync_block();
+  }
+  distances<T, D>(e, mean, score, n);
+  const float of_keys = relative(e, score, 1, room), of_values = relative(e, score + n, kAttentionWeight, room);
+  for (int j = threadIdx.x; j < e.candidates; j += kConsolidateThreads)
+    score[j] = score[j] * of_keys + score[n + j] * of_values;
+  sync_block();
+}
+
+// Sorts like the score; NaN like -inf, -0 like +0.
+__device__ inline uint32_t rank_of(const Event& e, const float* score, int candidate) {
+  float x = candidate < e.c.sink_tokens ? INFINITY : score[candidate];
+  x = x == x ? x + 0.0f : -INFINITY;
+  const uint32_t bits = bits_as<uint32_t>(x);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+// Radix selection, a byte at a time from the top: the rank of the last loser. `ties`: how many of that very rank lose.
+// `room`: 258 integers.
+__device__ inline uint32_t last_loser_rank(const Event& e, const float* score, int* room, int& ties) {
+  uint32_t prefix = 0;
+  int wanted = e.losers;
+  for (int shift = 24; shift >= 0; shift -= 8) {
+    sync_block();
+    for (int i = threadIdx.x; i < 256; i += kConsolidateThreads) room[i] = 0;
+    sync_block();
+    for (int j = threadIdx.x; j < e.candidates; j += kConsolidateThreads) {
+      const uint32_t rank = rank_of(e, score, j);
+      if ((uint64_t(rank) >> (shift + 8)) == (uint64_t(prefix) >> (shift + 8))) atomic_add(room + (rank >> shift & 255), 1);
+    }
+    sync_block();
+    if (threadIdx.x == 0) {
+      int byte = 0;
+      while (room[byte] < wanted) wanted -= room[byte++];
+      room[256] = byte;
+      room[257] = wanted;
+    }
+    sync_block();
+    prefix |= uint32_t(room[256]) << shift;
+    wanted = room[257];
+  }
+  ties = wanted;
+  return prefix;
+}
+
+// Writes the losers, ascending. Of equal ranks the later ones lose. Thread i looks at the i-th share of the candidates.
+__device__ inline void write_losers(const Event& e, const float* score, int* room, int* losers) {
+  int ties, all_equal, all;
+  const uint32_t last = last_loser_rank(e, score, room, ties);
+  const int share = (e.candidates + kConsolidateThreads - 1) / kConsolidateThreads;
+  const int begin = int(threadIdx.x) * share, end = begin + share < e.candidates ? begin + share : e.candidates;
+  int equal = 0;
+  for (int j = begin; j < end; ++j) equal += rank_of(e, score, j) == last;
+  int equal_before = block_scan(equal, room, all_equal);
+  auto loses = [&](int j) {
+    const uint32_t rank = rank_of(e, score, j);
+    return rank < last || (rank == last && equal_before++ >= all_equal - ties);
+  };
+  const int start = equal_before;
+  int mine = 0;
+  for (int j = begin; j < end; ++j) mine += loses(j);
+  equal_before = start;
+  int at = block_scan(mine, room, all);
+  for (int j = begin; j < end; ++j)
+    if (loses(j)) losers[at++] = j;
+}
+
+template <int D>
+constexpr size_t kSelectBytes = sizeof(float) * (kConsolidateWarps + 1) * 2 * D;
+
+template <class T, int D>
+__global__ void __launch_bounds__(kConsolidateThreads, 4) select_losers(const Consolidate c) {
+  const Event e(c, blockIdx.x, blockIdx.y);
+  if (e.losers == 0) return;
+  float* room = reinterpret_cast<float*>(shared_memory());
+  const size_t n = size_t(c.store_pages + c.retiring_pages) * c.cache.page_size;
+  float* own = c.own_score + 2 * e.scores_at();
+  if (c.score == nullptr) score_by_moments<T, D>(e, own, n, room);
+  write_losers(e, c.score == nullptr ? own : c.score + e.scores_at(), reinterpret_cast<int*>(room), e.loser_list());
+}
+
+}  // namespace momentkv::cuda
