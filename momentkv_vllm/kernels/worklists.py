@@ -19,6 +19,7 @@ class AttendWork:
     observe_from: [rows] int64, first query (0 = the row's first) whose attention the policy wants; None: no policy asks.
     restart:      [rows] bool, the observation before the row's next event begins in this work list; None likewise.
     observe_only: the rows are below their budget: only their attention is wanted, their output is vLLM's.
+    most_queries: the largest of `queries` where the host knows it, else 0: on a GPU, asking `queries` waits for the device.
     """
 
     first_token: torch.Tensor
@@ -30,6 +31,7 @@ class AttendWork:
     observe_from: torch.Tensor | None = None
     restart: torch.Tensor | None = None
     observe_only: bool = False
+    most_queries: int = 0
 
 
 @dataclass
