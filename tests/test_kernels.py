@@ -23,7 +23,7 @@ def poisoned_cache(pages, page_size, head_dim, dtype, **record):
     return CacheView.of_vllm_cpu(kv, RecordLayout(head_dim, **record))
 
 
-# Triton needs a GPU or its interpreter, which must be chosen before Triton is imported: test_triton_in_the_interpreter.
+# Triton needs a GPU or its interpreter, which must be chosen before Triton is imported: test_interpreter.py.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FAMILIES = ["cpu", "reference", *["triton"] * INTERPRETED]
 LONG = (
@@ -432,19 +432,6 @@ def test_the_other_instruction_sets(isa):
     assert " passed" in done.stdout
 
 
-def test_triton_in_the_interpreter():
-    """The same cases for the Triton kernels, in a process that imports Triton to interpret."""
-    pytest_ = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5"]
-    # Other policies' scores are made outside of the kernel: h2o stands for all of them. Attention without the correction is
-    # the first test's matter. Threads change nothing in an interpreter.
-    left_out = ["interpreter", "threads", "triton-False", *sorted(set(POLICIES) - {"momentkv", "h2o"})]
-    command = [*pytest_, __file__, "-k", f"triton and not ({' or '.join(left_out)})"]
-    env = os.environ | {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout and "skipped" not in done.stdout
-
-
 def test_operators_check_what_they_are_given():
     """A wrong tensor is an error that names it, never memory of someone else."""
     cpu = dispatch.select("cpu")
@@ -464,3 +451,10 @@ def test_a_named_family_never_falls_back(monkeypatch):
     assert dispatch.select("auto") is reference
     with pytest.raises(ValueError, match="'cpu' cannot run here: no compiler"):
         dispatch.select("cpu")
+
+
+@pytest.mark.parametrize(("name", "device"), [("cpu", "cuda"), ("triton", "cpu")])
+def test_a_named_family_must_run_on_the_device(name, device, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=f"does not run on '{device}' tensors"):
+        dispatch.select(name, device)

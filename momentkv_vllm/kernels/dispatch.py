@@ -4,6 +4,7 @@ A family declares what it cannot do; `select("auto")` takes the first for the de
 family never falls back.
 """
 
+import os
 from types import ModuleType
 
 from momentkv_vllm.kernels import cpu, reference, triton
@@ -41,9 +42,17 @@ def select(name: str = "auto", device: str = "cpu") -> ModuleType:
     for candidate in _PREFERRED[device] if name == "auto" else (name,):
         if candidate not in _FAMILIES:
             break
-        why = _FAMILIES[candidate].objections()
+        why = _objections(candidate, device)
         if not why:
             return _FAMILIES[candidate]
         if name != "auto":
             raise ValueError(f"kernel family {name!r} cannot run here: {'; '.join(why)}; use 'auto'")
     raise ValueError(f"no kernel family {name!r} works here; `momentkv doctor` says why")
+
+
+def _objections(name: str, device: str) -> list[str]:
+    """Why a family cannot run here on tensors of `device`."""
+    interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if name not in _PREFERRED[device] and not interpreted:
+        return [f"it does not run on {device!r} tensors"]
+    return _FAMILIES[name].objections()

@@ -18,6 +18,7 @@ from typing import Any
 
 from momentkv_vllm.config import CONFIG_KEY, POLICY_DEFAULTS, EvictionConfig
 from momentkv_vllm.policies import POLICIES
+from momentkv_vllm.vllm_seams.gpu import choose_backend
 from momentkv_vllm.vllm_seams.validate import refuse_unsupported, refuse_untested_vllm
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -114,6 +115,7 @@ def _carry_options(engine_args: Any, args: argparse.Namespace) -> None:
 
 def _set_defaults(engine_args: Any, config: EvictionConfig) -> None:
     """Choose what the user left open, in ways that eviction needs; said in one line each."""
+    choose_backend(engine_args)
     if engine_args.block_size is None:
         engine_args.block_size = 16 if config.budget_tokens <= SMALL_BUDGET_TOKENS else 32
         logger.info("momentkv: --block-size not given, using %d", engine_args.block_size)
