@@ -7,7 +7,8 @@ from .arguments import record_of, record_sizes, sizes, tokens_of
 from .common import LN2, LOG2E, attend_tile, narrow, record_partial
 
 BLOCK_M, BLOCK_N = 64, 64
-"""(query, head of the group) pairs and slots of a tile; not measured yet (make bench-gpu)."""
+"""(query, head of the group) pairs and slots of a tile; half as many slots above 128 dimensions, for shared memory. Not
+measured yet (make bench-gpu)."""
 
 
 @triton.jit
@@ -32,7 +33,8 @@ def _chunk(
     tile = real[:, None] & (d < HEAD_DIM)[None, :]
     token = tl.load(first_token + row).to(tl.int64) + at
     query_head = head * GROUPS + m % GROUPS
-    q = tl.load(query + (token * q_token + query_head * q_head)[:, None] + d[None, :], mask=tile, other=0.0)
+    q_at = query + (token * q_token + query_head * q_head)[:, None]
+    q = tl.load(q_at + d[None, :], mask=tile, other=0.0)
     first_last = tl.load(last + row).to(tl.int32)
     limit = tl.where(real, first_last + at, -1)
     end = first_last + tl.minimum(first + TILE, num_queries) - 1
@@ -49,7 +51,7 @@ def _chunk(
         evicted = tl.load(count + row)
         if evicted != 0:
             out, log_mass = record_partial(
-                q, evicted, floats + head * f_head, covariance + head * c_head, moment_pages + row * row_moments,
+                q, q_at, real, evicted, floats + head * f_head, covariance + head * c_head, moment_pages + row * row_moments,
                 f_page, c_page, scale, HEAD_DIM, BLOCK_D, HAS_COVARIANCE, HAS_SCALES, HEADER, FLOATS, COVARIANCES,
             )  # fmt: skip
             log_mass *= LOG2E
@@ -69,12 +71,13 @@ def attend_chunk(cache, query, output, lse, work, scale: float, correct: bool, m
     """Rows of `work` with more than one query. Shapes as in kernels/reference.py; most_queries bounds work.queries."""
     rows, num_heads, heads = len(work.last), query.shape[1], cache.keys.shape[1]
     groups = num_heads // heads
+    block_n = BLOCK_N if query.shape[2] <= 128 else BLOCK_N // 2
     block_m = max(BLOCK_M, triton.next_power_of_2(groups))
     grid = (triton.cdiv(most_queries, block_m // groups), heads, rows)
     _chunk[grid](
         query, output, lse if lse is not None else output, work.first_token, work.queries, work.pages, work.last,
         work.moment_pages, work.count, *tokens_of(cache), *record_of(cache), *query.stride()[:2], *output.stride()[:2],
         0 if lse is None else lse.stride(0), work.pages.stride(0), work.moment_pages.stride(0), scale,
-        GROUPS=groups, BLOCK_M=block_m, BLOCK_N=BLOCK_N, CORRECT=correct, HAS_LSE=lse is not None,
+        GROUPS=groups, BLOCK_M=block_m, BLOCK_N=block_n, CORRECT=correct, HAS_LSE=lse is not None,
         **sizes(cache), **record_sizes(cache), num_warps=4,
     )  # fmt: skip

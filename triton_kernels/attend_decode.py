@@ -41,10 +41,11 @@ def _partials(
         return
     tile = (m < GROUPS)[:, None] & (d < HEAD_DIM)[None, :]
     token = tl.load(first_token + row).to(tl.int64)
-    q = tl.load(query + token * q_token + (head * GROUPS + m)[:, None] * q_head + d[None, :], mask=tile, other=0.0)
+    q_at = query + token * q_token + (head * GROUPS + m)[:, None] * q_head
+    q = tl.load(q_at + d[None, :], mask=tile, other=0.0)
     if split == num_splits:
         out, lse = record_partial(
-            q, evicted, floats + head * f_head, covariance + head * c_head, moment_pages + row * row_moments,
+            q, q_at, m < GROUPS, evicted, floats + head * f_head, covariance + head * c_head, moment_pages + row * row_moments,
             f_page, c_page, scale, HEAD_DIM, BLOCK_D, HAS_COVARIANCE, HAS_SCALES, HEADER, FLOATS, COVARIANCES,
         )  # fmt: skip
     else:

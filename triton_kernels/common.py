@@ -74,17 +74,19 @@ def attend_tile(
 
 @triton.jit
 def record_partial(
-    q, count, floats, covariance, pages, float_page, covariance_page, scale,
+    q, q_at, asks, count, floats, covariance, pages, float_page, covariance_page, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_COVARIANCE: tl.constexpr, HAS_SCALES: tl.constexpr, HEADER: tl.constexpr,
     FLOATS: tl.constexpr, COVARIANCES: tl.constexpr,
 ):  # fmt: skip
     """What attention over the evicted tokens would have returned (kernels/moments.py, `partial`): (out [M, D], log mass [M]).
 
-    q [M, D]; floats, covariance: pointers to a head's slice of page 0 as float32 and as the covariance's type; HEADER:
-    numbers of that type before the covariance; FLOATS, COVARIANCES: numbers of either type a head owns of a page.
+    q [M, D], read again in parts from the pointers q_at [M, 1] where asks [M]; floats, covariance: pointers to a head's slice
+    of page 0 as float32 and as the covariance's type; HEADER: numbers of that type before the covariance; FLOATS,
+    COVARIANCES: numbers of either type a head owns of a page.
     The caller skips records with count 0: their bytes mean nothing.
     """
+    BLOCK_R: tl.constexpr = BLOCK_D if BLOCK_D < 64 else 64
     d = tl.arange(0, BLOCK_D)
     real = d < HEAD_DIM
     x = q.to(tl.float32)
@@ -93,15 +95,21 @@ def record_partial(
     log_mass = tl.log(count) + scale * tl.sum(x * mean_key[None, :], 1)
     out = tl.zeros_like(x) + mean_value[None, :]
     if HAS_COVARIANCE:
-        if HAS_SCALES:
-            at = record_offset(pages, 2 * HEAD_DIM + 1 + d, real, FLOATS, float_page)
-            x = x * tl.load(floats + at, mask=real, other=0.0)[None, :]
-        # C q is a product of the tile of query heads with C [key, value], all of it at once.
-        row = record_offset(pages, HEADER + d * HEAD_DIM, real, COVARIANCES, covariance_page)
-        c = tl.load(covariance + row[:, None] + d[None, :], mask=real[:, None] & real[None, :], other=0)
-        if HAS_SCALES:
-            c = c.to(tl.float32).to(q.dtype)  # exact; the interpreter cannot cast int8 to bfloat16
-        step = scale * dot(x, c)
+        # C q is a product of the tile of query heads with C [key, value]; in parts, for all of C may not fit shared memory.
+        step = tl.zeros_like(x)
+        for first in range(0, HEAD_DIM, BLOCK_R):
+            i = first + tl.arange(0, BLOCK_R)
+            row = i < HEAD_DIM
+            part = tl.load(q_at + i[None, :], mask=asks[:, None] & row[None, :], other=0.0)
+            at = record_offset(pages, HEADER + i * HEAD_DIM, row, COVARIANCES, covariance_page)
+            c = tl.load(covariance + at[:, None] + d[None, :], mask=row[:, None] & real[None, :], other=0)
+            if HAS_SCALES:
+                c = c.to(tl.float32).to(q.dtype)  # exact; the interpreter cannot cast int8 to bfloat16
+                at = record_offset(pages, 2 * HEAD_DIM + 1 + i, row, FLOATS, float_page)
+                step += dot(part.to(tl.float32) * tl.load(floats + at, mask=row, other=0.0)[None, :], c)
+            else:
+                step += dot(part, c)
+        step *= scale
         spread = tl.load(floats + record_offset(pages, 2 * HEAD_DIM, True, FLOATS, float_page))
         limit = tl.sqrt(tl.maximum(spread, 0.0))
         length = tl.sqrt(tl.sum(step * step, 1))
