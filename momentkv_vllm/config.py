@@ -14,7 +14,7 @@ CONFIG_KEY = "kv_eviction"
 PREFILL_MODES = ("chunked", "full")
 CORRECTIONS = ("off", "zeroth", "first")
 MOMENT_DTYPES = ("int8", "bfloat16", "float32")
-KERNELS = ("auto", "cpu", "cuda", "reference")
+KERNELS = ("auto", "cpu", "triton", "cuda", "reference")
 
 # A policy may need its own protocol: each entry replaces defaults, never what the user has set.
 POLICY_DEFAULTS: dict[str, dict[str, Any]] = {

@@ -19,7 +19,9 @@ def test_everything_works_here(tmp_path):
     report = json.loads(done.stdout)
     assert done.returncode == 0 and report["problems"] == []
     families = report["kernel_families"]
-    assert families["cpu"] == [] and families["reference"] == [] and "cuda" in families
+    assert families["cpu"] == families["reference"] == []
+    assert "cuda" in families
+    assert families["triton"] == [] or "no CUDA GPU" in families["triton"][0]
     assert report["kernels"] in ("cpu (avx512)", "cpu (avx2)", "cpu (generic)")
     assert report["packages"]["vllm"] == "0.32.0+cpu"
 

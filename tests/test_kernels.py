@@ -23,7 +23,15 @@ def poisoned_cache(pages, page_size, head_dim, dtype, **record):
     return CacheView.of_vllm_cpu(kv, RecordLayout(head_dim, **record))
 
 
-@pytest.fixture(params=["cpu", "reference"])
+# Triton needs a GPU or its interpreter, which must be chosen before Triton is imported: test_interpreter.py.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+FAMILIES = ["cpu", "reference", *["triton"] * INTERPRETED]
+LONG = (
+    [130, 280] if INTERPRETED else [700, 1400]
+)  # a kernel that is interpreted takes a second where it should take 10 us
+
+
+@pytest.fixture(params=FAMILIES)
 def kernels(request):
     return dispatch.select(request.param)
 
@@ -109,7 +117,7 @@ def serving_batch(dtype, head_dim, moment_dtype, correction, groups, page_size=1
     has_covariance = correction == "first"
     record = RecordLayout(head_dim, moment_dtype, True, has_covariance)
     num_moments = record.pages(page_size, dtype.itemsize)
-    last, queries, counts = [0, 15, 16, 700, 1400, 40, 30], [1, 1, 1, 1, 1, 7, 33], [0, 32, 0, 48, 500, 64, 0]
+    last, queries, counts = [0, 15, 16, *LONG, 40, 30], [1, 1, 1, 1, 1, 7, 33], [0, 32, 0, 48, 500, 64, 0]
     num_pages = -(-(max(last) + max(queries)) // page_size)
     cache = poisoned_cache(
         1 + len(last) * (num_pages + num_moments), page_size, head_dim, dtype, moment_dtype=moment_dtype
@@ -443,3 +451,10 @@ def test_a_named_family_never_falls_back(monkeypatch):
     assert dispatch.select("auto") is reference
     with pytest.raises(ValueError, match="'cpu' cannot run here: no compiler"):
         dispatch.select("cpu")
+
+
+@pytest.mark.parametrize(("name", "device"), [("cpu", "cuda"), ("triton", "cpu")])
+def test_a_named_family_must_run_on_the_device(name, device, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=f"does not run on '{device}' tensors"):
+        dispatch.select(name, device)

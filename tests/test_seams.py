@@ -42,6 +42,36 @@ CALLS = [
         "attention/backend.py",
     ),
     (
+        "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadataBuilder.build",
+        ["common_prefix_len", "common_attn_metadata", "fast_build"],
+        "attention/cuda_backend.py",
+    ),
+    (
+        "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadataBuilder.get_cudagraph_support",
+        ["vllm_config", "kv_cache_spec"],
+        "attention/cuda_backend.py",
+    ),
+    (
+        "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.forward",
+        ["layer", "query", "key", "value", "kv_cache", "attn_metadata", "output", "output_scale", "output_block_scale"],
+        "attention/cuda_backend.py",
+    ),
+    (
+        "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.do_kv_cache_update",
+        ["layer", "key", "value", "kv_cache", "slot_mapping"],
+        "attention/cuda_backend.py",
+    ),
+    (
+        "vllm.v1.attention.backends.triton_attn:TritonAttentionBackend.validate_configuration",
+        ["head_size", "dtype", "kv_cache_dtype", "has_sliding_window", "has_sink", "use_kv_connector", "use_dcp"],
+        "attention/cuda_backend.py",
+    ),
+    (
+        "vllm.v1.attention.backends.triton_attn:TritonAttentionBackend.supported_kv_cache_layouts",
+        [],
+        "attention/cuda_backend.py",
+    ),
+    (
         "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.remove_skipped_blocks",
         ["request_id", "processed_computed_tokens", "num_prompt_tokens"],
         "block_manager/manager.py",
@@ -114,9 +144,10 @@ FIELDS = [
     (
         "vllm.v1.attention.backend:CommonAttentionMetadata",
         ["query_start_loc", "query_start_loc_cpu", "seq_lens", "num_reqs", "num_actual_tokens", "max_query_len",
-         "block_table_tensor", "slot_mapping", "rswa_prefix_lens"],
+         "block_table_tensor", "slot_mapping", "rswa_prefix_lens", "seq_lens_cpu_upper_bound"],
         "attention/backend.py",
     ),
+    ("vllm.engine.arg_utils:EngineArgs", ["attention_backend", "attention_config"], "vllm_seams/gpu.py"),
     ("vllm.config:SchedulerConfig", ["scheduler_cls", "async_scheduling", "max_num_batched_tokens"], "vllm_seams"),
     ("vllm.config:CacheConfig", ["enable_prefix_caching", "block_size", "num_gpu_blocks_override"], "vllm_seams"),
     ("vllm.config:VllmConfig", ["additional_config", "speculative_config", "kv_transfer_config"], "vllm_seams"),

@@ -4,13 +4,9 @@ Registered in place of vLLM's CPU_ATTN (its platform always returns that one); w
 as the class it derives from (vllm/v1/attention/backends/cpu_attn.py, vLLM 0.32.0).
 """
 
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass
 
-import torch
-from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
 from vllm.logger import init_logger
-from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata, MultipleOf
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -18,27 +14,25 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadata,
     CPUAttentionMetadataBuilder,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
 
+from momentkv_vllm.attention.eviction import (
+    EvictingBackend,
+    EvictingImpl,
+    StockPart,
+    require_bounded_spec,
+    require_evicting_layers,
+    stock_part,
+)
 from momentkv_vllm.attention.metadata import EvictionMetadata, WorkBuilder
 from momentkv_vllm.attention.self_check import check_cache_layout
-from momentkv_vllm.block_manager.spec import MomentKVSpec, record_layout
+from momentkv_vllm.block_manager.spec import MomentKVSpec
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import dispatch
 from momentkv_vllm.kernels.cache_view import CacheView
-from momentkv_vllm.kernels.sinks import add_sinks
-from momentkv_vllm.kernels.worklists import AttendWork
 from momentkv_vllm.policies import POLICIES
 
 logger = init_logger(__name__)
-
-
-@dataclass
-class StockPart:
-    """Rows below their budget, as a batch of their own for vLLM's kernel; `tokens` indexes the flat token list."""
-
-    tokens: torch.Tensor
-    metadata: CPUAttentionMetadata
 
 
 @dataclass
@@ -49,27 +43,14 @@ class MomentKVMetadata(CPUAttentionMetadata):
     stock_part: StockPart | None = None
 
 
-class MomentKVBackend(CPUAttentionBackend):
+class MomentKVBackend(EvictingBackend, CPUAttentionBackend):
     """vLLM's seam: names the builder, the implementation and the KV cache spec."""
-
-    loading: ClassVar[VllmConfig | None] = None
-    """Config of the model whose layers were built last in this process. vLLM calls `customize_spec` after loading, with
-    no config in reach (vllm/v1/worker/gpu_model_runner.py, get_kv_cache_spec)."""
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: AttentionSpec | None = None) -> list[int | MultipleOf]:
         if isinstance(kv_cache_spec, MomentKVSpec):
             return [MultipleOf(16)]
         return CPUAttentionBackend.get_supported_kernel_block_sizes(kv_cache_spec)
-
-    @classmethod
-    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Called for every layer's spec by both model runners; full attention layers get the bounded one, layers with a
-        sliding window hold no more than that anyway."""
-        config = EvictionConfig.from_vllm(cls.loading) if cls.loading else EvictionConfig()
-        if not config.active or type(spec) is not FullAttentionSpec:
-            return spec
-        return MomentKVSpec.of(spec, config, cls.loading)
 
     @staticmethod
     def get_impl_cls() -> type["MomentKVImpl"]:
@@ -90,13 +71,9 @@ class MomentKVMetadataBuilder(CPUAttentionMetadataBuilder):
         if not config.active:
             return
         if isinstance(kv_cache_spec, SlidingWindowSpec):
-            _require_evicting_layers(vllm_config, config)
+            require_evicting_layers(vllm_config, config)
             return
-        if not isinstance(kv_cache_spec, MomentKVSpec):
-            raise RuntimeError(
-                f"--kv-eviction {config.policy} is on, but layers {layer_names[:2]}... have the KV cache spec "
-                f"{type(kv_cache_spec).__name__} instead of MomentKVSpec: they would be served without eviction"
-            )
+        require_bounded_spec(kv_cache_spec, config, layer_names)
         if self.isa == "amx":
             # Its cache layout is packed for tiles; the AVX-512 path of the same kernels reads the plain one.
             self.isa = "vec"
@@ -118,7 +95,7 @@ class MomentKVMetadataBuilder(CPUAttentionMetadataBuilder):
         plan = self._plan(common_attn_metadata)
         if not plan.rounds:
             return stock
-        part = self._stock_part(plan.stock_rows, common_attn_metadata) if plan.stock_rows else None
+        part = stock_part(plan.stock_rows, common_attn_metadata, super().build) if plan.stock_rows else None
         return MomentKVMetadata(**vars(stock), eviction=plan, stock_part=part)
 
     def _plan(self, common: CommonAttentionMetadata) -> EvictionMetadata:
@@ -131,117 +108,9 @@ class MomentKVMetadataBuilder(CPUAttentionMetadataBuilder):
             common.block_table_tensor[:n],
         )
 
-    def _stock_part(self, rows: list[int], common: CommonAttentionMetadata) -> StockPart:
-        starts = common.query_start_loc_cpu.tolist()
-        index = torch.tensor(rows)
-        lens = [starts[r + 1] - starts[r] for r in rows]
-        tokens = torch.cat([torch.arange(starts[r], starts[r + 1]) for r in rows])
-        query_start = torch.tensor([0, *lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        batch = replace(
-            common,
-            query_start_loc=query_start,
-            query_start_loc_cpu=query_start,
-            seq_lens=common.seq_lens[index],
-            num_reqs=len(rows),
-            num_actual_tokens=len(tokens),
-            max_query_len=max(lens),
-            block_table_tensor=common.block_table_tensor[index],
-            slot_mapping=common.slot_mapping[tokens],
-        )
-        return StockPart(tokens, super().build(0, batch))
 
-
-class MomentKVImpl(CPUAttentionBackendImpl):
+class MomentKVImpl(EvictingImpl, CPUAttentionBackendImpl):
     """One layer."""
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        MomentKVBackend.loading = get_current_vllm_config()
-        config = EvictionConfig.from_vllm(MomentKVBackend.loading)
-        self.shares_pool = config.active
-        self.config = config if config.active and self.sliding_window == -1 else None
-        if self.config is None:
-            return
-        _refuse_layer(self)
-        self.policy = POLICIES[config.policy]()
-        self.record = record_layout(config, self.head_size)
-        self.kernels = dispatch.select(config.kernels)
-        self.slot_mass: torch.Tensor | None = None
-
-    def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
-        if self.config is None:
-            if self.shares_pool:
-                _zero_fresh_pages(kv_cache, slot_mapping)
-            return super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        self.kernels.store(CacheView.of_vllm_cpu(kv_cache, self.record), key, value, slot_mapping, self.slot_mass)
-
-    def forward(
-        self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None
-    ) -> torch.Tensor:
-        """As vLLM's; see CPUAttentionBackendImpl.forward for shapes. The hot path of eviction."""
-        plan = getattr(attn_metadata, "eviction", None)
-        if plan is None:
-            return super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
-            )
-        part = attn_metadata.stock_part
-        if part is not None:
-            rows = query[part.tokens]
-            output[part.tokens] = super().forward(
-                layer, rows, key, value, kv_cache, part.metadata, torch.empty_like(rows)
-            )
-        cache = CacheView.of_vllm_cpu(kv_cache, self.record)
-        for work in plan.rounds:
-            for attend in work.attends:
-                self._attend(cache, query, output, attend)
-            for retire in work.retires:
-                self.kernels.consolidate(
-                    cache, self.slot_mass, retire, self.policy, self.config.sink_tokens, self.scale
-                )
-        return output
-
-    def _attend(self, cache: CacheView, query: torch.Tensor, output: torch.Tensor, work: AttendWork) -> None:
-        observed = work.observe_from is not None
-        lse = torch.empty(query.shape[:2], dtype=torch.float32) if observed or self.sinks is not None else None
-        target = torch.empty_like(query) if work.observe_only else output
-        self.kernels.attend(cache, query, target, lse, work, self.scale, self.config.correction != "off")
-        if self.sinks is not None:
-            add_sinks(target, lse, work, self.sinks)
-        if observed:
-            self._observe(cache, query, lse, work)
-
-    def _observe(self, cache: CacheView, query: torch.Tensor, lse: torch.Tensor, work: AttendWork) -> None:
-        if self.slot_mass is None:
-            shape = cache.keys.shape[:3]
-            self.slot_mass = torch.zeros(*shape, 3) if self.policy.observes_logits else torch.zeros(shape)
-        self.kernels.observe(cache, self.slot_mass, query, lse, work, self.scale)
-
-
-def _zero_fresh_pages(kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-    """Zero pages whose first slot is about to be written, in a layer that does not evict but shares the pool with layers that
-    do: such a page may have been a moment page there (kernels/reference.py, `store`)."""
-    page_size = kv_cache.shape[2]
-    kv_cache[slot_mapping[(slot_mapping >= 0) & (slot_mapping % page_size == 0)] // page_size] = 0
-
-
-def _require_evicting_layers(vllm_config: VllmConfig, config: EvictionConfig) -> None:
-    """Raises ValueError for a model none of whose layers evicts."""
-    layers = get_layers_from_vllm_config(vllm_config, Attention).values()
-    if not any(getattr(layer.impl, "config", None) for layer in layers):
-        raise ValueError(
-            f"--kv-eviction {config.policy}: every layer of this model has a sliding window and holds no more than that; "
-            f"there is nothing to evict; serve without --kv-eviction"
-        )
-
-
-def _refuse_layer(impl: MomentKVImpl) -> None:
-    """Layer features that eviction does not model. Raises ValueError; the model cannot be loaded then."""
-    reasons = {
-        "ALiBi": impl.alibi_slopes is not None,
-        "logits soft-capping": bool(impl.logits_soft_cap),
-        f"attention type {impl.attn_type!r}": impl.attn_type != "decoder",
-        "KV sharing between layers": impl.kv_sharing_target_layer_name is not None,
-    }
-    for feature, present in reasons.items():
-        if present:
-            raise ValueError(f"--kv-eviction does not support models with {feature}; serve without --kv-eviction")
+    device_type = "cpu"
+    view = staticmethod(CacheView.of_vllm_cpu)

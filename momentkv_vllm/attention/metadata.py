@@ -181,6 +181,7 @@ class WorkBuilder:
             observe_from=observe_from,
             restart=restart,
             observe_only=segments[0].observe_only,
+            most_queries=int(queries.max()),
         )
 
     def _retire(self, segments: list[Segment], table: np.ndarray) -> RetireWork:

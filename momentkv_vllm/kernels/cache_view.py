@@ -46,6 +46,27 @@ class CacheView:
             record=record,
         )
 
+    @classmethod
+    def of_vllm_gpu(cls, kv_cache: torch.Tensor, record: RecordLayout) -> "CacheView":
+        """View the cache of vLLM's Triton and FlashAttention backends (vllm/v1/attention/backends/triton_attn.py).
+
+        kv_cache: [num_pages, num_kv_heads, page_size, 2 * head_dim], a slot's key and then its value; a head's part of a page
+        must be contiguous (vLLM's layouts that end in "NC"). Raises ValueError otherwise.
+        """
+        head_dim = kv_cache.shape[3] // 2
+        if kv_cache.stride()[2:] != (2 * head_dim, 1):
+            raise ValueError(
+                f"--kv-eviction needs a KV cache in which a head's part of a page is contiguous (layout LBHNC), this one has "
+                f"the strides {kv_cache.stride()} for the shape {tuple(kv_cache.shape)}"
+            )
+        return cls(
+            keys=kv_cache[..., :head_dim],
+            values=kv_cache[..., head_dim:],
+            kv=kv_cache,
+            raw=kv_cache.flatten(2).view(torch.uint8),
+            record=record,
+        )
+
     @property
     def page_size(self) -> int:
         return self.keys.shape[2]

@@ -1,14 +1,17 @@
 """Kernel families behind one interface: `store`, `attend`, `observe`, `consolidate` (see reference.py, the specification).
 
-A family declares what it cannot do; `select("auto")` takes the first without objections, an explicitly named family never
-falls back.
+A family declares what it cannot do; `select("auto")` takes the first for the device without objections, an explicitly named
+family never falls back.
 """
 
+import os
 from types import ModuleType
 
-from momentkv_vllm.kernels import cpu, cuda, reference
+from momentkv_vllm.kernels import cpu, cuda, reference, triton
 
-_FAMILIES: dict[str, ModuleType] = {"cpu": cpu, "reference": reference, "cuda": cuda}
+_FAMILIES: dict[str, ModuleType] = {"triton": triton, "cuda": cuda, "cpu": cpu, "reference": reference}
+_PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+"""What `auto` tries on a device. Triton's interpreter is for tests: on a CPU it must be named."""
 
 
 class Family:
@@ -30,17 +33,26 @@ def describe(module: ModuleType) -> str:
 
 
 def families() -> list[Family]:
-    """All families, preferred first."""
+    """All families."""
     return [Family(name, module) for name, module in _FAMILIES.items()]
 
 
-def select(name: str = "auto") -> ModuleType:
-    """The module of the family `name`. Raises ValueError if it is unknown or objects."""
-    for family in families():
-        if name in ("auto", family.name):
-            why = family.objections()
-            if not why:
-                return family.module
-            if name != "auto":
-                raise ValueError(f"kernel family {name!r} cannot run here: {'; '.join(why)}; use 'auto'")
+def select(name: str = "auto", device: str = "cpu") -> ModuleType:
+    """The module of the family `name`, for tensors on `device`. Raises ValueError if it is unknown or objects."""
+    for candidate in _PREFERRED[device] if name == "auto" else (name,):
+        if candidate not in _FAMILIES:
+            break
+        why = _objections(candidate, device)
+        if not why:
+            return _FAMILIES[candidate]
+        if name != "auto":
+            raise ValueError(f"kernel family {name!r} cannot run here: {'; '.join(why)}; use 'auto'")
     raise ValueError(f"no kernel family {name!r} works here; `momentkv doctor` says why")
+
+
+def _objections(name: str, device: str) -> list[str]:
+    """Why a family cannot run here on tensors of `device`."""
+    interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if name not in _PREFERRED[device] and not interpreted:
+        return [f"it does not run on {device!r} tensors"]
+    return _FAMILIES[name].objections()

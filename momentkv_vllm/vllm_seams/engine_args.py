@@ -18,6 +18,7 @@ from typing import Any
 
 from momentkv_vllm.config import CONFIG_KEY, POLICY_DEFAULTS, EvictionConfig
 from momentkv_vllm.policies import POLICIES
+from momentkv_vllm.vllm_seams.gpu import choose_backend
 from momentkv_vllm.vllm_seams.validate import WINDOW_PAGE_TOKENS, refuse_unsupported, refuse_untested_vllm
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -117,6 +118,7 @@ def _carry_options(engine_args: Any, args: argparse.Namespace) -> None:
 
 def _set_defaults(engine_args: Any, config: EvictionConfig) -> bool:
     """Choose what the user left open, in ways that eviction needs; said in one line each. True if that was the page size."""
+    choose_backend(engine_args)
     choose_block_size = engine_args.block_size is None
     if choose_block_size:
         engine_args.block_size = 16 if config.budget_tokens <= SMALL_BUDGET_TOKENS else 32

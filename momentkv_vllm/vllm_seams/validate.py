@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.policies import POLICIES
 from momentkv_vllm.versions import ALLOW_UNTESTED_VARIABLE, TESTED_VLLM, installed_vllm
+from momentkv_vllm.vllm_seams.gpu import BACKEND_NAMES, gpu_objections
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -44,7 +45,7 @@ def _objections(vllm_config: "VllmConfig", config: EvictionConfig) -> dict[str, 
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     attention = vllm_config.attention_config.backend
     return {
-        f"the device {current_platform.device_type!r} (CPU only so far)": not current_platform.is_cpu(),
+        **gpu_objections(current_platform, vllm_config, config),
         "runner 'pooling' (embedding and scoring models)": model.runner_type != "generate",
         "MLA models (multi-head latent attention)": model.use_mla,
         "encoder-decoder models": model.is_encoder_decoder,
@@ -67,15 +68,17 @@ def _objections(vllm_config: "VllmConfig", config: EvictionConfig) -> dict[str, 
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
         f"--attention-backend {getattr(attention, 'name', attention)}": attention is not None
-        and attention.name != "CPU_ATTN",
+        and attention.name != BACKEND_NAMES.get(current_platform.device_type),
         "disabled chunked prefill (--no-enable-chunked-prefill)": not vllm_config.scheduler_config.enable_chunked_prefill,
     }
 
 
 def _refuse_kernels(config: EvictionConfig) -> None:
+    from vllm.platforms import current_platform
+
     from momentkv_vllm.kernels import dispatch
 
-    dispatch.select(config.kernels)
+    dispatch.select(config.kernels, current_platform.device_type)
 
 
 def _refuse_page_size(vllm_config: "VllmConfig") -> None:

@@ -1,0 +1,124 @@
+"""Caches and work lists for checks and timings: the layout of vLLM's GPU cache, pages scattered, what is not written NaN."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from momentkv_vllm.kernels import moments
+from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
+from momentkv_vllm.page_layout import RecordLayout
+
+SINKS = 4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A step of a layer: `rows` sequences of `slots` retained tokens each (odd: row i has i fewer), `queries` new ones a row.
+
+    record: covariance type, "zeroth" for none.
+    """
+
+    head_dim: int = 128
+    kv_heads: int = 8
+    groups: int = 4
+    slots: int = 1024
+    rows: int = 8
+    queries: int = 1
+    page_size: int = 16
+    dtype: torch.dtype = torch.bfloat16
+    record: str = "bfloat16"
+    odd: bool = False
+
+    @property
+    def layout(self) -> RecordLayout:
+        first = self.record != "zeroth"
+        return RecordLayout(self.head_dim, self.record if first else "bfloat16", has_covariance=first)
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.rows * self.slots * self.kv_heads * self.head_dim * 2 * self.dtype.itemsize
+
+    @property
+    def record_bytes(self) -> int:
+        return self.rows * self.kv_heads * self.layout.num_bytes
+
+    @property
+    def label(self) -> str:
+        what = "decode" if self.queries == 1 else f"chunk of {self.queries}"
+        return (
+            f"{what}, {self.rows} x {self.slots}, d={self.head_dim}, {self.groups} queries a KV head, "
+            f"pages of {self.page_size}, {str(self.dtype).removeprefix('torch.')}, record {self.record}"
+        )
+
+
+class Case:
+    """Random tokens and records of a shape on a device."""
+
+    def __init__(self, shape: Shape, device: str) -> None:
+        s, self.device = shape, device
+        self.shape = shape
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(*size: int) -> torch.Tensor:
+            return torch.randn(*size, generator=generator, device=device)
+
+        num_moments, num_pages = s.layout.pages(s.page_size, s.dtype.itemsize), -(-s.slots // s.page_size)
+        total = 1 + s.rows * (num_pages + num_moments)
+        kv = torch.empty(total, s.kv_heads, s.page_size, 2 * s.head_dim, dtype=s.dtype, device=device)
+        # In parts: a 128K context in float32 would need as much memory again.
+        for part in kv.split(4096):
+            part.copy_(normal(*part.shape))
+        kv[0] = math.nan
+        self.cache = CacheView.of_vllm_gpu(kv, s.layout)
+        owned = (torch.randperm(total - 1, generator=generator, device=device) + 1).view(s.rows, -1)
+        self.pages, self.moment_pages = (x.contiguous() for x in owned.split([num_pages, num_moments], 1))
+        ends = torch.full((s.rows,), s.slots, device=device)
+        if s.odd:
+            ends -= torch.arange(s.rows, device=device) % min(s.page_size, s.slots - s.queries + 1)
+        for row, end in enumerate(ends.tolist()):
+            if end % s.page_size:
+                kv[self.pages[row, end // s.page_size], :, end % s.page_size :] = math.nan
+        gone = (normal(s.rows, s.kv_heads, 64, s.head_dim) for _ in range(2))
+        ones = torch.ones(s.rows, s.kv_heads, 64, device=device)
+        self.cache.write_moments(self.moment_pages, moments.of_tokens(*gone, ones, s.layout.has_covariance))
+        count = torch.full((s.rows,), 10_000.0, device=device)
+        if s.odd:
+            count[::3] = 0  # empty records
+        every = torch.arange(s.rows, device=device)
+        self.work = AttendWork(
+            first_token=every * s.queries,
+            queries=torch.full_like(every, s.queries),
+            pages=self.pages,
+            last=ends - s.queries,
+            moment_pages=self.moment_pages,
+            count=count,
+            observe_from=every * 0,
+            restart=every % 2 == 0,
+            most_queries=s.queries,
+        )
+        heads = s.kv_heads * s.groups
+        self.query = normal(s.rows * s.queries, heads, s.head_dim).to(s.dtype)
+        self.key, self.value = (normal(s.rows, s.kv_heads, s.head_dim).to(s.dtype) for _ in range(2))
+        self.output = torch.empty_like(self.query)
+        self.lse = torch.empty(*self.query.shape[:2], device=device)
+        self.mass = torch.rand(total, s.kv_heads, s.page_size, generator=generator, device=device)
+        self.scale = s.head_dim**-0.5
+
+    def attend(self, family, correct: bool, lse: bool = False) -> None:
+        family.attend(self.cache, self.query, self.output, self.lse if lse else None, self.work, self.scale, correct)
+
+    def retire_work(self, retire_pages: int, due: bool = True) -> RetireWork:
+        """An event of every row, or of none: all pages but the newest `retire_pages` + 1 are the store."""
+        store, retiring, _ = (x.contiguous() for x in self.pages.tensor_split([-1 - retire_pages, -1], 1))
+        retiring = retiring if due else torch.full_like(retiring, -1)
+        return RetireWork(store, retiring, self.moment_pages, self.work.count)
+
+    def twin(self) -> "Case":
+        """The same case on a copy of the cache and of what was observed."""
+        other = object.__new__(Case)
+        vars(other).update(vars(self))
+        other.cache = CacheView.of_vllm_gpu(self.cache.kv.clone(), self.shape.layout)
+        other.mass, other.output, other.lse = self.mass.clone(), self.output.clone(), self.lse.clone()
+        return other

@@ -1,0 +1,115 @@
+"""Every GPU family against the float32 reference: no figure without a right answer."""
+
+import math
+
+import torch
+from cases import SINKS, Case, Shape
+
+from momentkv_vllm.kernels import dispatch, reference
+from momentkv_vllm.policies import POLICIES
+
+POLICY = POLICIES["momentkv"]()
+SHAPES = [
+    *(
+        Shape(head_dim=d, groups=g, dtype=t, rows=9, slots=700, odd=True)
+        for d in (64, 128)
+        for g in (1, 4, 8)
+        for t in (torch.bfloat16, torch.float16)
+    ),
+    *(Shape(rows=rows, odd=True) for rows in (1, 64, 256)),
+    *(Shape(slots=slots, rows=4, odd=True) for slots in (17, 256, 4096, 8192)),
+    *(Shape(page_size=p, rows=5, odd=True) for p in (32, 64, 128)),
+    *(Shape(record=r, rows=5, odd=True) for r in ("int8", "float32", "zeroth")),
+    *(Shape(queries=q, groups=g, rows=4, odd=True) for q in (7, 33, 128) for g in (1, 4, 7)),
+    Shape(head_dim=256, rows=3, odd=True, record="zeroth"),
+    Shape(head_dim=80, groups=5, rows=3, odd=True),
+    Shape(head_dim=96, rows=3, odd=True, dtype=torch.float32, record="float32"),
+]
+TINY = [
+    Shape(head_dim=32, kv_heads=1, groups=2, slots=70, rows=2, odd=True, dtype=torch.float32),
+    Shape(head_dim=32, kv_heads=1, groups=2, slots=70, rows=2, queries=5, odd=True),
+]
+# A tile's probabilities are rounded to the cache's type before they meet the values, as in every flash attention.
+ROUNDING = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 1e-4}
+
+
+def families(device: str) -> dict:
+    """The GPU families that work here, by name."""
+    names = [name for name in dispatch._PREFERRED["cuda"] if name != "reference"]
+    found = {name: dispatch._FAMILIES[name] for name in names if not dispatch._FAMILIES[name].objections()}
+    if not found:
+        raise SystemExit(f"no GPU kernel family works here: {[dispatch._FAMILIES[n].objections() for n in names]}")
+    return found
+
+
+def close(got: torch.Tensor, want: torch.Tensor, tolerance: float, what: str) -> float:
+    """Largest difference relative to the largest number. Raises AssertionError with the place."""
+    assert not got.isnan().any(), f"{what}: NaN at {got.isnan().nonzero()[0].tolist()}"
+    difference = (got.float() - want.float()).abs()
+    relative = (difference.max() / want.float().abs().max().clamp(min=1e-20)).item()
+    place = [int(i) for i in torch.unravel_index(difference.argmax(), difference.shape)]
+    assert relative <= tolerance, f"{what}: {relative:.2e} > {tolerance:.2e} at {place}"
+    return relative
+
+
+def check(shape: Shape, name: str, family, device: str) -> dict:
+    """Attend (with and without correction), observe, consolidate, store of one shape; twice each for equal bits."""
+    case, tolerance = Case(shape, device), ROUNDING[shape.dtype]
+    worst = 0.0
+    for correct in (False, True):
+        case.attend(reference, correct, lse=True)
+        want, want_lse = case.output.clone(), case.lse.clone()
+        seen = []
+        for _ in range(2):
+            case.output.fill_(math.nan), case.lse.fill_(math.nan)
+            case.attend(family, correct, lse=True)
+            seen.append((case.output.clone(), case.lse.clone()))
+        label = f"{name}, {shape.label}, correct={correct}"
+        assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True)), f"{label}: two runs differ"
+        worst = max(worst, close(case.output, want, tolerance, f"{label}, output"))
+        close(case.lse, want_lse, max(1e-4, tolerance / 8), f"{label}, logsumexp")
+    twin = case.twin()
+    for each, kernels in ((case, family), (twin, reference)):
+        kernels.observe(each.cache, each.mass, each.query, want_lse, each.work, each.scale)
+    close(case.mass[case.pages], twin.mass[case.pages], tolerance, f"{name}, {shape.label}, observe")
+    if case.pages.shape[1] >= 5 and shape.queries == 1:
+        check_retire(case, twin, name, family)
+    return {"family": name, "shape": shape.label, "worst_relative_difference": worst}
+
+
+def check_retire(case: Case, twin: Case, name: str, family) -> None:
+    """The same tokens in the same slots, the same record. Scores of the two agree to rounding, so ties may fall apart:
+    the reference's scores decide for both."""
+    shape, label = case.shape, f"{name}, {case.shape.label}, consolidate"
+    work = case.retire_work(2)
+    twin.mass.copy_(case.mass)
+    family.consolidate(case.cache, case.mass, work, POLICY, SINKS, case.scale)
+    reference.consolidate(twin.cache, twin.mass, work, POLICY, SINKS, case.scale)
+    got, want = case.cache.read_tokens(work.store_pages), twin.cache.read_tokens(work.store_pages)
+    moved = (got[0] != want[0]).any(-1).float().mean().item()
+    assert moved <= 2 / got[0].shape[2], f"{label}: {moved:.1%} of the store's slots hold other tokens"
+    if moved == 0:
+        after = torch.ones_like(work.count)
+        got, want = (c.cache.read_moments(work.moment_pages, after) for c in (case, twin))
+        close(got.mean_key, want.mean_key, 1e-3, f"{label}, mean key")
+        close(got.mean_value, want.mean_value, 1e-3, f"{label}, mean value")
+        if shape.layout.has_covariance:
+            close(got.covariance, want.covariance, 2e-2, f"{label}, covariance")
+    idle = case.cache.kv.clone()
+    family.consolidate(case.cache, case.mass, case.retire_work(2, due=False), POLICY, SINKS, case.scale)
+    same = torch.equal(idle.view(torch.uint8), case.cache.kv.view(torch.uint8))
+    assert same, f"{label}: a row without an event was changed"
+    slots = work.store_pages[:, 0] * shape.page_size + 1
+    family.store(case.cache, case.key, case.value, slots, case.mass)
+    assert torch.equal(case.cache.keys[work.store_pages[:, 0], :, 1], case.key), f"{label}: store"
+
+
+def run(device: str, tiny: bool) -> list[dict]:
+    """All cases. Raises AssertionError at the first that disagrees."""
+    done = []
+    for name, family in families(device).items():
+        for number, shape in enumerate(shapes := TINY if tiny else SHAPES):
+            done.append(check(shape, name, family, device))
+            print(f"\rcheck {name} {number + 1}/{len(shapes)}", end="", flush=True)
+        print()
+    return done

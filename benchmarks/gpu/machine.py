@@ -1,0 +1,92 @@
+"""Where the numbers come from, and how a call is timed on a GPU."""
+
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FLUSH_BYTES = 256 << 20  # several times the L2 cache of an H200 (50 MB)
+WARM_UPS, REPEATS = 5, 50
+
+
+def header(root: Path, interpreted: bool) -> dict[str, Any]:
+    """GPU, driver, versions, commit, date."""
+
+    def version(name: str) -> str | None:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
+    def said(*command: str) -> str:
+        try:
+            return subprocess.run(command, capture_output=True, text=True, cwd=root).stdout.strip()
+        except FileNotFoundError:
+            return ""
+
+    return {
+        "gpu": "none (Triton's interpreter)" if interpreted else torch.cuda.get_device_name(),
+        "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "triton", "flashinfer-python", "xformers")},
+        "commit": said("git", "rev-parse", "HEAD"),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+class Timer:
+    """Median seconds of a call: CUDA events around a graph replay, L2 flushed before, after warm-up.
+
+    A graph, because launching from Python takes longer than these kernels; a call that cannot be captured is timed eagerly.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.on_gpu = device == "cuda"
+        self.flush = torch.empty(FLUSH_BYTES if self.on_gpu else 1, dtype=torch.uint8, device=device)
+
+    def __call__(self, call: Callable[[], Any]) -> float:
+        if not self.on_gpu:
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+        call()
+        torch.cuda.synchronize()
+        replay = self._captured(call)
+        times = []
+        for turn in range(WARM_UPS + REPEATS):
+            self.flush.zero_()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            replay()
+            end.record()
+            end.synchronize()
+            if turn >= WARM_UPS:
+                times.append(begin.elapsed_time(end) / 1000)
+        return statistics.median(times)
+
+    @staticmethod
+    def _captured(call: Callable[[], Any]) -> Callable[[], Any]:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                call()
+        except RuntimeError as error:
+            print(f"timed eagerly, cannot be captured: {str(error).splitlines()[0]}")
+            torch.cuda.synchronize()
+            return call
+        return graph.replay
+
+
+def copy_bandwidth(timer: Timer, device: str) -> float:
+    """Bytes a second that a device copy reads and writes."""
+    source = torch.empty((1 << 30) if device == "cuda" else 1 << 20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / timer(lambda: target.copy_(source))

@@ -1,0 +1,176 @@
+"""The CUDA attention backend: vLLM's Triton attention below the budget, our Triton kernels above it. Not run on a GPU yet.
+
+Registered at AttentionBackendEnum.CUSTOM (vllm/v1/attention/backends/triton_attn.py, vLLM 0.32.0). Two kinds of steps:
+
+* every request has one query: work lists made on the device in persistent buffers (decode_plan.py), all requests in one
+  launch of each kernel. Nothing waits for the device; a FULL CUDA graph replays it, also where pages retire.
+* any other step: work lists made on the host from lengths that it knows, page numbers looked up on the device. Runs between
+  the pieces of piecewise graphs. Rows below their budget are vLLM's own kernel's.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata, MultipleOf
+from vllm.v1.attention.backends.triton_attn import (
+    TritonAttentionBackend,
+    TritonAttentionImpl,
+    TritonAttentionMetadata,
+    TritonAttentionMetadataBuilder,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from momentkv_vllm.attention.decode_plan import DecodePlan
+from momentkv_vllm.attention.eviction import (
+    EvictingBackend,
+    EvictingImpl,
+    StockPart,
+    require_bounded_spec,
+    stock_part,
+)
+from momentkv_vllm.attention.metadata import EvictionMetadata, Round, WorkBuilder
+from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.kernels import dispatch
+from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.policies import POLICIES
+
+logger = init_logger(__name__)
+
+
+@dataclass
+class CudaMomentKVMetadata(TritonAttentionMetadata):
+    """vLLM's metadata plus ours; `eviction` None means the whole step is stock."""
+
+    eviction: EvictionMetadata | None = None
+    stock_part: StockPart | None = None
+
+
+class CudaMomentKVBackend(EvictingBackend, TritonAttentionBackend):
+    """vLLM's seam: names the builder, the implementation, the KV cache spec and the layouts that our kernels read."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: AttentionSpec | None = None) -> list[int | MultipleOf]:
+        return [MultipleOf(16)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        # A record runs through a head's part of a page, which must be one piece.
+        return (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC, KVCacheLayout.LHBNC, KVCacheLayout.BHLNC)
+
+    @classmethod
+    def validate_configuration(cls, head_size: int, dtype: torch.dtype, kv_cache_dtype, *args, **kwargs) -> list[str]:
+        """vLLM's reasons, and ours, why this backend cannot serve a layer."""
+        reasons = super().validate_configuration(head_size, dtype, kv_cache_dtype, *args, **kwargs)
+        if kv_cache_dtype not in (None, "auto", "float16", "bfloat16", "float32"):
+            reasons.append(f"--kv-eviction with kv_cache_dtype {kv_cache_dtype}; use auto")
+        for feature in ("has_sliding_window", "has_sink", "use_mm_prefix", "use_kv_connector", "use_dcp", "use_pcp"):
+            if kwargs.get(feature):
+                reasons.append(f"--kv-eviction does not support {feature}")
+        return reasons
+
+    @staticmethod
+    def get_impl_cls() -> type["CudaMomentKVImpl"]:
+        return CudaMomentKVImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["CudaMomentKVMetadataBuilder"]:
+        return CudaMomentKVMetadataBuilder
+
+
+class CudaMomentKVMetadataBuilder(TritonAttentionMetadataBuilder):
+    """Builds vLLM's metadata and our work lists."""
+
+    supports_draft_decode_metadata_update = False
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> AttentionCGSupport:
+        """FULL graphs for decode steps, where nothing needs the host: scores of other policies do (kernels/triton.py)."""
+        config = EvictionConfig.from_vllm(vllm_config)
+        if not config.active:
+            return TritonAttentionMetadataBuilder._cudagraph_support
+        if _plans_on_device(config):
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return AttentionCGSupport.NEVER
+
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.work: WorkBuilder | None = None
+        self.decode: DecodePlan | None = None
+        config = EvictionConfig.from_vllm(vllm_config)
+        if not config.active:
+            return
+        require_bounded_spec(kv_cache_spec, config, layer_names)
+        self.supports_draft_decode_metadata_update = False
+        policy, schedule = POLICIES[config.policy], kv_cache_spec.schedule
+        kernels = dispatch.select(config.kernels, CudaMomentKVImpl.device_type)
+        logger.info_once("--kv-eviction %s: kernels %s", config.policy, dispatch.describe(kernels))
+        self.work = WorkBuilder(schedule, config, policy)
+        if _plans_on_device(config):
+            sizes = vllm_config.compilation_config.cudagraph_capture_sizes or [0]
+            rows = max(vllm_config.scheduler_config.max_num_seqs, *sizes, 1)
+            self.decode = DecodePlan(schedule, config, policy, rows, device)
+
+    def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> TritonAttentionMetadata:
+        common: CommonAttentionMetadata = common_attn_metadata
+        stock = super().build(common_prefix_len, common, fast_build)
+        if self.work is None:
+            return stock
+        if self.decode is not None and common.max_query_len == 1:
+            n = common.num_reqs
+            plan = self.decode.update(
+                common.seq_lens[:n], common.query_start_loc[: n + 1], common.block_table_tensor[:n]
+            )
+            return CudaMomentKVMetadata(**vars(stock), eviction=plan)
+        plan = self._plan_on_host(common)
+        if not plan.rounds:
+            return stock
+        part = stock_part(plan.stock_rows, common, super().build) if plan.stock_rows else None
+        return CudaMomentKVMetadata(**vars(stock), eviction=plan, stock_part=part)
+
+    def _plan_on_host(self, common: CommonAttentionMetadata) -> EvictionMetadata:
+        # Exact without speculative decoding, which a GPU does not get (vllm_seams/validate.py).
+        lens = common.seq_lens_cpu_upper_bound if common.seq_lens_cpu_upper_bound is not None else common.seq_lens
+        starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
+        # Padding requests come last and have no query.
+        n = sum(b > a for a, b in zip(starts, starts[1:], strict=False))
+        table = common.block_table_tensor[:n]
+        # The host plans with places in the table instead of page numbers, which only the device knows; 0 is padding.
+        places = torch.arange(1, table.numel() + 1).view(table.shape)
+        plan = self.work.build(starts[: n + 1], lens[:n].tolist(), [0] * n, places)
+        flat = table.flatten().long()
+        return replace(plan, rounds=[_on_device(r, flat) for r in plan.rounds])
+
+
+class CudaMomentKVImpl(EvictingImpl, TritonAttentionImpl):
+    """One layer."""
+
+    device_type = "cuda"
+    view = staticmethod(CacheView.of_vllm_gpu)
+
+
+def _plans_on_device(config: EvictionConfig) -> bool:
+    return POLICIES[config.policy].is_moment_distance and config.prefill == "chunked" and config.kernels != "reference"
+
+
+def _on_device(work: Round, table: torch.Tensor) -> Round:
+    """Host lists with places in `table` [places] as lists on its device with page numbers."""
+    return Round([_looked_up(a, table) for a in work.attends], [_looked_up(r, table) for r in work.retires])
+
+
+def _looked_up(work: Any, table: torch.Tensor) -> Any:
+    moved = {
+        name: x.to(table.device, non_blocking=True) for name, x in vars(work).items() if isinstance(x, torch.Tensor)
+    }
+    for name in moved:
+        if name.endswith("pages"):
+            places = moved[name]
+            moved[name] = torch.where(places > 0, table[(places - 1).clamp(min=0)], 0)
+    return replace(work, **moved)

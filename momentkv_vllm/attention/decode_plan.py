@@ -1,0 +1,75 @@
+"""Work lists of decode steps on a GPU, in persistent buffers, for CUDA graphs (triton_kernels/plan.py fills them)."""
+
+import torch
+
+from momentkv_vllm.attention.metadata import EvictionMetadata, Round
+from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
+from momentkv_vllm.page_schedule import PageSchedule
+from momentkv_vllm.policies import Policy
+
+
+class DecodePlan:
+    """Steps with one query a request. Every request is in the lists, also below its budget: the graph is one for all.
+
+    Only for "chunked" prefill: in "full" mode a prompt's last step may retire any number of pages.
+    """
+
+    def __init__(
+        self,
+        schedule: PageSchedule,
+        config: EvictionConfig,
+        policy: type[Policy],
+        max_rows: int,
+        device: torch.device | str,
+    ) -> None:
+        self.schedule = schedule
+        self.observed = config.observation_tokens if policy.needs_attention else 0
+        self.observe_all = policy.observes_all_queries
+        # A first event retires the moment pages too.
+        most_retired = schedule.moment_pages + schedule.retire_pages
+
+        def buffer(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.zeros(max_rows, *shape, dtype=dtype, device=device)
+
+        self.attend = AttendWork(
+            first_token=buffer(),
+            queries=buffer(),
+            pages=buffer(schedule.budget_pages),
+            last=buffer(),
+            moment_pages=buffer(schedule.moment_pages),
+            count=buffer(dtype=torch.float32),
+            observe_from=buffer(),
+            restart=buffer(dtype=torch.bool),
+            most_queries=1,
+        )
+        self.retire = RetireWork(
+            store_pages=buffer(schedule.store_pages),
+            retiring_pages=buffer(most_retired) - 1,
+            moment_pages=self.attend.moment_pages,
+            count=self.attend.count,
+        )
+
+    def update(self, seq_lens: torch.Tensor, query_start: torch.Tensor, block_table: torch.Tensor) -> EvictionMetadata:
+        """Plan a step. The lists of equal numbers of rows lie at equal addresses in every step.
+
+        Args:
+            seq_lens: [rows] int32 committed tokens at the end of the step, 0 for padding.
+            query_start: [rows + 1] int32; every row has one query, padding none.
+            block_table: [rows, columns] int32.
+        """
+        # Imported late: on a machine without Triton this module is still read.
+        from momentkv_vllm.triton_kernels.plan import plan
+
+        rows = len(seq_lens)
+        attend, retire = _rows(self.attend, rows), _rows(self.retire, rows)
+        plan(seq_lens, query_start, block_table, attend, retire, self.schedule, self.observed, self.observe_all)
+        if not self.observed:
+            attend.observe_from = attend.restart = None
+        return EvictionMetadata([], [Round([attend], [retire])])
+
+
+def _rows(work, rows: int):
+    """The first rows of every list of a work list, as views."""
+    parts = {name: x[:rows] if isinstance(x, torch.Tensor) else x for name, x in vars(work).items()}
+    return type(work)(**parts)

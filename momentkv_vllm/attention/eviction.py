@@ -1,0 +1,190 @@
+"""What the CPU and the CUDA backend share: the bounded spec, the batch of rows below their budget, and the layer's hot path.
+
+Each class goes before vLLM's own in the bases; without --kv-eviction every method behaves as vLLM's.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+
+from momentkv_vllm.attention.metadata import EvictionMetadata
+from momentkv_vllm.block_manager.spec import MomentKVSpec, record_layout
+from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.kernels import dispatch
+from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.sinks import add_sinks
+from momentkv_vllm.kernels.worklists import AttendWork
+from momentkv_vllm.policies import POLICIES
+
+
+@dataclass
+class StockPart:
+    """Rows below their budget, as a batch of their own for vLLM's kernel; `tokens` indexes the flat token list."""
+
+    tokens: torch.Tensor
+    metadata: Any
+
+
+class EvictingBackend:
+    """For an AttentionBackend."""
+
+    loading: ClassVar[VllmConfig | None] = None
+    """Config of the model whose layers were built last in this process. vLLM calls `customize_spec` after loading, with
+    no config in reach (vllm/v1/worker/gpu_model_runner.py, get_kv_cache_spec)."""
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Called for every layer's spec by both model runners; full attention layers get the bounded one, layers with a
+        sliding window hold no more than that anyway."""
+        loading = EvictingBackend.loading
+        config = EvictionConfig.from_vllm(loading) if loading else EvictionConfig()
+        if not config.active or type(spec) is not FullAttentionSpec:
+            return spec
+        return MomentKVSpec.of(spec, config, loading)
+
+
+def require_bounded_spec(spec: AttentionSpec, config: EvictionConfig, layer_names: list[str]) -> None:
+    """Raises RuntimeError if layers would be served without eviction."""
+    if not isinstance(spec, MomentKVSpec):
+        raise RuntimeError(
+            f"--kv-eviction {config.policy} is on, but layers {layer_names[:2]}... have the KV cache spec "
+            f"{type(spec).__name__} instead of MomentKVSpec: they would be served without eviction"
+        )
+
+
+def require_evicting_layers(vllm_config: VllmConfig, config: EvictionConfig) -> None:
+    """Raises ValueError for a model none of whose layers evicts."""
+    layers = get_layers_from_vllm_config(vllm_config, Attention).values()
+    if not any(getattr(layer.impl, "config", None) for layer in layers):
+        raise ValueError(
+            f"--kv-eviction {config.policy}: every layer of this model has a sliding window and holds no more than that; "
+            f"there is nothing to evict; serve without --kv-eviction"
+        )
+
+
+def stock_part(
+    rows: list[int], common: CommonAttentionMetadata, build: Callable[[int, CommonAttentionMetadata], Any]
+) -> StockPart:
+    """The rows `rows` of a step as a batch of their own, its metadata made by vLLM's `build`."""
+    device = common.seq_lens.device
+    starts = common.query_start_loc_cpu.tolist()
+    index = torch.tensor(rows, device=device)
+    lens = [starts[r + 1] - starts[r] for r in rows]
+    tokens = torch.cat([torch.arange(starts[r], starts[r + 1]) for r in rows]).to(device)
+    query_start = torch.tensor([0, *lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    batch = replace(
+        common,
+        query_start_loc=query_start.to(device),
+        query_start_loc_cpu=query_start,
+        seq_lens=common.seq_lens[index],
+        num_reqs=len(rows),
+        num_actual_tokens=len(tokens),
+        max_query_len=max(lens),
+        block_table_tensor=common.block_table_tensor[index],
+        slot_mapping=common.slot_mapping[tokens],
+    )
+    return StockPart(tokens, build(0, batch))
+
+
+class EvictingImpl:
+    """For an AttentionImpl: one layer."""
+
+    device_type: ClassVar[str]
+    view: ClassVar[Callable[..., CacheView]]
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        EvictingBackend.loading = get_current_vllm_config()
+        config = EvictionConfig.from_vllm(EvictingBackend.loading)
+        slides = self.sliding_window not in (-1, (-1, -1))
+        self.shares_pool = config.active
+        self.config = config if config.active and not slides else None
+        if config.active:
+            _refuse_layer(self, slides)
+        if self.config is None:
+            return
+        self.policy = POLICIES[config.policy]()
+        self.record = record_layout(config, self.head_size)
+        self.kernels = dispatch.select(config.kernels, self.device_type)
+        self.slot_mass: torch.Tensor | None = None
+
+    def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
+        if self.config is None:
+            if self.shares_pool:
+                _zero_fresh_pages(kv_cache, slot_mapping)
+            return super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+        self.kernels.store(self.view(kv_cache, self.record), key, value, slot_mapping, self.slot_mass)
+
+    def forward(
+        self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None
+    ) -> torch.Tensor:
+        """As vLLM's, see there for shapes. The hot path of eviction."""
+        plan: EvictionMetadata | None = getattr(attn_metadata, "eviction", None)
+        if plan is None:
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            )
+        part = attn_metadata.stock_part
+        if part is not None:
+            rows = query[part.tokens]
+            output[part.tokens] = super().forward(
+                layer, rows, key, value, kv_cache, part.metadata, torch.empty_like(rows)
+            )
+        cache = self.view(kv_cache, self.record)
+        for work in plan.rounds:
+            for attend in work.attends:
+                self._attend(cache, query, output, attend)
+            for retire in work.retires:
+                self.kernels.consolidate(
+                    cache, self.slot_mass, retire, self.policy, self.config.sink_tokens, self.scale
+                )
+        return output
+
+    def _attend(self, cache: CacheView, query: torch.Tensor, output: torch.Tensor, work: AttendWork) -> None:
+        observed = work.observe_from is not None
+        lse = query.new_empty(query.shape[:2], dtype=torch.float32) if observed or self.sinks is not None else None
+        target = torch.empty_like(query) if work.observe_only else output
+        self.kernels.attend(cache, query, target, lse, work, self.scale, self.config.correction != "off")
+        if self.sinks is not None:
+            add_sinks(target, lse, work, self.sinks)
+        if observed:
+            self._observe(cache, query, lse, work)
+
+    def _observe(self, cache: CacheView, query: torch.Tensor, lse: torch.Tensor, work: AttendWork) -> None:
+        if self.slot_mass is None:
+            # A captured memset would run at every replay; observation begins by clearing what it will read.
+            capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
+            shape = [*cache.keys.shape[:3], *[3] * self.policy.observes_logits]
+            self.slot_mass = (torch.empty if capturing else torch.zeros)(shape, device=query.device)
+        self.kernels.observe(cache, self.slot_mass, query, lse, work, self.scale)
+
+
+def _zero_fresh_pages(kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    """Zero pages whose first slot is about to be written, in a layer that does not evict but shares the pool with layers that
+    do: such a page may have been a moment page there (kernels/reference.py, `store`)."""
+    page_size = kv_cache.shape[2]
+    kv_cache[slot_mapping[(slot_mapping >= 0) & (slot_mapping % page_size == 0)] // page_size] = 0
+
+
+def _refuse_layer(impl: EvictingImpl, slides: bool) -> None:
+    """Layer features that eviction does not model. Raises ValueError; the model cannot be loaded then."""
+    on_gpu = (
+        impl.device_type == "cuda"
+    )  # clearing pages and adding sinks wait for the device, which a captured step cannot
+    reasons = {
+        "sliding-window attention on a GPU": slides and on_gpu,
+        "ALiBi": impl.alibi_slopes is not None,
+        "logits soft-capping": bool(impl.logits_soft_cap),
+        "attention sinks on a GPU": impl.sinks is not None and on_gpu,
+        f"attention type {impl.attn_type!r}": impl.attn_type != "decoder",
+        "KV sharing between layers": impl.kv_sharing_target_layer_name is not None,
+    }
+    for feature, present in reasons.items():
+        if present:
+            raise ValueError(f"--kv-eviction does not support models with {feature}; serve without --kv-eviction")

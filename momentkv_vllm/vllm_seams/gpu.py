@@ -1,0 +1,46 @@
+"""What serving on a GPU needs and refuses. Its kernels are checked in Triton's interpreter; none of it has run on a GPU yet."""
+
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+from momentkv_vllm.config import EvictionConfig
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+ALLOW_UNTESTED_GPU = "MOMENTKV_ALLOW_UNTESTED_GPU"
+BACKEND_NAMES = {"cpu": "CPU_ATTN", "cuda": "CUSTOM"}
+"""vLLM's name of our attention backend by device type."""
+
+
+def choose_backend(engine_args: Any) -> None:
+    """On CUDA, name our backend, unless the user names one (which is refused then)."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    chosen = engine_args.attention_backend or engine_args.attention_config.backend
+    if current_platform.is_cuda() and chosen is None:
+        engine_args.attention_backend = AttentionBackendEnum.CUSTOM
+
+
+def gpu_objections(platform: Any, vllm_config: "VllmConfig", config: EvictionConfig) -> dict[str, object]:
+    """What eviction cannot serve on this device, each with whether it is asked for; nothing on a CPU."""
+    if platform.is_cpu():
+        return {}
+    device = f"the device {platform.device_type!r}"
+    if not platform.is_cuda():
+        return {f"{device} (only CPUs, and CUDA untested)": True}
+    if os.environ.get(ALLOW_UNTESTED_GPU) == "1":
+        logger.warning(
+            "momentkv: %s=1: the CUDA backend has not been run on a GPU yet; its kernels were checked in Triton's interpreter",
+            ALLOW_UNTESTED_GPU,
+        )
+    return {
+        f"{device}: the CUDA backend has not been run on a GPU yet, only in Triton's interpreter ({ALLOW_UNTESTED_GPU}=1 "
+        f"insists)": os.environ.get(ALLOW_UNTESTED_GPU) != "1",
+        "prefill 'full' on a GPU (--kv-eviction-config.prefill chunked)": config.prefill == "full",
+        "speculative decoding on a GPU": vllm_config.speculative_config is not None,
+    }

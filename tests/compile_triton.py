@@ -1,0 +1,85 @@
+"""Compile every Triton kernel to machine code of a GPU that is not here: `compile_triton.py 90` for sm_90.
+
+Triton's compiler and ptxas come with its wheel; only launching needs a driver, so a stand-in names the target and launches
+become compilations. Prints a JSON line a kernel.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "gpu"))
+import torch
+import triton
+from cases import SINKS, Case, Shape
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.jit import JITFunction
+
+from momentkv_vllm.attention.decode_plan import DecodePlan
+from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.kernels import triton as family
+from momentkv_vllm.page_schedule import build_schedule
+from momentkv_vllm.policies import POLICIES
+
+
+class Target(DriverBase):
+    """A driver that has one GPU and launches nothing."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    @classmethod
+    def is_active(cls):
+        return True
+
+    def map_python_to_cpp_type(self, ty):
+        raise NotImplementedError
+
+    def get_benchmarker(self):
+        raise NotImplementedError
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def main(capability: int, shapes: list[Shape]) -> None:
+    triton.runtime.driver.set_active(Target(capability))
+    launch = JITFunction.run
+    seen = set()
+
+    def compile_only(self, *args, grid, warmup, **options):
+        made = launch(self, *args, grid=grid, warmup=True, **options)
+        if made.hash not in seen:
+            seen.add(made.hash)
+            row = {"kernel": self.fn.__name__, "arch": made.metadata.target.arch, "shared_bytes": made.metadata.shared}
+            print(json.dumps(row | {"cubin_bytes": len(made.asm["cubin"])}), flush=True)
+
+    JITFunction.run = compile_only
+    policy = POLICIES["momentkv"]
+    for shape in shapes:
+        case = Case(shape, "cpu")
+        case.attend(family, True, lse=True)
+        if shape.queries > 1:
+            continue
+        family.observe(case.cache, case.mass, case.query, case.lse, case.work, case.scale)
+        family.consolidate(case.cache, case.mass, case.retire_work(1), policy(), SINKS, case.scale)
+        family.store(case.cache, case.key, case.value, torch.tensor([20]), case.mass)
+    config = EvictionConfig(policy="momentkv", budget_tokens=256)
+    plan = DecodePlan(build_schedule(config, 16, 1, False), config, policy, 2, "cpu")
+    table = torch.ones(2, 40, dtype=torch.int32)
+    plan.update(torch.tensor([5, 6], dtype=torch.int32), torch.arange(3, dtype=torch.int32), table)
+
+
+if __name__ == "__main__":
+    small = {"head_dim": 64, "kv_heads": 1, "rows": 1, "slots": 64}
+    main(int(sys.argv[1]), [Shape(**small), Shape(**small, queries=3)])

@@ -1,0 +1,26 @@
+"""The Triton kernels compile to machine code for Hopper; no GPU needed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KERNELS = {"_store", "_partials", "_reduce", "_chunk", "_observe", "_terms", "_consolidate", "_plan"}
+MOST_SHARED_BYTES = 227 << 10  # what a block of an H100 can have
+
+
+@pytest.mark.timeout(900)
+def test_every_kernel_compiles_for_hopper(tmp_path):
+    script = Path(__file__).with_name("compile_triton.py")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-P", str(script), "90"], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    made = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {k["kernel"] for k in made} == KERNELS
+    for kernel in made:
+        assert kernel["arch"] == 90 and kernel["cubin_bytes"] > 1000 and kernel["shared_bytes"] <= MOST_SHARED_BYTES, (
+            kernel
+        )

@@ -1,0 +1,171 @@
+"""The CUDA backend without a GPU: its builder and layers on CPU tensors, kernels in Triton's interpreter, against the CPU backend."""
+
+import math
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm import EngineArgs
+from vllm.config import set_current_vllm_config
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from momentkv_vllm.attention.backend import MomentKVBackend, MomentKVImpl, MomentKVMetadataBuilder
+from momentkv_vllm.attention.cuda_backend import CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder
+from momentkv_vllm.kernels import reference
+from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.worklists import AttendWork
+from momentkv_vllm.plugin import register
+from momentkv_vllm.vllm_seams import gpu
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HEADS, GROUPS, D, PAGE, BUDGET, COLUMNS = 2, 2, 32, 16, 96, 14
+LAYER = SimpleNamespace(_k_scale_float=1.0, _v_scale_float=1.0)
+
+
+def config_of(model, **eviction):
+    eviction = {
+        "policy": "momentkv",
+        "budget_tokens": BUDGET,
+        "correction": "first",
+        "observation_tokens": 4,
+    } | eviction
+    carrier = {"kv_eviction": eviction}
+    args = EngineArgs(
+        model=str(model), dtype="float32", additional_config=carrier, max_model_len=512, block_size=PAGE, max_num_seqs=4
+    )
+    return args.create_engine_config()
+
+
+class Side:
+    """One backend with a cache and one layer of its own."""
+
+    def __init__(self, config, backend, impl, builder):
+        with set_current_vllm_config(config):
+            self.impl = impl(HEADS * GROUPS, D, D**-0.5, HEADS, None, None, "auto")
+            spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=HEADS, head_size=D, dtype=torch.float32)
+            self.builder = builder(backend.customize_spec(spec), [], config, torch.device("cpu"))
+        self.cache = torch.full((4 * COLUMNS + 1, HEADS, PAGE, 2 * D), math.nan)
+
+    def step(self, common, query, key, value):
+        metadata = self.builder.build(0, common)
+        self.impl.do_kv_cache_update(LAYER, key, value, self.cache, common.slot_mapping)
+        output = torch.full_like(query, math.nan)
+        self.impl.forward(LAYER, query, key, value, self.cache, metadata, output)
+        return output
+
+
+def common_of(lens, new, device_only=False):
+    """Metadata of a step that brings `new[i]` tokens to request i, which then has lens[i]."""
+    table = (torch.randperm(4 * COLUMNS, generator=torch.Generator().manual_seed(1)) + 1).view(4, COLUMNS)[: len(lens)]
+    start = torch.tensor([0, *new]).cumsum(0, dtype=torch.int32)
+    positions = [torch.arange(e - n, e) for e, n in zip(lens, new)]
+    slots = torch.cat([table[i, p // PAGE] * PAGE + p % PAGE for i, p in enumerate(positions)])
+    seq_lens = torch.tensor(lens, dtype=torch.int32)
+    return CommonAttentionMetadata(
+        query_start_loc=start, query_start_loc_cpu=start, seq_lens=seq_lens, num_reqs=len(lens), num_actual_tokens=len(slots),
+        max_query_len=max(new), max_seq_len=max(lens), block_table_tensor=table.int(), slot_mapping=slots,
+        seq_lens_cpu_upper_bound=seq_lens.clone(),
+    )  # fmt: skip
+
+
+def stock_attention(self, layer, query, key, value, kv_cache, metadata, output, *_):
+    """What vLLM's Triton kernel computes; it cannot be imported here without a GPU."""
+    starts = metadata.query_start_loc.long()
+    queries = starts[1:] - starts[:-1]
+    last = metadata.seq_lens.long() - queries
+    none = torch.zeros(len(last), 0, dtype=torch.long)
+    work = AttendWork(starts[:-1], queries, metadata.block_table.long(), last, none, torch.zeros(len(last)))
+    reference.attend(CacheView.of_vllm_gpu(kv_cache, self.record), query, output, None, work, self.scale, False)
+    return output
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="run by test_interpreter.py")
+@pytest.mark.parametrize("policy", ["momentkv", "keydiff"])
+def test_the_layer_answers_as_the_cpu_backend(models, monkeypatch, policy):
+    """Chunks, first events, decode steps with and without events, rows below the budget beside them."""
+    register()
+    monkeypatch.setattr(TritonAttentionImpl, "forward", stock_attention)
+    config = config_of(models(), policy=policy)
+    cpu = Side(config, MomentKVBackend, MomentKVImpl, MomentKVMetadataBuilder)
+    cuda = Side(config, CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder)
+    assert (cuda.builder.decode is not None) == (policy == "momentkv")
+    generator = torch.Generator().manual_seed(2)
+    lens = [0, 0, 0]
+    steps = [[40, 7, 90], [50, 1, 30], [1, 1, 1], [20, 1, 1], *[[1, 1, 1]] * 14]
+    for new in steps:
+        lens = [a + b for a, b in zip(lens, new)]
+        query = torch.randn(sum(new), HEADS * GROUPS, D, generator=generator)
+        key, value = (torch.randn(sum(new), HEADS, D, generator=generator) for _ in range(2))
+        want = cpu.step(common_of(lens, new), query, key, value)
+        output = cuda.step(common_of(lens, new), query, key, value)
+        torch.testing.assert_close(output, want, rtol=1e-4, atol=1e-4)
+    assert cpu.builder.work.schedule.boundary(lens[0]) > 0 and cpu.builder.work.schedule.boundary(lens[1]) == 0
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="run by test_interpreter.py")
+def test_decode_steps_reuse_their_buffers(models):
+    """What a captured graph holds on to: every list at its address, of its shape, whatever retires."""
+    register()
+    cuda = Side(config_of(models()), CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder)
+    captured = cuda.builder.build_for_cudagraph_capture(common_of([1, 1, 1], [1, 1, 1])).eviction.rounds[0]
+    schedule = cuda.builder.work.schedule
+    due = [schedule.first_event, schedule.first_event + schedule.retire_tokens, 5]
+    replayed = cuda.builder.build(0, common_of(due, [1, 1, 1])).eviction.rounds[0]
+    for before, now in ((captured.attends[0], replayed.attends[0]), (captured.retires[0], replayed.retires[0])):
+        for name, x in vars(before).items():
+            if isinstance(x, torch.Tensor):
+                assert x.data_ptr() == getattr(now, name).data_ptr() and x.shape == getattr(now, name).shape, name
+    assert (replayed.retires[0].retiring_pages >= 0).any(1).tolist() == [True, True, False]
+    assert captured.attends[0].most_queries == 1
+
+
+def test_graphs_only_where_nothing_needs_the_host(models):
+    register()
+    support = CudaMomentKVMetadataBuilder.get_cudagraph_support
+    assert support(config_of(models()), None) is AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    assert support(config_of(models(), policy="keydiff"), None) is AttentionCGSupport.NEVER
+
+
+def test_the_backend_is_vllms_custom_one():
+    register()
+    assert AttentionBackendEnum.CUSTOM.get_class() is CudaMomentKVBackend
+    assert AttentionBackendEnum[CudaMomentKVBackend.get_name()] is AttentionBackendEnum.CUSTOM
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [({}, None), ({"kv_cache_dtype": "fp8"}, "fp8"), ({"has_sliding_window": True}, "sliding"), ({"block_size": 24}, "block_size")],
+)  # fmt: skip
+def test_layers_that_it_cannot_serve(change, word):
+    from vllm.platforms.interface import DeviceCapability
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    layer = AttentionSelectorConfig(head_size=128, dtype=torch.bfloat16, kv_cache_dtype="auto", block_size=16)
+    layer = layer._replace(**change)
+    reasons = CudaMomentKVBackend.validate_configuration(device_capability=DeviceCapability(9, 0), **layer._asdict())
+    assert (reasons == []) if word is None else any(word in r for r in reasons)
+
+
+@pytest.mark.parametrize("insists", [False, True])
+def test_a_gpu_is_refused_unless_the_user_insists(monkeypatch, caplog, insists):
+    monkeypatch.setenv(gpu.ALLOW_UNTESTED_GPU, "1" if insists else "0")
+    platform = SimpleNamespace(device_type="cuda", is_cpu=lambda: False, is_cuda=lambda: True)
+    config = SimpleNamespace(prefill="chunked")
+    found = gpu.gpu_objections(platform, SimpleNamespace(speculative_config=None), config)
+    refused = [what for what, present in found.items() if present]
+    assert bool(refused) is not insists
+    assert insists or "not been run on a GPU yet" in refused[0] and gpu.ALLOW_UNTESTED_GPU in refused[0]
+    other = SimpleNamespace(device_type="xpu", is_cpu=lambda: False, is_cuda=lambda: False)
+    assert any(gpu.gpu_objections(other, SimpleNamespace(speculative_config=None), config).values())
+
+
+def test_the_layout_is_checked():
+    strided = torch.zeros(3, PAGE, HEADS, 2 * D).transpose(1, 2)
+    with pytest.raises(ValueError, match="LBHNC"):
+        CacheView.of_vllm_gpu(strided, None)
+    allowed = CudaMomentKVBackend.supported_kv_cache_layouts()
+    assert allowed and all(layout.name.endswith("NC") for layout in allowed)

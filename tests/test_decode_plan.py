@@ -1,0 +1,66 @@
+"""The decode step's lists that the device makes are the ones that the host would make, step by step over whole lives."""
+
+import os
+
+import pytest
+import torch
+
+from momentkv_vllm.attention.decode_plan import DecodePlan
+from momentkv_vllm.attention.metadata import WorkBuilder
+from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.page_schedule import build_schedule
+from momentkv_vllm.policies import POLICIES
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="run by test_interpreter.py")
+
+
+@needs_interpreter
+@pytest.mark.parametrize("policy", ["momentkv", "h2o", "streamingllm"])
+@pytest.mark.parametrize(("budget", "moment_pages", "retire"), [(128, 3, 0), (160, 1, 32)])
+def test_the_device_plans_what_the_host_plans(policy, budget, moment_pages, retire):
+    config = EvictionConfig.from_dict({"policy": policy, "budget_tokens": budget, "retire_tokens": retire})
+    schedule = build_schedule(config, 16, moment_pages, POLICIES[policy].keeps_only_sinks)
+    host = WorkBuilder(schedule, config, POLICIES[policy])
+    plan = DecodePlan(schedule, config, POLICIES[policy], 8, "cpu")
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randint(1, 10_000, (6, 40), generator=generator, dtype=torch.int32)
+    places = [x.data_ptr() for x in vars(plan.attend).values() if isinstance(x, torch.Tensor)]
+    query_start = torch.tensor([0, 1, 2, 3, 3, 4, 5], dtype=torch.int32)  # row 3 is padding
+    events = 0
+    period = schedule.retire_tokens
+    for step in (0, 1, 2, 3, period + 1, period + 2, period + 3, 2 * period + 2):
+        edge = schedule.first_event - 2
+        lens = [1 + step, edge + step, edge + 7 + step, 0, edge + 40 + step, schedule.page_size + step]
+        made = plan.update(torch.tensor(lens, dtype=torch.int32), query_start, table).rounds[0]
+        attend, retire_work = made.attends[0], made.retires[0]
+        assert [x.data_ptr() for x in vars(attend).values() if isinstance(x, torch.Tensor)] == places[
+            : 6 if attend.restart is None else 8
+        ]
+        assert attend.queries.tolist() == [1, 1, 1, 0, 1, 1] and (retire_work.retiring_pages[3] == -1).all()
+        events += int((retire_work.retiring_pages >= 0).any(1).sum())
+        for row in (0, 1, 2, 4, 5):
+            check_row(host, attend, retire_work, row, int(query_start[row]), lens[row], table)
+    assert events >= 3
+
+
+def check_row(host, attend, retire, row, token, end, table):
+    segment = next(host._segments(row, token, end - 1, end, 0))
+    want = host._attend([segment], table.numpy())
+    pages = want.pages.shape[1]
+    assert attend.pages[row, :pages].tolist() == want.pages[0].tolist() and not attend.pages[row, pages:].any()
+    for name in ("first_token", "queries", "last", "count"):
+        assert getattr(attend, name)[row] == getattr(want, name)[0], (name, row, end)
+    if want.count[0] > 0:
+        assert attend.moment_pages[row].tolist() == want.moment_pages[0].tolist()
+    if host.observe:
+        assert attend.observe_from[row] == want.observe_from[0] and attend.restart[row] == want.restart[0], (row, end)
+    retired = [p for p in retire.retiring_pages[row].tolist() if p >= 0]
+    if not segment.retire_to:
+        assert retired == []
+        return
+    due = host._retire([segment], table.numpy())
+    assert retired == due.retiring_pages[0].tolist()
+    assert retire.store_pages[row].tolist() == due.store_pages[0].tolist()
+    assert retire.moment_pages[row].tolist() == due.moment_pages[0].tolist()
+    assert retire.count[row] == due.count[0]

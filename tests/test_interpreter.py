@@ -1,0 +1,40 @@
+"""Triton without a GPU: the shared kernel cases, the decode plan and the CUDA backend's layers, in Triton's interpreter.
+
+Triton must be imported to interpret, so they run in a process of their own, one for all.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from momentkv_vllm.policies import POLICIES
+
+HERE = Path(__file__).parent
+FILES = ["test_kernels.py", "test_decode_plan.py", "test_cuda_backend.py"]
+
+
+@pytest.mark.timeout(900)
+def test_triton_kernels_and_what_stands_on_them():
+    # Other policies' scores are made outside of the kernel: h2o stands for all of them. Attention without the correction is
+    # the first test's matter. Threads change nothing in an interpreter.
+    left_out = ["threads", "triton-False", *sorted(set(POLICIES) - {"momentkv", "h2o"})]
+    chosen = f"(triton and not ({' or '.join(left_out)})) or test_decode_plan or answers or reuse"
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", "-k", chosen]
+    env = os.environ | {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *(HERE / f for f in FILES)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    passed = [line for line in done.stdout.splitlines() if line.startswith("PASSED")]
+    assert "SKIPPED" not in done.stdout
+    # A filter that matches nothing would pass too.
+    for word, least in (
+        ("attend", 15),
+        ("consolidation", 8),
+        ("store", 3),
+        ("observe", 1),
+        ("plans", 6),
+        ("answers", 2),
+    ):
+        assert sum(word in line for line in passed) >= least, (word, passed)

@@ -1,0 +1,94 @@
+"""The work lists of a decode step, made on the device: page_schedule.py for one query a row, in one launch.
+
+The lists lie in buffers that never move and keep their shapes, so a captured CUDA graph reads this step's pages: a row that
+retires nothing has the page -1 throughout, a padding row has no query, and the kernels leave both at once. Nothing waits
+for the device. Checked against attention/metadata.py (tests/test_decode_plan.py).
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _boundary(committed, FIRST: tl.constexpr, RETIRE: tl.constexpr, RETIRE_PAGES: tl.constexpr, S_M: tl.constexpr):
+    """PageSchedule.boundary for chunked prefill."""
+    after_first = (committed - FIRST) // RETIRE
+    return tl.where(committed < FIRST, 0, S_M + (after_first + 1) * RETIRE_PAGES)
+
+
+@triton.jit
+def _plan(
+    seq_lens, query_start, table, first_token, queries, pages, last, moment_pages, count, observe_from, restart,
+    store_pages, retiring_pages, table_row, num_columns,
+    PAGE: tl.constexpr, S: tl.constexpr, M: tl.constexpr, FIRST: tl.constexpr, RETIRE_PAGES: tl.constexpr,
+    COLUMNS: tl.constexpr, K: tl.constexpr, OBSERVED: tl.constexpr, OBSERVE_ALL: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Program row. OBSERVED: queries before an event that the policy observes, 0 if none."""
+    RETIRE: tl.constexpr = RETIRE_PAGES * PAGE
+    row = tl.program_id(0)
+    first = tl.load(query_start + row).to(tl.int64)
+    num_queries = tl.load(query_start + row + 1).to(tl.int64) - first
+    end = tl.load(seq_lens + row).to(tl.int64)
+    num_queries = tl.where(end > 0, num_queries, 0)
+    start = end - num_queries
+    before = _boundary(start, FIRST, RETIRE, RETIRE_PAGES, S + M)
+    after = _boundary(end, FIRST, RETIRE, RETIRE_PAGES, S + M)
+    table += row * table_row
+    tl.store(first_token + row, first)
+    tl.store(queries + row, num_queries)
+    tl.store(last + row, start - tl.where(before > 0, (before - S) * PAGE, 0))
+    tl.store(count + row, (tl.maximum(before - S, 0) * PAGE).to(tl.float32))
+
+    j = tl.arange(0, BLOCK)
+    column = tl.where((j < S) | (before == 0), j, before + j - S)
+    used = (end + PAGE - 1) // PAGE - tl.where(before > 0, before - S, 0)
+    page = tl.load(table + column, mask=(j < used) & (column < num_columns), other=0).to(tl.int64)
+    tl.store(pages + row * COLUMNS + j, page, mask=j < COLUMNS)
+    m = tl.arange(0, BLOCK_M)
+    page = tl.load(table + S + m, mask=(m < M) & (S + m < num_columns), other=0).to(tl.int64)
+    tl.store(moment_pages + row * M + m, page, mask=m < M)
+    s = tl.arange(0, BLOCK_S)
+    tl.store(store_pages + row * S + s, tl.load(table + s, mask=(s < S) & (s < num_columns), other=0), mask=s < S)
+    k = tl.arange(0, BLOCK_K)
+    retire_from = tl.where(before > 0, before, S)
+    column = retire_from + k
+    page = tl.load(table + column, mask=(column < after) & (column < num_columns), other=0).to(tl.int64)
+    tl.store(retiring_pages + row * K + k, tl.where((column < after) & (after > before), page, -1), mask=k < K)
+
+    if OBSERVED > 0:
+        if OBSERVE_ALL:
+            zone = end - end
+        else:
+            event = tl.where(start < FIRST, FIRST, FIRST + ((start - FIRST) // RETIRE + 1) * RETIRE)
+            earlier = tl.where(start < FIRST, 0, FIRST + (start - FIRST) // RETIRE * RETIRE)
+            zone = tl.maximum(event - OBSERVED, earlier)
+        tl.store(observe_from + row, tl.minimum(tl.maximum(zone - start, 0), num_queries))
+        tl.store(restart + row, (start <= zone) & (zone < end) & (num_queries > 0))
+
+
+def plan(seq_lens, query_start, block_table, attend, retire, schedule, observed: int, observe_all: bool) -> None:
+    """Fill the first len(seq_lens) rows of the lists `attend` and `retire` (kernels/worklists.py).
+
+    Args:
+        seq_lens: [rows] int32 committed tokens at the end of the step, 0 for padding.
+        query_start: [rows + 1] int32 index of each row's query in the flat token list; one query a row, none for padding.
+        block_table: [rows, columns] int32.
+        schedule: page_schedule.PageSchedule with evict_in_prefill.
+        observed: queries before an event that the policy observes, 0 if none; observe_all: all queries instead.
+    """
+    s, m, columns, k = (
+        schedule.store_pages,
+        schedule.moment_pages,
+        attend.pages.shape[1],
+        retire.retiring_pages.shape[1],
+    )
+    power = triton.next_power_of_2
+    _plan[(len(seq_lens),)](
+        seq_lens, query_start, block_table, attend.first_token, attend.queries, attend.pages, attend.last,
+        attend.moment_pages, attend.count, attend.observe_from, attend.restart, retire.store_pages, retire.retiring_pages,
+        block_table.stride(0), block_table.shape[1],
+        PAGE=schedule.page_size, S=s, M=m, FIRST=schedule.first_event, RETIRE_PAGES=schedule.retire_pages,
+        COLUMNS=columns, K=k, OBSERVED=observed, OBSERVE_ALL=observe_all,
+        BLOCK=power(columns), BLOCK_S=power(s), BLOCK_M=power(max(1, m)), BLOCK_K=power(k), num_warps=1,
+    )  # fmt: skip
