@@ -69,9 +69,12 @@ class Server:
         return [line for line in lines if line.startswith("momentkv:")]
 
     def metrics(self) -> dict[str, float]:
-        """Our samples by name without labels (of one engine)."""
-        found = (line.rsplit(" ", 1) for line in self.samples())
-        return {name.split("{")[0]: float(value) for name, value in found}
+        """Our samples by name, summed over labels."""
+        found: dict[str, float] = {}
+        for line in self.samples():
+            name, value = line.split("{")[0], float(line.rsplit(" ", 1)[1])
+            found[name] = found.get(name, 0.0) + value
+        return found
 
     def stop(self) -> None:
         if self.process.poll() is None:

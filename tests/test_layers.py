@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "momentkv_vllm"
 LAYERS = [
-    {"config", "page_schedule", "page_layout", "versions"},
+    {"config", "page_schedule", "page_layout", "versions", "metrics"},
     {"kernels", "policies"},
     {"block_manager"},
     {"attention"},

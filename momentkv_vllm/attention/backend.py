@@ -4,11 +4,13 @@ Registered in place of vLLM's CPU_ATTN (its platform always returns that one); w
 as the class it derives from (vllm/v1/attention/backends/cpu_attn.py, vLLM 0.32.0).
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata, MultipleOf
 from vllm.v1.attention.backends.cpu_attn import (
@@ -20,6 +22,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from momentkv_vllm.attention.metadata import EvictionMetadata, WorkBuilder
+from momentkv_vllm.attention.monitor import Monitor
 from momentkv_vllm.attention.self_check import check_cache_layout
 from momentkv_vllm.block_manager.spec import MomentKVSpec, record_layout
 from momentkv_vllm.config import EvictionConfig
@@ -41,10 +44,11 @@ class StockPart:
 
 @dataclass
 class MomentKVMetadata(CPUAttentionMetadata):
-    """vLLM's metadata plus ours; `eviction` None means the whole step is stock."""
+    """vLLM's metadata plus ours; `eviction` None means the whole step is stock. Only the first rank has a monitor."""
 
     eviction: EvictionMetadata | None = None
     stock_part: StockPart | None = None
+    monitor: Monitor | None = None
 
 
 class MomentKVBackend(CPUAttentionBackend):
@@ -83,6 +87,7 @@ class MomentKVMetadataBuilder(CPUAttentionMetadataBuilder):
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.work: WorkBuilder | None = None
+        self.monitor: Monitor | None = None
         config = EvictionConfig.from_vllm(vllm_config)
         if not config.active:
             return
@@ -100,6 +105,8 @@ class MomentKVMetadataBuilder(CPUAttentionMetadataBuilder):
             "--kv-eviction %s: kernels %s", config.policy, dispatch.describe(dispatch.select(config.kernels))
         )
         self.work = WorkBuilder(kv_cache_spec.schedule, config, POLICIES[config.policy])
+        if get_tensor_model_parallel_rank() == 0:
+            self.monitor = Monitor(kv_cache_spec)
         if config.prefill == "full":
             # Makes the runner hand prompt lengths to builders (CommonAttentionMetadata.rswa_prefix_lens), the only field
             # that carries them. Nothing else on a CPU worker reads this attribute of this process's config copy.
@@ -113,7 +120,7 @@ class MomentKVMetadataBuilder(CPUAttentionMetadataBuilder):
         if not plan.rounds:
             return stock
         part = self._stock_part(plan.stock_rows, common_attn_metadata) if plan.stock_rows else None
-        return MomentKVMetadata(**vars(stock), eviction=plan, stock_part=part)
+        return MomentKVMetadata(**vars(stock), eviction=plan, stock_part=part, monitor=self.monitor)
 
     def _plan(self, common: CommonAttentionMetadata) -> EvictionMetadata:
         n = common.num_reqs
@@ -181,21 +188,27 @@ class MomentKVImpl(CPUAttentionBackendImpl):
             output[part.tokens] = super().forward(
                 layer, rows, key, value, kv_cache, part.metadata, torch.empty_like(rows)
             )
-        cache = CacheView.of_vllm_cpu(kv_cache, self.record)
+        cache, monitor = CacheView.of_vllm_cpu(kv_cache, self.record), attn_metadata.monitor
         for work in plan.rounds:
+            sampling = monitor if monitor and monitor.due(work) else None
             for attend in work.attends:
-                self._attend(cache, query, output, attend)
+                self._attend(cache, query, output, attend, sampling)
             for retire in work.retires:
-                self.kernels.consolidate(
-                    cache, self.slot_mass, retire, self.policy, self.config.sink_tokens, self.scale
-                )
+                with monitor.timed() if monitor else nullcontext():
+                    self.kernels.consolidate(
+                        cache, self.slot_mass, retire, self.policy, self.config.sink_tokens, self.scale
+                    )
         return output
 
-    def _attend(self, cache: CacheView, query: torch.Tensor, output: torch.Tensor, work: AttendWork) -> None:
-        observed = work.observe_from is not None
-        lse = torch.empty(query.shape[:2], dtype=torch.float32) if observed else None
+    def _attend(
+        self, cache: CacheView, query: torch.Tensor, output: torch.Tensor, work: AttendWork, sampling: Monitor | None
+    ) -> None:
+        observed, corrected = work.observe_from is not None, self.config.correction != "off"
+        lse = torch.empty(query.shape[:2], dtype=torch.float32) if observed or sampling else None
         target = torch.empty_like(query) if work.observe_only else output
-        self.kernels.attend(cache, query, target, lse, work, self.scale, self.config.correction != "off")
+        self.kernels.attend(cache, query, target, lse, work, self.scale, corrected)
+        if sampling:
+            sampling.sample(cache, query, output, lse, work, self.scale, corrected)
         if observed:
             self._observe(cache, query, lse, work)
 

@@ -55,7 +55,7 @@ def patch_engine_args() -> None:
         refuse_unsupported(vllm_config, config)
         _choose_scheduler(vllm_config)
         # Imported late: prometheus must not be touched by processes that only parse options.
-        from momentkv_vllm.block_manager.metrics import serve_metrics
+        from momentkv_vllm.metrics import serve_metrics
 
         serve_metrics()
         return vllm_config
