@@ -17,8 +17,9 @@ import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from glob import glob
 
-from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client import REGISTRY
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.multiprocess import MultiProcessCollector
 
@@ -172,11 +173,9 @@ def read_metrics() -> dict[str, float]:
     found: dict[str, float] = {}
     if not directory:
         return found
-    registry = CollectorRegistry()
-    MultiProcessCollector(registry, directory)
-    for family in registry.collect():
+    for family in MultiProcessCollector.merge(glob(os.path.join(directory, "*_momentkv-*.db"))):
         for sample in family.samples:
-            if not sample.name.startswith("momentkv:") or "le" in sample.labels:
+            if "le" in sample.labels:
                 continue
             own = [f'{{{k}="{v}"}}' for k, v in sample.labels.items() if k not in ("model_name", "engine")]
             key = sample.name + "".join(own)

@@ -12,7 +12,7 @@ LAYERS = [
     {"block_manager"},
     {"attention"},
     {"vllm_seams"},
-    {"plugin", "cli", "doctor"},
+    {"plugin", "cli", "doctor", "endpoint"},
 ]
 """`attention` may use `block_manager.spec`, the record both sides share, and nothing else of it."""
 
