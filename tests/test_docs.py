@@ -87,3 +87,16 @@ def test_speed_figures_are_those_of_the_committed_results():
     for context, *figures in rows("tuning.md", "| context | batch 1 | batch 8 | batch 32 |"):
         found = [decode.get((int(context), batch), {}).get("speedup") for batch in (1, 8, 32)]
         assert figures == [f"{x:.2f}" if x else "-" for x in found]
+
+
+def test_the_cost_of_metrics_is_that_of_the_committed_results():
+    from momentkv_vllm.attention.monitor import SAMPLE_EVERY, SAMPLE_ROWS
+
+    found, text = results("metrics_cost"), (ROOT / "docs/operations.md").read_text()
+    cost = found["microseconds"]
+    for figure in (
+        f"{cost['pages_changed']:.1f} us for a change", f"{cost['consolidation_timed']:.1f} us for a consolidation",
+        f"{cost['sample'] / 1000:.1f} ms for a sample", f"{found['visit_microseconds']:.0f} us a layer visit",
+        f"{100 * found['share_of_attention']:.1f} % of", f"every {SAMPLE_EVERY}th", f"up to {SAMPLE_ROWS} sequences",
+    ):  # fmt: skip
+        assert figure in text, figure

@@ -13,10 +13,10 @@ from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.worklists import AttendWork
 from momentkv_vllm.metrics import CONSOLIDATE_SECONDS, CORRECTION, EVICTED_MASS, WORKER_METRICS, MetricWriter
 
-SAMPLE_EVERY = 61
+SAMPLE_EVERY = 127
 """Layer visits with an event between two samples; a prime, so that every layer of a model takes its turn."""
 
-SAMPLE_ROWS = 4
+SAMPLE_ROWS = 2
 """Most sequences looked at in a sample."""
 
 LEAST_RETAINED_MASS = 1e-3
