@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_OFFLINE = 1
 export VLLM_NO_USAGE_STATS = 1
 
-.PHONY: help setup demo test test-fast test-sanitize bench-kernels bench-serving lint format doctor lock model code-model test-gpu bench-gpu bench-quality bench-ablation bench-states bench-rope oracle clean bench-prefix
+.PHONY: help setup demo test test-fast test-sanitize bench-kernels bench-serving lint format doctor lock model code-model test-gpu bench-gpu bench-quality bench-ablation bench-states bench-rope oracle clean bench-prefix bench-dashboard bench-metrics
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
@@ -69,6 +69,12 @@ test-gpu:       ## check the GPU kernels on a machine with torch, triton and a G
 
 bench-gpu:      ## check, then time the GPU kernels; gpu.json and gpu.png go to $$OUT or benchmarks/results
 	$(PYTHON) benchmarks/gpu/run.py
+
+bench-dashboard: setup ## the Grafana dashboard's panels, drawn from a real run that a real Prometheus scrapes (4 minutes)
+	PYTHONPATH=benchmarks $(BIN)/python -P -m dashboard
+
+bench-metrics: setup ## what counting and sampling for the metrics cost
+	PYTHONPATH=benchmarks $(BIN)/python -P -m metrics_cost
 
 bench-quality: setup ## accuracy, KL and perplexity of all policies under a budget, in the real engine (an hour)
 	PYTHONPATH=benchmarks $(BIN)/python -P -m quality.run --samples 8 --tasks ruler --budgets 512 256 128 64

@@ -98,6 +98,7 @@ setup(
     },
     entry_points={
         "vllm.general_plugins": ["momentkv = momentkv_vllm.plugin:register"],
+        "vllm.endpoint_plugins": ["momentkv_endpoint = momentkv_vllm.endpoint:KVEvictionEndpoint"],
         "console_scripts": ["momentkv = momentkv_vllm.cli:main"],
     },
 )

@@ -24,11 +24,13 @@ class Server:
     """Started in the constructor; `stop` ends exactly the processes it started.
 
     binding: cores of the workers as vLLM writes them, "0|1" for two workers; None lets vLLM choose.
+    environment: further variables of the server.
     """
 
     def __init__(
-        self, model: Path, *options: str, folder: Path, name: str = "tiny", threads: int = 1, binding: str | None = None
-    ) -> None:
+        self, model: Path, *options: str, folder: Path, name: str = "tiny", threads: int = 1, binding: str | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = folder / f"server-{self.port}.log"
@@ -37,6 +39,7 @@ class Server:
         # Not the repository root: a top-level folder `triton_kernels` on sys.path would confuse vLLM.
         settings = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_") and k != "PYTHONPATH"}
         settings |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": str(threads)}
+        settings |= environment or {}
         if binding:
             settings["VLLM_CPU_OMP_THREADS_BIND"] = binding
         with self.log_path.open("wb") as log:
@@ -69,9 +72,12 @@ class Server:
         return [line for line in lines if line.startswith("momentkv:")]
 
     def metrics(self) -> dict[str, float]:
-        """Our samples by name without labels (of one engine)."""
-        found = (line.rsplit(" ", 1) for line in self.samples())
-        return {name.split("{")[0]: float(value) for name, value in found}
+        """Our samples by name, summed over labels."""
+        found: dict[str, float] = {}
+        for line in self.samples():
+            name, value = line.split("{")[0], float(line.rsplit(" ", 1)[1])
+            found[name] = found.get(name, 0.0) + value
+        return found
 
     def stop(self) -> None:
         if self.process.poll() is None:

@@ -13,6 +13,8 @@ os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
 
 from engine import Engine, random_prompt  # noqa: E402  after the environment is set
 
+from momentkv_vllm.metrics import EVICTED_TOKENS, RETIRED_PAGES  # noqa: E402
+
 NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 
 
@@ -41,7 +43,7 @@ def main(task: dict) -> None:
     events = [list(e.manager.schedule.events(first, first + tokens)) for first, tokens in steps]
     result = {
         "want": want, "got": got, "steps": steps, "events": events, "preemptions": e.preemptions,
-        "peaks": [plain.peak_pages, e.peak_pages], "retired": [list(x.manager.metrics.values.values())[:2] for x in (plain, e)],
+        "peaks": [plain.peak_pages, e.peak_pages], "retired": [[x.manager.metrics.values[m, 0] for m in (RETIRED_PAGES, EVICTED_TOKENS)] for x in (plain, e)],
     }  # fmt: skip
     for each in (e, plain):
         each.close()

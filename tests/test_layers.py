@@ -7,13 +7,13 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "momentkv_vllm"
 LAYERS = [
-    {"config", "page_schedule", "page_layout", "versions"},
+    {"config", "page_schedule", "page_layout", "versions", "metrics"},
     {"triton_kernels"},
     {"kernels", "policies"},
     {"block_manager"},
     {"attention"},
     {"vllm_seams"},
-    {"plugin", "cli", "doctor"},
+    {"plugin", "cli", "doctor", "endpoint"},
 ]
 """`attention` may use `block_manager.spec`, the record both sides share, and nothing else of it."""
 

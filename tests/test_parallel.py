@@ -23,6 +23,7 @@ PROMPTS = [random_prompt(n) for n in (30, 700, 1200)] + [random_prompt(700)[:600
 SCRIPT = """
 import json, sys
 from vllm import LLM, SamplingParams
+from momentkv_vllm.metrics import read_metrics
 
 def main():
     options = json.loads(sys.argv[1])
@@ -31,14 +32,15 @@ def main():
               additional_config={"kv_eviction": {"policy": "momentkv", "budget_tokens": 384, "moment_dtype": "float32"}})
     prompts = [{"prompt_token_ids": p} for p in json.loads(sys.argv[2])]
     outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=24, ignore_eos=True), use_tqdm=False)
-    print("TOKENS", json.dumps([list(o.outputs[0].token_ids) for o in outputs]))
+    tokens = [list(o.outputs[0].token_ids) for o in outputs]
+    print("RESULT", json.dumps({"tokens": tokens, "metrics": read_metrics()}))
 
 if __name__ == "__main__":
     main()
 """
 
 
-def tokens_of(folder, model, binding: str, **ranks: int) -> list[list[int]]:
+def result_of(folder, model, binding: str, **ranks: int) -> dict:
     script = folder / "run.py"
     script.write_text(SCRIPT)
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VLLM_ENABLE_V1_MULTIPROCESSING")}
@@ -47,18 +49,29 @@ def tokens_of(folder, model, binding: str, **ranks: int) -> list[list[int]]:
     done = subprocess.run(
         [sys.executable, str(script), options, json.dumps(PROMPTS)], capture_output=True, text=True, cwd=folder, env=env
     )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stdout[-2000:] + done.stderr[-3000:]
-    return json.loads(lines[0].removeprefix("TOKENS "))
+    return json.loads(lines[0].removeprefix("RESULT "))
 
 
 @pytest.fixture(scope="module")
 def one_worker(tmp_path_factory, models):
-    return tokens_of(tmp_path_factory.mktemp("one"), models(seed=1), "0")
+    return result_of(tmp_path_factory.mktemp("one"), models(seed=1), "0")
 
 
-def test_two_ranks_give_the_tokens_of_one(tmp_path, models, one_worker):
-    assert tokens_of(tmp_path, models(seed=1), "0|1", tensor_parallel_size=2) == one_worker
+def test_two_ranks_give_the_tokens_and_metrics_of_one(tmp_path, models, one_worker):
+    """Counted once, although both ranks consolidate; the same bytes, although each holds half of them."""
+    two = result_of(tmp_path, models(seed=1), "0|1", tensor_parallel_size=2)
+    assert two["tokens"] == one_worker["tokens"]
+    same = (
+        "retired_pages_total",
+        "evicted_tokens_total",
+        "freed_bytes_total",
+        "consolidate_seconds_count",
+        "evicted_mass_ratio_count",
+    )
+    for name in same:
+        assert two["metrics"][f"momentkv:{name}"] == one_worker["metrics"][f"momentkv:{name}"] > 0, name
 
 
 @pytest.mark.server
@@ -81,9 +94,11 @@ def test_two_data_parallel_engines_give_the_tokens_of_one(tmp_path, models, one_
             return [int(t.removeprefix("token_id:")) for t in answer.choices[0].logprobs.tokens]
 
         with concurrent.futures.ThreadPoolExecutor(8) as threads:
-            assert list(threads.map(ask, 2 * PROMPTS)) == 2 * one_worker
+            assert list(threads.map(ask, 2 * PROMPTS)) == 2 * one_worker["tokens"]
         retired = [s.rsplit(" ", 1) for s in server.samples() if s.startswith("momentkv:retired_pages_total")]
         assert sorted(name.split('engine="')[1][0] for name, _ in retired) == ["0", "1"]
         assert all(float(value) > 0 for _, value in retired), "both engines must have evicted"
+        timed = [s for s in server.samples() if s.startswith("momentkv:consolidate_seconds_count")]
+        assert len(timed) == 2 and all(float(s.rsplit(" ", 1)[1]) > 0 for s in timed), "each engine's worker reports"
     finally:
         server.stop()

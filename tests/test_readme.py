@@ -8,8 +8,8 @@ from pathlib import Path
 from model_families import table
 from quality.show import overview
 
-from momentkv_vllm.block_manager.metrics import METRICS
 from momentkv_vllm.config import POLICY_DEFAULTS, EvictionConfig
+from momentkv_vllm.metrics import METRICS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -35,7 +35,7 @@ def test_flags_name_every_policy():
 
 def test_metrics():
     table = rows("metric")
-    assert table == {m.name + ("_total" if m.kind == "counter" else ""): [m.kind, m.help] for m in METRICS}
+    assert table == {m.shown: [m.kind, m.help] for m in METRICS}
 
 
 def test_model_families():

@@ -137,8 +137,22 @@ CALLS = [
         "block_manager/spec.py",
     ),
     ("vllm._custom_ops:cpu_attn_reshape_and_cache", ["key", "value", "slot_mapping", "isa"], "attention/self_check.py"),
-    ("prometheus_client.mmap_dict:MmapedDict.write_value", ["key", "value"], "block_manager/metrics.py"),
-    ("prometheus_client.mmap_dict:mmap_key", ["metric_name", "name", "labelnames"], "block_manager/metrics.py"),
+    ("prometheus_client.mmap_dict:MmapedDict.write_value", ["key", "value"], "metrics.py"),
+    ("vllm.distributed.parallel_state:get_tensor_model_parallel_rank", [], "attention/backend.py"),
+    ("vllm.plugins.endpoint_plugins.interface:EndpointPlugin.attach_router", ["app"], "endpoint.py"),
+    (
+        "vllm.plugins.endpoint_plugins.interface:EndpointPlugin.init_state",
+        ["engine_client", "state", "args"],
+        "endpoint.py",
+    ),
+    (
+        "vllm.entrypoints.serve.middleware.authenticate:AuthenticationMiddleware.verify_token",
+        ["headers"],
+        "endpoint.py",
+    ),
+    ("vllm.engine.protocol:EngineClient.check_health", [], "endpoint.py"),
+    ("prometheus_client.multiprocess:MultiProcessCollector.merge", ["files", "accumulate"], "metrics.py"),
+    ("prometheus_client.mmap_dict:mmap_key", ["metric_name", "name", "labelnames"], "metrics.py"),
 ]
 FIELDS = [
     (

@@ -6,6 +6,7 @@ as the class it derives from (vllm/v1/attention/backends/cpu_attn.py, vLLM 0.32.
 
 from dataclasses import dataclass
 
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata, MultipleOf
 from vllm.v1.attention.backends.cpu_attn import (
@@ -25,6 +26,7 @@ from momentkv_vllm.attention.eviction import (
     stock_part,
 )
 from momentkv_vllm.attention.metadata import EvictionMetadata, WorkBuilder
+from momentkv_vllm.attention.monitor import Monitor
 from momentkv_vllm.attention.self_check import check_cache_layout
 from momentkv_vllm.block_manager.spec import MomentKVSpec
 from momentkv_vllm.config import EvictionConfig
@@ -37,10 +39,11 @@ logger = init_logger(__name__)
 
 @dataclass
 class MomentKVMetadata(CPUAttentionMetadata):
-    """vLLM's metadata plus ours; `eviction` None means the whole step is stock."""
+    """vLLM's metadata plus ours; `eviction` None means the whole step is stock. Only the first rank has a monitor."""
 
     eviction: EvictionMetadata | None = None
     stock_part: StockPart | None = None
+    monitor: Monitor | None = None
 
 
 class MomentKVBackend(EvictingBackend, CPUAttentionBackend):
@@ -67,6 +70,7 @@ class MomentKVMetadataBuilder(CPUAttentionMetadataBuilder):
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.work: WorkBuilder | None = None
+        self.monitor: Monitor | None = None
         config = EvictionConfig.from_vllm(vllm_config)
         if not config.active:
             return
@@ -83,6 +87,8 @@ class MomentKVMetadataBuilder(CPUAttentionMetadataBuilder):
             "--kv-eviction %s: kernels %s", config.policy, dispatch.describe(dispatch.select(config.kernels))
         )
         self.work = WorkBuilder(kv_cache_spec.schedule, config, POLICIES[config.policy])
+        if get_tensor_model_parallel_rank() == 0:
+            self.monitor = Monitor(kv_cache_spec)
         if config.prefill == "full":
             # Makes the runner hand prompt lengths to builders (CommonAttentionMetadata.rswa_prefix_lens), the only field
             # that carries them. Nothing else on a CPU worker reads this attribute of this process's config copy.
@@ -96,7 +102,7 @@ class MomentKVMetadataBuilder(CPUAttentionMetadataBuilder):
         if not plan.rounds:
             return stock
         part = stock_part(plan.stock_rows, common_attn_metadata, super().build) if plan.stock_rows else None
-        return MomentKVMetadata(**vars(stock), eviction=plan, stock_part=part)
+        return MomentKVMetadata(**vars(stock), eviction=plan, stock_part=part, monitor=self.monitor)
 
     def _plan(self, common: CommonAttentionMetadata) -> EvictionMetadata:
         n = common.num_reqs

@@ -4,6 +4,7 @@ Each class goes before vLLM's own in the bases; without --kv-eviction every meth
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from momentkv_vllm.attention.metadata import EvictionMetadata
+from momentkv_vllm.attention.monitor import Monitor
 from momentkv_vllm.block_manager.spec import MomentKVSpec, record_layout
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import dispatch
@@ -136,21 +138,28 @@ class EvictingImpl:
             output[part.tokens] = super().forward(
                 layer, rows, key, value, kv_cache, part.metadata, torch.empty_like(rows)
             )
-        cache = self.view(kv_cache, self.record)
+        cache, monitor = self.view(kv_cache, self.record), getattr(attn_metadata, "monitor", None)
         for work in plan.rounds:
+            sampling = monitor if monitor and monitor.due(work) else None
             for attend in work.attends:
-                self._attend(cache, query, output, attend)
+                self._attend(cache, query, output, attend, sampling)
             for retire in work.retires:
-                self.kernels.consolidate(
-                    cache, self.slot_mass, retire, self.policy, self.config.sink_tokens, self.scale
-                )
+                with monitor.timed() if monitor else nullcontext():
+                    self.kernels.consolidate(
+                        cache, self.slot_mass, retire, self.policy, self.config.sink_tokens, self.scale
+                    )
         return output
 
-    def _attend(self, cache: CacheView, query: torch.Tensor, output: torch.Tensor, work: AttendWork) -> None:
-        observed = work.observe_from is not None
-        lse = query.new_empty(query.shape[:2], dtype=torch.float32) if observed or self.sinks is not None else None
+    def _attend(
+        self, cache: CacheView, query: torch.Tensor, output: torch.Tensor, work: AttendWork, sampling: Monitor | None
+    ) -> None:
+        observed, corrected = work.observe_from is not None, self.config.correction != "off"
+        needs_lse = observed or sampling or self.sinks is not None
+        lse = query.new_empty(query.shape[:2], dtype=torch.float32) if needs_lse else None
         target = torch.empty_like(query) if work.observe_only else output
-        self.kernels.attend(cache, query, target, lse, work, self.scale, self.config.correction != "off")
+        self.kernels.attend(cache, query, target, lse, work, self.scale, corrected)
+        if sampling:
+            sampling.sample(cache, query, target, lse, work, self.scale, corrected)
         if self.sinks is not None:
             add_sinks(target, lse, work, self.sinks)
         if observed:

@@ -37,7 +37,9 @@ class MomentKVManager(FullAttentionManager):
         self.evicting: dict[str, int] = {}
         self.live_pages: dict[str, int] = {}
         self.sealed: set[str] = set()
-        self.metrics = PageMetrics(kv_cache_spec)
+        # Sums over requests, so that counting costs the same for one sequence and for a thousand.
+        self.total_live = self.total_retired = 0
+        self.metrics = PageMetrics(kv_cache_spec, self.block_pool.num_gpu_blocks - 1)
         _announce(kv_cache_spec, self.block_pool.num_gpu_blocks - 1)
 
     @property
@@ -102,16 +104,17 @@ class MomentKVManager(FullAttentionManager):
         self._remove_blocks_in_range(request_id, first, boundary)
         self.evicting[request_id] = boundary
         freed = boundary - first
+        self.total_retired += freed
         self._count_live(request_id, -freed)
         newly_evicted = self.schedule.evicted_tokens(boundary) - self.schedule.evicted_tokens(before)
-        self.metrics.retired(pages=freed, tokens=newly_evicted, sequences=len(self.evicting))
+        self.metrics.retired(pages=freed, tokens=newly_evicted)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         blocks = super().pop_blocks_for_free(request_id)
-        self.evicting.pop(request_id, None)
+        self.total_retired -= max(0, self.evicting.pop(request_id, 0) - self.rewritten_pages)
         self.sealed.discard(request_id)
-        self.live_pages.pop(request_id, None)
-        self.metrics.live(sum(self.live_pages.values()), len(self.evicting))
+        self.total_live -= self.live_pages.pop(request_id, 0)
+        self._publish()
         return blocks
 
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
@@ -137,6 +140,9 @@ class MomentKVManager(FullAttentionManager):
         assert len(owners) + other_pages + free == total, (
             f"{len(owners)} owned + {other_pages} of other layers + {free} free pages != {total}"
         )
+        columns = sum(map(len, self.req_to_blocks.values()))
+        counted = self.total_live + self.total_retired
+        assert columns == counted, f"stock would hold {columns} pages, the metrics say {counted}"
 
     def _check_request(self, request_id: str, blocks: list[KVCacheBlock]) -> None:
         boundary = self.evicting.get(request_id, 0)
@@ -188,7 +194,11 @@ class MomentKVManager(FullAttentionManager):
     def _count_live(self, request_id: str, change: int) -> None:
         if change:
             self.live_pages[request_id] = self.live_pages.get(request_id, 0) + change
-            self.metrics.live(sum(self.live_pages.values()), len(self.evicting))
+            self.total_live += change
+            self._publish()
+
+    def _publish(self) -> None:
+        self.metrics.holdings(self.total_live, self.total_retired, len(self.live_pages), len(self.evicting))
 
 
 def _announce(spec: MomentKVSpec, pool_pages: int) -> None:

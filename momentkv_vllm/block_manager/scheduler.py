@@ -5,6 +5,7 @@ Chosen through vLLM's own option `scheduler_cls`, unless the user has set it.
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
 
 from momentkv_vllm.block_manager.spec import MomentKVSpec
@@ -22,9 +23,7 @@ class _StopsAtEvents:
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        # Models with sliding-window layers have several groups; those that evict have one schedule.
-        specs = [group.kv_cache_spec for group in self.kv_cache_config.kv_cache_groups]
-        spec = next(s for s in specs if isinstance(s, MomentKVSpec))
+        spec = _evicting_spec(self.kv_cache_config)
         self.page_schedule = spec.schedule
         self.own_tokens = spec.own_tokens
         self.cacheable_tokens = spec.cacheable_tokens
@@ -39,6 +38,18 @@ class _StopsAtEvents:
             return tokens
         event = self.page_schedule.next_event(num_computed_tokens, request.num_prompt_tokens)
         return min(tokens, max(1, event - self.own_tokens - num_computed_tokens))
+
+
+def _evicting_spec(kv_cache_config: KVCacheConfig) -> MomentKVSpec:
+    """The spec of the one group of layers that evict. Models with sliding-window layers have other groups beside it; vLLM
+    makes several of it if most layers evict, which the metrics' one set of books cannot tell apart."""
+    specs = [g.kv_cache_spec for g in kv_cache_config.kv_cache_groups if isinstance(g.kv_cache_spec, MomentKVSpec)]
+    if len(specs) != 1:
+        raise ValueError(
+            f"--kv-eviction: vLLM makes {len(specs)} KV cache groups of this model's full-attention layers, supported is 1 "
+            f"(at most 1.5 times as many full-attention layers as sliding-window layers); serve without --kv-eviction"
+        )
+    return specs[0]
 
 
 class MomentKVScheduler(_StopsAtEvents, Scheduler):

@@ -37,6 +37,7 @@ class MomentKVSpec(FullAttentionSpec):
         config: the user's settings.
         step_tokens: most tokens of one request scheduled and not yet settled.
         model_name, engine: labels of the metrics.
+        page_bytes: bytes of a page over all layers and tensor-parallel ranks, for the metrics.
     """
 
     schedule: PageSchedule
@@ -44,6 +45,7 @@ class MomentKVSpec(FullAttentionSpec):
     step_tokens: int
     model_name: str
     engine: int
+    page_bytes: int = 0
 
     @classmethod
     def of(cls, spec: FullAttentionSpec, config: EvictionConfig, vllm_config: VllmConfig) -> Self:
@@ -60,13 +62,16 @@ class MomentKVSpec(FullAttentionSpec):
             )
         known = {f.name: getattr(spec, f.name) for f in fields(spec) if f.init}
         model = vllm_config.model_config.served_model_name
+        parallel = vllm_config.parallel_config
+        copies = vllm_config.model_config.get_num_layers(parallel) * parallel.tensor_parallel_size
         return cls(
             **known,
             schedule=page_schedule(config, spec.block_size, spec.head_size, spec.dtype),
             config=config,
             step_tokens=vllm_config.max_in_flight_tokens,
             model_name=model[0] if isinstance(model, list) else model,
-            engine=vllm_config.parallel_config.data_parallel_index,
+            engine=parallel.data_parallel_index,
+            page_bytes=spec.page_size_bytes * copies,
         )
 
     @classmethod

@@ -59,7 +59,7 @@ def patch_engine_args() -> None:
         refuse_unsupported(vllm_config, config)
         _choose_scheduler(vllm_config)
         # Imported late: prometheus must not be touched by processes that only parse options.
-        from momentkv_vllm.block_manager.metrics import serve_metrics
+        from momentkv_vllm.metrics import serve_metrics
 
         serve_metrics()
         return vllm_config
@@ -114,6 +114,8 @@ def _carry_options(engine_args: Any, args: argparse.Namespace) -> None:
     carrier = dict(engine_args.additional_config or {})
     merged = {**carrier.get(CONFIG_KEY, {}), **options}
     engine_args.additional_config = {**carrier, CONFIG_KEY: EvictionConfig.from_dict(merged).to_dict()}
+    # Further API server processes get `args` and parse them before they have loaded us (EngineArgs.__post_init__).
+    args.additional_config = engine_args.additional_config
 
 
 def _set_defaults(engine_args: Any, config: EvictionConfig) -> bool:

@@ -1,0 +1,64 @@
+"""What the metrics cost, in CPU time of one thread, beside the decode attention that they accompany (make bench-metrics)."""
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import report
+import torch
+from kernels.cases import Case, Shape
+
+from momentkv_vllm.attention.monitor import SAMPLE_EVERY, Monitor
+from momentkv_vllm.block_manager.metrics import PageMetrics
+from momentkv_vllm.kernels import cpu
+from momentkv_vllm.metrics import CONSOLIDATE_SECONDS, DIRECTORY_VARIABLE
+from momentkv_vllm.page_schedule import PageSchedule
+
+PLAN = PageSchedule(page_size=16, store_pages=31, moment_pages=1, window_pages=32, retire_pages=2)
+"""The default at a budget of 1,024 tokens."""
+
+
+def microseconds(call: Callable[[], None], calls: int) -> float:
+    """Median over 9 rounds of the mean CPU time of `calls` calls."""
+
+    def once() -> float:
+        start = time.thread_time()
+        for _ in range(calls):
+            call()
+        return (time.thread_time() - start) / calls * 1e6
+
+    call()
+    return statistics.median(once() for _ in range(9))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[DIRECTORY_VARIABLE] = folder
+        spec = SimpleNamespace(model_name="m", engine=0, schedule=PLAN, page_bytes=1 << 20)
+        monitor, pages, case = Monitor(spec), PageMetrics(spec, 4096), Case(Shape(slots=PLAN.first_event, kv_heads=8))
+        live = iter(range(1 << 30))
+        lse = torch.empty(case.query.shape[:2])
+        cpu.attend(case.cache, case.query, case.output, lse, case.work, case.scale, True)
+        cost = {
+            "pages_changed": microseconds(lambda: pages.holdings(next(live), 9, 8, 4), 5000),
+            "pages_retired": microseconds(lambda: pages.retired(2, 32), 5000),
+            "consolidation_timed": microseconds(lambda: monitor.metrics.observe(CONSOLIDATE_SECONDS, 1e-3), 5000),
+            "sample": microseconds(
+                lambda: monitor.sample(case.cache, case.query, case.output, lse, case.work, case.scale, True), 50
+            ),
+            "attention_a_token": microseconds(lambda: case.attend(True), 50) / case.shape.rows,
+        }
+    visit = cost["consolidation_timed"] + cost["sample"] / SAMPLE_EVERY
+    share = visit / PLAN.retire_tokens / cost["attention_a_token"]
+    figures = {"microseconds": cost, "visit_microseconds": visit, "share_of_attention": share}
+    print(report.table([["", "us"], *cost.items(), ("a layer visit with an eviction", visit)]))
+    report.write("metrics_cost", figures, [report.target("share of decode attention", share, 0.005, at_least=False)])
+
+
+if __name__ == "__main__":
+    main()

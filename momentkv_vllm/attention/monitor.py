@@ -1,0 +1,93 @@
+"""What only a worker sees: how long a consolidation takes, and how much attention the moments carry."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from momentkv_vllm.attention.metadata import Round
+from momentkv_vllm.block_manager.spec import MomentKVSpec
+from momentkv_vllm.kernels import moments as mo
+from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.worklists import AttendWork
+from momentkv_vllm.metrics import CONSOLIDATE_SECONDS, CORRECTION, EVICTED_MASS, WORKER_METRICS, MetricWriter
+
+SAMPLE_EVERY = 127
+"""Layer visits with an event between two samples; a prime, so that every layer of a model takes its turn."""
+
+SAMPLE_ROWS = 2
+"""Most sequences looked at in a sample."""
+
+LEAST_RETAINED_MASS = 1e-3
+"""Where the moments carry more than all but this, what attention had returned without them is not computable from the output."""
+
+
+class Monitor:
+    """The worker's figures of one engine. Sampling reads what attention has computed anyway: it changes no token."""
+
+    def __init__(self, spec: MomentKVSpec) -> None:
+        self.metrics = MetricWriter(WORKER_METRICS, spec.model_name, spec.engine)
+        self._visits = 0
+
+    def due(self, work: Round) -> bool:
+        """Whether this layer's attention of `work` is to be sampled: every `SAMPLE_EVERY`-th visit with an event."""
+        if not work.retires:
+            return False
+        self._visits += 1
+        return self._visits % SAMPLE_EVERY == 0
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Around a consolidation that has ended when the call returns, as on a CPU."""
+        start = time.perf_counter()
+        yield
+        self.metrics.observe(CONSOLIDATE_SECONDS, time.perf_counter() - start)
+
+    def sample(
+        self, cache: CacheView, query: torch.Tensor, output: torch.Tensor, lse: torch.Tensor, work: AttendWork,
+        scale: float, corrected: bool,
+    ) -> None:  # fmt: skip
+        """Look at the last query of the first rows of `work` that have evicted.
+
+        Args:
+            query, output, lse: as given to and written by the kernels' `attend` (kernels/reference.py).
+            corrected: `output` and `lse` contain the moments.
+        """
+        rows = (work.count > 0).nonzero().flatten()[:SAMPLE_ROWS]
+        if work.observe_only or not len(rows) or not cache.record.has_means:
+            return
+        token = (work.first_token + work.queries - 1)[rows]
+        mass, change = measure(cache, query[token], output[token], lse[token], work, rows, scale, corrected)
+        for value in mass.tolist():
+            self.metrics.observe(EVICTED_MASS, value)
+        for value in change.tolist() if corrected else ():
+            self.metrics.observe(CORRECTION, value)
+
+
+def measure(
+    cache: CacheView, query: torch.Tensor, output: torch.Tensor, lse: torch.Tensor, work: AttendWork, rows: torch.Tensor,
+    scale: float, corrected: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Mass that the moments of `rows` carry for one query each, and the relative size of the correction.
+
+    Args:
+        query, output: [rows, num_heads, head_dim]; lse: [rows, num_heads], with the moments if `corrected`.
+
+    Returns:
+        ([rows] mean over heads of the share m of attention, [rows] norm of (o - o_r) over norm of o). Attention merges
+        o = (1 - m) o_r + m e, with e the moments' part and o_r what the retained tokens alone give, so
+        o - o_r = m / (1 - m) (e - o).
+    """
+    record = cache.read_moments(work.moment_pages[rows], work.count[rows])
+    heads = record.mean_key.shape[1]
+    grouped = query.float().unflatten(1, (heads, -1))
+    evicted, log_mass = mo.partial(record, grouped, scale)
+    total = lse.unflatten(1, (heads, -1))
+    if not corrected:
+        total = torch.logaddexp(total, log_mass)
+    share = (log_mass - total).exp().clamp(max=1.0)
+    merged = output.float().unflatten(1, (heads, -1))
+    odds = (share / (1 - share).clamp(min=LEAST_RETAINED_MASS)).unsqueeze(-1)
+    change = (odds * (evicted - merged)).flatten(1).norm(dim=1)
+    return share.flatten(1).mean(1), change / merged.flatten(1).norm(dim=1).clamp(min=1e-30)

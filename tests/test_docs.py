@@ -1,0 +1,102 @@
+"""The guides against the code and the committed results."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+GUIDES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def results(name: str) -> dict:
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())["results"]
+
+
+def rows(guide: str, heading: str) -> list[list[str]]:
+    """Cells of the table with the heading row `heading`."""
+    body = (ROOT / "docs" / guide).read_text().split(heading)[1].split("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in body.splitlines()[2:]]
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda p: p.name)
+def test_files_links_and_targets_that_a_guide_names_exist(guide):
+    text = guide.read_text()
+    assert text.count("\n") < 150
+    for path in re.findall(r"`((?:momentkv_vllm|benchmarks|requirements|docker|tests)/[\w/.]+)`", text):
+        assert (ROOT / path).exists(), path
+    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        assert (guide.parent / link).exists(), link
+    targets = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"make ([a-z-]+)", text):
+        assert f"\n{target}:" in targets, target
+    for page, anchor in re.findall(r"\]\(([^)#]*)#([^)]+)\)", text):
+        headings = re.findall(r"^#+ (.+)$", (guide.parent / page if page else guide).read_text(), re.M)
+        assert anchor in [h.lower().replace(" ", "-") for h in headings], anchor
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda p: p.name)
+def test_metrics_that_a_guide_names_exist(guide):
+    from momentkv_vllm.metrics import METRICS
+
+    shown = {m.shown for m in METRICS} | {f"{m.name}_{end}" for m in METRICS if m.bounds for end in ("sum", "count")}
+    for name in re.findall(r"momentkv:\w+", guide.read_text()):
+        assert name in shown, name
+
+
+def test_messages_of_the_troubleshooting_guide_are_in_the_code():
+    """Each row's first quoted piece, and every option we refuse has a row."""
+    source = "".join(p.read_text() for p in (ROOT / "momentkv_vllm").rglob("*.py"))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # strings continued on the next line
+    theirs = ("unrecognized arguments", "Found endpoint plugin(s)", "Using custom scheduler class")
+    for heading in ("| message contains | why | do |", "| line | means |"):
+        for first, *_ in rows("troubleshooting.md", heading):
+            for quoted in re.findall(r"`([^`]+)`", first):
+                piece = quoted.removeprefix("does not support ").split(" ...")[0].strip()
+                known = piece in source or piece.startswith(theirs) or "VLLM_PLUGINS" in piece
+                assert known, f"{quoted!r} is no message of ours"
+
+
+def test_budget_figures_are_those_of_the_committed_results():
+    def cell(name: str, budget: int, prefill: str) -> dict | None:
+        found = [
+            c for c in results(name)["cells"]
+            if (c["method"], c["budget_tokens"], c["prefill"], c["column"]) == ("momentkv", budget, prefill, "bytes")
+        ]  # fmt: skip
+        return found[0] if found else None
+
+    table = rows(
+        "tuning.md", "| budget | share of the context | accuracy, chunked | accuracy, full | KL | perplexity |"
+    )
+    for budget, share, *figures in table:
+        assert share == f"1/{1024 // int(budget)}"
+        accuracy = [cell("quality", int(budget), mode) for mode in ("chunked", "full")]
+        text = cell("quality_code", int(budget), "chunked")
+        want = [f"{a['mean']:.3f}" if a else "-" for a in accuracy]
+        assert figures == [*want, f"{text['kl']:.3f}", f"{text['perplexity']:.2f}"]
+    (full,) = [c for c in results("quality")["cells"] if c["method"] == "full cache"]
+    assert f"full cache {full['mean']:.3f}" in (ROOT / "docs/tuning.md").read_text()
+    for task, *figures, _ in rows("tuning.md", "| task | full cache | 256 | 128 | what it asks |"):
+        cells = [full, cell("quality", 256, "chunked"), cell("quality", 128, "chunked")]
+        assert [float(f) for f in figures] == pytest.approx([c["tasks"][task] for c in cells], abs=0.0051), task
+
+
+def test_speed_figures_are_those_of_the_committed_results():
+    decode = {(r["context"], r["batch"]): r for r in results("serving")["decode"] if r["head_dim"] == 128}
+    for context, *figures in rows("tuning.md", "| context | batch 1 | batch 8 | batch 32 |"):
+        found = [decode.get((int(context), batch), {}).get("speedup") for batch in (1, 8, 32)]
+        assert figures == [f"{x:.2f}" if x else "-" for x in found]
+
+
+def test_the_cost_of_metrics_is_that_of_the_committed_results():
+    from momentkv_vllm.attention.monitor import SAMPLE_EVERY, SAMPLE_ROWS
+
+    found, text = results("metrics_cost"), (ROOT / "docs/operations.md").read_text()
+    cost = found["microseconds"]
+    for figure in (
+        f"{cost['pages_changed']:.1f} us for a change", f"{cost['consolidation_timed']:.1f} us for a consolidation",
+        f"{cost['sample'] / 1000:.1f} ms for a sample", f"{found['visit_microseconds']:.0f} us a layer visit",
+        f"{100 * found['share_of_attention']:.1f} % of", f"every {SAMPLE_EVERY}th", f"up to {SAMPLE_ROWS} sequences",
+    ):  # fmt: skip
+        assert figure in text, figure
