@@ -134,9 +134,9 @@ def main() -> None:
             }
             # The second client at every other rate: it confirms, the first one measures.
             rates = {"vllm bench serve": args.rates, "GuideLLM": args.rates[1::2]}
-            for ask in asks.values():
-                for server in servers.values():
-                    ask(server.url, 1.0 / args.seconds)
+            # Warm-up (GuideLLM cannot sum up a run of a request).
+            for server in servers.values():
+                asks["vllm bench serve"](server.url, 2.0 / args.seconds)
             rows = measure(servers, asks, rates)
         finally:
             for server in servers.values():

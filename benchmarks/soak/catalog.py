@@ -56,7 +56,7 @@ def ask_alone(url: str, request: Request) -> tuple[list[int], list[float]]:
     """Tokens and margins of one request while nothing else runs. Raises urllib.error.URLError."""
     body = json.dumps(request.body(logprobs=2)).encode()
     post = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(post, timeout=120) as response:
+    with urllib.request.urlopen(post, timeout=600) as response:
         choice = json.load(response)["choices"][0]
     best = [sorted(step.values(), reverse=True)[:2] for step in choice["logprobs"]["top_logprobs"]]
     return choice["token_ids"], [two[0] - two[1] if len(two) == 2 else 0.0 for two in best]

@@ -36,7 +36,7 @@ def start(folder: Path) -> Server:
 
 def gauges(server: Server) -> dict[str, float]:
     """Everything on /metrics without labels, samples of the same name added."""
-    with urllib.request.urlopen(f"{server.url}/metrics", timeout=10) as response:
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as response:
         lines = [line for line in response.read().decode().splitlines() if not line.startswith("#")]
     found: dict[str, float] = {}
     for name, value in (line.rsplit(" ", 1) for line in lines):
@@ -104,7 +104,7 @@ class Soak:
             victim = "server (SIGTERM)"
         else:
             victim = kill_worker(self.server)
-        code = await asyncio.to_thread(self.server.process.wait, 120)
+        code = await asyncio.to_thread(self.server.process.wait, 300)
         exited = time.monotonic() - begin
         await running
         self.traffic.faulty = False

@@ -67,7 +67,7 @@ class Traffic:
         """CLIENTS clients at a time, and a burst every BURST_SECONDS, until the time is over; then all answers are in."""
         self._url = url
         end = asyncio.get_running_loop().time() + seconds
-        limit = aiohttp.ClientTimeout(total=180)
+        limit = aiohttp.ClientTimeout(total=600)
         async with aiohttp.ClientSession(timeout=limit, connector=aiohttp.TCPConnector(limit=0)) as session:
             await asyncio.gather(self._bursts(session, end), *(self._client(session, end) for _ in range(CLIENTS)))
 
