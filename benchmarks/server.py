@@ -62,11 +62,11 @@ class Server:
         self.stop()
         raise RuntimeError(f"vllm serve was not ready after {START_SECONDS} s:\n{self.log[-3000:]}")
 
-    def samples(self, prefix: str = "momentkv:") -> list[str]:
-        """Lines on /metrics, ours unless told otherwise, one a metric and engine."""
+    def samples(self) -> list[str]:
+        """Our lines on /metrics, one a metric and engine."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as response:
             lines = response.read().decode().splitlines()
-        return [line for line in lines if line.startswith(prefix)]
+        return [line for line in lines if line.startswith("momentkv:")]
 
     def metrics(self) -> dict[str, float]:
         """Our samples by name without labels (of one engine)."""

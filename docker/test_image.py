@@ -54,8 +54,11 @@ def ask() -> dict:
     words = " ".join(f"t{n % 96}" for n in range(800))
     long = {"model": model, "prompt": words, "max_tokens": 32, "temperature": 0, "ignore_eos": True}
     answers = [json.loads(get("/v1/chat/completions", chat)), json.loads(get("/v1/completions", long))]
-    samples = [line.rsplit(" ", 1) for line in get("/metrics").splitlines() if line.startswith("momentkv:")]
-    metrics = {name.split("{")[0]: float(value) for name, value in samples}
+    metrics: dict[str, float] = {}
+    for line in get("/metrics").splitlines():
+        if line.startswith("momentkv:"):
+            name, value = line.split("{")[0], float(line.rsplit(" ", 1)[1])
+            metrics[name] = metrics.get(name, 0.0) + value
     assert answers[0]["usage"]["completion_tokens"] >= 1 and answers[1]["usage"]["completion_tokens"] == 32
     assert metrics["momentkv:retired_pages_total"] > 0 and metrics["momentkv:evicted_tokens_total"] > 0, metrics
     assert metrics["momentkv:live_pages"] == 0, metrics

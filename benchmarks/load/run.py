@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 import report
 from load import clients, model
 from server import Server
+from soak.run import gauges
 from tqdm import tqdm
 
 POOL_TOKENS, BUDGET_TOKENS = 4096, 256
@@ -40,6 +41,7 @@ PANELS = {
     "tpot_median": "time per output token, median (ms)",
     "tpot_p99": "time per output token, p99 (ms)",
 }
+PREEMPTIONS = "vllm:num_preemptions_total"
 Ask = Callable[[str, float], dict[str, Any]]
 
 
@@ -50,18 +52,12 @@ def measure(servers: dict[str, Server], asks: dict[str, Ask], rates: dict[str, l
         for client, ask in asks.items():
             for number, rate in enumerate(rates[client]):
                 for name in list(servers)[:: 1 if number % 2 else -1]:
-                    before = total(servers[name], "vllm:num_preemptions_total")
+                    before = gauges(servers[name])[PREEMPTIONS]
                     row = ask(servers[name].url, rate)
-                    row["preemptions"] = total(servers[name], "vllm:num_preemptions_total") - before
+                    row["preemptions"] = gauges(servers[name])[PREEMPTIONS] - before
                     rows.append({"client": client, "server": name, **row})
                     bar.update()
     return rows
-
-
-def total(server: Server, name: str) -> float:
-    """A sample of /metrics without labels."""
-    lines = server.samples("vllm:")
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0] == name)
 
 
 def pairs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -46,8 +46,12 @@ def gauges(server: Server) -> dict[str, float]:
 
 def leaked(server: Server) -> dict[str, float]:
     """What is not zero although nothing runs: pages, pool usage, requests. The gauges follow at the next step or look."""
-    names = ("momentkv:live_pages", "momentkv:evicting_sequences", "vllm:kv_cache_usage_perc")
-    names += ("vllm:num_requests_running", "vllm:num_requests_waiting")
+    names = (
+        "momentkv:live_pages",
+        "vllm:kv_cache_usage_perc",
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+    )
     end = time.monotonic() + QUIET_SECONDS
     while True:
         now = gauges(server)
