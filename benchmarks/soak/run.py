@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import report
 from server import Server
-from soak.catalog import catalog, record, replay
+from soak.catalog import NEAR_TIE, catalog, record, replay
 from soak.memory import Memory
 from soak.traffic import Traffic
 
@@ -122,7 +122,7 @@ class Soak:
         return {
             "requests_known": len(self.requests),
             "tokens_known": tokens,
-            "near_ties_in_them": sum(m < 0.01 for r in self.requests for m in r.margins),
+            "near_ties_in_them": sum(m < NEAR_TIE for r in self.requests for m in r.margins),
             "traffic": dict(sorted(self.traffic.counts.items())),
             "problems": self.traffic.problems[:20],
             "replay": again,
