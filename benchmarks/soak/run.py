@@ -9,6 +9,7 @@ end, on a server that was restarted twice, all are asked alone again.
 import argparse
 import asyncio
 import json
+import subprocess
 import tempfile
 import time
 import urllib.error
@@ -28,6 +29,7 @@ MODEL = Path(__file__).parent.parent / "needle/checkpoint"
 OPTIONS = ["--kv-eviction", "momentkv", "--kv-budget", "256", "--dtype", "float32", "--num-gpu-blocks-override", "81"]
 OPTIONS += ["--max-num-batched-tokens", "256", "--max-num-seqs", "12", "--max-model-len", "4096"]
 QUIET_SECONDS = 20
+GRACE_SECONDS = 120
 
 
 def start(folder: Path) -> Server:
@@ -70,6 +72,16 @@ def kill_worker(server: Server) -> str:
     return name
 
 
+def ended(process: subprocess.Popen) -> int:
+    """Exit code; after GRACE_SECONDS it is killed, as every supervisor does (then -9). vLLM 0.32.0 may wait for open answers for ever
+    if it had to kill its engine before that could abort them."""
+    try:
+        return process.wait(GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
 class Soak:
     """One server at a time, and what was seen of all of them."""
 
@@ -108,7 +120,7 @@ class Soak:
             victim = "server (SIGTERM)"
         else:
             victim = kill_worker(self.server)
-        code = await asyncio.to_thread(self.server.process.wait, 300)
+        code = await asyncio.to_thread(ended, self.server.process)
         exited = time.monotonic() - begin
         await running
         self.traffic.faulty = False
