@@ -73,8 +73,8 @@ def kill_worker(server: Server) -> str:
 
 
 def ended(process: subprocess.Popen) -> int:
-    """Exit code; after GRACE_SECONDS it is killed, as every supervisor does (then -9). vLLM 0.32.0 may wait for open answers for ever
-    if it had to kill its engine before that could abort them."""
+    """Exit code; after GRACE_SECONDS it is killed, as every supervisor does (then -9). vLLM 0.32.0 may wait for
+    open answers for ever if it had to kill its engine before that could abort them."""
     try:
         return process.wait(GRACE_SECONDS)
     except subprocess.TimeoutExpired:
