@@ -68,7 +68,9 @@ class Traffic:
         self._url = url
         end = asyncio.get_running_loop().time() + seconds
         limit = aiohttp.ClientTimeout(total=600)
-        async with aiohttp.ClientSession(timeout=limit, connector=aiohttp.TCPConnector(limit=0)) as session:
+        # A new connection each: uvicorn closes idle ones after 5 s, at times just when a client takes one up again.
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        async with aiohttp.ClientSession(timeout=limit, connector=connector) as session:
             await asyncio.gather(self._bursts(session, end), *(self._client(session, end) for _ in range(CLIENTS)))
 
     async def _client(self, session: aiohttp.ClientSession, end: float) -> None:
