@@ -13,6 +13,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from momentkv_vllm.attention import backend as cpu_backend
 from momentkv_vllm.attention.backend import MomentKVBackend, MomentKVImpl, MomentKVMetadataBuilder
 from momentkv_vllm.attention.cuda_backend import CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder
 from momentkv_vllm.kernels import reference
@@ -38,6 +39,12 @@ def config_of(model, **eviction):
         model=str(model), dtype="float32", additional_config=carrier, max_model_len=512, block_size=PAGE, max_num_seqs=4
     )
     return args.create_engine_config()
+
+
+@pytest.fixture(autouse=True)
+def first_rank(monkeypatch):
+    """No process groups here."""
+    monkeypatch.setattr(cpu_backend, "get_tensor_model_parallel_rank", lambda: 0)
 
 
 class Side:

@@ -37,7 +37,7 @@ class MomentKVSpec(FullAttentionSpec):
         config: the user's settings.
         step_tokens: most tokens of one request scheduled and not yet settled.
         model_name, engine: labels of the metrics.
-        page_bytes: bytes of a page over all layers and tensor-parallel ranks, for the metrics.
+        page_bytes: bytes of a page over all layers that evict and all tensor-parallel ranks, for the metrics.
     """
 
     schedule: PageSchedule
@@ -63,7 +63,7 @@ class MomentKVSpec(FullAttentionSpec):
         known = {f.name: getattr(spec, f.name) for f in fields(spec) if f.init}
         model = vllm_config.model_config.served_model_name
         parallel = vllm_config.parallel_config
-        copies = vllm_config.model_config.get_num_layers(parallel) * parallel.tensor_parallel_size
+        copies = _evicting_layers(vllm_config) * parallel.tensor_parallel_size
         return cls(
             **known,
             schedule=page_schedule(config, spec.block_size, spec.head_size, spec.dtype),
@@ -133,6 +133,15 @@ class MomentKVSpec(FullAttentionSpec):
     def state_bytes(self) -> int:
         """Bytes of one sequence's moment pages in one layer."""
         return self.schedule.moment_pages * self.page_size_bytes
+
+
+def _evicting_layers(vllm_config: VllmConfig) -> int:
+    """Layers that share a page: all, or the full-attention ones of a model with others beside them."""
+    model = vllm_config.model_config
+    types = getattr(model.hf_text_config, "layer_types", None)
+    if types and model.get_sliding_window():
+        return types.count("full_attention")
+    return model.get_num_layers(vllm_config.parallel_config)
 
 
 def _base_fields(spec: FullAttentionSpec) -> dict:
