@@ -284,7 +284,9 @@ def test_operators_declare_what_they_write(emulated):
 def test_the_family_says_why_it_cannot_run(monkeypatch):
     monkeypatch.setattr(cuda, "_why_missing", "No module named 'momentkv_vllm._cuda'")
     with pytest.raises(ValueError, match="'cuda' cannot run here: .*not built.*MOMENTKV_BUILD_CUDA=1"):
-        dispatch.select("cuda")
+        dispatch.select("cuda", "cuda")
+    with pytest.raises(ValueError, match="does not run on 'cpu' tensors"):
+        dispatch.select("cuda", "cpu")
     monkeypatch.setattr(cuda, "_why_missing", "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cuda.objections() == ["no CUDA device"]

@@ -12,6 +12,7 @@ from momentkv_vllm.kernels import cpu, cuda, reference, triton
 _FAMILIES: dict[str, ModuleType] = {"triton": triton, "cuda": cuda, "cpu": cpu, "reference": reference}
 _PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 """What `auto` tries on a device. Triton's interpreter is for tests: on a CPU it must be named."""
+_RUNS_ON = {"triton": {"cuda"}, "cuda": {"cuda"}, "cpu": {"cpu"}, "reference": {"cpu", "cuda"}}
 
 
 class Family:
@@ -53,6 +54,6 @@ def select(name: str = "auto", device: str = "cpu") -> ModuleType:
 def _objections(name: str, device: str) -> list[str]:
     """Why a family cannot run here on tensors of `device`."""
     interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    if name not in _PREFERRED[device] and not interpreted:
+    if device not in _RUNS_ON[name] and not interpreted:
         return [f"it does not run on {device!r} tensors"]
     return _FAMILIES[name].objections()
