@@ -27,6 +27,11 @@ class Shape:
     queries: int = 1
     page_size: int = 16
     dtype: torch.dtype = torch.bfloat16
+    first_order: bool = False
+
+    @property
+    def record(self) -> RecordLayout:
+        return RecordLayout(self.head_dim, has_covariance=self.first_order)
 
     @property
     def kv_bytes(self) -> int:
@@ -35,12 +40,13 @@ class Shape:
 
     @property
     def record_bytes(self) -> int:
-        return self.rows * self.kv_heads * RecordLayout(self.head_dim).num_bytes
+        return self.rows * self.kv_heads * self.record.num_bytes
 
     @property
     def label(self) -> str:
         step = "decode" if self.queries == 1 else f"chunk of {self.queries}"
-        return f"{step}, {self.rows} x {self.slots} tokens, d={self.head_dim}, {self.groups} queries a KV head"
+        order = ", first order" if self.first_order else ""
+        return f"{step}, {self.rows} x {self.slots} tokens, d={self.head_dim}, {self.groups} queries a KV head{order}"
 
 
 class Case:
@@ -49,7 +55,7 @@ class Case:
     def __init__(self, shape: Shape) -> None:
         s = self.shape = shape
         generator = torch.Generator().manual_seed(0)
-        record = RecordLayout(s.head_dim)
+        record = s.record
         num_moments, num_pages = record.pages(s.page_size, s.dtype.itemsize), -(-s.slots // s.page_size)
         total = 1 + s.rows * (num_pages + num_moments)
         kv = torch.randn(total, s.kv_heads, s.page_size, 2 * s.head_dim, generator=generator).to(s.dtype)
@@ -57,10 +63,14 @@ class Case:
         owned = (torch.randperm(total - 1, generator=generator) + 1).view(s.rows, -1)
         self.pages, self.moment_pages = (x.contiguous() for x in owned.split([num_pages, num_moments], 1))
         gone = (torch.randn(s.rows, s.kv_heads, 64, s.head_dim, generator=generator) for _ in range(2))
-        self.cache.write_moments(self.moment_pages, moments.of_tokens(*gone, torch.ones(s.rows, s.kv_heads, 64), True))
+        self.cache.write_moments(
+            self.moment_pages, moments.of_tokens(*gone, torch.ones(s.rows, s.kv_heads, 64), s.first_order)
+        )
         heads = s.kv_heads * s.groups
         self.query = torch.randn(s.rows * s.queries, heads, s.head_dim, generator=generator).to(s.dtype)
         self.output = torch.empty_like(self.query)
+        self.lse = torch.full(self.query.shape[:2], 10.0)
+        self.slot_mass = torch.rand(total, s.kv_heads, s.page_size, generator=generator)
         self.scale = s.head_dim**-0.5
         self.work = AttendWork(
             first_token=torch.arange(s.rows) * s.queries,
@@ -118,10 +128,21 @@ class Case:
         )
 
     def retire_work(self, row: int, retire_pages: int) -> RetireWork:
-        """One event of one row: all its other pages but the newest are the store."""
-        one = slice(row, row + 1)
-        store, retiring, _ = (x.contiguous() for x in self.pages[one].tensor_split([-1 - retire_pages, -1], 1))
+        """One event of one row by the default's layout: half of its pages are the store, then come those that retire."""
+        one, store_pages = slice(row, row + 1), self.pages.shape[1] // 2
+        store, retiring, _ = (
+            x.contiguous() for x in self.pages[one].tensor_split([store_pages, store_pages + retire_pages], 1)
+        )
         return RetireWork(store, retiring, self.moment_pages[one], self.work.count[one])
 
     def retire(self, work: RetireWork, family=cpu) -> None:
-        family.consolidate(self.cache, None, work, POLICIES["momentkv"](), SINKS, self.scale)
+        family.consolidate(self.cache, self.slot_mass, work, POLICIES["momentkv"](), SINKS, self.scale)
+
+    def observe_work(self, rows: int) -> AttendWork:
+        """One query of each of the first rows, whose attention the policy wants."""
+        part = {name: x[:rows] for name, x in vars(self.work).items() if isinstance(x, torch.Tensor)}
+        every = torch.zeros(rows, dtype=torch.int64)
+        return AttendWork(**part, observe_from=every, restart=every.bool())
+
+    def observe(self, work: AttendWork, family=cpu) -> None:
+        family.observe(self.cache, self.slot_mass, self.query, self.lse, work, self.scale)

@@ -17,6 +17,7 @@ from kernels.cases import Case, Shape
 from tqdm import tqdm
 from vllm.platforms import current_platform
 
+from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import cpu, reference
 from momentkv_vllm.page_schedule import DEFAULT_RETIRE_SHARE
 
@@ -29,6 +30,7 @@ SHAPES = [
     *(Shape(head_dim=64, rows=rows) for rows in (1, 8, 32)),
     *(Shape(groups=groups) for groups in (1, 8)),
     Shape(slots=4096, rows=4, page_size=32),
+    Shape(rows=8, first_order=True),
     Shape(rows=4, queries=16),
     Shape(head_dim=64, rows=4, queries=32, page_size=32),
 ]
@@ -103,22 +105,32 @@ def measure_context(context: int) -> dict[str, Any]:
 
 
 def measure_retire(budget: int) -> dict[str, Any]:
-    """Share of decode attention, amortised: every row retires `retire_tokens` at once, every so many steps."""
+    """Share of decode attention, amortised: every row retires `retire_tokens` at once, every so many steps, and observes the
+    attention of some of the queries between."""
     page_size, rows = (16 if budget <= 1024 else 32), 16
     retire_pages = max(1, budget // DEFAULT_RETIRE_SHARE // page_size)
+    retire_tokens, queries = retire_pages * page_size, EvictionConfig().observation_tokens
     case = Case(Shape(slots=budget, rows=rows, page_size=page_size))
-    attend, retire = [], []
+    # Sequences observe `queries` of `retire_tokens` steps, each at its own time: so many of them in a step.
+    observing = max(1, rows * queries // retire_tokens)
+    observed = case.observe_work(observing)
+    attend, retire, observe = [], [], []
     for turn in range(3 * rows):
         work = case.retire_work(turn % rows, retire_pages)  # built once a step for all layers, so not timed
         attend.append(seconds(lambda: case.attend(True)))
         retire.append(seconds(lambda: case.retire(work), flush=False))  # noqa: B023  called at once
-    tokens = statistics.median(retire[rows:]) / (statistics.median(attend[rows:]) / rows)
-    retire_tokens = retire_pages * page_size
+        attend.append(seconds(lambda: case.attend(True)))
+        observe.append(seconds(lambda: case.observe(observed), flush=False))
+    decode_token = statistics.median(attend[rows:]) / rows
+    tokens = statistics.median(retire[rows:]) / decode_token
+    query = statistics.median(observe[rows:]) / observing / decode_token
     return {
         "budget": budget,
         "retire_tokens": retire_tokens,
         "event_in_decode_tokens": tokens,
         "share_of_attend": tokens / retire_tokens,
+        "observed_query_in_decode_tokens": query,
+        "observing_share_of_attend": query * queries / retire_tokens,
     }
 
 
@@ -173,7 +185,17 @@ def main() -> None:
     print(report.table([["context", "speed-up", "bytes bound", "share"], *(list(c.values()) for c in contexts)]), "\n")
     print(
         report.table(
-            [["budget", "tokens an event", "event / decode token", "share"], *(list(r.values()) for r in retires)]
+            [
+                [
+                    "budget",
+                    "tokens an event",
+                    "event / decode token",
+                    "share",
+                    "observed query / decode token",
+                    "share",
+                ],
+                *(list(r.values()) for r in retires),
+            ]
         )
     )
     plot(report.RESULTS / "kernels.png", attends, contexts)

@@ -54,17 +54,21 @@ def measure(
     return [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT")]
 
 
+def record(head_dim: int) -> RecordLayout:
+    """The default's record: means alone."""
+    return RecordLayout(head_dim, has_covariance=False)
+
+
 def schedule(budget: int, head_dim: int) -> PageSchedule:
-    record = RecordLayout(head_dim)
     config = EvictionConfig(policy="momentkv", budget_tokens=budget)
-    return build_schedule(config, OUR_PAGE, record.pages(OUR_PAGE, 2), keeps_only_sinks=False)
+    return build_schedule(config, OUR_PAGE, record(head_dim).pages(OUR_PAGE, 2), keeps_only_sinks=False)
 
 
 def bytes_bound(head_dim: int, context: int, batch: int) -> float:
     """Speed-up of a decode step if time were bytes read."""
     plan, weights = schedule(BUDGET, head_dim), model.weight_bytes(head_dim)
     retained = BUDGET - plan.moment_pages * OUR_PAGE - plan.retire_tokens / 2  # the window's fill, on average
-    records = model.LAYERS * model.KV_HEADS * RecordLayout(head_dim).num_bytes
+    records = model.LAYERS * model.KV_HEADS * record(head_dim).num_bytes
     ours = weights + batch * (retained * model.token_bytes(head_dim) + records)
     return (weights + batch * context * model.token_bytes(head_dim)) / ours
 

@@ -22,8 +22,8 @@ struct Tile {
   int vectors() const { return (slots + kLanes - 1) / kLanes; }
 };
 
-// logits[r][slot] = scale * q_r . k_slot; `query` is [head_dim][Rows].
-template <int Rows, class T>
+// logits[r][slot] = scale * q_r . k_slot; `query` is [head_dim][Rows]. Fetches the values ahead if they are needed next.
+template <int Rows, bool Values, class T>
 inline void dot_keys(const Tile<T>& tile, const float* query, int64_t head_dim, int64_t page_size, float scale,
                      float* logits) {
   constexpr int kVectors = Rows >= 8 ? 2 : 4;
@@ -41,7 +41,8 @@ inline void dot_keys(const Tile<T>& tile, const float* query, int64_t head_dim, 
       Vec k[kVectors];
       for (int j = 0; j < kVectors; ++j) k[j] = load(key[j] + i * page_size);
       for (int j = 0; j < kVectors; ++j) __builtin_prefetch(next[j] + i * page_size);
-      for (int j = 0; j < kVectors; ++j) __builtin_prefetch(value[j] + i * kLanes);
+      if constexpr (Values)
+        for (int j = 0; j < kVectors; ++j) __builtin_prefetch(value[j] + i * kLanes);
       for (int r = 0; r < Rows; ++r)
         for (int j = 0; j < kVectors; ++j) sums[r][j] += k[j] * query[i * Rows + r];
     }
@@ -114,7 +115,7 @@ inline void soften(float* logits, int slots, int visible, float& top, float& mas
 template <int Rows, class T>
 inline void attend_tile(const Attend& a, const Tile<T>& tile, const float* query, const int* visible, float* logits,
                         Running run) {
-  dot_keys<Rows>(tile, query, a.cache.head_dim, a.cache.page_size, a.scale, logits);
+  dot_keys<Rows, true>(tile, query, a.cache.head_dim, a.cache.page_size, a.scale, logits);
   float keep[Rows];
   for (int r = 0; r < Rows; ++r)
     soften(logits + r * kTileSlots, tile.vectors() * kLanes, visible[r], run.top[r], run.mass[r], keep[r]);
@@ -297,7 +298,7 @@ void observe_rows(const Attend& a, const AttendItem& item, int first_row, float*
   }
   for (int64_t first = 0; first < sees[Rows - 1]; first += kTileSlots) {
     const Tile<T> tile(a.cache, item.head, pages, first, sees[Rows - 1]);
-    dot_keys<Rows>(tile, packed, d, page_size, a.scale, logits);
+    dot_keys<Rows, false>(tile, packed, d, page_size, a.scale, logits);
     for (int s = 0; s < tile.slots; s += kLanes) {
       const int64_t slot = first + s;
       float* mass = a.slot_mass + (pages[slot / page_size] * a.cache.heads + item.head) * page_size + slot % page_size;
