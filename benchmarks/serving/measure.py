@@ -2,9 +2,10 @@
 
     python -m serving.measure '{"model": PATH, "eviction": {...} or null, "kind": "decode", "steps": 24, "cells": [[8192, 32]]}'
 
-"decode": seconds of a decode step with every sequence decoding. Contexts of up to 32K cannot be read for real on two cores,
-so steps that read prompts skip the model and the cache is filled with random numbers beforehand: vLLM's scheduler, pages,
-block tables and every decode step are real, tokens are meaningless (random weights: they are anyway).
+"decode": seconds of a decode step with every sequence decoding, the mean over a cycle of evictions ("cycle": steps from one to
+the next). Contexts of up to 32K cannot be read for real on two cores, so steps that read prompts skip the model and the cache is
+filled with random numbers beforehand: vLLM's scheduler, pages, block tables and every decode step are real, tokens are
+meaningless (random weights: they are anyway).
 "ttft": seconds to the first token of one sequence, everything real.
 "pool": in a pool of POOL_TOKENS, how many of many equal requests run at a time, and how many are preempted; prompts as above.
 """
@@ -63,8 +64,9 @@ class Engine:
         self.llm.add_request(str(self.number), {"prompt_token_ids": prompt}, sampling)
         self.number += 1
 
-    def decode_seconds(self, context: int, batch: int, steps: int) -> float:
-        """Median seconds of a step in which all `batch` sequences decode."""
+    def decode_seconds(self, context: int, batch: int, steps: int, cycle: int) -> float:
+        """Seconds of a step in which all `batch` sequences decode: mean over the `cycle` steps from one eviction to the next,
+        of each one's median over the cycles measured. Sequences of one length observe and evict in the same steps."""
         self.finish()
         for _ in range(batch):
             self.add(context, 4096)
@@ -77,7 +79,7 @@ class Engine:
             outputs = self.llm.step()
             times.append(time.perf_counter() - start)
             assert len(outputs) == batch, "a sequence was preempted: the pool is too small for this cell"
-        return statistics.median(times)
+        return statistics.mean(statistics.median(times[i::cycle]) for i in range(cycle))
 
     def ttft_seconds(self, context: int) -> float:
         self.finish()
@@ -122,7 +124,7 @@ def main(task: dict) -> None:
         print("RESULT", json.dumps(measure_pool(engine)), flush=True)
     for context, batch in cells:
         if kind == "decode":
-            seconds = engine.decode_seconds(context, batch, task["steps"])
+            seconds = engine.decode_seconds(context, batch, task["steps"], task.get("cycle", 1))
         else:
             engine.ttft_seconds(256)
             seconds = engine.ttft_seconds(context)

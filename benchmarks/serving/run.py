@@ -30,7 +30,7 @@ import matplotlib.pyplot as plt  # noqa: E402  after the backend is chosen
 BUDGET, POOL_BUDGET, STOCK_PAGE, OUR_PAGE = 1024, 512, 128, 16
 POOL_GIB = 9
 EVICTION = {"policy": "momentkv", "budget_tokens": BUDGET}
-STEPS, LONG_STEPS = 24, 250
+STEPS, CYCLES, LONG_STEPS = 24, 3, 250
 UNDER_BUDGET = {"policy": "momentkv", "budget_tokens": 2048}
 
 
@@ -87,9 +87,11 @@ def decode(folder: Path, head_dim: int, quick: bool, bar: tqdm) -> list[dict[str
     path = model.make(folder, head_dim)
     wanted, skipped = cells(head_dim, quick)
     seconds: dict[str, list[list[float]]] = {"stock": [], "momentkv": []}
+    cycle = schedule(BUDGET, head_dim).retire_tokens
+    kinds = {"stock": (None, {"steps": STEPS}), "momentkv": (EVICTION, {"steps": CYCLES * cycle, "cycle": cycle})}
     for _ in range(1 if quick else 2):
-        for name, eviction in (("stock", None), ("momentkv", EVICTION)):
-            seconds[name].append([r["seconds"] for r in measure(path, eviction, "decode", cells=wanted, steps=STEPS)])
+        for name, (eviction, steps) in kinds.items():
+            seconds[name].append([r["seconds"] for r in measure(path, eviction, "decode", cells=wanted, **steps)])
             bar.update()
     rows = []
     for i, (context, batch) in enumerate(wanted):
