@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_OFFLINE = 1
 export VLLM_NO_USAGE_STATS = 1
 
-.PHONY: help setup demo test test-fast test-sanitize bench-kernels bench-serving lint format doctor lock model code-model test-gpu bench-gpu bench-quality bench-ablation bench-states bench-rope oracle clean bench-prefix bench-dashboard bench-metrics bench-load soak audit image-cpu image-test
+.PHONY: help setup demo test test-fast test-sanitize bench-kernels bench-serving lint format doctor lock model code-model test-gpu bench-gpu bench-gpu-engine bench-quality bench-ablation bench-states bench-rope oracle clean bench-prefix bench-dashboard bench-metrics bench-load soak audit image-cpu image-test
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
@@ -72,6 +72,9 @@ test-gpu:       ## check the GPU kernels on a machine with torch, triton and a G
 
 bench-gpu:      ## check, then time the GPU kernels; gpu.json and gpu.png go to $$OUT or benchmarks/results
 	$(PYTHON) benchmarks/gpu/run.py
+
+bench-gpu-engine: ## stock vLLM against momentkv in the engine on a GPU, CUDA graphs on (PYTHON=...; needs vllm==0.32.0 and this package)
+	PYTHONPATH=benchmarks $(PYTHON) -P -m gpu.engine
 
 bench-dashboard: setup ## the Grafana dashboard's panels, drawn from a real run that a real Prometheus scrapes (4 minutes)
 	PYTHONPATH=benchmarks $(BIN)/python -P -m dashboard

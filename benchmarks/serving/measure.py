@@ -7,6 +7,7 @@ the next). Contexts of up to 32K cannot be read for real on two cores, so steps 
 filled with random numbers beforehand: vLLM's scheduler, pages, block tables and every decode step are real, tokens are
 meaningless (random weights: they are anyway).
 "ttft": seconds to the first token of one sequence, everything real.
+"tokens": what each of several sequences says, past an eviction.
 "pool": in a pool of POOL_TOKENS, how many of many equal requests run at a time, and how many are preempted; prompts as above.
 """
 
@@ -22,7 +23,7 @@ os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 
 from vllm import EngineArgs, LLMEngine, SamplingParams  # noqa: E402  after the environment is set
 
-CHUNK = {"decode": 8192, "ttft": 2048, "pool": 512}
+CHUNK = {"decode": 8192, "ttft": 2048, "pool": 512, "tokens": 2048}
 POOL_TOKENS, POOL_PROMPT, POOL_NEW, POOL_REQUESTS = 16384, 2048, 256, 96
 
 
@@ -35,28 +36,32 @@ class Engine:
         args = EngineArgs(
             model=model,
             skip_tokenizer_init=True,
-            enforce_eager=True,
             enable_prefix_caching=False,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=chunk,
             **extra,
         )
         self.llm = LLMEngine.from_engine_args(args)
-        self.runner = self.llm.model_executor.driver_worker.worker.model_runner
         self.number = 0
+
+    @property
+    def pool_tokens(self) -> int:
+        cache = self.llm.vllm_config.cache_config
+        return cache.num_gpu_blocks * cache.block_size
 
     def fake_prefill(self) -> None:
         """Fill the cache with random numbers and skip the model in every step that is not pure decode."""
-        for cache in self.runner.kv_caches:
+        runner = self.llm.model_executor.driver_worker.worker.model_runner
+        for cache in runner.kv_caches:
             cache.normal_()
-        forward = self.runner.model.forward
+        forward = runner.model.forward
 
         def decode_only(input_ids, positions, *args, **kwargs):
-            if len(positions) > self.runner.max_num_reqs:  # a prompt chunk is in it
-                return self.runner.model.model.embed_tokens(input_ids)
+            if len(positions) > runner.max_num_reqs:  # a prompt chunk is in it
+                return runner.model.model.embed_tokens(input_ids)
             return forward(input_ids, positions, *args, **kwargs)
 
-        self.runner.model.forward = decode_only
+        runner.model.forward = decode_only
 
     def add(self, context: int, new_tokens: int) -> None:
         prompt = [(7 * i + self.number) % 8000 for i in range(context)]
@@ -88,6 +93,14 @@ class Engine:
         self.finish(abort=False)
         return time.perf_counter() - start
 
+    def tokens(self, context: int, batch: int) -> list[list[int]]:
+        for i in range(batch):
+            self.add(context + 7 * i, 64)
+        said: dict[str, list[int]] = {}
+        while self.llm.has_unfinished_requests():
+            said |= {o.request_id: list(o.outputs[0].token_ids) for o in self.llm.step() if o.finished}
+        return [said[name] for name in sorted(said, key=int)]
+
     def finish(self, abort: bool = True) -> None:
         if abort:
             self.llm.abort_request([str(n) for n in range(self.number)])
@@ -112,23 +125,27 @@ def measure_pool(engine: Engine) -> dict[str, float]:
 
 def main(task: dict) -> None:
     kind, cells = task["kind"], task.get("cells", [])
-    extra = {}
+    extra: dict[str, Any] = {"enforce_eager": task.get("eager", True)}
     if kind == "pool":
         extra["num_gpu_blocks_override"] = POOL_TOKENS // task["page_size"] + 1  # and the null page
         extra |= {"block_size": task["page_size"], "max_model_len": POOL_PROMPT + POOL_NEW}
     seqs = 64 if kind == "pool" else max(batch for _, batch in cells)
     engine = Engine(task["model"], task["eviction"], seqs, CHUNK[kind], **extra)
-    if kind != "ttft":
+    if kind in ("decode", "pool") and task.get("fake_prefill", True):
         engine.fake_prefill()
     if kind == "pool":
         print("RESULT", json.dumps(measure_pool(engine)), flush=True)
     for context, batch in cells:
+        if kind == "tokens":
+            print("RESULT", json.dumps({"tokens": engine.tokens(context, batch)}), flush=True)
+            continue
         if kind == "decode":
             seconds = engine.decode_seconds(context, batch, task["steps"], task.get("cycle", 1))
         else:
             engine.ttft_seconds(256)
             seconds = engine.ttft_seconds(context)
-        print("RESULT", json.dumps({"context": context, "batch": batch, "seconds": seconds}), flush=True)
+        cell = {"context": context, "batch": batch, "seconds": seconds, "pool_tokens": engine.pool_tokens}
+        print("RESULT", json.dumps(cell), flush=True)
 
 
 if __name__ == "__main__":
