@@ -5,6 +5,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+from load.run import table as load_table
 from model_families import table
 from quality.show import overview
 
@@ -75,6 +76,11 @@ def test_speed_figures_are_those_of_the_committed_results():
         assert "| " + " | ".join(text) + " |" in README, row
     pool, overhead = serving["pool"], serving["overhead"]
     assert f"{pool['ratio']:.2f}x as many sequences" in README and f"{overhead['off_to_stock']:.3f} with" in README
+    load = json.loads((ROOT / "benchmarks/results/load.json").read_text())["results"]
+    for row in load_table(load["rows"]).splitlines()[2:]:
+        assert row in README
+    busiest = [r["output_tokens_per_second"] for r in load["ratios"] if r["rate"] == 4]
+    assert "{:.2f}x and {:.2f}x of stock's output".format(*busiest) in README
     prefix = json.loads((ROOT / "benchmarks/results/prefix_cache.json").read_text())["results"]
     assert f"prompt tokens saved {prefix[0]['saving_to_stock']:.2f} of" in README
     assert f"{prefix[1]['saving_to_stock']:.2f} with 1,536" in README
