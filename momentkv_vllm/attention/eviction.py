@@ -21,7 +21,7 @@ from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import dispatch
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.sinks import add_sinks
-from momentkv_vllm.kernels.worklists import AttendWork
+from momentkv_vllm.kernels.worklists import AttendWork, fresh_pages
 from momentkv_vllm.policies import POLICIES
 
 
@@ -48,7 +48,7 @@ class EvictingBackend:
         config = EvictionConfig.from_vllm(loading) if loading else EvictionConfig()
         if not config.active or type(spec) is not FullAttentionSpec:
             return spec
-        return MomentKVSpec.of(spec, config, loading)
+        return MomentKVSpec.of(spec, config, loading, evicting_layers(loading))
 
 
 def require_bounded_spec(spec: AttentionSpec, config: EvictionConfig, layer_names: list[str]) -> None:
@@ -60,10 +60,15 @@ def require_bounded_spec(spec: AttentionSpec, config: EvictionConfig, layer_name
         )
 
 
+def evicting_layers(vllm_config: VllmConfig) -> int:
+    """How many layers of the loaded model evict."""
+    impls = (layer.impl for layer in get_layers_from_vllm_config(vllm_config, Attention).values())
+    return sum(isinstance(impl, EvictingImpl) and impl.config is not None for impl in impls)
+
+
 def require_evicting_layers(vllm_config: VllmConfig, config: EvictionConfig) -> None:
     """Raises ValueError for a model none of whose layers evicts."""
-    layers = get_layers_from_vllm_config(vllm_config, Attention).values()
-    if not any(getattr(layer.impl, "config", None) for layer in layers):
+    if not evicting_layers(vllm_config):
         raise ValueError(
             f"--kv-eviction {config.policy}: every layer of this model has a sliding window and holds no more than that; "
             f"there is nothing to evict; serve without --kv-eviction"
@@ -177,15 +182,13 @@ class EvictingImpl:
 def _zero_fresh_pages(kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
     """Zero pages whose first slot is about to be written, in a layer that does not evict but shares the pool with layers that
     do: such a page may have been a moment page there (kernels/reference.py, `store`)."""
-    page_size = kv_cache.shape[2]
-    kv_cache[slot_mapping[(slot_mapping >= 0) & (slot_mapping % page_size == 0)] // page_size] = 0
+    kv_cache[fresh_pages(slot_mapping, kv_cache.shape[2])] = 0
 
 
 def _refuse_layer(impl: EvictingImpl, slides: bool) -> None:
     """Layer features that eviction does not model. Raises ValueError; the model cannot be loaded then."""
-    on_gpu = (
-        impl.device_type == "cuda"
-    )  # clearing pages and adding sinks wait for the device, which a captured step cannot
+    # Clearing pages and adding sinks wait for the device, which a captured step cannot.
+    on_gpu = impl.device_type == "cuda"
     reasons = {
         "sliding-window attention on a GPU": slides and on_gpu,
         "ALiBi": impl.alibi_slopes is not None,

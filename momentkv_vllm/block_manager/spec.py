@@ -47,23 +47,27 @@ class MomentKVSpec(FullAttentionSpec):
     engine: int
     page_bytes: int = 0
 
+    def __post_init__(self) -> None:
+        """Raises ValueError on another page size than the schedule's: vLLM's dataclasses.replace comes by here as well as its
+        copy_with_new_block_size, and a schedule in other pages would be obeyed, wrongly."""
+        super().__post_init__()
+        if self.block_size != self.schedule.page_size:
+            raise ValueError(
+                f"--kv-eviction needs one page size for all layers, but vLLM wants to change block_size "
+                f"{self.schedule.page_size} to {self.block_size} for this model; serve without --kv-eviction"
+            )
+
     @classmethod
-    def of(cls, spec: FullAttentionSpec, config: EvictionConfig, vllm_config: VllmConfig) -> Self:
-        """Bound a layer's spec. Raises ValueError on what eviction does not model."""
+    def of(cls, spec: FullAttentionSpec, config: EvictionConfig, vllm_config: VllmConfig, layers: int) -> Self:
+        """Bound a layer's spec; `layers` evict. Raises ValueError on what eviction does not model."""
         if spec.head_size != spec.head_size_v:
             raise ValueError(
                 f"--kv-eviction needs key and value heads of one size, this model has {spec.head_size} and "
                 f"{spec.head_size_v}; serve without --kv-eviction"
             )
-        if spec.sliding_window is not None:
-            raise ValueError(
-                "--kv-eviction needs pages of their own for sliding-window layers, but vLLM's hybrid KV cache manager is "
-                "off; drop --disable-hybrid-kv-cache-manager, or serve without --kv-eviction"
-            )
         known = {f.name: getattr(spec, f.name) for f in fields(spec) if f.init}
         model = vllm_config.model_config.served_model_name
         parallel = vllm_config.parallel_config
-        copies = _evicting_layers(vllm_config) * parallel.tensor_parallel_size
         return cls(
             **known,
             schedule=page_schedule(config, spec.block_size, spec.head_size, spec.dtype),
@@ -71,7 +75,7 @@ class MomentKVSpec(FullAttentionSpec):
             step_tokens=vllm_config.max_in_flight_tokens,
             model_name=model[0] if isinstance(model, list) else model,
             engine=parallel.data_parallel_index,
-            page_bytes=spec.page_size_bytes * copies,
+            page_bytes=spec.page_size_bytes * layers * parallel.tensor_parallel_size,
         )
 
     @classmethod
@@ -83,15 +87,6 @@ class MomentKVSpec(FullAttentionSpec):
         if any(s.schedule != specs[0].schedule for s in specs):
             raise ValueError("--kv-eviction needs the same KV head size in all layers; serve without --kv-eviction")
         return replace(specs[0], **_base_fields(base))
-
-    def copy_with_new_block_size(self, block_size: int) -> Self:
-        """Refused: the schedule is in pages of the size it was built for."""
-        if block_size == self.block_size:
-            return self
-        raise ValueError(
-            f"--kv-eviction needs one page size for all layers, but vLLM wants to change block_size {self.block_size} to "
-            f"{block_size} for this model; serve without --kv-eviction"
-        )
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """What a sequence of max_model_len holds between steps: the figure behind vLLM's reported concurrency.
@@ -133,15 +128,6 @@ class MomentKVSpec(FullAttentionSpec):
     def state_bytes(self) -> int:
         """Bytes of one sequence's moment pages in one layer."""
         return self.schedule.moment_pages * self.page_size_bytes
-
-
-def _evicting_layers(vllm_config: VllmConfig) -> int:
-    """Layers that share a page: all, or the full-attention ones of a model with others beside them."""
-    model = vllm_config.model_config
-    types = getattr(model.hf_text_config, "layer_types", None)
-    if types and model.get_sliding_window():
-        return types.count("full_attention")
-    return model.get_num_layers(vllm_config.parallel_config)
 
 
 def _base_fields(spec: FullAttentionSpec) -> dict:

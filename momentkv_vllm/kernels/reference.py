@@ -8,7 +8,7 @@ import torch
 
 from momentkv_vllm.kernels import moments as mo
 from momentkv_vllm.kernels.cache_view import CacheView
-from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
+from momentkv_vllm.kernels.worklists import AttendWork, RetireWork, fresh_pages
 from momentkv_vllm.policies.base import Candidates, Policy
 
 
@@ -30,7 +30,7 @@ def store(
         slots: [tokens] int64, page * page_size + slot; negative = padding, not stored.
         slot_mass: as in `observe`, zeroed on fresh pages; None unless the policy needs it.
     """
-    fresh = slots[(slots >= 0) & (slots % cache.page_size == 0)] // cache.page_size
+    fresh = fresh_pages(slots, cache.page_size)
     cache.kv[fresh] = 0
     if slot_mass is not None:
         slot_mass[fresh] = 0

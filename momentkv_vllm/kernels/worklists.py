@@ -1,8 +1,20 @@
 """What a kernel call works on: plain index tensors, built once a step and shared by all layers."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+
+
+def fresh_pages(slots: torch.Tensor, page_size: int) -> torch.Tensor:
+    """Pages whose first slot is among `slots` [tokens] (page * page_size + slot; negative = padding)."""
+    return slots[(slots >= 0) & (slots % page_size == 0)] // page_size
+
+
+def mapped(work: Any, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Any:
+    """A copy of a work list, its tensors replaced by change(name, tensor)."""
+    return replace(work, **{name: change(name, x) for name, x in vars(work).items() if isinstance(x, torch.Tensor)})
 
 
 @dataclass
@@ -32,6 +44,10 @@ class AttendWork:
     restart: torch.Tensor | None = None
     observe_only: bool = False
     most_queries: int = 0
+
+    def query_bound(self) -> int:
+        """No row has more queries. Waits for the device unless `most_queries` is given."""
+        return self.most_queries or int(self.queries.max())
 
     def tokens(self) -> torch.Tensor:
         """[queries of all rows] int64 flat token indices."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 WAY_OUT = "change it, or serve without --kv-eviction"
 
 WINDOW_PAGE_TOKENS = 32
-"""vLLM's CPU attention with a sliding window gives wrong results in pages that are not a multiple of it."""
+"""vLLM's CPU attention takes pages of multiples of it, and all layers of a model have pages of one size."""
 
 
 def refuse_untested_vllm() -> None:
