@@ -54,8 +54,11 @@ def patch_engine_args() -> None:
         chose_page_size = _set_defaults(self, config)
         vllm_config = create(self, *args, **kwargs)
         if vllm_config.model_config.get_sliding_window():
-            _set_window_defaults(self, chose_page_size)
-            vllm_config = create(self, *args, **kwargs)
+            if chose_page_size and self.block_size % WINDOW_PAGE_TOKENS:
+                self.block_size = WINDOW_PAGE_TOKENS
+                logger.info("momentkv: the model has sliding-window layers, --block-size is %d", self.block_size)
+                vllm_config = create(self, *args, **kwargs)
+            _keep_windows_cached(vllm_config)
         refuse_unsupported(vllm_config, config)
         _choose_scheduler(vllm_config)
         # Imported late: prometheus must not be touched by processes that only parse options.
@@ -134,14 +137,11 @@ def _set_defaults(engine_args: Any, config: EvictionConfig) -> bool:
     return choose_block_size
 
 
-def _set_window_defaults(engine_args: Any, chose_page_size: bool) -> None:
-    """As `_set_defaults`, for models with sliding-window layers; that a model has them is known only from its configuration."""
-    if chose_page_size and engine_args.block_size % WINDOW_PAGE_TOKENS:
-        engine_args.block_size = WINDOW_PAGE_TOKENS
-        logger.info("momentkv: the model has sliding-window layers, --block-size is %d", engine_args.block_size)
-    if engine_args.prefix_cache_retention_interval == 0:
-        # vLLM's default keeps their windows at the end of the prompt only; hits end before the first eviction.
-        engine_args.prefix_cache_retention_interval = None
+def _keep_windows_cached(vllm_config: Any) -> None:
+    """Let sliding-window layers be found in the prefix cache at every page, unless the user chose where. vLLM's default (0) keeps
+    their windows at the end of the prompt only, but hits end before the first eviction."""
+    if vllm_config.cache_config.prefix_cache_retention_interval == 0:
+        vllm_config.cache_config.prefix_cache_retention_interval = None
 
 
 def _choose_scheduler(vllm_config: Any) -> None:
