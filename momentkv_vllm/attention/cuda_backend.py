@@ -36,6 +36,7 @@ from momentkv_vllm.attention.metadata import EvictionMetadata, Round, WorkBuilde
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import dispatch
 from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.worklists import mapped
 from momentkv_vllm.policies import POLICIES
 
 logger = init_logger(__name__)
@@ -166,11 +167,8 @@ def _on_device(work: Round, table: torch.Tensor) -> Round:
 
 
 def _looked_up(work: Any, table: torch.Tensor) -> Any:
-    moved = {
-        name: x.to(table.device, non_blocking=True) for name, x in vars(work).items() if isinstance(x, torch.Tensor)
-    }
-    for name in moved:
-        if name.endswith("pages"):
-            places = moved[name]
-            moved[name] = torch.where(places > 0, table[(places - 1).clamp(min=0)], 0)
-    return replace(work, **moved)
+    def moved(name: str, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(table.device, non_blocking=True)
+        return torch.where(x > 0, table[(x - 1).clamp(min=0)], 0) if name.endswith("pages") else x
+
+    return mapped(work, moved)

@@ -4,7 +4,7 @@ import torch
 
 from momentkv_vllm.attention.metadata import EvictionMetadata, Round
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
+from momentkv_vllm.kernels.worklists import AttendWork, RetireWork, mapped
 from momentkv_vllm.page_schedule import PageSchedule
 from momentkv_vllm.policies import Policy
 
@@ -62,14 +62,8 @@ class DecodePlan:
         from momentkv_vllm.triton_kernels.plan import plan
 
         rows = len(seq_lens)
-        attend, retire = _rows(self.attend, rows), _rows(self.retire, rows)
+        attend, retire = (mapped(work, lambda _, x: x[:rows]) for work in (self.attend, self.retire))
         plan(seq_lens, query_start, block_table, attend, retire, self.schedule, self.observed, self.observe_all)
         if not self.observed:
             attend.observe_from = attend.restart = None
         return EvictionMetadata([], [Round([attend], [retire])])
-
-
-def _rows(work, rows: int):
-    """The first rows of every list of a work list, as views."""
-    parts = {name: x[:rows] if isinstance(x, torch.Tensor) else x for name, x in vars(work).items()}
-    return type(work)(**parts)

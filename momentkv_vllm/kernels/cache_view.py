@@ -71,6 +71,11 @@ class CacheView:
     def page_size(self) -> int:
         return self.keys.shape[2]
 
+    @property
+    def covariance(self) -> tuple[bool, torch.dtype, int]:
+        """Whether records have one, its type, and the byte of a record at which it begins: what native kernels are told."""
+        return self.record.has_covariance, self._covariance_dtype, self.record.header_bytes
+
     def read_tokens(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens of `pages` [rows, n] as float32 (keys, values) [rows, heads, n * page_size, head_dim]."""
         return _flatten(self.keys[pages]), _flatten(self.values[pages])

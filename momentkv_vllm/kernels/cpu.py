@@ -7,6 +7,7 @@ import torch
 
 from momentkv_vllm.kernels import reference
 from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.native import given_score, mass_to_clear
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
 from momentkv_vllm.policies.base import Policy
 
@@ -39,10 +40,7 @@ def isa() -> str:
 def store(
     cache: CacheView, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, slot_mass: torch.Tensor | None
 ) -> None:
-    if slot_mass is not None and slot_mass.dim() == 4:
-        slot_mass[slots[(slots >= 0) & (slots % cache.page_size == 0)] // cache.page_size] = 0.0
-        slot_mass = None
-    torch.ops.momentkv_cpu.store(cache.kv, key, value, slots, slot_mass)
+    torch.ops.momentkv_cpu.store(cache.kv, key, value, slots, mass_to_clear(cache, slot_mass, slots))
 
 
 def attend(
@@ -67,7 +65,7 @@ def attend(
         work.count,
         scale,
         correct,
-        *_covariance(cache),
+        *cache.covariance,
     )
 
 
@@ -99,22 +97,15 @@ def consolidate(
     sink_tokens: int,
     scale: float,
 ) -> None:
-    # The default's score is computed in place; any other policy sees float32 copies of the candidates.
-    score = None if policy.is_moment_distance else policy.score(reference.candidates(cache, slot_mass, work, scale))
     torch.ops.momentkv_cpu.consolidate(
         cache.kv,
         work.store_pages,
         work.retiring_pages,
         work.moment_pages,
         work.count,
-        None if score is None else score.contiguous(),
+        given_score(cache, slot_mass, work, policy, scale),
         None if policy.observes_logits else slot_mass,
         sink_tokens,
         cache.record.has_means,
-        *_covariance(cache),
+        *cache.covariance,
     )
-
-
-def _covariance(cache: CacheView) -> tuple[bool, torch.dtype, int]:
-    record = cache.record
-    return record.has_covariance, getattr(torch, record.moment_dtype), record.header_bytes

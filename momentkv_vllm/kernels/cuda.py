@@ -11,6 +11,7 @@ import torch
 
 from momentkv_vllm.kernels import reference
 from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.native import given_score, mass_to_clear
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
 from momentkv_vllm.policies.base import Policy
 
@@ -46,9 +47,7 @@ def objections() -> list[str]:
 def store(
     cache: CacheView, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, slot_mass: torch.Tensor | None
 ) -> None:
-    if slot_mass is not None and slot_mass.dim() == 4:  # statistics of logits have no kernel
-        return reference.store(cache, key, value, slots, slot_mass)
-    _ops.store(cache.keys, cache.values, key, value, slots, slot_mass)
+    _ops.store(cache.keys, cache.values, key, value, slots, mass_to_clear(cache, slot_mass, slots))
 
 
 def attend(
@@ -74,10 +73,10 @@ def attend(
         work.moment_pages,
         work.count,
         num_rows,
-        work.most_queries or int(work.queries.max()),
+        work.query_bound(),
         scale,
         correct,
-        *_covariance(cache),
+        *cache.covariance,
     )
 
 
@@ -118,8 +117,6 @@ def consolidate(
     scale: float,
     num_rows: torch.Tensor | None = None,
 ) -> None:
-    # The default's score is computed in place; any other policy sees float32 copies of the candidates.
-    score = None if policy.is_moment_distance else policy.score(reference.candidates(cache, slot_mass, work, scale))
     _ops.consolidate(
         cache.keys,
         cache.values,
@@ -127,12 +124,12 @@ def consolidate(
         work.retiring_pages,
         work.moment_pages,
         work.count,
-        None if score is None else score.contiguous(),
+        given_score(cache, slot_mass, work, policy, scale),
         None if policy.observes_logits else slot_mass,
         num_rows,
         sink_tokens,
         cache.record.has_means,
-        *_covariance(cache),
+        *cache.covariance,
     )
 
 
@@ -140,11 +137,6 @@ def register_fakes(library: str) -> None:
     """Tell torch.compile what the operators of `library` do to shapes: they write in place and return nothing."""
     for name in ("store", "attend", "observe", "consolidate"):
         torch.library.register_fake(f"{library}::{name}", lambda *args: None)
-
-
-def _covariance(cache: CacheView) -> tuple[bool, torch.dtype, int]:
-    record = cache.record
-    return record.has_covariance, getattr(torch, record.moment_dtype), record.header_bytes
 
 
 if not _why_missing:

@@ -38,6 +38,11 @@ def families() -> list[Family]:
     return [Family(name, module) for name, module in _FAMILIES.items()]
 
 
+def preferred(device: str) -> list[Family]:
+    """What `auto` tries on a device, best first."""
+    return [Family(name, _FAMILIES[name]) for name in _PREFERRED[device]]
+
+
 def select(name: str = "auto", device: str = "cpu") -> ModuleType:
     """The module of the family `name`, for tensors on `device`. Raises ValueError if it is unknown or objects."""
     for candidate in _PREFERRED[device] if name == "auto" else (name,):

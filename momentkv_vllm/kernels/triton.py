@@ -10,6 +10,7 @@ import torch
 
 from momentkv_vllm.kernels import reference
 from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.native import given_score, mass_to_clear
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
 from momentkv_vllm.policies.base import Policy
 from momentkv_vllm.policies.momentkv import ATTENTION_WEIGHT
@@ -38,10 +39,7 @@ def objections() -> list[str]:
 def store(
     cache: CacheView, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, slot_mass: torch.Tensor | None
 ) -> None:
-    if slot_mass is not None and slot_mass.dim() == 4:
-        slot_mass[slots[(slots >= 0) & (slots % cache.page_size == 0)] // cache.page_size] = 0.0
-        slot_mass = None
-    _store.store(cache, key, value, slots, slot_mass)
+    _store.store(cache, key, value, slots, mass_to_clear(cache, slot_mass, slots))
 
 
 def attend(
@@ -53,7 +51,7 @@ def attend(
     scale: float,
     correct: bool,
 ) -> None:
-    most = work.most_queries or int(work.queries.max())
+    most = work.query_bound()
     correct = correct and cache.record.has_means
     _decode.attend_decode(cache, query, output, lse, work, scale, correct)
     if most > 1:
@@ -76,9 +74,6 @@ def consolidate(
     sink_tokens: int,
     scale: float,
 ) -> None:
-    # The default's score is computed in place; any other policy sees float32 copies of the candidates.
-    score = None
-    if not policy.is_moment_distance:
-        score = policy.score(reference.candidates(cache, slot_mass, work, scale)).contiguous()
+    score = given_score(cache, slot_mass, work, policy, scale)
     moves_mass = slot_mass is not None and not policy.observes_logits
     _consolidate.consolidate(cache, slot_mass, score, work, sink_tokens, ATTENTION_WEIGHT, moves_mass)
