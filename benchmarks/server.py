@@ -65,16 +65,16 @@ class Server:
         self.stop()
         raise RuntimeError(f"vllm serve was not ready after {START_SECONDS} s:\n{self.log[-3000:]}")
 
-    def samples(self) -> list[str]:
-        """Our lines on /metrics, one a metric and engine."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as response:
+    def samples(self, prefix: str = "momentkv:") -> list[str]:
+        """Lines of /metrics that begin with `prefix`, one a metric and label set; ours, unless told otherwise."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as response:
             lines = response.read().decode().splitlines()
-        return [line for line in lines if line.startswith("momentkv:")]
+        return [line for line in lines if line.startswith(prefix) and not line.startswith("#")]
 
-    def metrics(self) -> dict[str, float]:
-        """Our samples by name, summed over labels."""
+    def metrics(self, prefix: str = "momentkv:") -> dict[str, float]:
+        """Samples by name, summed over labels."""
         found: dict[str, float] = {}
-        for line in self.samples():
+        for line in self.samples(prefix):
             name, value = line.split("{")[0], float(line.rsplit(" ", 1)[1])
             found[name] = found.get(name, 0.0) + value
         return found

@@ -27,7 +27,7 @@ def test_the_gpu_benchmark_runs_without_a_gpu(tmp_path):
 def test_a_wrong_kernel_stops_it_before_any_figure(tmp_path):
     """The gate in front of the timings: one number off, and nothing is timed."""
     broken = (
-        "import os, sys; os.environ['TRITON_INTERPRET'] = '1'; sys.path.insert(0, {folder!r})\n"
+        "import os, sys; os.environ['TRITON_INTERPRET'] = '1'; sys.path[:0] = {folders!r}\n"
         "import check, torch\n"
         "from momentkv_vllm.kernels import triton\n"
         "right = triton.attend\n"
@@ -37,6 +37,6 @@ def test_a_wrong_kernel_stops_it_before_any_figure(tmp_path):
         "triton.attend = wrong\n"
         "check.run('cpu', tiny=True)\n"
     )
-    code = broken.format(folder=str(SCRIPT.parent))
+    code = broken.format(folders=[str(SCRIPT.parent), str(SCRIPT.parents[1])])
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode != 0 and "AssertionError" in done.stderr and "output" in done.stderr

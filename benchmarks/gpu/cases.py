@@ -3,52 +3,26 @@
 import math
 from dataclasses import dataclass
 
+import shape
 import torch
 
 from momentkv_vllm.kernels import moments
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
-from momentkv_vllm.page_layout import RecordLayout
-
-SINKS = 4
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A step of a layer: `rows` sequences of `slots` retained tokens each (odd: row i has i fewer), `queries` new ones a row.
+class Shape(shape.Shape):
+    """One step of a layer in vLLM's GPU cache. odd: row i has i retained tokens fewer than `slots`."""
 
-    record: covariance type, "zeroth" for none.
-    """
-
-    head_dim: int = 128
     kv_heads: int = 8
-    groups: int = 4
-    slots: int = 1024
-    rows: int = 8
-    queries: int = 1
-    page_size: int = 16
-    dtype: torch.dtype = torch.bfloat16
     record: str = "bfloat16"
     odd: bool = False
 
     @property
-    def layout(self) -> RecordLayout:
-        first = self.record != "zeroth"
-        return RecordLayout(self.head_dim, self.record if first else "bfloat16", has_covariance=first)
-
-    @property
-    def kv_bytes(self) -> int:
-        return self.rows * self.slots * self.kv_heads * self.head_dim * 2 * self.dtype.itemsize
-
-    @property
-    def record_bytes(self) -> int:
-        return self.rows * self.kv_heads * self.layout.num_bytes
-
-    @property
     def label(self) -> str:
-        what = "decode" if self.queries == 1 else f"chunk of {self.queries}"
         return (
-            f"{what}, {self.rows} x {self.slots}, d={self.head_dim}, {self.groups} queries a KV head, "
+            f"{self.step}, {self.rows} x {self.slots}, d={self.head_dim}, {self.groups} queries a KV head, "
             f"pages of {self.page_size}, {str(self.dtype).removeprefix('torch.')}, record {self.record}"
         )
 
@@ -56,24 +30,20 @@ class Shape:
 class Case:
     """Random tokens and records of a shape on a device."""
 
-    def __init__(self, shape: Shape, device: str) -> None:
-        s, self.device = shape, device
-        self.shape = shape
+    def __init__(self, s: Shape, device: str) -> None:
+        self.shape, self.device = s, device
         generator = torch.Generator(device).manual_seed(0)
 
         def normal(*size: int) -> torch.Tensor:
             return torch.randn(*size, generator=generator, device=device)
 
-        num_moments, num_pages = s.layout.pages(s.page_size, s.dtype.itemsize), -(-s.slots // s.page_size)
-        total = 1 + s.rows * (num_pages + num_moments)
+        total, self.pages, self.moment_pages = s.deal_pages(generator)
         kv = torch.empty(total, s.kv_heads, s.page_size, 2 * s.head_dim, dtype=s.dtype, device=device)
         # In parts: a 128K context in float32 would need as much memory again.
         for part in kv.split(4096):
             part.copy_(normal(*part.shape))
         kv[0] = math.nan
         self.cache = CacheView.of_vllm_gpu(kv, s.layout)
-        owned = (torch.randperm(total - 1, generator=generator, device=device) + 1).view(s.rows, -1)
-        self.pages, self.moment_pages = (x.contiguous() for x in owned.split([num_pages, num_moments], 1))
         ends = torch.full((s.rows,), s.slots, device=device)
         if s.odd:
             ends -= torch.arange(s.rows, device=device) % min(s.page_size, s.slots - s.queries + 1)

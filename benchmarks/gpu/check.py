@@ -3,7 +3,8 @@
 import math
 
 import torch
-from cases import SINKS, Case, Shape
+from cases import Case, Shape
+from shape import SINKS
 
 from momentkv_vllm.kernels import dispatch, reference
 from momentkv_vllm.policies import POLICIES
@@ -35,10 +36,10 @@ ROUNDING = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 1e-4}
 
 def families(device: str) -> dict:
     """The GPU families that work here, by name."""
-    names = [name for name in dispatch._PREFERRED["cuda"] if name != "reference"]
-    found = {name: dispatch._FAMILIES[name] for name in names if not dispatch._FAMILIES[name].objections()}
+    native = [family for family in dispatch.preferred("cuda") if family.module is not reference]
+    found = {family.name: family.module for family in native if not family.objections()}
     if not found:
-        raise SystemExit(f"no GPU kernel family works here: {[dispatch._FAMILIES[n].objections() for n in names]}")
+        raise SystemExit(f"no GPU kernel family works here: {[family.objections() for family in native]}")
     return found
 
 

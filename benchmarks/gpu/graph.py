@@ -1,7 +1,7 @@
 """CUDA-graph replay against eager: a decode layer over whole retiring periods, one graph for steps with and without events."""
 
 import torch
-from cases import SINKS
+from shape import SINKS
 
 from momentkv_vllm.attention.decode_plan import DecodePlan
 from momentkv_vllm.config import EvictionConfig

@@ -4,9 +4,10 @@ from typing import Any
 
 import baselines
 import graph
-from cases import SINKS, Case, Shape
+from cases import Case, Shape
 from check import POLICY, families
 from machine import Timer, copy_bandwidth
+from shape import SINKS
 
 from momentkv_vllm.page_schedule import DEFAULT_RETIRE_SHARE
 

@@ -1,70 +1,43 @@
 """Caches, work lists and callables for the kernel benchmark: our kernels and vLLM's own on the same pages."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import shape
 import torch
+from shape import SINKS
 from vllm import _custom_ops as ops
 
 from momentkv_vllm.kernels import cpu, moments
 from momentkv_vllm.kernels.cache_view import CacheView
-from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
-from momentkv_vllm.page_layout import RecordLayout
+from momentkv_vllm.kernels.worklists import AttendWork, RetireWork, mapped
 from momentkv_vllm.policies import POLICIES
-
-SINKS = 4
 
 
 @dataclass(frozen=True)
-class Shape:
-    """One decode or chunk step of a layer: `rows` sequences that retain `slots` tokens each, `queries` new ones a row."""
-
-    head_dim: int = 128
-    kv_heads: int = 4
-    groups: int = 4
-    slots: int = 1024
-    rows: int = 8
-    queries: int = 1
-    page_size: int = 16
-    dtype: torch.dtype = torch.bfloat16
-    first_order: bool = False
-
-    @property
-    def record(self) -> RecordLayout:
-        return RecordLayout(self.head_dim, has_covariance=self.first_order)
-
-    @property
-    def kv_bytes(self) -> int:
-        """Keys and values that one call must read."""
-        return self.rows * self.slots * self.kv_heads * self.head_dim * 2 * self.dtype.itemsize
-
-    @property
-    def record_bytes(self) -> int:
-        return self.rows * self.kv_heads * self.record.num_bytes
+class Shape(shape.Shape):
+    """One step of a layer in vLLM's CPU cache."""
 
     @property
     def label(self) -> str:
-        step = "decode" if self.queries == 1 else f"chunk of {self.queries}"
-        order = ", first order" if self.first_order else ""
-        return f"{step}, {self.rows} x {self.slots} tokens, d={self.head_dim}, {self.groups} queries a KV head{order}"
+        order = "" if self.record == "zeroth" else ", first order"
+        return (
+            f"{self.step}, {self.rows} x {self.slots} tokens, d={self.head_dim}, {self.groups} queries a KV head{order}"
+        )
 
 
 class Case:
     """Random tokens and records for a shape, the pages of every row scattered over the pool."""
 
-    def __init__(self, shape: Shape) -> None:
-        s = self.shape = shape
+    def __init__(self, s: Shape) -> None:
+        self.shape = s
         generator = torch.Generator().manual_seed(0)
-        record = s.record
-        num_moments, num_pages = record.pages(s.page_size, s.dtype.itemsize), -(-s.slots // s.page_size)
-        total = 1 + s.rows * (num_pages + num_moments)
+        total, self.pages, self.moment_pages = s.deal_pages(generator)
         kv = torch.randn(total, s.kv_heads, s.page_size, 2 * s.head_dim, generator=generator).to(s.dtype)
-        self.cache = CacheView.of_vllm_cpu(kv, record)
-        owned = (torch.randperm(total - 1, generator=generator) + 1).view(s.rows, -1)
-        self.pages, self.moment_pages = (x.contiguous() for x in owned.split([num_pages, num_moments], 1))
+        self.cache = CacheView.of_vllm_cpu(kv, s.layout)
         gone = (torch.randn(s.rows, s.kv_heads, 64, s.head_dim, generator=generator) for _ in range(2))
         self.cache.write_moments(
-            self.moment_pages, moments.of_tokens(*gone, torch.ones(s.rows, s.kv_heads, 64), s.first_order)
+            self.moment_pages, moments.of_tokens(*gone, torch.ones(s.rows, s.kv_heads, 64), s.layout.has_covariance)
         )
         heads = s.kv_heads * s.groups
         self.query = torch.randn(s.rows * s.queries, heads, s.head_dim, generator=generator).to(s.dtype)
@@ -140,9 +113,8 @@ class Case:
 
     def observe_work(self, rows: int) -> AttendWork:
         """One query of each of the first rows, whose attention the policy wants."""
-        part = {name: x[:rows] for name, x in vars(self.work).items() if isinstance(x, torch.Tensor)}
         every = torch.zeros(rows, dtype=torch.int64)
-        return AttendWork(**part, observe_from=every, restart=every.bool())
+        return replace(mapped(self.work, lambda _, x: x[:rows]), observe_from=every, restart=every.bool())
 
     def observe(self, work: AttendWork, family=cpu) -> None:
         family.observe(self.cache, self.slot_mass, self.query, self.lse, work, self.scale)

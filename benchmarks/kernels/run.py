@@ -30,7 +30,7 @@ SHAPES = [
     *(Shape(head_dim=64, rows=rows) for rows in (1, 8, 32)),
     *(Shape(groups=groups) for groups in (1, 8)),
     Shape(slots=4096, rows=4, page_size=32),
-    Shape(rows=8, first_order=True),
+    Shape(rows=8, record="bfloat16"),
     Shape(rows=4, queries=16),
     Shape(head_dim=64, rows=4, queries=32, page_size=32),
 ]

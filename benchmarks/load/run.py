@@ -15,7 +15,6 @@ import matplotlib.pyplot as plt
 import report
 from load import clients, model
 from server import Server
-from soak.run import gauges
 from tqdm import tqdm
 
 POOL_TOKENS, BUDGET_TOKENS = 4096, 256
@@ -52,9 +51,9 @@ def measure(servers: dict[str, Server], asks: dict[str, Ask], rates: dict[str, l
         for client, ask in asks.items():
             for number, rate in enumerate(rates[client]):
                 for name in list(servers)[:: 1 if number % 2 else -1]:
-                    before = gauges(servers[name])[PREEMPTIONS]
+                    before = servers[name].metrics("vllm:")[PREEMPTIONS]
                     row = ask(servers[name].url, rate)
-                    row["preemptions"] = gauges(servers[name])[PREEMPTIONS] - before
+                    row["preemptions"] = servers[name].metrics("vllm:")[PREEMPTIONS] - before
                     rows.append({"client": client, "server": name, **row})
                     bar.update()
     return rows

@@ -12,8 +12,6 @@ import json
 import subprocess
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +34,6 @@ def start(folder: Path) -> Server:
     return Server(MODEL, *OPTIONS, folder=folder, name="soak").wait_ready()
 
 
-def gauges(server: Server) -> dict[str, float]:
-    """Everything on /metrics without labels, samples of the same name added."""
-    with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as response:
-        lines = [line for line in response.read().decode().splitlines() if not line.startswith("#")]
-    found: dict[str, float] = {}
-    for name, value in (line.rsplit(" ", 1) for line in lines):
-        found[name.split("{")[0]] = found.get(name.split("{")[0], 0.0) + float(value)
-    return found
-
-
 def leaked(server: Server) -> dict[str, float]:
     """What is not zero although nothing runs: pages, pool usage, requests. The gauges follow at the next step or look."""
     names = (
@@ -56,7 +44,7 @@ def leaked(server: Server) -> dict[str, float]:
     )
     end = time.monotonic() + QUIET_SECONDS
     while True:
-        now = gauges(server)
+        now = server.metrics(prefix="")
         held = {name: now[name] for name in names if now[name]}
         if not held or time.monotonic() > end:
             return held
@@ -98,7 +86,7 @@ class Soak:
         memory = Memory(self.server.process.pid)
         asyncio.run(self.traffic.run(self.server.url, seconds))
         life = {"seconds": seconds, "held_when_quiet": leaked(self.server), "memory": memory.stop(), "end": end}
-        after = gauges(self.server)
+        after = self.server.metrics(prefix="")
         life["preemptions"] = after["vllm:num_preemptions_total"]
         life["retired_pages"] = after["momentkv:retired_pages_total"]
         if end != "stop":

@@ -57,20 +57,10 @@ const char* launch_attend(const Attend& a, void* stream) {
   return launch(merge_units<T, D>, tiles, a.work.cache.heads, a.work.rows, kAttendThreads, 0, a, stream);
 }
 
-template <class T>
-const char* by_head_dim(const Attend& a, void* stream) {
-  switch (a.work.cache.head_dim) {
-    case 64: return launch_attend<T, 64>(a, stream);
-    case 128: return launch_attend<T, 128>(a, stream);
-    case 256: return launch_attend<T, 256>(a, stream);
-    default: return "head_dim is none of 64, 128, 256";
-  }
-}
-
 }  // namespace
 
 const char* attend(const Attend& a, void* stream) {
-  return a.work.cache.type == Type::kBFloat16 ? by_head_dim<BFloat16>(a, stream) : by_head_dim<Float16>(a, stream);
+  return with_shape(a.work.cache, [&](auto t, auto d) { return launch_attend<decltype(t), decltype(d)::value>(a, stream); });
 }
 
 }  // namespace momentkv::cuda

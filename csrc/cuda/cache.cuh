@@ -52,6 +52,27 @@ __device__ inline void load_vector(const T* from, float (&to)[kCount]) {
   for (int i = 0; i < kCount; ++i) to[i] = to_float(vector.numbers[i]);
 }
 
+template <int D>
+struct HeadDim {
+  static constexpr int value = D;
+};
+
+template <class T, class F>
+const char* with_head_dim(const Cache& c, F f) {
+  switch (c.head_dim) {
+    case 64: return f(T{}, HeadDim<64>{});
+    case 128: return f(T{}, HeadDim<128>{});
+    case 256: return f(T{}, HeadDim<256>{});
+    default: return "head_dim is none of 64, 128, 256";
+  }
+}
+
+// Calls f(T{}, HeadDim<D>{}) with the type of the cache's numbers and its head size; an error's text, or what f returns.
+template <class F>
+const char* with_shape(const Cache& c, F f) {
+  return c.type == Type::kBFloat16 ? with_head_dim<BFloat16>(c, f) : with_head_dim<Float16>(c, f);
+}
+
 // A tile of kTileRows or kTileSlots rows of D numbers in shared memory. Chunks of 16 bytes are permuted within a row so that
 // neither writing rows nor loading matrices has bank conflicts.
 template <class T, int D>

@@ -17,20 +17,10 @@ const char* launch_consolidate(const Consolidate& c, void* stream) {
   return error;
 }
 
-template <class T>
-const char* by_head_dim(const Consolidate& c, void* stream) {
-  switch (c.cache.head_dim) {
-    case 64: return launch_consolidate<T, 64>(c, stream);
-    case 128: return launch_consolidate<T, 128>(c, stream);
-    case 256: return launch_consolidate<T, 256>(c, stream);
-    default: return "head_dim is none of 64, 128, 256";
-  }
-}
-
 }  // namespace
 
 const char* consolidate(const Consolidate& c, void* stream) {
-  return c.cache.type == Type::kBFloat16 ? by_head_dim<BFloat16>(c, stream) : by_head_dim<Float16>(c, stream);
+  return with_shape(c.cache, [&](auto t, auto d) { return launch_consolidate<decltype(t), decltype(d)::value>(c, stream); });
 }
 
 }  // namespace momentkv::cuda

@@ -41,20 +41,10 @@ const char* launch_observe(const Observe& o, void* stream) {
   return launch(observe_page<T, D>, o.work.max_pages, o.work.cache.heads, o.work.rows, kObserveThreads, 0, o, stream);
 }
 
-template <class T>
-const char* by_head_dim(const Observe& o, void* stream) {
-  switch (o.work.cache.head_dim) {
-    case 64: return launch_observe<T, 64>(o, stream);
-    case 128: return launch_observe<T, 128>(o, stream);
-    case 256: return launch_observe<T, 256>(o, stream);
-    default: return "head_dim is none of 64, 128, 256";
-  }
-}
-
 }  // namespace
 
 const char* observe(const Observe& o, void* stream) {
-  return o.work.cache.type == Type::kBFloat16 ? by_head_dim<BFloat16>(o, stream) : by_head_dim<Float16>(o, stream);
+  return with_shape(o.work.cache, [&](auto t, auto d) { return launch_observe<decltype(t), decltype(d)::value>(o, stream); });
 }
 
 }  // namespace momentkv::cuda
