@@ -8,10 +8,12 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "gpu"))
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path[:0] = [str(BENCHMARKS / "gpu"), str(BENCHMARKS)]
 import torch
 import triton
-from cases import SINKS, Case, Shape
+from cases import Case, Shape
+from shape import SINKS
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
