@@ -8,8 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-sys.path[:0] = [str(BENCHMARKS / "gpu"), str(BENCHMARKS)]
+sys.path.extend(str(Path(__file__).parents[1] / "benchmarks" / folder) for folder in ("gpu", ""))
 import torch
 import triton
 from cases import Case, Shape
