@@ -2,14 +2,14 @@
 
 import pytest
 from soak.catalog import NEAR_TIE, Request
-from soak.run import judge, soak
+from soak.run import MOMENTKV, judge, soak
 
 pytestmark = pytest.mark.server
 
 
 @pytest.mark.timeout(900)
 def test_mixed_traffic_and_a_killed_worker(tmp_path):
-    found = soak(tmp_path, [(12, "kill worker"), (6, "stop")], requests=16)
+    found = soak(tmp_path, [(12, "kill worker"), (6, "stop")], requests=16, options=MOMENTKV)
     missed = [t for t in judge(found) if not t["ok"]]
     assert not missed, found
     traffic = found["traffic"]
