@@ -5,8 +5,8 @@ through files in prometheus_client's multi-process format: in PROMETHEUS_MULTIPR
 one's /metrics reads that directory, so all say the same), otherwise in a directory of ours that `serve_metrics` adds to the API
 server's registry. A write is a store into mapped memory. Names start with `momentkv:` because vLLM unregisters `vllm:` ones.
 
-Every figure has one writer per engine (data-parallel rank): its core for the books, its first tensor-parallel rank for what only
-a worker sees (ranks evict in lockstep, each its own heads), so sums over engines count nothing twice.
+Every figure has one writer per engine (data-parallel rank): its core for the books, the first tensor-parallel rank of
+each pipeline stage for what only a worker sees (the others evict in lockstep, each its own heads), so sums count nothing twice.
 """
 
 import atexit
@@ -64,9 +64,7 @@ STATES = ("below_budget", "evicting")
 
 RETIRED_PAGES = Metric("momentkv:retired_pages", "counter", "KV pages freed to the pool by eviction.")
 EVICTED_TOKENS = Metric("momentkv:evicted_tokens", "counter", "Tokens folded into moments, per KV head.")
-FREED_BYTES = Metric(
-    "momentkv:freed_bytes", "counter", "Bytes of those pages, over all layers and tensor-parallel ranks."
-)
+FREED_BYTES = Metric("momentkv:freed_bytes", "counter", "Bytes of those pages, over all layers and ranks.")
 LIVE_PAGES = Metric(
     "momentkv:live_pages", "gauge",
     "KV pages that sequences own now, by `kind` (store, moments, window); window counts all exact pages, also below the budget.",
@@ -99,7 +97,7 @@ CORRECTION = Metric(
     bounds=RATIO_BOUNDS,
 )  # fmt: skip
 WORKER_METRICS = (CONSOLIDATE_SECONDS, EVICTED_MASS, CORRECTION)
-"""Written by the first worker of an engine (attention/monitor.py)."""
+"""Written by the first tensor-parallel rank of each pipeline stage of an engine (attention/monitor.py)."""
 
 METRICS = (*CORE_METRICS, *WORKER_METRICS)
 

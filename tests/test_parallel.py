@@ -1,5 +1,5 @@
-"""Two workers: tensor-parallel ranks never exchange a message about eviction and agree by construction; data-parallel engines evict
-each on their own."""
+"""Two workers: tensor- and pipeline-parallel ranks never exchange a message about eviction and agree by construction; data-parallel
+engines evict each on their own."""
 
 import concurrent.futures
 import json
@@ -27,7 +27,7 @@ from momentkv_vllm.metrics import read_metrics
 
 def main():
     options = json.loads(sys.argv[1])
-    llm = LLM(**options, enforce_eager=True, max_model_len=4096, max_num_batched_tokens=256, dtype="float32",
+    llm = LLM(**options, max_model_len=4096, max_num_batched_tokens=256, dtype="float32",
               num_gpu_blocks_override=200,
               additional_config={"kv_eviction": {"policy": "momentkv", "budget_tokens": 384, "moment_dtype": "float32"}})
     prompts = [{"prompt_token_ids": p} for p in json.loads(sys.argv[2])]
@@ -40,12 +40,12 @@ if __name__ == "__main__":
 """
 
 
-def result_of(folder, model, binding: str, **ranks: int) -> dict:
+def result_of(folder, model, binding: str, **options) -> dict:
     script = folder / "run.py"
     script.write_text(SCRIPT)
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VLLM_ENABLE_V1_MULTIPROCESSING")}
     env |= {"VLLM_CPU_OMP_THREADS_BIND": binding}
-    options = json.dumps({"model": str(model), **ranks})
+    options = json.dumps({"model": str(model), **options})
     done = subprocess.run(
         [sys.executable, str(script), options, json.dumps(PROMPTS)], capture_output=True, text=True, cwd=folder, env=env
     )
@@ -56,12 +56,14 @@ def result_of(folder, model, binding: str, **ranks: int) -> dict:
 
 @pytest.fixture(scope="module")
 def one_worker(tmp_path_factory, models):
-    return result_of(tmp_path_factory.mktemp("one"), models(seed=1), "0")
+    return result_of(tmp_path_factory.mktemp("one"), models(seed=1), "0", enforce_eager=True)
 
 
-def test_two_ranks_give_the_tokens_and_metrics_of_one(tmp_path, models, one_worker):
+@pytest.mark.parametrize("ranks", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_two_ranks_give_the_tokens_and_metrics_of_one(tmp_path, models, one_worker, ranks):
     """Counted once, although both ranks consolidate; the same bytes, although each holds half of them."""
-    two = result_of(tmp_path, models(seed=1), "0|1", tensor_parallel_size=2)
+    eager = ranks == "tensor_parallel_size"
+    two = result_of(tmp_path, models(seed=1), "0|1", enforce_eager=eager, **{ranks: 2})
     assert two["tokens"] == one_worker["tokens"]
     for name in ("retired_pages_total", "evicted_tokens_total", "freed_bytes_total"):
         assert two["metrics"][f"momentkv:{name}"] == one_worker["metrics"][f"momentkv:{name}"] > 0, name

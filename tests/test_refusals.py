@@ -32,7 +32,10 @@ def config_of(model, **options):
         ),
         ({"kv_offloading_size": 1.0}, ["--kv-offloading-size"]),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, ["--kv-transfer-config"]),
-        ({"pipeline_parallel_size": 2}, ["pipeline parallelism", "also without eviction"]),
+        (
+            {"pipeline_parallel_size": 2, "enforce_eager": True},
+            ["pipeline parallelism", "--enforce-eager", "also without eviction"],
+        ),
         ({"runner": "pooling", "convert": "embed"}, ["pooling"]),
     ],
 )
@@ -61,6 +64,8 @@ def test_sliding_window_models_get_pages_that_their_kernel_can_read(models, tmp_
         config_of(model, block_size=48)
     with pytest.raises(ValueError, match="--disable-hybrid-kv-cache-manager"):
         config_of(model, disable_hybrid_kv_cache_manager=True)
+    with pytest.raises(ValueError, match="pipeline parallelism of models with sliding-window layers"):
+        config_of(model, pipeline_parallel_size=2)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ logger = init_logger(__name__)
 
 @dataclass
 class MomentKVMetadata(CPUAttentionMetadata):
-    """vLLM's metadata plus ours; `eviction` None means the whole step is stock. Only the first rank has a monitor."""
+    """vLLM's metadata plus ours; `eviction` None: the whole step is stock. Only the first tensor-parallel rank has a monitor."""
 
     eviction: EvictionMetadata | None = None
     stock_part: StockPart | None = None

@@ -48,7 +48,7 @@ class EvictingBackend:
         config = EvictionConfig.from_vllm(loading) if loading else EvictionConfig()
         if not config.active or type(spec) is not FullAttentionSpec:
             return spec
-        return MomentKVSpec.of(spec, config, loading, evicting_layers(loading))
+        return MomentKVSpec.of(spec, config, loading, layers_of_all_stages(loading))
 
 
 def require_bounded_spec(spec: AttentionSpec, config: EvictionConfig, layer_names: list[str]) -> None:
@@ -64,6 +64,14 @@ def evicting_layers(vllm_config: VllmConfig) -> int:
     """How many layers of the loaded model evict."""
     impls = (layer.impl for layer in get_layers_from_vllm_config(vllm_config, Attention).values())
     return sum(isinstance(impl, EvictingImpl) and impl.config is not None for impl in impls)
+
+
+def layers_of_all_stages(vllm_config: VllmConfig) -> int:
+    """How many layers evict over all pipeline stages, of which a process loads one; with several, every layer of the model
+    does (validate.py)."""
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        return vllm_config.model_config.get_total_num_hidden_layers()
+    return evicting_layers(vllm_config)
 
 
 def require_evicting_layers(vllm_config: VllmConfig, config: EvictionConfig) -> None:

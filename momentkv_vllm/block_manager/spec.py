@@ -37,7 +37,7 @@ class MomentKVSpec(FullAttentionSpec):
         config: the user's settings.
         step_tokens: most tokens of one request scheduled and not yet settled.
         model_name, engine: labels of the metrics.
-        page_bytes: bytes of a page over all layers that evict and all tensor-parallel ranks, for the metrics.
+        page_bytes: bytes of a page over all layers that evict, of all ranks of an engine, for the metrics.
     """
 
     schedule: PageSchedule

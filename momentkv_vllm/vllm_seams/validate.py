@@ -44,6 +44,7 @@ def _objections(vllm_config: "VllmConfig", config: EvictionConfig) -> dict[str, 
 
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     attention = vllm_config.attention_config.backend
+    staged = parallel.pipeline_parallel_size > 1
     return {
         **gpu_objections(current_platform, vllm_config, config),
         "runner 'pooling' (embedding and scoring models)": model.runner_type != "generate",
@@ -62,9 +63,10 @@ def _objections(vllm_config: "VllmConfig", config: EvictionConfig) -> dict[str, 
         "KV offloading (--kv-offloading-size)": cache.kv_offloading_size,
         "KV connectors (--kv-transfer-config)": vllm_config.kv_transfer_config,
         "KV cache events (--kv-events-config)": getattr(vllm_config.kv_events_config, "enable_kv_cache_events", False),
-        "pipeline parallelism (vLLM 0.32.0's CPU workers lose requests with it, also without eviction)": (
-            parallel.pipeline_parallel_size > 1
+        "pipeline parallelism with --enforce-eager (vLLM 0.32.0's CPU workers end at the first step, also without eviction)": (
+            staged and model.enforce_eager and current_platform.device_type == "cpu"
         ),
+        "pipeline parallelism of models with sliding-window layers": staged and model.get_sliding_window() is not None,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
         f"--attention-backend {getattr(attention, 'name', attention)}": attention is not None
