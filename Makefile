@@ -112,7 +112,7 @@ oracle: setup   ## the tokens that stay against NVIDIA's kvpress, in an environm
 	@test -x .venv-oracle/bin/python || $(PYTHON) -m venv .venv-oracle
 	@.venv-oracle/bin/pip install -q "torch==2.13.0"
 	@.venv-oracle/bin/pip install -q -r requirements/oracle.txt
-	.venv-oracle/bin/python tests/oracle/record_kvpress.py benchmarks/needle/checkpoint tests/data/kvpress_scores.safetensors
+	.venv-oracle/bin/python tests/oracle/record_kvpress.py benchmarks/test_model/checkpoint tests/data/kvpress_scores.safetensors
 	$(BIN)/pytest tests/test_oracle.py
 
 bench-load: setup ## vllm bench serve and GuideLLM against stock and momentkv in one pool, at rising rates (10 minutes)

@@ -7,7 +7,6 @@ per sequence and the concurrency that vLLM reports. Then one sequence grows alon
 
 import argparse
 import concurrent.futures
-import random
 import re
 import sys
 import tempfile
@@ -17,20 +16,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE / "needle")]
+sys.path.insert(0, str(HERE))
 
 import openai  # noqa: E402
 import report  # noqa: E402
 from divergence import mean_kl  # noqa: E402
+from quality.questions import Question, ruler_questions, running_texts  # noqa: E402
+from quality.wording import Compact  # noqa: E402
 from server import Server  # noqa: E402
-from tasks import Sample, sample  # noqa: E402
 from tqdm import tqdm  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
 
-CONTEXT, BUDGET, SEQUENCES = 1000, 256, 6
-TASKS = ("needle", "multikey", "copy")
+CONTEXT, BUDGET, SEQUENCES = 1024, 256, 6
+TASKS = ("niah_multikey_1", "vt", "qa_1")
 STEP, ANSWER = 250, 64
 """Tokens between two lengths of the growing sequence, and how many it generates at each."""
 MAX_LEN = 4096
+MODEL_NAME = "test-model"
 COMMON = ["--max-num-batched-tokens", "256", "--max-model-len", str(MAX_LEN)]
 SMALL_POOL = ["--block-size", "16", "--num-gpu-blocks-override", "129"]
 SERVERS = {
@@ -46,7 +48,7 @@ class Run:
     """What one server showed."""
 
     right: dict[str, float] = field(default_factory=dict)
-    answers: list[list[str]] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
     text: list[dict[str, float]] = field(default_factory=list)
     growth: list[tuple[int, float]] = field(default_factory=list)
     concurrency: float = 0.0
@@ -60,16 +62,16 @@ def live_tokens(server: Server, pool_tokens: int) -> float:
     return float(usage[1]) * pool_tokens
 
 
-def ask(client: openai.OpenAI, one: Sample) -> list[str]:
-    """Stream an answer; its words."""
-    length = len(one.answer.split())
-    stream = client.completions.create(model="needle", prompt=one.prompt, max_tokens=length, temperature=0, stream=True)
-    return "".join(chunk.choices[0].text for chunk in stream if chunk.choices).split()
+def ask(client: openai.OpenAI, one: Question) -> str:
+    """Stream an answer."""
+    given = {"model": MODEL_NAME, "max_tokens": one.answer_tokens, "temperature": 0}
+    stream = client.completions.create(prompt=one.prompt, stream=True, **given)
+    return "".join(chunk.choices[0].text for chunk in stream if chunk.choices)
 
 
-def next_token(client: openai.OpenAI, one: Sample) -> dict[str, float]:
+def next_token(client: openai.OpenAI, text: str) -> dict[str, float]:
     """Log-probabilities of the 20 likeliest next tokens."""
-    answer = client.completions.create(model="needle", prompt=one.prompt, max_tokens=1, temperature=0, logprobs=20)
+    answer = client.completions.create(model=MODEL_NAME, prompt=text, max_tokens=1, temperature=0, logprobs=20)
     return answer.choices[0].logprobs.top_logprobs[0]
 
 
@@ -79,7 +81,7 @@ def grow(server: Server, client: openai.OpenAI, pool_tokens: int, words: list[st
     for length in range(STEP, MAX_LEN - ANSWER, STEP):
         prompt = " ".join(words[: length - 1])
         stream = client.completions.create(
-            model="needle",
+            model=MODEL_NAME,
             prompt=prompt,
             max_tokens=ANSWER,
             temperature=0,
@@ -95,8 +97,8 @@ def grow(server: Server, client: openai.OpenAI, pool_tokens: int, words: list[st
     return points
 
 
-def run_server(name: str, model: Path, questions: list[Sample], texts: list[Sample], folder: Path) -> Run:
-    server = Server(model, *SERVERS[name], *COMMON, folder=folder, name="needle", threads=2)
+def run_server(name: str, model: Path, questions: list[Question], texts: list[str], folder: Path) -> Run:
+    server = Server(model, *SERVERS[name], *COMMON, folder=folder, name=MODEL_NAME, threads=2)
     result = Run()
     try:
         server.wait_ready()
@@ -113,9 +115,9 @@ def run_server(name: str, model: Path, questions: list[Sample], texts: list[Samp
             result.answers = list(tqdm(jobs, total=len(questions), desc=name, unit="question"))
             result.text = list(pool.map(lambda t: next_token(client, t), texts))
         for task in TASKS:
-            marks = [a == q.answer.split() for a, q in zip(result.answers, questions, strict=True) if q.task == task]
+            marks = [q.score(a) for a, q in zip(result.answers, questions, strict=True) if q.task == task]
             result.right[task] = sum(marks) / len(marks)
-        words = " ".join(t.prompt for t in texts).split()
+        words = " ".join(texts).split()
         result.growth = grow(server, client, result.pool_tokens, words)
     finally:
         server.stop()
@@ -124,7 +126,8 @@ def run_server(name: str, model: Path, questions: list[Sample], texts: list[Samp
 
 def agreement(run: Run, stock: Run) -> tuple[float, float]:
     """(share of answer words equal to the full cache's, mean KL over its 20 likeliest next tokens on text)."""
-    pairs = [(a, b) for x, y in zip(stock.answers, run.answers, strict=True) for a, b in zip(x, y, strict=False)]
+    both = zip(stock.answers, run.answers, strict=True)
+    pairs = [(a, b) for x, y in both for a, b in zip(x.split(), y.split(), strict=False)]
     return sum(a == b for a, b in pairs) / len(pairs), mean_kl(stock.text, run.text)
 
 
@@ -148,12 +151,12 @@ def plot(runs: dict[str, Run], path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=HERE / "needle/checkpoint")
+    parser.add_argument("--model", type=Path, default=HERE / "test_model/checkpoint")
     parser.add_argument("--questions", type=int, default=16, help="per task")
     args = parser.parse_args()
-    rng = random.Random(7)
-    questions = [sample(t, rng, CONTEXT) for _ in range(args.questions) for t in TASKS]
-    texts = [sample("text", rng, CONTEXT) for _ in range(args.questions)]
+    tokenizer, wording = AutoTokenizer.from_pretrained(args.model), Compact()
+    questions = ruler_questions(TASKS, wording, tokenizer, CONTEXT, args.questions, seeds=[7], chat=False)
+    texts = running_texts(wording, "", tokenizer, CONTEXT, args.questions)
     began = time.monotonic()
     runs = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -185,8 +188,8 @@ def main() -> int:
     targets = [
         report.target("momentkv: KV tokens of one sequence", ours, BUDGET, at_least=False),
         report.target(
-            "momentkv: multikey, against stock",
-            runs["momentkv"].right["multikey"] / runs["stock"].right["multikey"],
+            "momentkv: niah_multikey_1, against stock",
+            runs["momentkv"].right["niah_multikey_1"] / runs["stock"].right["niah_multikey_1"],
             0.8,
         ),
     ]

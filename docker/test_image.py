@@ -15,11 +15,11 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-MODEL = Path(__file__).parent.parent / "benchmarks/needle/checkpoint"
+MODEL = Path(__file__).parent.parent / "benchmarks/test_model/checkpoint"
 IMAGE_DIR = Path(os.environ.get("IMAGE_DIR", "/var/tmp/momentkv-image"))
 BUILDAH = ["buildah", "--root", f"{IMAGE_DIR}/storage", "--runroot", f"{IMAGE_DIR}/run", "--storage-driver", "vfs"]
 URL = "http://127.0.0.1:8000"
-OPTIONS = ["/models/needle", "--host", "127.0.0.1", "--kv-eviction", "momentkv", "--kv-budget", "256"]
+OPTIONS = ["/models/test", "--host", "127.0.0.1", "--kv-eviction", "momentkv", "--kv-budget", "256"]
 START_SECONDS = 600
 
 
@@ -50,8 +50,13 @@ def wait_ready(server: subprocess.Popen, check: str) -> float:
 def ask() -> dict:
     """One short chat and one prompt of three budgets; what the metrics say afterwards."""
     model = json.loads(get("/v1/models"))["data"][0]["id"]
-    chat = {"model": model, "messages": [{"role": "user", "content": "t1 t2 t3"}], "max_tokens": 8, "temperature": 0}
-    words = " ".join(f"t{n % 96}" for n in range(800))
+    chat = {
+        "model": model,
+        "messages": [{"role": "user", "content": "t001 t002 t003"}],
+        "max_tokens": 8,
+        "temperature": 0,
+    }
+    words = " ".join(f"t{n % 128:03}" for n in range(800))
     long = {"model": model, "prompt": words, "max_tokens": 32, "temperature": 0, "ignore_eos": True}
     answers = [json.loads(get("/v1/chat/completions", chat)), json.loads(get("/v1/completions", long))]
     metrics: dict[str, float] = {}
@@ -69,7 +74,7 @@ def main() -> None:
     image = json.loads(buildah("inspect", "--type", "image", "localhost/momentkv:cpu"))["Docker"]["config"]
     check = image["Healthcheck"]["Test"][-1]
     container = buildah("from", "localhost/momentkv:cpu").strip()
-    run = [*BUILDAH, "run", "--isolation", "chroot", "--volume", f"{MODEL}:/models/needle:ro"]
+    run = [*BUILDAH, "run", "--isolation", "chroot", "--volume", f"{MODEL}:/models/test:ro"]
     run += ["--env", "VLLM_CPU_KVCACHE_SPACE=1", "--env", "OMP_NUM_THREADS=1", container, "--"]
     try:
         user = subprocess.run([*run, "id", "-u"], check=True, capture_output=True, text=True).stdout.strip()

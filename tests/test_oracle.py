@@ -15,7 +15,7 @@ from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.page_layout import RecordLayout
 
 ROOT = Path(__file__).parent.parent
-CHECKPOINT = ROOT / "benchmarks/needle/checkpoint"
+CHECKPOINT = ROOT / "benchmarks/test_model/checkpoint"
 PYTHON = ROOT / ".venv-oracle/bin/python"
 RECORDED = Path(__file__).parent / "data/kvpress_scores.safetensors"
 PAGE, CANDIDATES, WINDOW, KEPT = 16, 512, 32, 128

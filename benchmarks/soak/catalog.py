@@ -6,7 +6,8 @@ import urllib.request
 from dataclasses import dataclass, field
 from typing import Any
 
-from needle.tasks import sample
+from quality.ruler import sample
+from quality.wording import Compact
 
 NEAR_TIE = 0.01
 """Nats between the two best tokens below which rounding decides: vLLM's CPU matrix products sum in another order for other batch
@@ -38,18 +39,23 @@ class Request:
 def catalog(count: int, seed: int = 0) -> list[Request]:
     """Short prompts that grow past the budget (they fill the pool while running: preemption), prompts of a few budgets, and every
     sixteenth longer than the whole pool."""
-    rng = random.Random(seed)
+    rng, wording = random.Random(seed), Compact()
     requests = []
     for number in range(count):
-        task = ("needle", "multikey", "copy")[number % 3]
+        task = ("niah_multikey_1", "vt", "qa_1")[number % 3]
         if number % 16 == 15:
             context, new = 2000, 24
         elif number % 2:
             context, new = rng.randrange(300, 1000), rng.randrange(8, 48)
         else:
             context, new = rng.randrange(120, 200), rng.randrange(100, 260)
-        requests.append(Request(sample(task, rng, context).prompt, new))
+        requests.append(Request(sample(task, rng, wording, context, count_words).prompt, new))
     return requests
+
+
+def count_words(text: str) -> int:
+    """Tokens, too: in the test model one word is one token."""
+    return len(text.split())
 
 
 def ask_alone(url: str, request: Request) -> tuple[list[int], list[float]]:

@@ -23,7 +23,7 @@ from soak.catalog import NEAR_TIE, catalog, record, replay
 from soak.memory import Memory
 from soak.traffic import Traffic
 
-MODEL = Path(__file__).parent.parent / "needle/checkpoint"
+MODEL = Path(__file__).parent.parent / "test_model/checkpoint"
 # Float32, so that tokens are decided (catalog.NEAR_TIE).
 COMMON = ["--dtype", "float32", "--max-num-batched-tokens", "256", "--max-num-seqs", "12", "--max-model-len", "4096"]
 # 80 pages of 16 tokens hold five sequences at their budget, of twelve.

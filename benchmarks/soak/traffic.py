@@ -26,7 +26,7 @@ MALFORMED: list[tuple[str, bytes]] = [
     ("/v1/chat/completions", json.dumps({"model": "other", "messages": [{"role": "user", "content": "a"}]}).encode()),
     ("/v1/nothing", b"{}"),
     *(
-        ("/v1/completions", json.dumps({"model": "soak", "prompt": "t1 t2", **wrong}).encode())
+        ("/v1/completions", json.dumps({"model": "soak", "prompt": "t001 t002", **wrong}).encode())
         for wrong in (
             {"max_tokens": -1},
             {"max_tokens": "many"},
@@ -46,9 +46,9 @@ MALFORMED: list[tuple[str, bytes]] = [
 """Path and body; every one must be answered with 4xx and a message."""
 
 OVERSIZED: list[bytes] = [
-    json.dumps({"model": "soak", "prompt": "t1 " * 5000}).encode(),
-    json.dumps({"model": "soak", "prompt": "t1", "max_tokens": 10**9}).encode(),
-    json.dumps({"model": "soak", "prompt": "t1 " * 10**6}).encode(),
+    json.dumps({"model": "soak", "prompt": "t001 " * 5000}).encode(),
+    json.dumps({"model": "soak", "prompt": "t001", "max_tokens": 10**9}).encode(),
+    json.dumps({"model": "soak", "prompt": "t001 " * 10**6}).encode(),
 ]
 
 
