@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from momentkv_vllm.kernels import dispatch, moments, reference
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
 from momentkv_vllm.page_layout import RecordLayout
+from momentkv_vllm.page_schedule import cdiv
 from momentkv_vllm.policies import POLICIES
 
 HEADS = 2
@@ -419,6 +421,28 @@ def test_observe_sums_the_attention_of_observed_queries(kernels):
     )
     assert torch.equal(mass[0], torch.full((HEADS, page_size), 7.0)), "pages of others are not touched"
     assert mass[1, :, -1].gt(0).all()
+
+
+def test_observe_takes_over_what_attend_has_computed(kernels):
+    """One query a row, three of five rows observed, long enough for several splits: bit for bit what observe computes alone."""
+    d, page_size, slots = 32, 16, [1, 16, 40, 500, 1300]
+    cache = poisoned_cache(sum(cdiv(n, page_size) for n in slots) + 1, page_size, d, torch.float32)
+    pages, first = torch.zeros(len(slots), cdiv(max(slots), page_size), dtype=torch.int64), 1
+    for row, n in enumerate(slots):
+        pages[row, : cdiv(n, page_size)] = torch.arange(first, first := first + cdiv(n, page_size))
+    used = torch.arange(1, first)
+    cache.keys[used], cache.values[used] = torch.randn(2, len(used), HEADS, page_size, d)
+    work = attend_work(pages, [n - 1 for n in slots], [1] * len(slots))
+    work.observe_from, work.restart = torch.tensor([0, 1, 0, 1, 0]), torch.tensor([True, False, False, False, True])
+    query = torch.randn(len(slots), HEADS * 4, d)
+    output, lse = run_attend(kernels, cache, query, work, 0.2, False)
+    taken = torch.full((len(cache.keys), HEADS, page_size), 7.0)
+    alone, want = taken.clone(), taken.clone()
+    kernels.observe(cache, taken, query, lse, work, 0.2)
+    kernels.observe(cache, alone, query, lse, replace(work, logits=None), 0.2)
+    reference.observe(cache, want, query, lse, work, 0.2)
+    assert torch.equal(taken, alone)
+    torch.testing.assert_close(taken[used], want[used], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("isa", ["avx2", "generic"])

@@ -10,7 +10,7 @@ from vllm import _custom_ops as ops
 
 from momentkv_vllm.kernels import cpu, moments
 from momentkv_vllm.kernels.cache_view import CacheView
-from momentkv_vllm.kernels.worklists import AttendWork, RetireWork, mapped
+from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
 from momentkv_vllm.policies import POLICIES
 
 
@@ -111,10 +111,11 @@ class Case:
     def retire(self, work: RetireWork, family=cpu) -> None:
         family.consolidate(self.cache, self.slot_mass, work, POLICIES["momentkv"](), SINKS, self.scale)
 
-    def observe_work(self, rows: int) -> AttendWork:
-        """One query of each of the first rows, whose attention the policy wants."""
-        every = torch.zeros(rows, dtype=torch.int64)
-        return replace(mapped(self.work, lambda _, x: x[:rows]), observe_from=every, restart=every.bool())
+    def observe_work(self) -> AttendWork:
+        """A step of which the policy wants to know the attention of every row."""
+        every = torch.zeros_like(self.work.last)
+        return replace(self.work, observe_from=every, restart=every.bool())
 
-    def observe(self, work: AttendWork, family=cpu) -> None:
+    def attend_and_observe(self, work: AttendWork, family=cpu) -> None:
+        family.attend(self.cache, self.query, self.output, self.lse, work, self.scale, True)
         family.observe(self.cache, self.slot_mass, self.query, self.lse, work, self.scale)

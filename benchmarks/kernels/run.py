@@ -105,32 +105,30 @@ def measure_context(context: int) -> dict[str, Any]:
 
 
 def measure_retire(budget: int) -> dict[str, Any]:
-    """Share of decode attention, amortised: every row retires `retire_tokens` at once, every so many steps, and observes the
+    """Shares of decode attention, amortised: every row retires `retire_tokens` at once, every so many steps, and observes the
     attention of some of the queries between."""
     page_size, rows = (16 if budget <= 1024 else 32), 16
     retire_pages = max(1, budget // DEFAULT_RETIRE_SHARE // page_size)
     retire_tokens, queries = retire_pages * page_size, EvictionConfig().observation_tokens
     case = Case(Shape(slots=budget, rows=rows, page_size=page_size))
-    # Sequences observe `queries` of `retire_tokens` steps, each at its own time: so many of them in a step.
-    observing = max(1, rows * queries // retire_tokens)
-    observed = case.observe_work(observing)
-    attend, retire, observe = [], [], []
+    observed = case.observe_work()
+    attend, retire, attend_and_observe = [], [], []
     for turn in range(3 * rows):
         work = case.retire_work(turn % rows, retire_pages)  # built once a step for all layers, so not timed
         attend.append(seconds(lambda: case.attend(True)))
         retire.append(seconds(lambda: case.retire(work), flush=False))  # noqa: B023  called at once
-        attend.append(seconds(lambda: case.attend(True)))
-        observe.append(seconds(lambda: case.observe(observed), flush=False))
-    decode_token = statistics.median(attend[rows:]) / rows
-    tokens = statistics.median(retire[rows:]) / decode_token
-    query = statistics.median(observe[rows:]) / observing / decode_token
+        attend_and_observe.append(seconds(lambda: case.attend_and_observe(observed)))
+    step = statistics.median(attend[rows:])
+    tokens = statistics.median(retire[rows:]) / step * rows
+    observing = statistics.median(b / a - 1 for a, b in zip(attend[rows:], attend_and_observe[rows:], strict=True))
     return {
         "budget": budget,
         "retire_tokens": retire_tokens,
         "event_in_decode_tokens": tokens,
         "share_of_attend": tokens / retire_tokens,
-        "observed_query_in_decode_tokens": query,
-        "observing_share_of_attend": query * queries / retire_tokens,
+        "observed_query_in_decode_tokens": observing,
+        # `queries` of every `retire_tokens` steps of a sequence are observed.
+        "observing_share_of_attend": observing * queries / retire_tokens,
     }
 
 

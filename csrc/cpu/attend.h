@@ -112,10 +112,21 @@ inline void soften(float* logits, int slots, int visible, float& top, float& mas
   mass = mass * keep + sum(total);
 }
 
+// Where attend leaves the logits of an item's query heads for observe, [groups, max_pages * page_size]; null if it need not.
+inline float* logits_of(const Attend& a, const AttendItem& item) {
+  if (a.logits == nullptr || a.observe_from[item.row] >= a.queries[item.row]) return nullptr;
+  const int64_t groups = a.query_heads / a.cache.heads;
+  return a.logits + (item.row * a.query_heads + item.head * groups) * a.max_pages * a.cache.page_size;
+}
+
+// `left`: room for the tile's logits in rows of max_pages * page_size, or null.
 template <int Rows, class T>
 inline void attend_tile(const Attend& a, const Tile<T>& tile, const float* query, const int* visible, float* logits,
-                        Running run) {
+                        float* left, Running run) {
   dot_keys<Rows, true>(tile, query, a.cache.head_dim, a.cache.page_size, a.scale, logits);
+  if (left != nullptr)
+    for (int r = 0; r < Rows; ++r)
+      std::copy_n(logits + r * kTileSlots, tile.vectors() * kLanes, left + r * a.max_pages * a.cache.page_size);
   float keep[Rows];
   for (int r = 0; r < Rows; ++r)
     soften(logits + r * kTileSlots, tile.vectors() * kLanes, visible[r], run.top[r], run.mass[r], keep[r]);
@@ -227,13 +238,15 @@ void attend_rows(const Attend& a, const AttendItem& item, int first_row, float* 
   int64_t sees[Rows];  // slots that a row sees
   for (int r = 0; r < Rows; ++r) sees[r] = a.last[item.row] + item.first_query + (first_row + r) / groups + 1;
   const int64_t* pages = a.pages + item.row * a.max_pages;
-  const int64_t item_end = item.end_page * a.cache.page_size;
+  const int64_t row_slots = a.max_pages * a.cache.page_size, item_end = item.end_page * a.cache.page_size;
   const int64_t end = sees[Rows - 1] < item_end ? sees[Rows - 1] : item_end;
+  float* left = logits_of(a, item);
+  if (left != nullptr) left += first_row * row_slots;
   for (int64_t first = item.first_page * a.cache.page_size; first < end; first += kTileSlots) {
     const Tile<T> tile(a.cache, item.head, pages, first, end);
     int visible[Rows];
     for (int r = 0; r < Rows; ++r) visible[r] = int(sees[r] - first > 0 ? sees[r] - first : 0);
-    attend_tile<Rows>(a, tile, packed, visible, logits, run);
+    attend_tile<Rows>(a, tile, packed, visible, logits, left == nullptr ? nullptr : left + first, run);
   }
   if (item.with_record) {
     const RecordView record{a.cache, a.record, a.record_pages + item.row * a.moment_pages, item.head};
@@ -289,8 +302,10 @@ void observe_rows(const Attend& a, const AttendItem& item, int first_row, float*
   const int64_t d = a.cache.head_dim, page_size = a.cache.page_size, groups = a.query_heads / a.cache.heads;
   const int64_t* pages = a.pages + item.row * a.max_pages;
   float *packed = scratch, *logits = scratch + Rows * d, lse[Rows];
+  float* left = logits_of(a, item);
+  const int64_t row_slots = left == nullptr ? kTileSlots : a.max_pages * page_size;  // from one row's logits to the next
   int64_t sees[Rows];
-  pack_queries<Rows, T>(a, item, first_row, packed);
+  if (left == nullptr) pack_queries<Rows, T>(a, item, first_row, packed);
   for (int r = 0; r < Rows; ++r) {
     const int64_t query = (first_row + r) / groups, query_head = item.head * groups + (first_row + r) % groups;
     lse[r] = a.lse[(a.first_token[item.row] + query) * a.query_heads + query_head];
@@ -298,13 +313,16 @@ void observe_rows(const Attend& a, const AttendItem& item, int first_row, float*
   }
   for (int64_t first = 0; first < sees[Rows - 1]; first += kTileSlots) {
     const Tile<T> tile(a.cache, item.head, pages, first, sees[Rows - 1]);
-    dot_keys<Rows, false>(tile, packed, d, page_size, a.scale, logits);
+    if (left == nullptr)
+      dot_keys<Rows, false>(tile, packed, d, page_size, a.scale, logits);
+    else
+      logits = left + first_row * row_slots + first;
     for (int s = 0; s < tile.slots; s += kLanes) {
       const int64_t slot = first + s;
       float* mass = a.slot_mass + (pages[slot / page_size] * a.cache.heads + item.head) * page_size + slot % page_size;
       Vec total = load(mass);
       for (int r = 0; r < Rows; ++r) {
-        float* row = logits + r * kTileSlots + s;
+        float* row = logits + r * row_slots + s;
         for (int64_t t = sees[r] > slot ? sees[r] - slot : 0; t < kLanes; ++t) row[t] = -INFINITY;
         total += exp_negative(load(row) - lse[r]);
       }

@@ -119,6 +119,16 @@ Attend attend_of(const Tensor& kv, const Tensor& query, const Tensor& first_toke
   return a;
 }
 
+// Logits of one query a row, which attend leaves to observe.
+void set_logits(Attend& a, const OptionalTensor& observe_from, const OptionalTensor& logits) {
+  a.observe_from = data_of<int64_t>(observe_from, "observe_from", {a.rows});
+  a.logits = data_of<float>(logits, "logits", {a.rows, a.query_heads, a.max_pages * a.cache.page_size});
+  if (a.logits == nullptr) return;
+  TORCH_CHECK(a.observe_from != nullptr, "logits are left where observe_from says so");
+  for (int64_t row = 0; row < a.rows; ++row)
+    TORCH_CHECK(a.queries[row] == 1, "logits are left for one query a row, row ", row, " has ", a.queries[row]);
+}
+
 // Cuts attend's work into items. How a row is cut depends on that row only, so its result does not depend on the batch.
 // Kept between calls: no allocation once it has seen the largest batch.
 struct Plan {
@@ -169,7 +179,8 @@ struct Plan {
 
 void attend(const Tensor& kv, const Tensor& query, const Tensor& output, const OptionalTensor& lse, const Tensor& first_token,
             const Tensor& queries, const Tensor& pages, const Tensor& last, const Tensor& record_pages, const Tensor& count,
-            double scale, bool correct, bool has_covariance, at::ScalarType moment_dtype, int64_t covariance_offset) {
+            const OptionalTensor& observe_from, const OptionalTensor& logits, double scale, bool correct, bool has_covariance,
+            at::ScalarType moment_dtype, int64_t covariance_offset) {
   Attend a = attend_of(kv, query, first_token, queries, pages, last, scale);
   a.record = record_of(correct, has_covariance, moment_dtype, covariance_offset);
   a.moment_pages = record_pages.size(1);
@@ -180,6 +191,7 @@ void attend(const Tensor& kv, const Tensor& query, const Tensor& output, const O
   TORCH_CHECK(output.sizes() == query.sizes(), "output has shape ", output.sizes(), " instead of ", query.sizes());
   a.output = output.data_ptr();
   a.lse = data_of<float>(lse, "lse", {query.size(0), a.query_heads});
+  set_logits(a, observe_from, logits);
   thread_local Plan plan;
   plan.build(a);
   const Kernels& k = kernels();
@@ -192,11 +204,11 @@ void attend(const Tensor& kv, const Tensor& query, const Tensor& output, const O
 
 void observe(const Tensor& kv, const Tensor& slot_mass, const Tensor& query, const Tensor& lse, const Tensor& first_token,
              const Tensor& queries, const Tensor& pages, const Tensor& last, const Tensor& observe_from,
-             const Tensor& restart, double scale) {
+             const Tensor& restart, const OptionalTensor& logits, double scale) {
   Attend a = attend_of(kv, query, first_token, queries, pages, last, scale);
   a.lse = data_of<float>(lse, "lse", {query.size(0), a.query_heads});
   a.slot_mass = data_of<float>(slot_mass, "slot_mass", {kv.size(0), a.cache.heads, a.cache.page_size});
-  a.observe_from = data_of<int64_t>(observe_from, "observe_from", {a.rows});
+  set_logits(a, observe_from, logits);
   a.restart = data_of<bool>(restart, "restart", {a.rows});
   const Kernels& k = kernels();
   in_parallel(a.rows * a.cache.heads, [&](int64_t i) { k.observe(a, i, scratch(k.observe_scratch(a))); });
@@ -234,12 +246,13 @@ TORCH_LIBRARY(momentkv_cpu, m) {
   m.def("store(Tensor(a!) kv, Tensor key, Tensor value, Tensor slots, Tensor(b!)? slot_mass) -> ()", &momentkv::store);
   m.def(
       "attend(Tensor kv, Tensor query, Tensor(a!) output, Tensor(b!)? lse, Tensor first_token, Tensor queries, Tensor pages, "
-      "Tensor last, Tensor moment_pages, Tensor count, float scale, bool correct, bool has_covariance, "
+      "Tensor last, Tensor moment_pages, Tensor count, Tensor? observe_from, Tensor(c!)? logits, float scale, bool correct, "
+      "bool has_covariance, "
       "ScalarType moment_dtype, int covariance_offset) -> ()",
       &momentkv::attend);
   m.def(
       "observe(Tensor kv, Tensor(a!) slot_mass, Tensor query, Tensor lse, Tensor first_token, Tensor queries, Tensor pages, "
-      "Tensor last, Tensor observe_from, Tensor restart, float scale) -> ()",
+      "Tensor last, Tensor observe_from, Tensor restart, Tensor(b!)? logits, float scale) -> ()",
       &momentkv::observe);
   m.def(
       "consolidate(Tensor(a!) kv, Tensor store_pages, Tensor retiring_pages, Tensor moment_pages, Tensor count, "

@@ -58,8 +58,10 @@ struct Attend {
   const int64_t* pages;                         // [rows, max_pages]
   const int64_t* record_pages;                  // [rows, moment_pages]
   const float* count;                           // [rows]
-  const int64_t* observe_from;                  // [rows] observe: first counted query of the row
+  const int64_t* observe_from;                  // [rows] first counted query of the row
   const bool* restart;                          // [rows] observe: forget earlier mass
+  float* logits;  // [rows, query_heads, max_pages * page_size], where every row has one query: of rows that count, left by
+                  // attend and used up by observe. Null: observe computes them again
   float scale;
   bool correct;
 };

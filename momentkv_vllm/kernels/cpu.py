@@ -52,6 +52,12 @@ def attend(
     scale: float,
     correct: bool,
 ) -> None:
+    if work.observe_from is not None and work.query_bound() == 1:
+        # Observing is then one pass over what attention has computed, instead of another one over the keys. Rows that are not
+        # observed leave their part alone, so it costs addresses and no memory.
+        shape = (len(work.pages), query.shape[1], work.pages.shape[1] * cache.page_size)
+        if work.logits is None or work.logits.shape != shape:
+            work.logits = query.new_empty(shape, dtype=torch.float32)
     torch.ops.momentkv_cpu.attend(
         cache.kv,
         query,
@@ -63,6 +69,8 @@ def attend(
         work.last,
         work.moment_pages,
         work.count,
+        work.observe_from,
+        work.logits,
         scale,
         correct,
         *cache.covariance,
@@ -85,6 +93,7 @@ def observe(
         work.last,
         work.observe_from,
         work.restart,
+        work.logits,
         scale,
     )
 

@@ -31,6 +31,8 @@ class AttendWork:
     observe_from: [rows] int64, first query (0 = the row's first) whose attention the policy wants; None: no policy asks.
     restart:      [rows] bool, the observation before the row's next event begins in this work list; None likewise.
     observe_only: the rows are below their budget: only their attention is wanted, their output is vLLM's.
+    logits:       [rows, num_heads, slots of `pages`] float32 of one query a row, which one layer's attend may leave to its
+                  observe; made by a family that does, at the first layer of a step.
     most_queries: the largest of `queries` where the host knows it, else 0: on a GPU, asking `queries` waits for the device.
     """
 
@@ -44,6 +46,7 @@ class AttendWork:
     restart: torch.Tensor | None = None
     observe_only: bool = False
     most_queries: int = 0
+    logits: torch.Tensor | None = None
 
     def query_bound(self) -> int:
         """No row has more queries. Waits for the device unless `most_queries` is given."""
