@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers
-from tiny_models import VOCABULARY, save_tokenizer
+from tiny_models import VOCABULARY, save_tokenizer, sharpen
 
 COMMON = {
     "vocab_size": VOCABULARY, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -76,14 +76,7 @@ def make_model(name: str, folder: Path, dtype: str = "float32") -> Path:
     torch.manual_seed(0)
     config = getattr(transformers, family.config)(**COMMON | family.settings)
     model = transformers.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for key, weight in model.named_parameters():
-            if "q_proj" in key or "k_proj" in key or "qkv_proj" in key:
-                weight.mul_(8.0)
-            elif weight.dim() >= 2:
-                weight.mul_(3.0)
-            elif "sinks" in key:
-                weight.fill_(1.0)
+    sharpen(model)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     save_tokenizer(folder)
     return folder

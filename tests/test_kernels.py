@@ -465,6 +465,11 @@ def test_operators_check_what_they_are_given():
         cpu.attend(cache, query, output[:, :4], None, work, 0.1, True)
     with pytest.raises(RuntimeError, match="query"):
         cpu.attend(cache, query.float(), output.float(), None, work, 0.1, True)
+    narrow = replace(work, moment_pages=work.moment_pages[:, :1].contiguous())
+    with pytest.raises(RuntimeError, match="moment_pages has 1 pages of .* bytes a head; its record needs"):
+        cpu.attend(cache, query, output, None, narrow, 0.1, True)
+    with pytest.raises(RuntimeError, match="logits are left for one query a row"):
+        cpu.attend(cache, query, output, None, replace(work, most_queries=1), 0.1, True)
     work.last[3] = 10_000
     with pytest.raises(RuntimeError, match="row 3 sees more slots"):
         cpu.attend(cache, query, output, None, work, 0.1, True)

@@ -23,6 +23,18 @@ def save_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
+def sharpen(model: torch.nn.Module) -> None:
+    """Attention of random weights made sharp enough that a wrong KV cache changes the model's tokens."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "q_proj" in name or "k_proj" in name or "qkv_proj" in name:
+                weight.mul_(8.0)
+            elif weight.dim() >= 2:
+                weight.mul_(3.0)
+            elif "sinks" in name:
+                weight.fill_(1.0)
+
+
 def make_llama(
     folder: Path,
     *,
@@ -42,12 +54,7 @@ def make_llama(
         max_position_embeddings=8192, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "q_proj" in name or "k_proj" in name:
-                weight.mul_(8.0)
-            elif weight.dim() == 2:
-                weight.mul_(3.0)
+    sharpen(model)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     save_tokenizer(folder)
     settings = json.loads((folder / "config.json").read_text())

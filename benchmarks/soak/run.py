@@ -3,8 +3,8 @@
     PYTHONPATH=benchmarks python -P -m soak.run [--minutes 30]
 
 Before the traffic every request is asked alone; every answer in the traffic is compared with that one token by token, and at the
-end, on a server that was restarted twice, all are asked alone again. Beside it stock vLLM takes the same traffic for as long as the
-first life is: how much its memory grows is vLLM's own part.
+end, on a server that was restarted twice, all are asked alone again. Beside it stock vLLM takes the same traffic for as long as
+the first life is: how much its memory grows is vLLM's own part.
 """
 
 import argparse

@@ -47,10 +47,15 @@ Cache cache_of(const Tensor& kv) {
 }
 
 // The layout is that of momentkv_vllm/page_layout.py.
-Record record_of(bool means, bool covariance, at::ScalarType moment_dtype, int64_t covariance_offset) {
+Record record_of(const Cache& cache, int64_t moment_pages, bool means, bool covariance, at::ScalarType moment_dtype,
+                 int64_t covariance_offset) {
   TORCH_CHECK(moment_dtype == at::kChar || moment_dtype == at::kBFloat16 || moment_dtype == at::kFloat, "moment_dtype is ",
               moment_dtype, "; the CPU kernels know int8, bfloat16 and float32");
   const Type type = moment_dtype == at::kChar ? Type::kInt8 : type_of(moment_dtype, "moment_dtype");
+  const int64_t d = cache.head_dim, bytes = covariance_offset + covariance * d * d * int64_t(at::elementSize(moment_dtype));
+  const int64_t page_bytes = cache.page_size * 2 * d * (cache.type == Type::kFloat32 ? 4 : 2);
+  TORCH_CHECK(!means || bytes <= moment_pages * page_bytes, "moment_pages has ", moment_pages, " pages of ", page_bytes,
+              " bytes a head; its record needs ", bytes);
   return {means, covariance, type, covariance_offset};
 }
 
@@ -182,8 +187,8 @@ void attend(const Tensor& kv, const Tensor& query, const Tensor& output, const O
             const OptionalTensor& observe_from, const OptionalTensor& logits, double scale, bool correct, bool has_covariance,
             at::ScalarType moment_dtype, int64_t covariance_offset) {
   Attend a = attend_of(kv, query, first_token, queries, pages, last, scale);
-  a.record = record_of(correct, has_covariance, moment_dtype, covariance_offset);
   a.moment_pages = record_pages.size(1);
+  a.record = record_of(a.cache, a.moment_pages, correct, has_covariance, moment_dtype, covariance_offset);
   a.record_pages = data_of<int64_t>(record_pages, "moment_pages", {a.rows, a.moment_pages});
   a.count = data_of<float>(count, "count", {a.rows});
   a.correct = correct;
@@ -219,11 +224,11 @@ void consolidate(const Tensor& kv, const Tensor& store_pages, const Tensor& reti
                  bool has_means, bool has_covariance, at::ScalarType moment_dtype, int64_t covariance_offset) {
   Consolidate c{};
   c.cache = cache_of(kv);
-  c.record = record_of(has_means, has_covariance, moment_dtype, covariance_offset);
   c.rows = store_pages.size(0);
   c.store_pages = store_pages.size(1);
   c.retiring_pages = retiring_pages.size(1);
   c.moment_pages = moment_pages.size(1);
+  c.record = record_of(c.cache, c.moment_pages, has_means, has_covariance, moment_dtype, covariance_offset);
   c.store = data_of<int64_t>(store_pages, "store_pages", {c.rows, c.store_pages});
   c.retiring = data_of<int64_t>(retiring_pages, "retiring_pages", {c.rows, c.retiring_pages});
   c.moments = data_of<int64_t>(moment_pages, "moment_pages", {c.rows, c.moment_pages});
