@@ -61,7 +61,7 @@ test-sanitize: setup ## kernel tests under AddressSanitizer and UBSan
 bench-kernels: setup ## C++ kernels against vLLM's own on the same tokens
 	PYTHONPATH=benchmarks $(BIN)/python -P -m kernels.run
 
-bench-serving: setup ## stock vLLM against momentkv: decode tokens/s, first token, KV bytes, concurrency (20 minutes)
+bench-serving: setup ## stock vLLM against momentkv: decode tokens/s, first token, KV bytes, concurrency (20 minutes, 55 without AVX-512)
 	PYTHONPATH=benchmarks $(BIN)/python -P -m serving.run
 
 bench-prefix: setup ## prompt tokens saved by prefix caching under a shared system prompt, stock against momentkv
@@ -121,7 +121,7 @@ bench-load: setup ## vllm bench serve and GuideLLM against stock and momentkv in
 	@.venv-guidellm/bin/pip install -q -r requirements/guidellm.txt
 	PYTHONPATH=benchmarks $(BIN)/python -P -m load.run
 
-soak: setup     ## mixed traffic for half an hour, the engine restarted and the worker killed; no wrong token, no page held
+soak: setup     ## mixed traffic for half an hour beside stock, the engine restarted and the worker killed; no wrong token, no page held
 	PYTHONPATH=benchmarks $(BIN)/python -P -m soak.run --minutes 30
 
 audit: setup    ## the lock against the database of known vulnerabilities (needs the internet)
