@@ -4,7 +4,7 @@ import collections
 import statistics
 import threading
 import time
-from typing import Any
+from collections.abc import Sequence
 
 import psutil
 
@@ -19,8 +19,7 @@ class Memory:
     """Samples the resident MiB of a process tree by process name until `stop`. Shared pages count once a process."""
 
     def __init__(self, pid: int) -> None:
-        self.seconds: list[float] = []
-        self.mib: dict[str, list[float]] = collections.defaultdict(list)
+        self.samples: list[tuple[float, collections.Counter[str]]] = []
         self._process = psutil.Process(pid)
         self._start = time.monotonic()
         self._ended = threading.Event()
@@ -29,29 +28,27 @@ class Memory:
 
     def _watch(self) -> None:
         while not self._ended.wait(EVERY_SECONDS):
+            now: collections.Counter[str] = collections.Counter()
             try:
-                tree = [self._process, *self._process.children(recursive=True)]
-                now = [(process.name(), process.memory_info().rss / 2**20) for process in tree]
+                for process in (self._process, *self._process.children(recursive=True)):
+                    now[process.name()] += process.memory_info().rss / 2**20
             except psutil.NoSuchProcess:
                 continue
-            self.seconds.append(time.monotonic() - self._start)
-            for name, mib in now:
-                self.mib[name].append(mib)
+            self.samples.append((time.monotonic() - self._start, now))
 
     def stop(self) -> dict[str, dict[str, float]]:
         """Growth after the warm-up by process name, and of all of them as "total"; empty after a short life."""
         self._ended.set()
         self._thread.join()
-        steady = sum(t < WARM_UP_SECONDS for t in self.seconds)
-        times = self.seconds[steady:]
-        if not times or times[-1] - times[0] < LEAST_SECONDS:
+        steady = [(t, now) for t, now in self.samples if t >= WARM_UP_SECONDS]
+        if not steady or steady[-1][0] - steady[0][0] < LEAST_SECONDS:
             return {}
-        alive = {name: mib[steady:] for name, mib in self.mib.items() if len(mib) == len(self.seconds)}
-        found = {name: growth(times, mib) for name, mib in alive.items()}
-        return found | {"total": growth(times, [sum(now) for now in zip(*alive.values(), strict=True)])}
+        times, mib = zip(*steady, strict=True)
+        found = {name: growth(times, [now[name] for now in mib]) for name in mib[0]}
+        return found | {"total": growth(times, [now.total() for now in mib])}
 
 
-def growth(seconds: list[float], mib: list[float]) -> dict[str, Any]:
+def growth(seconds: Sequence[float], mib: Sequence[float]) -> dict[str, float]:
     """MiB at the beginning and at the end (means over a tenth), and the slope of a least-squares line."""
     tenth = max(1, len(mib) // 10)
     minutes = [s / 60 for s in seconds]
