@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_OFFLINE = 1
 export VLLM_NO_USAGE_STATS = 1
 
-.PHONY: help setup demo test test-fast test-sanitize bench-kernels bench-serving lint format doctor lock model code-model test-gpu bench-gpu bench-gpu-engine bench-quality bench-ablation bench-states bench-rope oracle clean bench-prefix bench-dashboard bench-metrics bench-load soak audit image-cpu image-test
+.PHONY: help setup demo test test-fast test-sanitize bench-kernels bench-serving lint format doctor lock model code-model test-gpu bench-gpu bench-gpu-engine bench-quality bench-ablation bench-states bench-rope oracle clean bench-prefix bench-dashboard bench-metrics bench-load soak bench-memory audit image-cpu image-test
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
@@ -56,7 +56,7 @@ test-sanitize: setup ## kernel tests under AddressSanitizer and UBSan
 	@rm -rf build/sanitize
 	MOMENTKV_SANITIZE=1 $(BIN)/pip install -q --no-deps --no-build-isolation --target build/sanitize .
 	PYTHONPATH=$(CURDIR)/build/sanitize LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest tests/test_kernels.py -k "cpu and not instruction_sets"
+	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest tests/test_*_kernels.py tests/test_dispatch.py -k "cpu or operators"
 
 bench-kernels: setup ## C++ kernels against vLLM's own on the same tokens
 	PYTHONPATH=benchmarks $(BIN)/python -P -m kernels.run
@@ -123,6 +123,9 @@ bench-load: setup ## vllm bench serve and GuideLLM against stock and momentkv in
 
 soak: setup     ## mixed traffic for half an hour beside stock, the engine restarted and the worker killed; no wrong token, no page held
 	PYTHONPATH=benchmarks $(BIN)/python -P -m soak.run --minutes 30
+
+bench-memory: setup ## where a CPU worker's memory grows, with and without a limit on oneDNN's cache (15 minutes)
+	PYTHONPATH=benchmarks $(BIN)/python -P -m soak.engine_memory
 
 audit: setup    ## the lock against the database of known vulnerabilities (needs the internet)
 	@test -x .venv-audit/bin/python || $(PYTHON) -m venv .venv-audit

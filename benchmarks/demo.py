@@ -11,7 +11,6 @@ import re
 import sys
 import tempfile
 import time
-import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,13 +54,6 @@ class Run:
     pool_tokens: int = 0
 
 
-def live_tokens(server: Server, pool_tokens: int) -> float:
-    """KV tokens held by all sequences, from vLLM's own gauge."""
-    with urllib.request.urlopen(f"{server.url}/metrics", timeout=10) as response:
-        usage = re.search(rb"^vllm:kv_cache_usage_perc\{.*\} (\S+)$", response.read(), re.M)
-    return float(usage[1]) * pool_tokens
-
-
 def ask(client: openai.OpenAI, one: Question) -> str:
     """Stream an answer."""
     given = {"model": MODEL_NAME, "max_tokens": one.answer_tokens, "temperature": 0}
@@ -90,7 +82,7 @@ def grow(server: Server, client: openai.OpenAI, pool_tokens: int, words: list[st
         )
         # Not at the first token: the pages of the last prefill chunk are freed with the next step.
         next(stream), next(stream)
-        live = live_tokens(server, pool_tokens)
+        live = server.metrics("vllm:")["vllm:kv_cache_usage_perc"] * pool_tokens
         list(stream)
         if live > 0:  # else the answer was complete before the question of how much it holds
             points.append((length, live))

@@ -1,4 +1,4 @@
-"""Shared fixtures: NaN-poisoned memory for kernel tests, real in-process vLLM engines for engine tests."""
+"""Shared fixtures: kernel families for kernel tests, real in-process vLLM engines for engine tests."""
 
 import os
 
@@ -9,7 +9,15 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 import pytest
 from engine import Engine
+from kernel_cases import FAMILIES
 from tiny_models import make_llama
+
+from momentkv_vllm.kernels import dispatch
+
+
+@pytest.fixture(params=FAMILIES)
+def kernels(request):
+    return dispatch.select(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -4,12 +4,14 @@ with one, and the extension built, the same cases there. What nvcc makes of them
 import math
 
 import cuda_emulated
+import kernel_cases as shared
 import pytest
-import test_kernels as shared
+import test_attention_kernels
+import test_consolidation_kernels
 import torch
 from cuda_device import OnDevice
 
-from momentkv_vllm.kernels import cuda, dispatch, reference
+from momentkv_vllm.kernels import cuda, dispatch, moments, reference
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.worklists import RetireWork
 from momentkv_vllm.page_layout import RecordLayout
@@ -119,13 +121,13 @@ def test_the_first_order_step_is_limited_to_the_spread(kernels):
     cache, work, query = shared.serving_batch(torch.bfloat16, 64, "float32", "first", 4)
     gone = torch.randn(len(work.last), shared.HEADS, 64, 64, generator=torch.Generator().manual_seed(5))
     weight = torch.ones(gone.shape[:3])
-    cache.write_moments(work.moment_pages, shared.moments.of_tokens(gone, 3 * gone, weight, True))
+    cache.write_moments(work.moment_pages, moments.of_tokens(gone, 3 * gone, weight, True))
     query = 8 * query
     unlimited = cache.read_moments(work.moment_pages, work.count)
     unlimited.value_spread *= 1e6
     grouped = query[: len(work.last), None, :1].float().expand(-1, shared.HEADS, -1, -1)
-    far, _ = shared.moments.partial(unlimited, grouped, 0.125)
-    near, _ = shared.moments.partial(cache.read_moments(work.moment_pages, work.count), grouped, 0.125)
+    far, _ = moments.partial(unlimited, grouped, 0.125)
+    near, _ = moments.partial(cache.read_moments(work.moment_pages, work.count), grouped, 0.125)
     assert (far - near).abs().max() > 1, "the limit acts here"
     want, _ = shared.run_attend(reference, cache, query, work, 0.125, True)
     got, _ = shared.run_attend(kernels, cache, query, work, 0.125, True)
@@ -170,7 +172,9 @@ def test_consolidation_agrees_with_the_reference(
     """First events, whose moment pages are among the retiring ones, later events, rows that retire fewer pages."""
     if order == "last thread first":
         last_thread_first()
-    shared.test_consolidation_agrees_with_the_reference(kernels, policy, dtype, head_dim, moment_dtype)
+    test_consolidation_kernels.test_consolidation_agrees_with_the_reference(
+        kernels, policy, dtype, head_dim, moment_dtype
+    )
 
 
 @pytest.mark.parametrize("has_covariance", [False, True])
@@ -206,7 +210,7 @@ def test_equal_and_undefined_scores(kernels):
     zeros = torch.zeros(1, shared.HEADS, 64)
     cache.write_moments(
         work.moment_pages,
-        shared.moments.Moments(work.count, zeros, zeros, zeros[..., 0], torch.zeros(1, shared.HEADS, 64, 64)),
+        moments.Moments(work.count, zeros, zeros, zeros[..., 0], torch.zeros(1, shared.HEADS, 64, 64)),
     )
     mass = torch.zeros(cache.keys.shape[:3])
     twin = gpu_view(cache.kv.clone(), cache.record)
@@ -218,7 +222,7 @@ def test_equal_and_undefined_scores(kernels):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_store_writes_tokens_and_clears_fresh_pages(kernels, dtype):
-    shared.test_store_writes_tokens_and_clears_fresh_pages(kernels, dtype)
+    test_attention_kernels.test_store_writes_tokens_and_clears_fresh_pages(kernels, dtype)
 
 
 def test_operators_check_what_they_are_given(emulated):
@@ -252,7 +256,7 @@ def test_operators_check_what_they_are_given(emulated):
 
 def test_another_device_is_only_a_copy_away(emulated):
     """What the GPU runs of these tests rely on, tried with the CPU as the other device."""
-    shared.test_consolidation_agrees_with_the_reference(
+    test_consolidation_kernels.test_consolidation_agrees_with_the_reference(
         OnDevice(emulated, "cpu"), "momentkv", torch.bfloat16, 64, "int8"
     )
     cache, work, query = shared.serving_batch(torch.bfloat16, 64, "bfloat16", "first", 4)

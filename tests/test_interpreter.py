@@ -13,7 +13,7 @@ import pytest
 from momentkv_vllm.policies import POLICIES
 
 HERE = Path(__file__).parent
-FILES = ["test_kernels.py", "test_decode_plan.py", "test_cuda_backend.py"]
+FILES = ["test_attention_kernels.py", "test_consolidation_kernels.py", "test_decode_plan.py", "test_cuda_backend.py"]
 
 
 @pytest.mark.timeout(900)

@@ -21,6 +21,7 @@ import psutil
 import report
 from server import Server
 from soak.catalog import NEAR_TIE, catalog, record, replay
+from soak.engine_memory import PRIMITIVES, VARIABLE
 from soak.memory import Memory
 from soak.traffic import Traffic
 
@@ -84,7 +85,9 @@ class Soak:
         record(self.server.url, self.requests)
 
     def _start(self) -> Server:
-        return Server(MODEL, *self.options, folder=self.folder, name="soak").wait_ready()
+        # By default oneDNN keeps what it compiles for every new number of tokens, longer than a soak: soak.engine_memory.
+        limit = {VARIABLE: str(PRIMITIVES)}
+        return Server(MODEL, *self.options, folder=self.folder, name="soak", environment=limit).wait_ready()
 
     def run(self, seconds: float, end: str) -> None:
         """One life: traffic, silence (nothing may be held), then `end` under traffic: "stop", "restart" or "kill worker"."""

@@ -1,0 +1,100 @@
+"""Caches, work lists and batches of the kernel tests; everything that must not be read is poisoned by NaN."""
+
+import math
+import os
+
+import torch
+
+from momentkv_vllm.kernels import moments
+from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.worklists import AttendWork
+from momentkv_vllm.page_layout import RecordLayout
+from momentkv_vllm.policies import POLICIES
+
+HEADS = 2
+
+
+def poisoned_cache(pages, page_size, head_dim, dtype, **record):
+    kv = torch.full((pages, HEADS, page_size, 2 * head_dim), math.nan, dtype=dtype)
+    return CacheView.of_vllm_cpu(kv, RecordLayout(head_dim, **record))
+
+
+# Triton needs a GPU or its interpreter, which must be chosen before Triton is imported: test_interpreter.py.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+FAMILIES = ["cpu", "reference", *["triton"] * INTERPRETED]
+LONG = (
+    [130, 280] if INTERPRETED else [700, 1400]
+)  # a kernel that is interpreted takes a second where it should take 10 us
+
+
+def attend_work(pages, last, queries, moment_pages=None, count=0.0):
+    """One work list: row i has `queries[i]` queries, its first one sees slots 0..last[i]."""
+    last, queries = torch.tensor(last), torch.tensor(queries)
+    moment_pages = torch.zeros(len(last), 0, dtype=torch.long) if moment_pages is None else moment_pages
+    first_token = queries.cumsum(0) - queries
+    return AttendWork(first_token, queries, pages, last, moment_pages, torch.full((len(last),), count))
+
+
+def run_attend(kernels, cache, query, work, scale, correct):
+    """(output, lse); both start as NaN, the query is in the cache's dtype."""
+    query = query.to(cache.kv.dtype)
+    output = torch.full_like(query, math.nan)
+    lse = torch.full(query.shape[:2], math.nan)
+    kernels.attend(cache, query, output, lse, work, scale, correct)
+    return output, lse
+
+
+def serving_batch(dtype, head_dim, moment_dtype, correction, groups, page_size=16, seed=0):
+    """A cache and a work list of odd rows: decode at a page's first and last slot, chunks, rows with and without a record.
+
+    Everything that a row does not own or has not written is NaN.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    has_covariance = correction == "first"
+    record = RecordLayout(head_dim, moment_dtype, True, has_covariance)
+    num_moments = record.pages(page_size, dtype.itemsize)
+    last, queries, counts = [0, 15, 16, *LONG, 40, 30], [1, 1, 1, 1, 1, 7, 33], [0, 32, 0, 48, 500, 64, 0]
+    num_pages = -(-(max(last) + max(queries)) // page_size)
+    cache = poisoned_cache(
+        1 + len(last) * (num_pages + num_moments), page_size, head_dim, dtype, moment_dtype=moment_dtype
+    )
+    cache.record = record
+    order = torch.randperm(len(cache.kv) - 1, generator=generator) + 1
+    pages, moment_pages = order.view(len(last), -1).split([num_pages, num_moments], 1)
+    pages = pages.clone()
+    for row in range(len(last)):
+        slots = last[row] + queries[row]
+        used = -(-slots // page_size)
+        pages[row, used:] = 0
+        for head in range(HEADS):
+            k, v = (torch.randn(used * page_size, head_dim, generator=generator) for _ in range(2))
+            k[slots:], v[slots:] = math.nan, math.nan
+            cache.keys[pages[row, :used], head] = k.view(used, page_size, -1).to(dtype)
+            cache.values[pages[row, :used], head] = v.view(used, page_size, -1).to(dtype)
+    gone = (torch.randn(len(last), HEADS, 64, head_dim, generator=generator) for _ in range(2))
+    weight = torch.ones(len(last), HEADS, 64)
+    cache.write_moments(moment_pages, moments.of_tokens(*gone, weight, has_covariance))
+    work = attend_work(pages, last, queries, moment_pages.contiguous())
+    work.count = torch.tensor(counts, dtype=torch.float32)
+    work.observe_from = torch.tensor([0, 1, 0, 0, 1, 3, 33])
+    work.restart = torch.tensor([True, False] * 4)[: len(last)]
+    query = 2 * torch.randn(sum(queries), HEADS * groups, head_dim, generator=generator)
+    return cache, work, query.to(dtype)
+
+
+BATCHES = [
+    (torch.bfloat16, 128, "bfloat16", "first", 4),
+    (torch.bfloat16, 64, "float32", "first", 3),
+    (torch.float16, 80, "bfloat16", "first", 7),
+    (torch.float32, 32, "float32", "first", 1),
+    (torch.float32, 256, "bfloat16", "zeroth", 16),
+    (torch.bfloat16, 128, "int8", "first", 8),
+    (torch.float16, 80, "int8", "first", 2),
+]
+
+
+def observed(policy, shape, generator):
+    """What a policy may have observed of every slot; None if it observes nothing."""
+    if not POLICIES[policy].needs_attention:
+        return None
+    return torch.rand(*shape, *[3] * POLICIES[policy].observes_logits, generator=generator)

@@ -1,0 +1,176 @@
+"""Attention, storing and observing of every kernel family: against plain softmax and against the reference on odd sizes."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_cases import BATCHES, HEADS, attend_work, poisoned_cache, run_attend, serving_batch
+
+from momentkv_vllm.kernels import moments, reference
+from momentkv_vllm.kernels.worklists import AttendWork
+from momentkv_vllm.page_schedule import cdiv
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("head_dim", "groups", "page_size", "tokens"),
+    [(32, 1, 16, 1), (64, 4, 16, 37), (80, 2, 32, 32), (256, 8, 128, 129)],
+)
+def test_attend_equals_softmax_over_the_pages(kernels, dtype, head_dim, groups, page_size, tokens):
+    generator = torch.Generator().manual_seed(tokens)
+    num_pages = -(-tokens // page_size)
+    cache = poisoned_cache(num_pages + 1, page_size, head_dim, dtype)
+    keys, values = (torch.randn(HEADS, tokens, head_dim, generator=generator).to(dtype) for _ in range(2))
+    pages = torch.randperm(num_pages, generator=generator) + 1
+    for t in range(tokens):
+        cache.keys[pages[t // page_size], :, t % page_size] = keys[:, t]
+        cache.values[pages[t // page_size], :, t % page_size] = values[:, t]
+    queries = min(3, tokens)
+    query = torch.randn(queries, HEADS * groups, head_dim, generator=generator).to(dtype)
+    work = attend_work(pages[None], [tokens - queries], [queries])
+    scale = head_dim**-0.5
+    output, lse = run_attend(kernels, cache, query, work, scale, False)
+    again, _ = run_attend(kernels, cache, query, work, scale, False)
+    assert torch.equal(output, again)
+    rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 1e-5}[dtype]
+    for i in range(queries):
+        seen = slice(0, tokens - queries + i + 1)
+        for h in range(HEADS * groups):
+            k, v = keys[h // groups, seen].double(), values[h // groups, seen].double()
+            logits = scale * k @ query[i, h].double()
+            want = torch.softmax(logits, 0) @ v
+            assert torch.allclose(output[i, h].double(), want, rtol=rounding, atol=1e-5), (i, h)
+            assert math.isclose(lse[i, h], torch.logsumexp(logits, 0), rel_tol=1e-5, abs_tol=1e-5)
+
+
+def test_correction_is_exact_when_the_evicted_keys_are_one_key(kernels):
+    """Eq. 12 with Jensen's equality: corrected attention over a part equals attention over everything."""
+    d, page_size, scale = 32, 16, 0.2
+    generator = torch.Generator().manual_seed(0)
+    cache = poisoned_cache(8, page_size, d, torch.float32, moment_dtype="float32")
+    keys, values = (torch.randn(HEADS, page_size, d, generator=generator) for _ in range(2))
+    cache.keys[1], cache.values[1] = keys, values
+    gone_key = torch.randn(HEADS, 1, d, generator=generator).expand(HEADS, 50, d)
+    gone_value = torch.randn(HEADS, 50, d, generator=generator)
+    record = moments.of_tokens(gone_key[None], gone_value[None], torch.ones(1, HEADS, 50), True)
+    moment_pages = torch.tensor([[3, 5, 6]])
+    cache.write_moments(moment_pages, record)
+    query = torch.randn(1, 2 * HEADS, d, generator=generator)
+    work = attend_work(torch.tensor([[1]]), [page_size - 1], [1], moment_pages, 50.0)
+    output, lse = run_attend(kernels, cache, query, work, scale, True)
+    for h in range(2 * HEADS):
+        k = torch.cat([keys[h // 2], gone_key[h // 2]])
+        v = torch.cat([values[h // 2], gone_value[h // 2]])
+        logits = scale * k @ query[0, h]
+        assert torch.allclose(output[0, h], torch.softmax(logits, 0) @ v, atol=1e-5)
+        assert torch.allclose(lse[0, h], torch.logsumexp(logits, 0), atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", BATCHES, ids=lambda b: f"{b[0]}-d{b[1]}-{b[2]}-{b[3]}-g{b[4]}")
+@pytest.mark.parametrize("correct", [False, True])
+def test_attend_and_observe_agree_with_the_reference(kernels, batch, correct):
+    cache, work, query = serving_batch(*batch)
+    scale = query.shape[-1] ** -0.5
+    want, want_lse = run_attend(reference, cache, query, work, scale, correct)
+    output, lse = run_attend(kernels, cache, query, work, scale, correct)
+    again, _ = run_attend(kernels, cache, query, work, scale, correct)
+    assert torch.equal(output, again)
+    assert not output.isnan().any()
+    rounding = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-5}[query.dtype]
+    torch.testing.assert_close(output, want, rtol=rounding, atol=1e-5)
+    torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=2e-5)
+    want_mass, mass = (torch.full(cache.keys.shape[:3], 7.0) for _ in range(2))
+    reference.observe(cache, want_mass, query, want_lse, work, scale)
+    kernels.observe(cache, mass, query, want_lse, work, scale)
+    used = torch.cat([row[row > 0] for row in work.pages])
+    torch.testing.assert_close(mass[used], want_mass[used], rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_does_not_depend_on_its_batch(kernels):
+    cache, work, query = serving_batch(torch.bfloat16, 64, "bfloat16", "first", 4)
+    together, _ = run_attend(kernels, cache, query, work, 0.125, True)
+    for row in range(len(work.last)):
+        alone = AttendWork(*(getattr(work, f)[row : row + 1] for f in list(AttendWork.__dataclass_fields__)[:6]))
+        output, _ = run_attend(kernels, cache, query, alone, 0.125, True)
+        tokens = slice(int(alone.first_token), int(alone.first_token) + int(alone.queries))
+        if kernels is reference:  # torch's matrix products are not the same for every shape
+            torch.testing.assert_close(output[tokens], together[tokens], rtol=2**-7, atol=1e-5)
+        else:
+            assert torch.equal(output[tokens], together[tokens]), row
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_do_not_change_a_bit(kernels, threads):
+    if kernels is reference:
+        pytest.skip("torch's own matrix products")
+    cache, work, query = serving_batch(torch.bfloat16, 128, "bfloat16", "first", 4)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3 - threads)
+        want, _ = run_attend(kernels, cache, query, work, 0.1, True)
+        torch.set_num_threads(threads)
+        output, _ = run_attend(kernels, cache, query, work, 0.1, True)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(output, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_store_writes_tokens_and_clears_fresh_pages(kernels, dtype):
+    cache = poisoned_cache(4, 16, 64, dtype)
+    packed = torch.randn(21, HEADS * 3, 64).to(dtype)  # as in a model: q, k and v of a token side by side
+    key, value = packed[:, HEADS : 2 * HEADS], packed[:, 2 * HEADS :]
+    slots = torch.tensor([*range(28, 32), *range(48, 64), -1])  # a page's end, a fresh page, padding
+    mass = torch.full(cache.keys.shape[:3], 5.0)
+    before = cache.kv.clone()
+    kernels.store(cache, key, value, slots, mass)
+    for i, slot in enumerate(slots[:-1].tolist()):
+        assert torch.equal(cache.keys[slot // 16, :, slot % 16], key[i])
+        assert torch.equal(cache.values[slot // 16, :, slot % 16], value[i])
+    for untouched in (0, 2):
+        assert torch.equal(cache.kv[untouched].view(torch.uint8), before[untouched].view(torch.uint8))
+    assert cache.keys[1, :, :12].isnan().all() and not mass[3].any() and mass[1].eq(5).all()
+    kernels.store(cache, key[:1], value[:1], torch.tensor([32]), None)
+    assert (
+        torch.equal(cache.keys[2, :, 0], key[0]) and not cache.keys[2, :, 1:].any() and not cache.values[2, :, 1:].any()
+    )
+
+
+def test_observe_sums_the_attention_of_observed_queries(kernels):
+    d, page_size = 32, 16
+    cache = poisoned_cache(3, page_size, d, torch.float32)
+    cache.keys[1:], cache.values[1:] = torch.randn(2, HEADS, page_size, d), torch.randn(2, HEADS, page_size, d)
+    work = attend_work(torch.tensor([[2, 1]]), [29], [3])
+    work.observe_from, work.restart = torch.tensor([1]), torch.tensor([True])
+    query = torch.randn(3, HEADS * 2, d)
+    _, lse = run_attend(kernels, cache, query, work, 0.2, False)
+    mass = torch.full((3, HEADS, page_size), 7.0)
+    kernels.observe(cache, mass, query, lse, work, 0.2)
+    assert torch.allclose(mass[1:].sum((0, 2)), torch.full((HEADS,), 4.0), atol=1e-4), (
+        "2 queries x 2 heads, mass 1 each"
+    )
+    assert torch.equal(mass[0], torch.full((HEADS, page_size), 7.0)), "pages of others are not touched"
+    assert mass[1, :, -1].gt(0).all()
+
+
+def test_observe_takes_over_what_attend_has_computed(kernels):
+    """One query a row, three of five rows observed, long enough for several splits: bit for bit what observe computes alone."""
+    d, page_size, slots = 32, 16, [1, 16, 40, 500, 1300]
+    cache = poisoned_cache(sum(cdiv(n, page_size) for n in slots) + 1, page_size, d, torch.float32)
+    pages, first = torch.zeros(len(slots), cdiv(max(slots), page_size), dtype=torch.int64), 1
+    for row, n in enumerate(slots):
+        pages[row, : cdiv(n, page_size)] = torch.arange(first, first := first + cdiv(n, page_size))
+    used = torch.arange(1, first)
+    cache.keys[used], cache.values[used] = torch.randn(2, len(used), HEADS, page_size, d)
+    work = attend_work(pages, [n - 1 for n in slots], [1] * len(slots))
+    work.observe_from, work.restart = torch.tensor([0, 1, 0, 1, 0]), torch.tensor([True, False, False, False, True])
+    query = torch.randn(len(slots), HEADS * 4, d)
+    output, lse = run_attend(kernels, cache, query, work, 0.2, False)
+    taken = torch.full((len(cache.keys), HEADS, page_size), 7.0)
+    alone, want = taken.clone(), taken.clone()
+    kernels.observe(cache, taken, query, lse, work, 0.2)
+    kernels.observe(cache, alone, query, lse, replace(work, logits=None), 0.2)
+    reference.observe(cache, want, query, lse, work, 0.2)
+    assert torch.equal(taken, alone)
+    torch.testing.assert_close(taken[used], want[used], rtol=1e-4, atol=1e-5)
