@@ -60,11 +60,13 @@ class Engine:
         self._next = 0
         self._count_preemptions()
 
-    def add(self, prompt: list[int], max_tokens: int = 32, **sampling: Any) -> str:
+    def add(self, prompt: list[int] | dict[str, Any], max_tokens: int = 32, **sampling: Any) -> str:
+        """prompt: token ids, or a prompt of vLLM's with text and sounds or images."""
         name = f"r{self._next}"
         self._next += 1
         settings = {"temperature": 0.0, "ignore_eos": True, **sampling}
-        self.vllm.add_request(name, {"prompt_token_ids": prompt}, SamplingParams(max_tokens=max_tokens, **settings))
+        given = prompt if isinstance(prompt, dict) else {"prompt_token_ids": prompt}
+        self.vllm.add_request(name, given, SamplingParams(max_tokens=max_tokens, **settings))
         return name
 
     def step(self) -> list:
@@ -97,7 +99,9 @@ class Engine:
             number += 1
         return tokens
 
-    def generate(self, prompts: list[list[int]], max_tokens: int = 32, **sampling: Any) -> list[list[int]]:
+    def generate(
+        self, prompts: list[list[int] | dict[str, Any]], max_tokens: int = 32, **sampling: Any
+    ) -> list[list[int]]:
         names = [self.add(p, max_tokens, **sampling) for p in prompts]
         tokens = self.run()
         return [tokens[n] for n in names]

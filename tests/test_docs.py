@@ -89,6 +89,16 @@ def test_speed_figures_are_those_of_the_committed_results():
         assert figures == [f"{x:.2f}" if x else "-" for x in found]
 
 
+def test_memory_figures_are_those_of_the_committed_results():
+    want = []
+    for cell in results("memory"):
+        resident = cell["samples"]["resident"]
+        kept = {"default": "1,024 (default)"}.get(cell["primitives"], str(cell["primitives"]))
+        growth = f"{100 * cell['growth_of_second_half']:.1f} %"
+        want.append([cell["engine"], kept, f"{resident[0]:.0f} to {resident[-1]:.0f}", growth])
+    assert rows("operations.md", "| engine | products kept | resident MiB | growth of the second half |") == want
+
+
 def test_the_cost_of_metrics_is_that_of_the_committed_results():
     from momentkv_vllm.attention.monitor import SAMPLE_EVERY, SAMPLE_ROWS
 

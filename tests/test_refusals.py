@@ -18,7 +18,8 @@ EVICT = {"kv_eviction": {"policy": "momentkv", "budget_tokens": 256}}
 
 
 def config_of(model, **options):
-    return EngineArgs(model=str(model), additional_config=EVICT, max_model_len=2048, **options).create_engine_config()
+    given = {"max_model_len": 2048} | options
+    return EngineArgs(model=str(model), additional_config=EVICT, **given).create_engine_config()
 
 
 @pytest.mark.parametrize(
@@ -69,24 +70,26 @@ def test_sliding_window_models_get_pages_that_their_kernel_can_read(models, tmp_
 
 
 @pytest.mark.parametrize(
-    ("name", "architecture", "words", "extra"),
+    ("name", "architecture", "words", "options"),
     [
         ("DeepseekV2Config", "DeepseekV2ForCausalLM", "MLA", {}),
         ("MambaConfig", "MambaForCausalLM", "attention-free", {}),
         ("JambaConfig", "JambaForCausalLM", "hybrid", {}),
-        ("WhisperConfig", "WhisperForConditionalGeneration", "encoder-decoder", {}),
+        ("WhisperConfig", "WhisperForConditionalGeneration", "encoder-decoder", {"max_model_len": 448}),
+        ("PaliGemmaConfig", "PaliGemmaForConditionalGeneration", "read images in both directions", {}),
+        ("PaliGemmaConfig", "PaliGemmaForConditionalGeneration", "", {"language_model_only": True}),
     ],
 )
-def test_model_families(models, tmp_path, name, architecture, words, extra):
+def test_model_families(models, tmp_path, name, architecture, words, options):
     """Only config.json is read: the refusal comes before any weight is loaded."""
     shutil.copytree(models(), tmp_path / "m")
-    settings = getattr(transformers, name)(**extra).to_dict() | {
-        "architectures": [architecture],
-        "torch_dtype": "bfloat16",
-    }
+    settings = getattr(transformers, name)().to_dict() | {"architectures": [architecture], "torch_dtype": "bfloat16"}
     (tmp_path / "m/config.json").write_text(json.dumps(settings, default=str))
+    if not words:
+        assert config_of(tmp_path / "m", **options).additional_config["kv_eviction"]
+        return
     with pytest.raises(ValueError, match=words) as error:
-        EngineArgs(model=str(tmp_path / "m"), additional_config=EVICT).create_engine_config()
+        config_of(tmp_path / "m", **options)
     assert "--kv-eviction momentkv does not support" in str(error.value)
 
 

@@ -2,14 +2,15 @@
 
 import pytest
 from soak.catalog import NEAR_TIE, Request
-from soak.run import MOMENTKV, judge, soak
+from soak.run import MOMENTKV, Soak, judge, soak
 
 pytestmark = pytest.mark.server
 
 
 @pytest.mark.timeout(900)
 def test_mixed_traffic_and_a_killed_worker(tmp_path):
-    found = soak(tmp_path, [(12, "kill worker"), (6, "stop")], requests=16, options=MOMENTKV)
+    with Soak(tmp_path, 16, MOMENTKV) as running:
+        found = soak(running, [(12, "kill worker"), (6, "stop")])
     missed = [t for t in judge(found) if not t["ok"]]
     assert not missed, found
     traffic = found["traffic"]

@@ -28,6 +28,8 @@ from soak.traffic import Traffic
 MODEL = Path(__file__).parent.parent / "test_model/checkpoint"
 # Float32, so that tokens are decided (catalog.NEAR_TIE).
 COMMON = ["--dtype", "float32", "--max-num-batched-tokens", "256", "--max-num-seqs", "12", "--max-model-len", "4096"]
+# Requests that are not done by then keep the server for ever: vLLM 0.32.0 kills its engine and waits for their answers.
+COMMON += ["--shutdown-timeout", "20"]
 # 80 pages of 16 tokens hold five sequences at their budget, of twelve.
 MOMENTKV = [*COMMON, "--kv-eviction", "momentkv", "--kv-budget", "256", "--num-gpu-blocks-override", "81"]
 # Stock refuses a pool that cannot hold its longest sequence.
@@ -63,8 +65,7 @@ def kill_worker(server: Server) -> str:
 
 
 def ended(process: subprocess.Popen) -> int:
-    """Exit code; after GRACE_SECONDS it is killed, as every supervisor does (then -9). vLLM 0.32.0 may wait for
-    open answers for ever if it had to kill its engine before that could abort them."""
+    """Exit code; after GRACE_SECONDS it is killed, as every supervisor does (then -9)."""
     try:
         return process.wait(GRACE_SECONDS)
     except subprocess.TimeoutExpired:
@@ -73,21 +74,30 @@ def ended(process: subprocess.Popen) -> int:
 
 
 class Soak:
-    """One server at a time, and what was seen of all of them."""
+    """One server at a time, ended by `with`, and what was seen of all of them."""
 
-    def __init__(self, folder: Path, requests: int, options: list[str], seed: int = 0) -> None:
+    def __init__(self, folder: Path, requests: int, options: list[str], core: str | None = None, seed: int = 0) -> None:
         self.folder = folder
         self.options = options
+        self.core = core
         self.requests = catalog(requests, seed)
         self.traffic = Traffic(self.requests, seed)
         self.lives: list[dict[str, Any]] = []
         self.server = self._start()
         record(self.server.url, self.requests)
 
+    def __enter__(self) -> "Soak":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.stop()
+
     def _start(self) -> Server:
         # By default oneDNN keeps what it compiles for every new number of tokens, longer than a soak: soak.engine_memory.
         limit = {VARIABLE: str(PRIMITIVES)}
-        return Server(MODEL, *self.options, folder=self.folder, name="soak", environment=limit).wait_ready()
+        return Server(
+            MODEL, *self.options, folder=self.folder, name="soak", binding=self.core, environment=limit
+        ).wait_ready()
 
     def run(self, seconds: float, end: str) -> None:
         """One life: traffic, silence (nothing may be held), then `end` under traffic: "stop", "restart" or "kill worker"."""
@@ -160,16 +170,12 @@ def judge(found: dict[str, Any]) -> list[dict[str, Any]]:
     return targets
 
 
-def soak(folder: Path, plan: list[tuple[float, str]], requests: int, options: list[str]) -> dict[str, Any]:
+def soak(running: Soak, plan: list[tuple[float, str]]) -> dict[str, Any]:
     """plan: seconds of traffic and how each life ends, the last one with "stop"."""
-    running = Soak(folder, requests, options)
-    try:
-        for seconds, end in plan:
-            running.run(seconds, end)
-            print(json.dumps(running.lives[-1]), flush=True)
-        return running.finish()
-    finally:
-        running.server.stop()
+    for seconds, end in plan:
+        running.run(seconds, end)
+        print(json.dumps(running.lives[-1]), flush=True)
+    return running.finish()
 
 
 def main() -> None:
@@ -179,11 +185,15 @@ def main() -> None:
     args = parser.parse_args()
     seconds = 60 * args.minutes
     plan = [(0.6 * seconds, "restart"), (0.2 * seconds, "kill worker"), (0.2 * seconds, "stop")]
-    with tempfile.TemporaryDirectory() as folder:
-        with concurrent.futures.ThreadPoolExecutor() as threads:
-            ours = threads.submit(soak, Path(folder), plan, args.requests, MOMENTKV)
-            stock = threads.submit(soak, Path(folder), [(plan[0][0], "stop")], args.requests, STOCK)
-        found = ours.result() | {"stock": stock.result()}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        # A core each; and both answer alone before either has traffic, which the other's start might not survive.
+        Soak(Path(folder), args.requests, MOMENTKV, "0") as ours,
+        Soak(Path(folder), args.requests, STOCK, "1") as stock,
+        concurrent.futures.ThreadPoolExecutor() as threads,
+    ):
+        found, beside = threads.map(soak, [ours, stock], [plan, [(plan[0][0], "stop")]])
+    found["stock"] = beside
     targets = judge(found)
     report.write("soak", found, targets)
     if not all(t["ok"] for t in targets):

@@ -52,7 +52,7 @@ def _objections(vllm_config: "VllmConfig", config: EvictionConfig) -> dict[str, 
         "encoder-decoder models": model.is_encoder_decoder,
         "attention-free models": model.is_attention_free,
         "hybrid models (Mamba or linear attention beside attention)": model.is_hybrid,
-        "multimodal models": model.is_multimodal_model,
+        "models that read images in both directions (prefix-LM; --language-model-only serves their text)": model.is_mm_prefix_lm,
         "--disable-hybrid-kv-cache-manager for models with sliding-window layers": (
             vllm_config.scheduler_config.disable_hybrid_kv_cache_manager and model.get_sliding_window() is not None
         ),
