@@ -22,9 +22,8 @@ def poisoned_cache(pages, page_size, head_dim, dtype, **record):
 # Triton needs a GPU or its interpreter, which must be chosen before Triton is imported: test_interpreter.py.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FAMILIES = ["cpu", "reference", *["triton"] * INTERPRETED]
-LONG = (
-    [130, 280] if INTERPRETED else [700, 1400]
-)  # a kernel that is interpreted takes a second where it should take 10 us
+# A kernel that is interpreted takes a second where it should take 10 us.
+LONG = [130, 280] if INTERPRETED else [700, 1400]
 
 
 def attend_work(pages, last, queries, moment_pages=None, count=0.0):

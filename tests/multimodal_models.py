@@ -7,9 +7,8 @@ import torch
 from model_families import COMMON
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_models import VOCABULARY, sharpen
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, WhisperFeatureExtractor
+from tiny_models import sharpen, word_tokenizer
+from transformers import LlamaConfig, Qwen2Config, WhisperFeatureExtractor
 from transformers.models.idefics3 import (
     Idefics3Config,
     Idefics3ForConditionalGeneration,
@@ -31,15 +30,6 @@ TILE, PATCH = 112, 14
 """Pixels. A tile is (112 / 14 / 2)^2 = 16 tokens; an image of up to 4 x 4 tiles is read whole as well."""
 
 
-def _tokenizer(special: list[str]) -> PreTrainedTokenizerFast:
-    words = ["<pad>", "<s>", "</s>", "<unk>", *special]
-    words += [f"w{i}" for i in range(VOCABULARY - len(words))]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=special, **named)
-
-
 def make_audio_model(folder: Path) -> Path:
     """A tiny Qwen2-Audio: 25 tokens a second of sound."""
     torch.manual_seed(0)
@@ -54,7 +44,7 @@ def make_audio_model(folder: Path) -> Path:
     weights = folder / "model.safetensors"
     renamed = {k.replace("model.model.", "model."): v for k, v in load_file(weights).items()}
     save_file(renamed, weights, metadata={"format": "pt"})
-    Qwen2AudioProcessor(WhisperFeatureExtractor(feature_size=16), _tokenizer(AUDIO)).save_pretrained(folder)
+    Qwen2AudioProcessor(WhisperFeatureExtractor(feature_size=16), word_tokenizer(AUDIO)).save_pretrained(folder)
     return folder
 
 
@@ -76,7 +66,7 @@ def make_image_model(folder: Path) -> Path:
     sharpen(model.model.text_model)
     model.save_pretrained(folder)
     images = Idefics3ImageProcessorPil(size={"longest_edge": 4 * TILE}, max_image_size={"longest_edge": TILE})
-    Idefics3Processor(images, _tokenizer(IMAGE + TILES), image_seq_len=16).save_pretrained(folder)
+    Idefics3Processor(images, word_tokenizer(IMAGE + TILES), image_seq_len=16).save_pretrained(folder)
     return folder
 
 

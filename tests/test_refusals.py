@@ -55,6 +55,14 @@ def changed_model(folder, source, **changes):
     return folder
 
 
+def model_of(folder, source, config, architecture):
+    """The tiny Llama's folder with config.json of another class's defaults."""
+    changed = {"architectures": [architecture], "torch_dtype": "bfloat16"}
+    shutil.copytree(source, folder)
+    (folder / "config.json").write_text(json.dumps(getattr(transformers, config)().to_dict() | changed, default=str))
+    return folder
+
+
 def test_sliding_window_models_get_pages_that_their_kernel_can_read(models, tmp_path):
     model = changed_model(
         tmp_path / "m", models(), model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=64
@@ -77,20 +85,20 @@ def test_sliding_window_models_get_pages_that_their_kernel_can_read(models, tmp_
         ("JambaConfig", "JambaForCausalLM", "hybrid", {}),
         ("WhisperConfig", "WhisperForConditionalGeneration", "encoder-decoder", {"max_model_len": 448}),
         ("PaliGemmaConfig", "PaliGemmaForConditionalGeneration", "read images in both directions", {}),
-        ("PaliGemmaConfig", "PaliGemmaForConditionalGeneration", "", {"language_model_only": True}),
     ],
 )
 def test_model_families(models, tmp_path, name, architecture, words, options):
     """Only config.json is read: the refusal comes before any weight is loaded."""
-    shutil.copytree(models(), tmp_path / "m")
-    settings = getattr(transformers, name)().to_dict() | {"architectures": [architecture], "torch_dtype": "bfloat16"}
-    (tmp_path / "m/config.json").write_text(json.dumps(settings, default=str))
-    if not words:
-        assert config_of(tmp_path / "m", **options).additional_config["kv_eviction"]
-        return
+    model = model_of(tmp_path / "m", models(), name, architecture)
     with pytest.raises(ValueError, match=words) as error:
-        config_of(tmp_path / "m", **options)
+        config_of(model, **options)
     assert "--kv-eviction momentkv does not support" in str(error.value)
+
+
+def test_text_of_a_model_that_reads_images_in_both_directions(models, tmp_path):
+    """The way out that its refusal names."""
+    model = model_of(tmp_path / "m", models(), "PaliGemmaConfig", "PaliGemmaForConditionalGeneration")
+    assert config_of(model, language_model_only=True).additional_config["kv_eviction"]
 
 
 def test_alibi_layers_are_refused_when_the_model_is_built(tmp_path):

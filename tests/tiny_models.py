@@ -1,6 +1,7 @@
 """Small random-weight models made on the spot: real Hugging Face checkpoints with a word-level tokenizer."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,14 +12,21 @@ VOCABULARY = 128
 CHAT_TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['content'] }} {% endfor %}"
 
 
-def save_tokenizer(folder: Path) -> None:
-    """Words w0 .. w123 and four special tokens."""
-    words = ["<pad>", "<s>", "</s>", "<unk>"] + [f"w{i}" for i in range(VOCABULARY - 4)]
+def word_tokenizer(special: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """Four special tokens, those of `special` from 4 on, then words w0, w1, ... up to VOCABULARY."""
+    words = ["<pad>", "<s>", "</s>", "<unk>", *special]
+    words += [f"w{i}" for i in range(VOCABULARY - len(words))]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        additional_special_tokens=list(special),
+    )  # fmt: skip
+
+
+def save_tokenizer(folder: Path) -> None:
+    """`word_tokenizer` with a chat template."""
+    fast = word_tokenizer()
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(folder)
 
