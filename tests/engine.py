@@ -73,7 +73,7 @@ class Engine:
         """One engine step; the books must balance after it."""
         outputs = self.vllm.step()
         if hasattr(self.manager, "check_integrity"):
-            self.manager.check_integrity(self._pages_of_other_groups())
+            self.manager.check_integrity(self._pages_of_other_groups(), self.scheduler.requests)
         for name, blocks in self.manager.req_to_blocks.items():
             live = sum(not b.is_null for b in blocks)
             # vLLM appends a random suffix to internal request ids.

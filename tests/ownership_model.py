@@ -15,7 +15,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
-from momentkv_vllm.block_manager.scheduler import _StopsAtEvents
+from momentkv_vllm.block_manager.scheduler import StopsAtEvents
 from momentkv_vllm.block_manager.spec import MomentKVSpec
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.page_schedule import PageSchedule, cdiv
@@ -34,10 +34,9 @@ class NoLimit:
         return num_new_tokens
 
 
-class Stops(_StopsAtEvents, NoLimit):
+class Stops(StopsAtEvents, NoLimit):
     def __init__(self, spec: MomentKVSpec) -> None:
-        self.page_schedule, self.own_tokens = spec.schedule, spec.own_tokens
-        self.cacheable_tokens = spec.cacheable_tokens
+        self.bind(spec, caches_prefixes=True)
 
 
 @dataclass

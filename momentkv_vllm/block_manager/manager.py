@@ -1,10 +1,11 @@
 """The scheduler's side: frees retired pages to vLLM's pool, bounds admission, keeps shared prefixes out of harm's way, counts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.request import Request
 
 from momentkv_vllm.block_manager.metrics import PageMetrics
 from momentkv_vllm.block_manager.spec import MomentKVSpec
@@ -23,9 +24,10 @@ class MomentKVManager(FullAttentionManager):
 
     * A hit page that somebody else owns is copied for the new request; one that nobody owns is taken as it is. So a hit
       never needs more free pages than the same request without one.
-    * When a request gets the last page of its budget it is sealed: a copy of each of its cached pages takes their place in
-      the cache. The copies ride on vLLM's own list, which the worker runs before the step that could rewrite them.
-    * Pages are cached a step after they were scheduled, because those copies run before the step's own stores.
+    * Before the step that reaches its first event a request is sealed: a copy of each of its cached pages takes their place
+      in the cache. The copies ride on vLLM's own list, which the worker runs before that step.
+    * Pages are cached a step after they were scheduled, because those copies run before the step's own stores; the pages of
+      its last step when a request gives them back.
     """
 
     def __init__(self, kv_cache_spec: MomentKVSpec, **kwargs) -> None:
@@ -37,6 +39,8 @@ class MomentKVManager(FullAttentionManager):
         self.evicting: dict[str, int] = {}
         self.live_pages: dict[str, int] = {}
         self.sealed: set[str] = set()
+        self.step_end: dict[str, int] = {}
+        self.uncached: dict[str, Request] = {}
         # Sums over requests, so that counting costs the same for one sequence and for a thousand.
         self.total_live = self.total_retired = 0
         self.metrics = PageMetrics(kv_cache_spec, self.block_pool.num_gpu_blocks - 1)
@@ -76,20 +80,23 @@ class MomentKVManager(FullAttentionManager):
                 self._make_private(request_id, column, copied_from.get(block.block_id, block))
         self._count_live(request_id, len(new_computed_blocks))
 
-    def cache_blocks(self, request, num_tokens: int, *args, **kwargs) -> None:
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
+        self.step_end[request_id] = num_tokens_main_model
+        blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+        self._count_live(request_id, len(blocks))
+        return blocks
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args, **kwargs) -> None:
         """Cache the pages that earlier steps have filled, until the request's last chance before its first event."""
         request_id = request.request_id
         if request_id in self.sealed:
             return
+        self.uncached[request_id] = request
         filled = min(num_tokens, request.num_computed_tokens, self.kv_cache_spec.cacheable_tokens)
         super().cache_blocks(request, filled, *args, **kwargs)
-        if len(self.req_to_blocks.get(request_id, ())) >= self.schedule.budget_pages:
+        # `num_tokens` leaves out a token that is still in flight (async scheduling), the step does not.
+        if self.step_end[request_id] >= self.schedule.first_event:
             self._seal(request_id)
-
-    def allocate_new_blocks(self, request_id: str, *args, **kwargs) -> list[KVCacheBlock]:
-        blocks = super().allocate_new_blocks(request_id, *args, **kwargs)
-        self._count_live(request_id, len(blocks))
-        return blocks
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
@@ -110,7 +117,10 @@ class MomentKVManager(FullAttentionManager):
         self.metrics.retired(pages=freed, tokens=newly_evicted)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """As vLLM's, for a request that ends or is preempted. What its last step has filled is cached first."""
+        self._cache_last_step(request_id)
         blocks = super().pop_blocks_for_free(request_id)
+        self.step_end.pop(request_id, None)
         self.total_retired -= max(0, self.evicting.pop(request_id, 0) - self.rewritten_pages)
         self.sealed.discard(request_id)
         self.total_live -= self.live_pages.pop(request_id, 0)
@@ -121,11 +131,15 @@ class MomentKVManager(FullAttentionManager):
         """No cascade attention: store pages are private."""
         return 0
 
-    def check_integrity(self, other_pages: int = 0) -> None:
+    def check_integrity(self, other_pages: int = 0, requests: Mapping[str, Request] | None = None) -> None:
         """Assert the bookkeeping between two steps. Raises AssertionError naming the request and the numbers.
 
-        other_pages: pages of the pool that layers without eviction own.
+        Args:
+            other_pages: pages of the pool that layers without eviction own.
+            requests: the scheduler's, whose schedule is compared with what was retired.
         """
+        for request in (requests or {}).values():
+            self._check_schedule(request)
         owners: dict[int, int] = {}
         for request_id, blocks in self.req_to_blocks.items():
             for block in blocks:
@@ -143,6 +157,15 @@ class MomentKVManager(FullAttentionManager):
         columns = sum(map(len, self.req_to_blocks.values()))
         counted = self.total_live + self.total_retired
         assert columns == counted, f"stock would hold {columns} pages, the metrics say {counted}"
+
+    def _check_schedule(self, request: Request) -> None:
+        """What was retired, the schedule must have retired too: a prompt that grew would move it back in `full` prefill."""
+        retired = self.evicting.get(request.request_id, 0)
+        scheduled = self.schedule.boundary(request.num_computed_tokens, request.num_prompt_tokens)
+        assert retired <= scheduled, (
+            f"{request.request_id}: retired up to column {retired}, but the schedule says {scheduled} at "
+            f"{request.num_computed_tokens} tokens of a prompt of {request.num_prompt_tokens}"
+        )
 
     def _check_request(self, request_id: str, blocks: list[KVCacheBlock]) -> None:
         boundary = self.evicting.get(request_id, 0)
@@ -162,6 +185,13 @@ class MomentKVManager(FullAttentionManager):
         cap = self.max_admission_blocks_per_request
         assert cap is None or live <= cap, f"{request_id}: {live} live pages exceed the admission bound {cap}"
 
+    def _cache_last_step(self, request_id: str) -> None:
+        request = self.uncached.pop(request_id, None)
+        if request is None:
+            return
+        filled = min(request.num_tokens, request.num_computed_tokens, self.kv_cache_spec.cacheable_tokens)
+        super().cache_blocks(request, filled, replay_boundaries=())
+
     def _make_private(self, request_id: str, column: int, source: KVCacheBlock) -> None:
         """Replace a shared hit page by a copy of `source`, the page that holds its content before the coming step.
 
@@ -177,6 +207,7 @@ class MomentKVManager(FullAttentionManager):
     def _seal(self, request_id: str) -> None:
         """Take the request's pages that will be rewritten out of the prefix cache, leaving copies there."""
         self.sealed.add(request_id)
+        self.uncached.pop(request_id, None)
         cached = [b for b in self.req_to_blocks[request_id][: self.rewritten_pages] if b.block_hash is not None]
         # Only pages that this step cannot need: a copy must never be the reason for a preemption.
         step_pages = self.kv_cache_spec.step_tokens // self.block_size + len(self.req_to_blocks)

@@ -1,43 +1,86 @@
-"""vLLM's schedulers with two more boundaries for a step's tokens, both known from the page schedule.
+"""vLLM's schedulers with what the page schedule adds: two boundaries for a step's tokens, and sessions whose prompt grows.
 
 Chosen through vLLM's own option `scheduler_cls`, unless the user has set it.
 """
 
+from weakref import WeakSet
+
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.request import Request
+from vllm.v1.request import Request, StreamingUpdate
 
 from momentkv_vllm.block_manager.spec import MomentKVSpec
 
 
-class _StopsAtEvents:
+class StopsAtEvents:
     """Shortens what vLLM would schedule of a request, never to nothing.
 
-    * A prefill chunk stops at the end of the cacheable prefix. The manager caches pages one step after they were filled, and the
-      step that crosses the first event rewrites them: without the stop, a prompt whose first chunk is longer than the budget
-      would leave nothing in the prefix cache.
+    * A step that would reach the first event stops at the end of the cacheable prefix. The manager caches pages one step after
+      they were filled, and the step that reaches the first event rewrites them: without the stop, a prompt whose first chunk is
+      longer than the budget would leave nothing in the prefix cache. Prompts below the budget are scheduled as vLLM does.
     * Draft tokens stop before the tokens that the next event depends on: a page is retired for good, and what a policy has
       observed stays observed, so these steps have one token and no drafts.
     """
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        spec = _evicting_spec(self.kv_cache_config)
+    def bind(self, spec: MomentKVSpec, caches_prefixes: bool) -> None:
+        """Take over what the spec says; `caches_prefixes` False: there is no prefix to stop at."""
         self.page_schedule = spec.schedule
         self.own_tokens = spec.own_tokens
-        self.cacheable_tokens = spec.cacheable_tokens
+        self.cacheable_tokens = spec.cacheable_tokens if caches_prefixes else 0
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """vLLM's last word on how many tokens of a request a step computes: [num_computed_tokens, + num_new_tokens)."""
         tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         if num_computed_tokens < request.num_tokens - 1:  # it reads known tokens, without drafts
-            ahead = self.cacheable_tokens - num_computed_tokens
-            return min(tokens, ahead) if ahead > 0 else tokens
+            uncached = self.cacheable_tokens - num_computed_tokens
+            reaches_event = num_computed_tokens + tokens >= self.page_schedule.first_event
+            return min(tokens, uncached) if uncached > 0 and reaches_event else tokens
         if tokens <= 1:
             return tokens
         event = self.page_schedule.next_event(num_computed_tokens, request.num_prompt_tokens)
         return min(tokens, max(1, event - self.own_tokens - num_computed_tokens))
+
+
+class RestartsSessions(StopsAtEvents):
+    """Sessions whose prompt arrives in pieces (vLLM's `resumable` requests) keep their pages from one piece to the next.
+
+    That is right as long as the worker's state is what the schedule says of the longer prompt. Where it is not, the session is
+    read again from its first token, as a preempted request is:
+
+    * `full` prefill, and the session has evicted. One request over the same text would not have, yet.
+    * A step in flight, whose token vLLM discards, has already reached what the next event depends on (async scheduling).
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.bind(_evicting_spec(self.kv_cache_config), self.kv_cache_manager.enable_caching)
+        self.overtaken: WeakSet[Request] = WeakSet()
+
+    def _handle_stopped_request(self, request: Request) -> bool:
+        settled = request.num_computed_tokens - request.num_output_placeholders
+        event = self.page_schedule.next_event(settled, request.num_prompt_tokens)
+        if settled < request.num_computed_tokens and event - self.own_tokens < request.num_computed_tokens:
+            self.overtaken.add(request)
+        return super()._handle_stopped_request(request)
+
+    def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
+        boundary = self.page_schedule.boundary(session.num_computed_tokens, session.num_prompt_tokens)
+        super()._update_request_as_session(session, update)
+        longer = self.page_schedule.boundary(session.num_computed_tokens, session.num_prompt_tokens)
+        if boundary != longer or session in self.overtaken:
+            self.overtaken.discard(session)
+            self._read_again(session)
+
+    def _read_again(self, session: Request) -> None:
+        """Give back what the session holds; vLLM then schedules it like a new request."""
+        self._free_request_blocks(session)
+        self.encoder_cache_manager.free(session)
+        waits_with_pages = session in self.kv_holding_waiting
+        session.num_computed_tokens = 0
+        if waits_with_pages:
+            self.kv_holding_waiting.remove_request(session)
+            self.waiting.add_request(session)
 
 
 def _evicting_spec(kv_cache_config: KVCacheConfig) -> MomentKVSpec:
@@ -52,9 +95,9 @@ def _evicting_spec(kv_cache_config: KVCacheConfig) -> MomentKVSpec:
     return specs[0]
 
 
-class MomentKVScheduler(_StopsAtEvents, Scheduler):
+class MomentKVScheduler(RestartsSessions, Scheduler):
     """For --no-async-scheduling."""
 
 
-class AsyncMomentKVScheduler(_StopsAtEvents, AsyncScheduler):
+class AsyncMomentKVScheduler(RestartsSessions, AsyncScheduler):
     """For --async-scheduling."""

@@ -3,12 +3,14 @@
 
 def register_seams() -> None:
     """Idempotent; without --kv-eviction the registered classes behave as the ones they replace."""
+    from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
     from vllm.v1.kv_cache_interface import FullAttentionSpec
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
     from momentkv_vllm.block_manager.manager import MomentKVManager
     from momentkv_vllm.block_manager.spec import MomentKVSpec
+    from momentkv_vllm.vllm_seams.cpu_runner import patch_cpu_runner
 
     # The CPU platform always asks for CPU_ATTN (vllm/platforms/cpu.py), so ours takes its place.
     register_backend(AttentionBackendEnum.CPU_ATTN, "momentkv_vllm.attention.backend.MomentKVBackend")
@@ -17,3 +19,5 @@ def register_seams() -> None:
     # Registering first would make vLLM believe that its own specs are registered already.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(MomentKVSpec, MomentKVManager, uniform_type_base_spec=FullAttentionSpec)
+    if current_platform.is_cpu():
+        patch_cpu_runner()
