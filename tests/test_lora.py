@@ -1,38 +1,19 @@
 """LoRA adapters with eviction: an adapter changes weights only, and no request sees the pages of another adapter."""
 
-import json
-
 import pytest
-import torch
 from engine import random_prompt
-from safetensors.torch import save_file
+from tiny_models import make_adapter
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
 pytestmark = pytest.mark.engine
 
 EXACT = {"policy": "momentkv", "budget_tokens": 384, "moment_dtype": "float32"}
-RANK = 4
 
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    """A random adapter of the tiny Llama's queries and values (hidden size 64, 4 and 2 heads of 32)."""
-    folder = tmp_path_factory.mktemp("adapter")
-    settings = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 2 * RANK, "bias": "none",
-        "target_modules": ["q_proj", "v_proj"], "base_model_name_or_path": "tiny",
-    }  # fmt: skip
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    random = torch.Generator().manual_seed(0)
-    weights = {}
-    for layer in range(2):
-        for name, width in (("q_proj", 128), ("v_proj", 64)):
-            key = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            weights[f"{key}.lora_A.weight"] = torch.randn(RANK, 64, generator=random)
-            weights[f"{key}.lora_B.weight"] = torch.randn(width, RANK, generator=random)
-    save_file(weights, folder / "adapter_model.safetensors")
-    return LoRARequest("adapter", 1, str(folder))
+    return LoRARequest("adapter", 1, str(make_adapter(tmp_path_factory.mktemp("adapter"))))
 
 
 def answers(e, adapter) -> dict:

@@ -67,6 +67,8 @@ def test_a_step_in_flight_has_reached_the_event(engine, models):
         stop = next(t for i, t in enumerate(plain) if i > 4 and t not in plain[:i])
         answers, texts = ask_in_pieces(e, [piece, random_prompt(90, seed=2)], (stop,))
         assert answers[0] == plain[: plain.index(stop) + 1]
-        assert e.generate([texts[1]], NEW)[0] == answers[1], f"first piece of {length} tokens, answer of {len(answers[0])}"
+        assert e.generate([texts[1]], NEW)[0] == answers[1], (
+            f"first piece of {length} tokens, answer of {len(answers[0])}"
+        )
         overtaken += length + len(answers[0]) in range(250, 258)
     assert overtaken > 2, "no step in flight came near the event"

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -67,4 +68,23 @@ def make_llama(
     save_tokenizer(folder)
     settings = json.loads((folder / "config.json").read_text())
     assert settings["head_dim"] == head_dim
+    return folder
+
+
+def make_adapter(folder: Path, rank: int = 4) -> Path:
+    """A random LoRA adapter of the tiny Llama's queries and values (hidden size 64, 4 and 2 heads of 32)."""
+    folder.mkdir(exist_ok=True)
+    settings = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "bias": "none",
+        "target_modules": ["q_proj", "v_proj"], "base_model_name_or_path": "tiny",
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    random = torch.Generator().manual_seed(0)
+    weights = {}
+    for layer in range(2):
+        for name, width in (("q_proj", 128), ("v_proj", 64)):
+            key = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            weights[f"{key}.lora_A.weight"] = torch.randn(rank, 64, generator=random)
+            weights[f"{key}.lora_B.weight"] = torch.randn(width, rank, generator=random)
+    save_file(weights, folder / "adapter_model.safetensors")
     return folder

@@ -91,7 +91,8 @@ class MomentKVMetadataBuilder(CPUAttentionMetadataBuilder):
             self.monitor = Monitor(kv_cache_spec)
         if config.prefill == "full":
             # Makes the runner hand prompt lengths to builders (CommonAttentionMetadata.rswa_prefix_lens), the only field
-            # that carries them. Nothing else on a CPU worker reads this attribute of this process's config copy.
+            # that carries them. Nothing else on a CPU worker reads this attribute of this process's config copy (ledger of
+            # patches: vllm_seams/__init__.py).
             vllm_config.model_config.model_arch_config.rswa_window = vllm_config.model_config.max_model_len
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> CPUAttentionMetadata:

@@ -4,6 +4,7 @@ vLLM samples a token for every row of a step, also for a prompt that is not read
 generator (GPUModelRunner._bookkeeping_sync, vLLM 0.32.0). CPU generators cannot be rewound, so the engine ended.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ def patch_cpu_runner() -> None:
         return
     sample = CPUModelRunner.sample_tokens
 
+    @functools.wraps(sample)
     def sample_tokens(self: Any, grammar_output: Any) -> Any:
         with _generators_of_finished_prompts(self):
             return sample(self, grammar_output)

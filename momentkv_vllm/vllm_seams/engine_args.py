@@ -1,13 +1,6 @@
-"""The only patches of vLLM: three methods of EngineArgs, so that `--kv-eviction` exists and always takes effect.
+"""Three methods of EngineArgs, wrapped so that `--kv-eviction` exists and always takes effect (ledger: vllm_seams/__init__.py).
 
-| patched | symptom without it | removed when |
-|---|---|---|
-| EngineArgs.add_cli_args | `vllm serve --kv-eviction` is an unknown option | vLLM lets plugins add options |
-| EngineArgs.from_cli_args | the parsed options reach no config | same |
-| EngineArgs.create_engine_config | no place to refuse or default options before the engine starts | vLLM has a config hook |
-
-vLLM loads general plugins before it builds its parser (AsyncEngineArgs.add_cli_args), so these are in place in time. A
-renamed target fails loudly at load (AttributeError), never silently.
+vLLM loads general plugins before it builds its parser (AsyncEngineArgs.add_cli_args), so these are in place in time.
 """
 
 import argparse
