@@ -15,14 +15,14 @@ help:           ## this list
 
 setup: $(VENV)/.installed  ## virtual environment with pinned vLLM for CPU and this package
 
-$(VENV)/.locked: requirements/cpu.lock requirements/vllm_metadata/setup.py
+$(VENV)/.locked: requirements/cpu.lock $(wildcard requirements/*/*.py)
 	@echo "[1/4] virtual environment $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "[2/4] torch (CPU build)"
 	@$(BIN)/pip install -q "torch==2.13.0"
 	@echo "[3/4] pinned packages (about 150)"
 	@$(BIN)/pip install -q --no-deps -r requirements/cpu.lock
-	@$(BIN)/pip install -q --no-deps --no-build-isolation ./requirements/vllm_metadata
+	@$(BIN)/pip install -q --no-deps --no-build-isolation ./requirements/vllm_metadata ./requirements/torchvision_without_cuda
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.locked $(SOURCES) README.md

@@ -21,6 +21,7 @@ def examine() -> dict[str, Any]:
         "momentkv_vllm": __version__,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
+        "torchvision": _torchvision(),
         "tested_vllm": list(TESTED_VLLM),
         "device": _device(),
         "kernel_families": _families(problems),
@@ -45,6 +46,7 @@ def as_text(report: dict[str, Any]) -> str:
     """One fact a line, problems last."""
     lines = [f"momentkv_vllm {report['momentkv_vllm']}, Python {report['python']}, {report['device']}"]
     lines += [f"  {name:18} {version or 'not installed'}" for name, version in report["packages"].items()]
+    lines.append(f"  {'torchvision':18} {report['torchvision']}")
     lines.append("kernel families:")
     for family, objections in report["kernel_families"].items():
         lines.append(f"  {family:18} {'works' if not objections else 'no: ' + '; '.join(objections)}")
@@ -58,6 +60,18 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _torchvision() -> str:
+    """Most of vLLM's models that see import it; no other model needs it."""
+    version = _version("torchvision")
+    if version is None:
+        return "not installed: most models that see cannot be loaded"
+    try:
+        from torchvision.transforms import v2  # noqa: F401
+    except (ImportError, RuntimeError, OSError) as error:
+        return f"{version} cannot be imported, so most models that see cannot be loaded: {error}"
+    return f"{version} works"
 
 
 def _device() -> str:

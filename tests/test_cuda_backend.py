@@ -1,17 +1,14 @@
 """The CUDA backend without a GPU: its builder and layers on CPU tensors, kernels in Triton's interpreter, against the CPU backend."""
 
-import math
 import os
 from types import SimpleNamespace
 
 import pytest
 import torch
-from vllm import EngineArgs
-from vllm.config import set_current_vllm_config
-from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from layer_sides import HEADS, PAGE, D, Side, common_of, config_of, new_tokens
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
-from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from momentkv_vllm.attention import backend as cpu_backend
 from momentkv_vllm.attention.backend import MomentKVBackend, MomentKVImpl, MomentKVMetadataBuilder
@@ -23,60 +20,12 @@ from momentkv_vllm.plugin import register
 from momentkv_vllm.vllm_seams import gpu
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HEADS, GROUPS, D, PAGE, BUDGET, COLUMNS = 2, 2, 32, 16, 96, 14
-LAYER = SimpleNamespace(_k_scale_float=1.0, _v_scale_float=1.0)
-
-
-def config_of(model, **eviction):
-    eviction = {
-        "policy": "momentkv",
-        "budget_tokens": BUDGET,
-        "correction": "first",
-        "observation_tokens": 4,
-    } | eviction
-    carrier = {"kv_eviction": eviction}
-    args = EngineArgs(
-        model=str(model), dtype="float32", additional_config=carrier, max_model_len=512, block_size=PAGE, max_num_seqs=4
-    )
-    return args.create_engine_config()
 
 
 @pytest.fixture(autouse=True)
 def first_rank(monkeypatch):
     """No process groups here."""
     monkeypatch.setattr(cpu_backend, "get_tensor_model_parallel_rank", lambda: 0)
-
-
-class Side:
-    """One backend with a cache and one layer of its own."""
-
-    def __init__(self, config, backend, impl, builder):
-        with set_current_vllm_config(config):
-            self.impl = impl(HEADS * GROUPS, D, D**-0.5, HEADS, None, None, "auto")
-            spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=HEADS, head_size=D, dtype=torch.float32)
-            self.builder = builder(backend.customize_spec(spec), [], config, torch.device("cpu"))
-        self.cache = torch.full((4 * COLUMNS + 1, HEADS, PAGE, 2 * D), math.nan)
-
-    def step(self, common, query, key, value):
-        metadata = self.builder.build(0, common)
-        self.impl.do_kv_cache_update(LAYER, key, value, self.cache, common.slot_mapping)
-        output = torch.full_like(query, math.nan)
-        self.impl.forward(LAYER, query, key, value, self.cache, metadata, output)
-        return output
-
-
-def common_of(lens, new, device_only=False):
-    """Metadata of a step that brings `new[i]` tokens to request i, which then has lens[i]."""
-    table = (torch.randperm(4 * COLUMNS, generator=torch.Generator().manual_seed(1)) + 1).view(4, COLUMNS)[: len(lens)]
-    start = torch.tensor([0, *new]).cumsum(0, dtype=torch.int32)
-    positions = [torch.arange(e - n, e) for e, n in zip(lens, new)]
-    slots = torch.cat([table[i, p // PAGE] * PAGE + p % PAGE for i, p in enumerate(positions)])
-    seq_lens = torch.tensor(lens, dtype=torch.int32)
-    return CommonAttentionMetadata(
-        query_start_loc=start, query_start_loc_cpu=start, seq_lens=seq_lens, num_reqs=len(lens), num_actual_tokens=len(slots),
-        max_query_len=max(new), max_seq_len=max(lens), block_table_tensor=table.int(), slot_mapping=slots,
-        seq_lens_cpu_upper_bound=seq_lens.clone(),
-    )  # fmt: skip
 
 
 def stock_attention(self, layer, query, key, value, kv_cache, metadata, output, *_):
@@ -105,10 +54,9 @@ def test_the_layer_answers_as_the_cpu_backend(models, monkeypatch, policy):
     steps = [[40, 7, 90], [50, 1, 30], [1, 1, 1], [20, 1, 1], *[[1, 1, 1]] * 14]
     for new in steps:
         lens = [a + b for a, b in zip(lens, new)]
-        query = torch.randn(sum(new), HEADS * GROUPS, D, generator=generator)
-        key, value = (torch.randn(sum(new), HEADS, D, generator=generator) for _ in range(2))
-        want = cpu.step(common_of(lens, new), query, key, value)
-        output = cuda.step(common_of(lens, new), query, key, value)
+        tokens = new_tokens(sum(new), generator)
+        want = cpu.step(common_of(lens, new), *tokens)
+        output = cuda.step(common_of(lens, new), *tokens)
         torch.testing.assert_close(output, want, rtol=1e-4, atol=1e-4)
     assert cpu.builder.work.schedule.boundary(lens[0]) > 0 and cpu.builder.work.schedule.boundary(lens[1]) == 0
 

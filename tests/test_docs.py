@@ -50,6 +50,7 @@ def test_messages_of_the_troubleshooting_guide_are_in_the_code():
     source = "".join(p.read_text() for p in (ROOT / "momentkv_vllm").rglob("*.py"))
     source = re.sub(r'"\s*\n\s*f?"', "", source)  # strings continued on the next line
     theirs = ("unrecognized arguments", "Found endpoint plugin(s)", "Using custom scheduler class")
+    theirs += ("operator torchvision::nms", "No module named 'torchvision'")
     for heading in ("| message contains | why | do |", "| line | means |"):
         for first, *_ in rows("troubleshooting.md", heading):
             for quoted in re.findall(r"`([^`]+)`", first):

@@ -1,11 +1,12 @@
 """Models that hear or see: what their encoders give is tokens like any other, evicted like any other."""
 
 import pytest
-from multimodal_models import heard, make_audio_model, make_image_model, seen
+from multimodal_models import heard, make_audio_model, make_image_model, make_qwen_image_model, seen
 
 pytestmark = pytest.mark.engine
 
 BUDGET = 512
+QWEN = {"image": "<|vision_start|><|image_pad|><|vision_end|>"}
 EVICT = {"policy": "momentkv", "budget_tokens": BUDGET}
 # How the model is made, prompts below the budget, prompts beyond it.
 CASES = {
@@ -18,6 +19,11 @@ CASES = {
         make_image_model,
         [seen(448, 9), seen(300, 40, seed=1)],
         [seen(448, 600), seen(448, 600, seed=1)],
+    ),
+    "qwen image": (
+        make_qwen_image_model,
+        [seen(448, 9, **QWEN), seen(300, 40, seed=1, **QWEN)],
+        [seen(448, 600, **QWEN), seen(448, 600, seed=1, **QWEN)],
     ),
 }
 

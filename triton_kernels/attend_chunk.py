@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .arguments import record_of, record_sizes, sizes, tokens_of
-from .common import LN2, LOG2E, attend_tile, narrow, record_partial
+from .common import LN2, LOG2E, attend_tile, narrow, program_head, record_partial
 
 BLOCK_M, BLOCK_N = 64, 64
 """(query, head of the group) pairs and slots of a tile; half as many slots above 128 dimensions, for shared memory. Not
@@ -23,7 +23,7 @@ def _chunk(
 ):  # fmt: skip
     """Program (tile of queries, KV head, row)."""
     TILE: tl.constexpr = BLOCK_M // GROUPS
-    first, head, row = tl.program_id(0) * TILE, tl.program_id(1), tl.program_id(2)
+    first, head, row = tl.program_id(0) * TILE, program_head(), tl.program_id(2)
     num_queries = tl.load(queries + row).to(tl.int32)
     if (num_queries <= 1) | (first >= num_queries):
         return

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .arguments import record_of, record_sizes, sizes, tokens_of
-from .common import LN2, LOG2E, attend_tile, narrow, record_partial
+from .common import LN2, LOG2E, attend_tile, narrow, program_head, record_partial
 
 SPLIT_SLOTS = 256
 """Slots of a split. Fixed, not fitted to the batch, so that a row's result does not depend on the others; not measured yet
@@ -27,7 +27,7 @@ def _partials(
     HAS_SCALES: tl.constexpr, HEADER: tl.constexpr, FLOATS: tl.constexpr, COVARIANCES: tl.constexpr,
 ):  # fmt: skip
     """Program (row, KV head, split): the split's normalised output and logsumexp; -inf where it has nothing."""
-    row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, head, split = tl.program_id(0), program_head(), tl.program_id(2)
     if tl.load(queries + row) != 1:
         return
     m, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)

@@ -20,6 +20,12 @@ def dot(a, b):
 
 
 @triton.jit
+def program_head():
+    """This program's KV head, 64 bits wide: in vLLM's layout LHBNC a head is as far from the next as its part of the pool."""
+    return tl.program_id(1).to(tl.int64)
+
+
+@triton.jit
 def narrow(x, TYPE: tl.constexpr):
     """float32 to TYPE, to nearest even; the interpreter would cut bfloat16 off."""
     if INTERPRET and tl.bfloat16 == TYPE:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .arguments import record_of, record_sizes, sizes, tokens_of
-from .common import dot, narrow, record_offset
+from .common import dot, narrow, program_head, record_offset
 from .score import candidate_page, load_rows, retiring_pages_of, score_terms
 
 BLOCK_L = 16
@@ -78,7 +78,7 @@ def _consolidate(
     HAS_COVARIANCE: tl.constexpr, HAS_SCALES: tl.constexpr, HEADER: tl.constexpr, FLOATS: tl.constexpr,
     COVARIANCES: tl.constexpr,
 ):  # fmt: skip
-    row, head = tl.program_id(0), tl.program_id(1)
+    row, head = tl.program_id(0), program_head()
     store += row * row_store
     retiring += row * row_retiring
     due = retiring_pages_of(retiring, num_retiring, BLOCK_K)

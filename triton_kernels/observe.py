@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .arguments import sizes
-from .common import dot
+from .common import dot, program_head
 
 BLOCK_M, BLOCK_N = 32, 64
 
@@ -19,7 +19,7 @@ def _observe(
 ):  # fmt: skip
     """Program (row, KV head, tile of slots)."""
     TILE: tl.constexpr = BLOCK_M // GROUPS
-    row, head = tl.program_id(0), tl.program_id(1)
+    row, head = tl.program_id(0), program_head()
     num_queries = tl.load(queries + row).to(tl.int32)
     observed = tl.load(observe_from + row).to(tl.int32)
     keep = tl.load(restart + row) == 0

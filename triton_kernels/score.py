@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .arguments import record_of, record_sizes, sizes, tokens_of
-from .common import record_offset
+from .common import program_head, record_offset
 
 BLOCK_N = 32
 
@@ -45,7 +45,7 @@ def _terms(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     FLOATS: tl.constexpr,
 ):  # fmt: skip
-    row, head = tl.program_id(0), tl.program_id(1)
+    row, head = tl.program_id(0), program_head()
     store += row * row_store
     retiring += row * row_retiring
     due = retiring_pages_of(retiring, num_retiring, BLOCK_K)

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .common import program_head
+
 
 @triton.jit
 def _store(
@@ -12,7 +14,7 @@ def _store(
     k_page, k_head, k_slot, k_dim, v_page, v_head, v_slot, v_dim, m_page, m_head, num_tokens,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_S: tl.constexpr, HAS_MASS: tl.constexpr,
 ):  # fmt: skip
-    token, head = tl.program_id(0), tl.program_id(1)
+    token, head = tl.program_id(0), program_head()
     slot = tl.load(slots + token).to(tl.int64)
     if slot < 0:
         return

@@ -32,6 +32,7 @@ from momentkv_vllm.block_manager.spec import MomentKVSpec
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import dispatch
 from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.worklists import StockRows
 from momentkv_vllm.policies import POLICIES
 
 logger = init_logger(__name__)
@@ -102,7 +103,10 @@ class MomentKVMetadataBuilder(CPUAttentionMetadataBuilder):
         plan = self._plan(common_attn_metadata)
         if not plan.rounds:
             return stock
-        part = stock_part(plan.stock_rows, common_attn_metadata, super().build) if plan.stock_rows else None
+        part = None
+        if plan.stock_rows:
+            rows = StockRows.of(plan.stock_rows, common_attn_metadata.query_start_loc_cpu.tolist())
+            part = stock_part(rows, rows.query_start, common_attn_metadata, super().build)
         return MomentKVMetadata(**vars(stock), eviction=plan, stock_part=part, monitor=self.monitor)
 
     def _plan(self, common: CommonAttentionMetadata) -> EvictionMetadata:

@@ -8,10 +8,10 @@ Registered at AttentionBackendEnum.CUSTOM (vllm/v1/attention/backends/triton_att
   the pieces of piecewise graphs. Rows below their budget are vLLM's own kernel's.
 """
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata, MultipleOf
@@ -33,10 +33,11 @@ from momentkv_vllm.attention.eviction import (
     stock_part,
 )
 from momentkv_vllm.attention.metadata import EvictionMetadata, Round, WorkBuilder
+from momentkv_vllm.attention.upload import uploaded
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import dispatch
 from momentkv_vllm.kernels.cache_view import CacheView
-from momentkv_vllm.kernels.worklists import mapped
+from momentkv_vllm.kernels.worklists import StockRows
 from momentkv_vllm.policies import POLICIES
 
 logger = init_logger(__name__)
@@ -130,24 +131,30 @@ class CudaMomentKVMetadataBuilder(TritonAttentionMetadataBuilder):
                 common.seq_lens[:n], common.query_start_loc[: n + 1], common.block_table_tensor[:n]
             )
             return CudaMomentKVMetadata(**vars(stock), eviction=plan)
-        plan = self._plan_on_host(common)
+        starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
+        plan, table = self._plan_on_host(common, starts)
         if not plan.rounds:
             return stock
-        part = stock_part(plan.stock_rows, common, super().build) if plan.stock_rows else None
+        rows = [StockRows.of(plan.stock_rows, starts)] if plan.stock_rows else []
+        rounds = [work for r in plan.rounds for work in (*r.attends, *r.retires)]
+        moved = iter(uploaded(rows + rounds, table))
+        part = stock_part(next(moved), rows[0].query_start, common, super().build) if rows else None
+        plan.rounds = [Round([next(moved) for _ in r.attends], [next(moved) for _ in r.retires]) for r in plan.rounds]
         return CudaMomentKVMetadata(**vars(stock), eviction=plan, stock_part=part)
 
-    def _plan_on_host(self, common: CommonAttentionMetadata) -> EvictionMetadata:
+    def _plan_on_host(
+        self, common: CommonAttentionMetadata, starts: list[int]
+    ) -> tuple[EvictionMetadata, torch.Tensor]:
+        """(lists on the host that name places instead of pages, which only the device knows; the pages by place)"""
         # Exact without speculative decoding, which a GPU does not get (vllm_seams/validate.py).
         lens = common.seq_lens_cpu_upper_bound if common.seq_lens_cpu_upper_bound is not None else common.seq_lens
-        starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
         # Padding requests come last and have no query.
         n = sum(b > a for a, b in zip(starts, starts[1:], strict=False))
         table = common.block_table_tensor[:n]
-        # The host plans with places in the table instead of page numbers, which only the device knows; 0 is padding.
+        # Place 0 is the null page, which pads.
         places = torch.arange(1, table.numel() + 1).view(table.shape)
         plan = self.work.build(starts[: n + 1], lens[:n].tolist(), [0] * n, places)
-        flat = table.flatten().long()
-        return replace(plan, rounds=[_on_device(r, flat) for r in plan.rounds])
+        return plan, F.pad(table.flatten().long(), (1, 0))
 
 
 class CudaMomentKVImpl(EvictingImpl, TritonAttentionImpl):
@@ -159,16 +166,3 @@ class CudaMomentKVImpl(EvictingImpl, TritonAttentionImpl):
 
 def _plans_on_device(config: EvictionConfig) -> bool:
     return POLICIES[config.policy].is_moment_distance and config.prefill == "chunked" and config.kernels != "reference"
-
-
-def _on_device(work: Round, table: torch.Tensor) -> Round:
-    """Host lists with places in `table` [places] as lists on its device with page numbers."""
-    return Round([_looked_up(a, table) for a in work.attends], [_looked_up(r, table) for r in work.retires])
-
-
-def _looked_up(work: Any, table: torch.Tensor) -> Any:
-    def moved(name: str, x: torch.Tensor) -> torch.Tensor:
-        x = x.to(table.device, non_blocking=True)
-        return torch.where(x > 0, table[(x - 1).clamp(min=0)], 0) if name.endswith("pages") else x
-
-    return mapped(work, moved)

@@ -21,7 +21,7 @@ from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import dispatch
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.sinks import add_sinks
-from momentkv_vllm.kernels.worklists import AttendWork, fresh_pages
+from momentkv_vllm.kernels.worklists import AttendWork, StockRows, fresh_pages
 from momentkv_vllm.policies import POLICIES
 
 
@@ -84,27 +84,29 @@ def require_evicting_layers(vllm_config: VllmConfig, config: EvictionConfig) -> 
 
 
 def stock_part(
-    rows: list[int], common: CommonAttentionMetadata, build: Callable[[int, CommonAttentionMetadata], Any]
+    rows: StockRows,
+    query_start_cpu: torch.Tensor,
+    common: CommonAttentionMetadata,
+    build: Callable[[int, CommonAttentionMetadata], Any],
 ) -> StockPart:
-    """The rows `rows` of a step as a batch of their own, its metadata made by vLLM's `build`."""
-    device = common.seq_lens.device
-    starts = common.query_start_loc_cpu.tolist()
-    index = torch.tensor(rows, device=device)
-    lens = [starts[r + 1] - starts[r] for r in rows]
-    tokens = torch.cat([torch.arange(starts[r], starts[r + 1]) for r in rows]).to(device)
-    query_start = torch.tensor([0, *lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    """The rows `rows` of a step as a batch of their own, its metadata made by vLLM's `build`.
+
+    Args:
+        rows: on the step's device.
+        query_start_cpu: its `query_start` on the host.
+    """
     batch = replace(
         common,
-        query_start_loc=query_start.to(device),
-        query_start_loc_cpu=query_start,
-        seq_lens=common.seq_lens[index],
-        num_reqs=len(rows),
-        num_actual_tokens=len(tokens),
-        max_query_len=max(lens),
-        block_table_tensor=common.block_table_tensor[index],
-        slot_mapping=common.slot_mapping[tokens],
+        query_start_loc=rows.query_start,
+        query_start_loc_cpu=query_start_cpu,
+        seq_lens=common.seq_lens[rows.index],
+        num_reqs=len(rows.index),
+        num_actual_tokens=len(rows.tokens),
+        max_query_len=int(query_start_cpu.diff().max()),
+        block_table_tensor=common.block_table_tensor[rows.index],
+        slot_mapping=common.slot_mapping[rows.tokens],
     )
-    return StockPart(tokens, build(0, batch))
+    return StockPart(rows.tokens, build(0, batch))
 
 
 class EvictingImpl:
@@ -134,7 +136,12 @@ class EvictingImpl:
             if self.shares_pool:
                 _zero_fresh_pages(kv_cache, slot_mapping)
             return super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        self.kernels.store(self.view(kv_cache, self.record), key, value, slot_mapping, self.slot_mass)
+        cache = self.view(kv_cache, self.record)
+        self.kernels.store(cache, key, value, slot_mapping, self._mass_of(cache))
+
+    def fused_output_quant_supported(self, quant_key) -> bool:
+        """Ours write no quantized output: `forward` ignores `output_scale` where rows are evicted."""
+        return self.config is None and super().fused_output_quant_supported(quant_key)
 
     def forward(
         self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None
@@ -159,7 +166,7 @@ class EvictingImpl:
             for retire in work.retires:
                 with monitor.timed() if monitor else nullcontext():
                     self.kernels.consolidate(
-                        cache, self.slot_mass, retire, self.policy, self.config.sink_tokens, self.scale
+                        cache, self._mass_of(cache), retire, self.policy, self.config.sink_tokens, self.scale
                     )
         return output
 
@@ -179,12 +186,24 @@ class EvictingImpl:
             self._observe(cache, query, lse, work)
 
     def _observe(self, cache: CacheView, query: torch.Tensor, lse: torch.Tensor, work: AttendWork) -> None:
-        if self.slot_mass is None:
+        mass = self._mass_of(cache)
+        if mass is None:
             # A captured memset would run at every replay; observation begins by clearing what it will read.
             capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
             shape = [*cache.keys.shape[:3], *[3] * self.policy.observes_logits]
-            self.slot_mass = (torch.empty if capturing else torch.zeros)(shape, device=query.device)
-        self.kernels.observe(cache, self.slot_mass, query, lse, work, self.scale)
+            mass = self.slot_mass = (torch.empty if capturing else torch.zeros)(shape, device=query.device)
+        self.kernels.observe(cache, mass, query, lse, work, self.scale)
+
+    def _mass_of(self, cache: CacheView) -> torch.Tensor | None:
+        """What was observed in this cache, None before the first time.
+
+        vLLM's KV cache may be another one than before: CUDA graphs are first captured on a small one to measure them, then
+        thrown away (vllm/v1/worker/gpu_model_runner.py, profile_cudagraph_memory). While a cache stays, so does the address.
+        """
+        mass = self.slot_mass
+        if mass is not None and (mass.shape[:3] != cache.keys.shape[:3] or mass.device != cache.keys.device):
+            self.slot_mass = None
+        return self.slot_mass
 
 
 def _zero_fresh_pages(kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:

@@ -182,6 +182,7 @@ class WorkBuilder:
             restart=restart,
             observe_only=segments[0].observe_only,
             most_queries=int(queries.max()),
+            only_chunks=bool(queries.min() > 1),
         )
 
     def _retire(self, segments: list[Segment], table: np.ndarray) -> RetireWork:

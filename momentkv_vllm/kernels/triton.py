@@ -53,7 +53,8 @@ def attend(
 ) -> None:
     most = work.query_bound()
     correct = correct and cache.record.has_means
-    _decode.attend_decode(cache, query, output, lse, work, scale, correct)
+    if not work.only_chunks:
+        _decode.attend_decode(cache, query, output, lse, work, scale, correct)
     if most > 1:
         _chunk.attend_chunk(cache, query, output, lse, work, scale, correct, most)
 

@@ -34,6 +34,7 @@ class AttendWork:
     logits:       [rows, num_heads, slots of `pages`] float32 of one query a row, which one layer's attend may leave to its
                   observe; made by a family that does, at the first layer of a step.
     most_queries: the largest of `queries` where the host knows it, else 0: on a GPU, asking `queries` waits for the device.
+    only_chunks:  the host knows that every row has several queries.
     """
 
     first_token: torch.Tensor
@@ -46,6 +47,7 @@ class AttendWork:
     restart: torch.Tensor | None = None
     observe_only: bool = False
     most_queries: int = 0
+    only_chunks: bool = False
     logits: torch.Tensor | None = None
 
     def query_bound(self) -> int:
@@ -73,3 +75,26 @@ class RetireWork:
     retiring_pages: torch.Tensor
     moment_pages: torch.Tensor
     count: torch.Tensor
+
+
+@dataclass
+class StockRows:
+    """Rows below their budget, which vLLM's own kernel serves.
+
+    index:       [rows] int64 their numbers in the step.
+    tokens:      [their tokens] int64 indices in the step's flat token list.
+    query_start: [rows + 1] int32 where each row begins in `tokens`.
+    """
+
+    index: torch.Tensor
+    tokens: torch.Tensor
+    query_start: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: list[int], starts: list[int]) -> "StockRows":
+        """On the host. starts: [num_requests + 1] of each request in the flat token list."""
+        index = torch.tensor(rows)
+        lens = torch.tensor([starts[r + 1] - starts[r] for r in rows])
+        tokens = torch.cat([torch.arange(starts[r], starts[r + 1]) for r in rows])
+        query_start = torch.cat([lens.new_zeros(1), lens.cumsum(0)]).int()
+        return cls(index, tokens, query_start)

@@ -1,0 +1,132 @@
+"""What a step on a GPU must not do, seen without one: wait for copies, launch kernels that find nothing to do."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from layer_sides import HEADS, TABLE, D, Side, common_of, config_of, new_cache
+from torch.utils._python_dispatch import TorchDispatchMode
+from vllm.config import set_current_vllm_config
+from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8StaticTensorSym
+
+from momentkv_vllm.attention import upload
+from momentkv_vllm.attention.backend import MomentKVImpl
+from momentkv_vllm.attention.cuda_backend import CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder
+from momentkv_vllm.attention.metadata import EvictionMetadata
+from momentkv_vllm.kernels import triton as family
+from momentkv_vllm.plugin import register
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies from the host to another device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
+            source = args[1] if func.overloadpacket is torch.ops.aten.copy_ else args[0]
+            self.count += source.device.type == "cpu" != result.device.type
+        return result
+
+
+def mixed_step():
+    """One row below the budget, one in a chunk across several events, one in decode."""
+    return common_of([30, 200, 150], [30, 170, 1])
+
+
+def side_of(models, **options):
+    register()
+    return Side(config_of(models(), **options), CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder)
+
+
+def test_a_mixed_step_copies_once(models, monkeypatch):
+    """To `meta`, which has no data: whatever asked it for a number, and so waited for a GPU, would raise."""
+    builder = side_of(models).builder
+    pinned = []
+    monkeypatch.setattr(upload, "is_pin_memory_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
+    common = mixed_step()
+    there = {
+        k: getattr(common, k).to("meta") for k in ("query_start_loc", "seq_lens", "block_table_tensor", "slot_mapping")
+    }
+    with Copies() as copies:
+        metadata = builder.build(0, replace(common, **there))
+    assert len(metadata.eviction.rounds) > 2 and metadata.stock_part is not None
+    assert copies.count == 1 and len(pinned) == 1
+    assert metadata.stock_part.tokens.device.type == metadata.eviction.rounds[0].attends[0].pages.device.type == "meta"
+
+
+def test_lists_arrive_as_they_were_made(models):
+    """Pages in place of places, all else bit for bit, at addresses for which Triton compiles once."""
+    builder, common = side_of(models).builder, mixed_step()
+    got = builder.build(0, common)
+    starts = common.query_start_loc_cpu.tolist()
+    want = builder.work.build(starts, common.seq_lens.tolist(), [0] * 3, common.block_table_tensor.long())
+    assert got.eviction.stock_rows == want.stock_rows == [0]
+    checked = 0
+    for a, b in zip(lists_of(got.eviction), lists_of(want), strict=True):
+        for name, x in vars(b).items():
+            y = getattr(a, name)
+            if isinstance(x, torch.Tensor):
+                assert torch.equal(x, y) and x.dtype == y.dtype and y.data_ptr() % upload.ALIGNMENT == 0, name
+                checked += 1
+            else:
+                assert x == y, name
+    assert checked > 50
+    assert got.stock_part.tokens.tolist() == list(range(30))
+    assert got.stock_part.metadata.query_start_loc.tolist() == [0, 30]
+    assert got.stock_part.metadata.max_query_len == 30
+
+
+def lists_of(plan: EvictionMetadata) -> list:
+    return [work for r in plan.rounds for work in (*r.attends, *r.retires)]
+
+
+class Launches:
+    """In place of a Triton kernel."""
+
+    def __init__(self, name, seen):
+        self.name, self.seen = name, seen
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.seen.append(self.name)
+
+
+def test_chunks_and_decode_rows_launch_their_own_kernels_only(models, monkeypatch):
+    seen = []
+    for module, names in ((family._decode, ("_partials", "_reduce")), (family._chunk, ("_chunk",))):
+        for name in names:
+            monkeypatch.setattr(module, name, Launches(name, seen))
+    side = side_of(models)
+    cache = side.impl.view(new_cache(TABLE), side.impl.record)
+    query = torch.zeros(201, 2 * HEADS, D)
+    kinds = set()
+    for work in side.builder.build(0, mixed_step()).eviction.rounds[0].attends:
+        seen.clear()
+        family.attend(cache, query, query, None, work, 1.0, True)
+        many = bool((work.queries > 1).all())
+        assert seen == (["_chunk"] if many else ["_partials", "_reduce"])
+        kinds.add(many)
+        seen.clear()
+        # Nothing is known of the rows: everything that one of them might need.
+        family.attend(cache, query, query, None, replace(work, only_chunks=False, most_queries=2), 1.0, True)
+        assert seen == ["_partials", "_reduce", "_chunk"]
+    assert kinds == {True, False}
+
+
+@pytest.mark.parametrize("impl", [MomentKVImpl, CudaMomentKVImpl])
+def test_vllm_fuses_no_quantization_into_a_layer_that_evicts(models, impl):
+    """Attention would have to write the quantized output itself (compilation/passes/fusion/attn_quant_fusion.py)."""
+    register()
+    plain, evicting = config_of(models()), config_of(models())
+    plain.additional_config = {}
+    layers = []
+    for config in (plain, evicting):
+        with set_current_vllm_config(config):
+            layers.append(impl(4, 32, 32**-0.5, 2, None, None, "auto"))
+    assert not layers[1].fused_output_quant_supported(kFp8StaticTensorSym)
+    stock = super(impl.__mro__[1], layers[0]).fused_output_quant_supported(kFp8StaticTensorSym)
+    assert layers[0].fused_output_quant_supported(kFp8StaticTensorSym) == stock == (impl is CudaMomentKVImpl)
