@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_OFFLINE = 1
 export VLLM_NO_USAGE_STATS = 1
 
-.PHONY: help setup demo test test-fast test-sanitize bench-kernels bench-serving lint format doctor lock model code-model test-gpu bench-gpu bench-gpu-engine bench-quality bench-ablation bench-states bench-rope oracle clean bench-prefix bench-dashboard bench-metrics bench-load soak bench-memory audit image-cpu image-test
+.PHONY: help setup demo test test-fast test-sanitize bench-kernels bench-serving lint format doctor lock model code-model test-gpu bench-gpu bench-gpu-engine bench-quality bench-ablation bench-states bench-rope oracle clean bench-prefix bench-dashboard bench-metrics bench-load soak fuzz bench-memory audit image-cpu image-test
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
@@ -123,6 +123,9 @@ bench-load: setup ## vllm bench serve and GuideLLM against stock and momentkv in
 
 soak: setup     ## mixed traffic for half an hour beside stock, the engine restarted and the worker killed; no wrong token, no page held
 	PYTHONPATH=benchmarks $(BIN)/python -P -m soak.run --minutes 30
+
+fuzz: setup     ## 10,000 random requests, aborts and disconnects, and schemathesis, to an evicting server and to stock (an hour)
+	PYTHONPATH=tests:benchmarks $(BIN)/python -P -m fuzz.run
 
 bench-memory: setup ## where a CPU worker's memory grows, with and without a limit on oneDNN's cache (15 minutes)
 	PYTHONPATH=benchmarks $(BIN)/python -P -m soak.engine_memory

@@ -10,7 +10,7 @@ Classes that vLLM lets us register or name (backend, KV cache spec, block manage
 | CPUModelRunner.sample_tokens (2) | a seed and a prompt of several steps end a CPU engine | vLLM rewinds CPU generators |
 | rswa_window, a value that is set (3) | builders learn no prompt lengths | their metadata has them |
 
-(1) engine_args.py; in place before vLLM builds its parser. (2) cpu_runner.py; stock vLLM ends, too. (3) attention/backend.py, of the
-worker's copy of the model config, for `full` prefill. A renamed target fails loudly when it is patched (AttributeError), and by name
+(1) engine_args.py; in place before vLLM builds its parser. (2) cpu_runner.py; stock vLLM ends, too. (3) attention/backend.py, in
+the worker's model config, for `full` prefill. A renamed target fails loudly when it is patched (AttributeError), and by name
 in tests/test_seams.py.
 """

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -77,6 +77,13 @@ def random_bursts(
     return outcome
 
 
+def only_here(server: Server, asks: list[Ask], times: int = 20) -> list[Ask]:
+    """Which of `asks`, all answered with 5xx elsewhere, this server always answers otherwise. Sampling may decide it."""
+    distinct = {json.dumps(asdict(ask)): ask for ask in asks}.values()
+    kept = [Ask(ask.path, ask.body) for ask in distinct]
+    return [ask for ask in kept if all(0 < status < 500 for status in client.send(server.url, [ask] * times))]
+
+
 def _draw(function: Callable[[list[Ask]], None], strategy: SearchStrategy, number: int, examples: int = 50) -> None:
     """Run a function on `examples` draws of seed `number`. Nothing is shrunk: a server has a state."""
     once = settings(
@@ -102,6 +109,15 @@ def of_the_schema(server: Server, folder: Path, examples: int) -> Outcome:
     hooks = {"SCHEMATHESIS_HOOKS": "fuzz.schema_hooks", "PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run(command, cwd=folder, env=os.environ | hooks, capture_output=True, text=True, check=False)
     (folder / f"schemathesis-{server.port}.log").write_text(done.stdout + done.stderr)
+    outcome.statuses.update(_statuses(report))
     if not client.healthy(server):
         outcome.problems.append("the engine is dead after schemathesis")
     return outcome
+
+
+def _statuses(report: Path) -> Iterator[int]:
+    """Status of every answer in a report of schemathesis; BROKEN where none came."""
+    for line in report.read_text().splitlines():
+        recorded = json.loads(line).get("ScenarioFinished", {}).get("recorder", {})
+        for interaction in recorded.get("interactions", {}).values():
+            yield (interaction["response"] or {}).get("status_code", client.BROKEN)

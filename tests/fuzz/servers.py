@@ -32,7 +32,7 @@ class Profile:
     Attributes:
         options: of both servers.
         evicting: of the evicting one alone.
-        without: fields of requests that end stock vLLM 0.32.0 under these options, with the reason beside them.
+        without: fields that these options do not take, or that end stock vLLM 0.32.0 with them (the reason stands beside).
     """
 
     options: tuple[str, ...]
@@ -47,9 +47,10 @@ PROFILES = {
         ("--enable-lora", "--max-lora-rank", "8", "--lora-modules", "adapter={adapter}"),
         without=frozenset({"prompt_logprobs", "echo", "prompt_embeds"}),
     ),
+    # top_k of a step without drafts: RejectionSampler takes the maximum of nothing.
     "drafts": Profile(
         ("--speculative-config", '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}'),
-        without=frozenset({"model", "prompt_embeds"}),
+        without=frozenset({"model", "prompt_embeds", "top_k"}),
     ),
     "full": Profile((), ("--kv-eviction-config.prefill", "full"), frozenset({"model", "prompt_embeds"})),
 }
