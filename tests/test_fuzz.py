@@ -6,7 +6,7 @@ from fuzz.client import BROKEN
 from fuzz.servers import PROFILES, start
 
 REQUESTS = 400
-SCHEMA_EXAMPLES = 3
+SCHEMA_EXAMPLES = 5
 
 
 @pytest.mark.server
