@@ -11,7 +11,11 @@ _WINDOW_KEYS = (
 
 
 def named_windows(model: Any) -> set[int]:
-    """Every window in tokens that the model's configuration names. Layers may have others, or none."""
+    """Every window in tokens that the model's configuration names. Layers may have others; none if all of them are said to
+    attend to everything."""
+    types = getattr(model.hf_text_config, "layer_types", None)
+    if types and all(kind == "full_attention" for kind in types):
+        return set()
     values = [getattr(model.hf_text_config, key, None) for key in _WINDOW_KEYS]
     flat = [w for value in values for w in (value if isinstance(value, list | tuple) else [value])]
     return {w for w in flat if isinstance(w, int) and w > 0}

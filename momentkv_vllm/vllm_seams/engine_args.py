@@ -58,7 +58,7 @@ def patch_engine_args() -> None:
         if has_windows(vllm_config.model_config):
             if chose_page_size and self.block_size % WINDOW_PAGE_TOKENS:
                 self.block_size = WINDOW_PAGE_TOKENS
-                logger.info("momentkv: the model has sliding-window layers, --block-size is %d", self.block_size)
+                logger.info("momentkv: the model has layers with a window, --block-size is %d", self.block_size)
                 vllm_config = create(self, *args, **kwargs)
             _keep_windows(vllm_config, self.disable_hybrid_kv_cache_manager)
         refuse_unsupported(vllm_config, config, backend)

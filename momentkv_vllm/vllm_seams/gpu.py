@@ -18,10 +18,12 @@ BACKEND_NAMES = {"cpu": "CPU_ATTN", "cuda": "CUSTOM"}
 
 def choose_backend(engine_args: Any) -> Any:
     """On CUDA, name our backend, unless the user names one (which is refused then); returns what the user named."""
+    from vllm.config import AttentionConfig
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    chosen = engine_args.attention_backend or engine_args.attention_config.backend
+    named = AttentionConfig.validate_backend_before(engine_args.attention_backend)  # None for "auto"
+    chosen = named or engine_args.attention_config.backend
     if current_platform.is_cuda() and chosen is None:
         engine_args.attention_backend = AttentionBackendEnum.CUSTOM
     return chosen
