@@ -111,6 +111,9 @@ FAMILIES = {
     "Gemma 2": Family("Gemma2Config", layers(S, F, times=2) | HEAD, "soft-capped logits, window 1 : 1", CAPPED),
     "Gemma 3": Family("Gemma3TextConfig", layers(S, F, times=2) | HEAD, "window 1 : 1"),
     "Gemma 3, 4B": Family("Gemma3TextConfig", layers(*[S] * 5, F, *[S] * 4) | HEAD, "window 9 : 1"),
+    "Gemma 3, short context": Family(
+        "Gemma3TextConfig", layers(S, F, times=2) | HEAD | {"sliding_window": 2048}, "window as long as `--max-model-len`: none"
+    ),
     "Gemma 3n": Family(
         "Gemma3nTextConfig",
         layers(S, S, S, S, F, times=2) | HEAD | {

@@ -7,9 +7,11 @@ import torch
 from engine import Engine
 from model_families import make_config, make_model
 from test_refusals import changed_model, config_of
+from vllm.config import set_current_vllm_config
 from vllm.v1.core.kv_cache_utils import unify_kv_cache_spec_page_size
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
+from momentkv_vllm.attention.backend import MomentKVImpl
 from momentkv_vllm.endpoint import describe
 from momentkv_vllm.kernels import cpu, dispatch
 from momentkv_vllm.kernels.limits import CacheShape
@@ -69,6 +71,8 @@ def test_windows_stay_where_layers_differ_in_their_heads(tmp_path):
         ("Gemma 4 31B", 64, 1 * 64 * 1 * (64 + 64) * 4),
         ("Llama 4", 32, 1 * 32 * 2 * (32 + 32) * 4),
         ("Phi-4-mini", 16, 2 * 16 * 2 * (64 + 64) * 4),
+        ("Gemma 3", 32, 2 * 32 * 2 * (32 + 32) * 4),
+        ("Gemma 3, short context", 16, 4 * 16 * 2 * (32 + 32) * 4),
     ],
 )
 def test_pages_of_layers_that_evict(engine, tmp_path, name, page_size, page_bytes):
@@ -187,6 +191,12 @@ def test_layers_ask_too(engine, tmp_path, monkeypatch, kernels):
         return
     e = engine(model, **options)
     assert len(e.generate([list(range(4, 100)) * 4], 4)[0]) == 4
+
+
+def test_a_checkpoint_that_brings_a_quantized_kv_cache(models):
+    """vLLM reads that from the weights' own configuration, after the options were checked."""
+    with set_current_vllm_config(config_of(models())), pytest.raises(ValueError, match="models with a KV cache of fp8"):
+        MomentKVImpl(4, 32, 1.0, 2, None, None, "fp8")
 
 
 def test_a_kv_cache_of_another_type_than_the_model(models):
