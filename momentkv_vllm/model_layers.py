@@ -4,15 +4,14 @@ from dataclasses import dataclass
 from typing import Any
 
 _WINDOW_KEYS = (
-    "sliding_window", "attention_chunk_size", "interleaved_sliding_window", "sliding_windows", "sliding_window_size",
-    "attn_window_size",
+    "sliding_window", "interleaved_sliding_window", "sliding_windows", "sliding_window_size", "attn_window_size",
 )  # fmt: skip
-"""Names that model configurations give to windows: a number, or one per layer."""
+"""Names that model configurations give to sliding windows: a number, or one per layer."""
 
 
 def named_windows(model: Any) -> set[int]:
-    """Every window in tokens that the model's configuration names. Layers may have others; none if all of them are said to
-    attend to everything."""
+    """Every sliding window in tokens that the model's configuration names. Layers may have others; none if all of them are
+    said to attend to everything."""
     types = getattr(model.hf_text_config, "layer_types", None)
     if types and all(kind == "full_attention" for kind in types):
         return set()
@@ -29,8 +28,9 @@ def hides_tokens(window: int | None, model: Any) -> bool:
 
 
 def has_windows(model: Any) -> bool:
-    """Whether the configuration names a window that hides tokens."""
-    return any(hides_tokens(w, model) for w in named_windows(model))
+    """Whether the configuration tells of layers that do not evict: with a window that hides tokens, or attending in chunks of
+    any length, which vLLM serves by a backend of their own."""
+    return bool(model.attention_chunk_size) or any(hides_tokens(w, model) for w in named_windows(model))
 
 
 @dataclass(frozen=True)

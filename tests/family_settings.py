@@ -76,6 +76,7 @@ FAMILIES = {
     "Llama": Family("LlamaConfig"),
     "Llama 3.1": Family("LlamaConfig", {"rope_parameters": LLAMA3_ROPE}, "llama3 RoPE scaling"),
     "Llama 4": Family("Llama4TextConfig", LLAMA4, "chunked attention beside full, some layers without RoPE"),
+    "Llama 4, short context": Family("Llama4TextConfig", LLAMA4 | {"attention_chunk_size": 2048}, "chunks as long as `--max-model-len`"),
     "Mistral": Family("MistralConfig", {"sliding_window": None}),
     "Mistral 0.1": Family("MistralConfig", {"sliding_window": 64}, "every layer slides", WINDOWS, by_layers=True),
     "Ministral 8B": Family("MinistralConfig", HEAD | layers(F, S, S, S), "window 3 : 1"),

@@ -70,6 +70,7 @@ def test_windows_stay_where_layers_differ_in_their_heads(tmp_path):
         ("Gemma 4", 32, 1 * 32 * 2 * (64 + 64) * 4),
         ("Gemma 4 31B", 64, 1 * 64 * 1 * (64 + 64) * 4),
         ("Llama 4", 32, 1 * 32 * 2 * (32 + 32) * 4),
+        ("Llama 4, short context", 32, 1 * 32 * 2 * (32 + 32) * 4),
         ("Phi-4-mini", 16, 2 * 16 * 2 * (64 + 64) * 4),
         ("Gemma 3", 32, 2 * 32 * 2 * (32 + 32) * 4),
         ("Gemma 3, short context", 16, 4 * 16 * 2 * (32 + 32) * 4),
