@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
-from momentkv_vllm.block_manager.spec import page_schedule
+from momentkv_vllm.block_manager.spec import expected_schedule
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.metrics import read_metrics
 
@@ -51,8 +51,7 @@ def describe(vllm_config: Any) -> dict[str, Any]:
     config = EvictionConfig.from_vllm(vllm_config)
     found: dict[str, Any] = {"active": config.active, "config": config.to_dict()}
     if config.active:
-        model = vllm_config.model_config
-        plan = page_schedule(config, vllm_config.cache_config.block_size, model.get_head_size(), model.dtype)
+        plan = expected_schedule(config, vllm_config)
         sizes = {
             "budget_pages": plan.budget_pages,
             "first_event": plan.first_event,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from model_families import COMMON
+from family_settings import COMMON
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_models import sharpen, word_tokenizer

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_cases import BATCHES, HEADS, INTERPRETED, attend_work, poisoned_cache, run_attend, serving_batch
+from kernel_cases import BATCHES, HEADS, INTERPRETED, WIDEST, attend_work, poisoned_cache, run_attend, serving_batch
 
 from momentkv_vllm.kernels import dispatch, moments, reference
 from momentkv_vllm.kernels.cache_view import CacheView
@@ -17,7 +17,7 @@ from momentkv_vllm.page_schedule import cdiv
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
     ("head_dim", "groups", "page_size", "tokens"),
-    [(32, 1, 16, 1), (64, 4, 16, 37), (80, 2, 32, 32), (256, 8, 128, 129)],
+    [(32, 1, 16, 1), (64, 4, 16, 37), (80, 2, 32, 32), (256, 8, 128, 129), *[(d, 3, 64, 130) for d in WIDEST]],
 )
 def test_attend_equals_softmax_over_the_pages(kernels, dtype, head_dim, groups, page_size, tokens):
     generator = torch.Generator().manual_seed(tokens)

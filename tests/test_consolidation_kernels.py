@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from kernel_cases import HEADS, observed, poisoned_cache
+from kernel_cases import HEADS, WIDEST, observed, poisoned_cache
 
 from momentkv_vllm.kernels import moments, reference
 from momentkv_vllm.kernels.cache_view import CacheView
@@ -100,6 +100,7 @@ def test_consolidation_keeps_folds_and_loses_nothing(kernels, policy):
         (torch.float16, 80, "float32"),
         (torch.float32, 32, "bfloat16"),
         (torch.bfloat16, 64, "int8"),
+        *[(torch.bfloat16, d, "bfloat16") for d in WIDEST],
     ],
 )
 def test_consolidation_agrees_with_the_reference(kernels, policy, dtype, head_dim, moment_dtype):

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "momentkv_vllm"
 LAYERS = [
-    {"config", "page_schedule", "page_layout", "versions", "metrics"},
+    {"config", "page_schedule", "page_layout", "model_layers", "versions", "metrics"},
     {"triton_kernels"},
     {"kernels", "policies"},
     {"block_manager"},

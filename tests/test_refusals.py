@@ -8,8 +8,6 @@ import transformers
 from engine import Engine
 from tiny_models import save_tokenizer
 from vllm import EngineArgs
-from vllm.v1.core.kv_cache_utils import unify_kv_cache_spec_page_size
-from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from momentkv_vllm.versions import ALLOW_UNTESTED_VARIABLE
 from momentkv_vllm.vllm_seams import validate
@@ -18,8 +16,8 @@ EVICT = {"kv_eviction": {"policy": "momentkv", "budget_tokens": 256}}
 
 
 def config_of(model, **options):
-    given = {"max_model_len": 2048} | options
-    return EngineArgs(model=str(model), additional_config=EVICT, **given).create_engine_config()
+    given = {"max_model_len": 2048, "additional_config": EVICT} | options
+    return EngineArgs(model=str(model), **given).create_engine_config()
 
 
 @pytest.mark.parametrize(
@@ -149,15 +147,3 @@ def test_flags_and_additional_config_are_one_thing(models):
     both = parser.parse_args((line + " --kv-eviction-config.budget_tokens 128").split())
     with pytest.raises(ValueError, match="contradicts"):
         EngineArgs.from_cli_args(both)
-
-
-@pytest.mark.engine
-def test_vllm_cannot_change_the_page_size_under_the_schedule(engine):
-    """It does so for models whose layers need pages of different bytes; a schedule in other pages would be obeyed, wrongly."""
-    spec = engine(policy="momentkv", budget_tokens=384, block_size=32).manager.kv_cache_spec
-    assert spec.copy_with_new_block_size(32) == spec
-    wide = SlidingWindowSpec(
-        block_size=32, num_kv_heads=2 * spec.num_kv_heads, head_size=spec.head_size, dtype=spec.dtype, sliding_window=64
-    )
-    with pytest.raises(ValueError, match="wants to change block_size 32 to 64"):
-        unify_kv_cache_spec_page_size({"full": spec, "sliding": wide})

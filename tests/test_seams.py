@@ -133,6 +133,19 @@ CALLS = [
     ),
     ("vllm.v1.core.sched.scheduler:Scheduler._free_request_blocks", ["request"], "block_manager/scheduler.py"),
     ("vllm.v1.worker.cpu_model_runner:CPUModelRunner.sample_tokens", ["grammar_output"], "vllm_seams/cpu_runner.py"),
+    (
+        "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl",
+        ["num_heads", "head_size", "scale", "num_kv_heads", "alibi_slopes", "sliding_window", "kv_cache_dtype"],
+        "attention/eviction.py",
+    ),
+    (
+        "vllm.model_executor.layers.attention:Attention.get_kv_cache_spec",
+        ["vllm_config"],
+        "attention/eviction.py",
+    ),
+    ("vllm.config:AttentionConfig.validate_backend_before", ["value"], "vllm_seams/gpu.py"),
+    ("vllm.config:ModelConfig.get_num_kv_heads", ["parallel_config", "arch_config"], "model_layers.py"),
+    ("vllm.config:ModelConfig.get_head_size", [], "model_layers.py"),
     ("vllm.v1.kv_cache_interface:FullAttentionSpec.merge", ["specs"], "block_manager/spec.py"),
     (
         "vllm.v1.kv_cache_interface:FullAttentionSpec.copy_with_new_block_size",
@@ -175,8 +188,15 @@ FIELDS = [
     ("vllm.config:VllmConfig", ["additional_config", "speculative_config", "kv_transfer_config"], "vllm_seams"),
     (
         "vllm.v1.kv_cache_interface:FullAttentionSpec",
-        ["block_size", "num_kv_heads", "head_size", "head_size_v", "dtype", "sliding_window"],
+        ["block_size", "num_kv_heads", "head_size", "head_size_v", "dtype", "sliding_window", "page_size_padded"],
         "block_manager/spec.py",
+    ),
+    ("vllm.v1.kv_cache_interface:SlidingWindowSpec", ["sliding_window"], "attention/eviction.py"),
+    ("vllm.v1.kv_cache_interface:ChunkedLocalAttentionSpec", ["attention_chunk_size"], "attention/eviction.py"),
+    (
+        "vllm.config.model_arch:ModelArchitectureConfig",
+        ["head_size", "total_num_kv_heads", "total_num_hidden_layers", "per_layer_overrides"],
+        "model_layers.py",
     ),
     (
         "vllm.v1.core.sched.output:SchedulerOutput",
@@ -227,6 +247,15 @@ def test_the_cpu_platform_asks_for_the_backend_that_we_replace():
 def test_runners_ask_every_layer_for_its_spec():
     assert "customize_attention_spec(" in source("vllm.v1.worker.gpu_model_runner:GPUModelRunner.get_kv_cache_spec")
     assert "backend.customize_spec(spec)" in source("vllm.v1.worker.utils:customize_attention_spec")
+
+
+def test_layers_give_their_window_to_ours_and_ask_what_one_token_takes():
+    """attention/eviction.py takes windows that hide nothing away, and leaves pages of one token as they are."""
+    attention = "vllm.model_executor.layers.attention:Attention"
+    call = source(f"{attention}.__init__").split("self.impl = impl_cls(")[1]
+    given = [line.split("#")[0].strip(" ,") for line in call.splitlines()[1:]]
+    assert given[:6] == ["num_heads", "head_size", "scale", "num_kv_heads", "alibi_slopes", "sliding_window"]
+    assert "block_size=1," in source(f"{attention}.get_kv_cache_spec")
 
 
 def test_the_scheduler_lets_us_shorten_running_and_waiting_requests_last():

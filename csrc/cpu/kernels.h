@@ -108,7 +108,7 @@ struct Kernels {
   void (*consolidate)(const Consolidate&, int64_t item, float* scratch);
 };
 
-constexpr int kMaxHeadDim = 256;
+constexpr int kMaxHeadDim = 512;
 constexpr int kTileSlots = 128;     // slots whose logits are computed before their softmax
 constexpr int kSplitSlots = 512;    // slots of one decode item
 constexpr int kRowsPerItem = 32;    // query rows (queries x groups) of one item of a chunk

@@ -15,14 +15,15 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadata,
     CPUAttentionMetadataBuilder,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import AttentionSpec
 
 from momentkv_vllm.attention.eviction import (
+    WINDOW_SPECS,
     EvictingBackend,
     EvictingImpl,
     StockPart,
+    leave_to_vllm,
     require_bounded_spec,
-    require_evicting_layers,
     stock_part,
 )
 from momentkv_vllm.attention.metadata import EvictionMetadata, WorkBuilder
@@ -32,6 +33,7 @@ from momentkv_vllm.block_manager.spec import MomentKVSpec
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import dispatch
 from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.limits import CacheShape
 from momentkv_vllm.kernels.worklists import StockRows
 from momentkv_vllm.policies import POLICIES
 
@@ -75,8 +77,8 @@ class MomentKVMetadataBuilder(CPUAttentionMetadataBuilder):
         config = EvictionConfig.from_vllm(vllm_config)
         if not config.active:
             return
-        if isinstance(kv_cache_spec, SlidingWindowSpec):
-            require_evicting_layers(vllm_config, config)
+        if isinstance(kv_cache_spec, WINDOW_SPECS):
+            leave_to_vllm(vllm_config, config, layer_names)
             return
         require_bounded_spec(kv_cache_spec, config, layer_names)
         if self.isa == "amx":
@@ -84,9 +86,9 @@ class MomentKVMetadataBuilder(CPUAttentionMetadataBuilder):
             self.isa = "vec"
             self._set_isa_to_layers(layer_names)
         check_cache_layout(self.isa, kv_cache_spec)
-        logger.info_once(
-            "--kv-eviction %s: kernels %s", config.policy, dispatch.describe(dispatch.select(config.kernels))
-        )
+        shape = CacheShape(kv_cache_spec.head_size, kv_cache_spec.block_size, kv_cache_spec.dtype)
+        kernels = dispatch.select(config.kernels, shape=shape)
+        logger.info_once("--kv-eviction %s: kernels %s", config.policy, dispatch.describe(kernels))
         self.work = WorkBuilder(kv_cache_spec.schedule, config, POLICIES[config.policy])
         if get_tensor_model_parallel_rank() == 0:
             self.monitor = Monitor(kv_cache_spec)

@@ -5,14 +5,15 @@ Each class goes before vLLM's own in the bases; without --kv-eviction every meth
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
+from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
 from momentkv_vllm.attention.metadata import EvictionMetadata
 from momentkv_vllm.attention.monitor import Monitor
@@ -20,8 +21,10 @@ from momentkv_vllm.block_manager.spec import MomentKVSpec, record_layout
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import dispatch
 from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.limits import CacheShape
 from momentkv_vllm.kernels.sinks import add_sinks
 from momentkv_vllm.kernels.worklists import AttendWork, StockRows, fresh_pages
+from momentkv_vllm.model_layers import hides_tokens
 from momentkv_vllm.policies import POLICIES
 
 
@@ -43,12 +46,26 @@ class EvictingBackend:
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """Called for every layer's spec by both model runners; full attention layers get the bounded one, layers with a
-        sliding window hold no more than that anyway."""
+        window hold no more than that anyway. A layer that asks what one token takes (a page of one) is told."""
         loading = EvictingBackend.loading
         config = EvictionConfig.from_vllm(loading) if loading else EvictionConfig()
-        if not config.active or type(spec) is not FullAttentionSpec:
-            return spec
-        return MomentKVSpec.of(spec, config, loading, layers_of_all_stages(loading))
+        full = _full_spec(spec, loading) if config.active and spec.block_size > 1 else None
+        return spec if full is None else MomentKVSpec.of(full, config, loading, layers_of_all_stages(loading))
+
+
+def _full_spec(spec: AttentionSpec, vllm_config: VllmConfig) -> FullAttentionSpec | None:
+    """The spec of a layer that attends to all tokens of a sequence, as one with a window that hides none does; else None."""
+    if type(spec) is FullAttentionSpec:
+        return spec
+    if type(spec) is not SlidingWindowSpec or hides_tokens(spec.sliding_window, vllm_config.model_config):
+        return None
+    common = {f.name: getattr(spec, f.name) for f in fields(AttentionSpec) if f.init}
+    # Layers with windows choose pages of their own (vllm/model_executor/layers/attention/attention.py).
+    return FullAttentionSpec(**common | {"block_size": vllm_config.cache_config.block_size})
+
+
+WINDOW_SPECS = (SlidingWindowSpec, ChunkedLocalAttentionSpec)
+"""Specs of layers that vLLM serves, in our pool: they attend to a part of a sequence and hold no more than that."""
 
 
 def require_bounded_spec(spec: AttentionSpec, config: EvictionConfig, layer_names: list[str]) -> None:
@@ -62,8 +79,17 @@ def require_bounded_spec(spec: AttentionSpec, config: EvictionConfig, layer_name
 
 def evicting_layers(vllm_config: VllmConfig) -> int:
     """How many layers of the loaded model evict."""
-    impls = (layer.impl for layer in get_layers_from_vllm_config(vllm_config, Attention).values())
-    return sum(isinstance(impl, EvictingImpl) and impl.config is not None for impl in impls)
+    layers = get_layers_from_vllm_config(vllm_config, Attention).values()
+    specs = (layer.get_kv_cache_spec(vllm_config) for layer in layers if isinstance(layer.impl, EvictingImpl))
+    return sum(_full_spec(spec, vllm_config) is not None for spec in specs)
+
+
+def leave_to_vllm(vllm_config: VllmConfig, config: EvictionConfig, layer_names: list[str]) -> None:
+    """Layers with one of WINDOW_SPECS do not evict; the part of a layer that is ours does not see all kinds of windows.
+    Raises ValueError for a model none of whose layers evicts."""
+    for layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).values():
+        layer.impl.config = None
+    require_evicting_layers(vllm_config, config)
 
 
 def layers_of_all_stages(vllm_config: VllmConfig) -> int:
@@ -115,10 +141,14 @@ class EvictingImpl:
     device_type: ClassVar[str]
     view: ClassVar[Callable[..., CacheView]]
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        EvictingBackend.loading = get_current_vllm_config()
-        config = EvictionConfig.from_vllm(EvictingBackend.loading)
+    def __init__(
+        self, num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, *args, **kwargs
+    ) -> None:
+        vllm_config = EvictingBackend.loading = get_current_vllm_config()
+        config = EvictionConfig.from_vllm(vllm_config)
+        if config.active and not hides_tokens(sliding_window, vllm_config.model_config):
+            sliding_window = None
+        super().__init__(num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, *args, **kwargs)
         slides = self.sliding_window not in (-1, (-1, -1))
         self.shares_pool = config.active
         self.config = config if config.active and not slides else None
@@ -128,7 +158,8 @@ class EvictingImpl:
             return
         self.policy = POLICIES[config.policy]()
         self.record = record_layout(config, self.head_size)
-        self.kernels = dispatch.select(config.kernels, self.device_type)
+        shape = CacheShape(head_size, vllm_config.cache_config.block_size, vllm_config.model_config.dtype)
+        self.kernels = dispatch.select(config.kernels, self.device_type, shape)
         self.slot_mass: torch.Tensor | None = None
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
@@ -222,6 +253,7 @@ def _refuse_layer(impl: EvictingImpl, slides: bool) -> None:
         "logits soft-capping": bool(impl.logits_soft_cap),
         "attention sinks on a GPU": impl.sinks is not None and on_gpu,
         f"attention type {impl.attn_type!r}": impl.attn_type != "decoder",
+        f"a KV cache of {impl.kv_cache_dtype}, not of the model's dtype": is_quantized_kv_cache(impl.kv_cache_dtype),
         "KV sharing between layers": impl.kv_sharing_target_layer_name is not None,
     }
     for feature, present in reasons.items():

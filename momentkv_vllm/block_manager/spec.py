@@ -9,6 +9,7 @@ from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.model_layers import full_layers
 from momentkv_vllm.page_layout import RecordLayout
 from momentkv_vllm.page_schedule import PageSchedule, build_schedule, cdiv
 from momentkv_vllm.policies import POLICIES
@@ -28,16 +29,31 @@ def page_schedule(config: EvictionConfig, page_size: int, head_dim: int, dtype: 
     return build_schedule(config, page_size, moment_pages, POLICIES[config.policy].keeps_only_sinks)
 
 
+def expected_schedule(config: EvictionConfig, vllm_config: VllmConfig) -> PageSchedule:
+    """The schedule that a model's layers will get, told before there are any. Raises ValueError on too small a budget."""
+    model, block_size, layers = vllm_config.model_config, vllm_config.cache_config.block_size, full_layers(vllm_config)
+    page_size = int(block_size * layers.page_ratio)
+    try:
+        return page_schedule(config, page_size, layers.head_size, model.dtype)
+    except ValueError as error:
+        if page_size == block_size:
+            raise
+        raise ValueError(
+            f"{error} (--block-size {block_size} is meant for this model's sliding-window layers: vLLM gives all layers pages of "
+            f"as many bytes, which are {page_size} tokens of a layer that evicts)"
+        ) from None
+
+
 @dataclass(frozen=True, kw_only=True)
 class MomentKVSpec(FullAttentionSpec):
     """Full attention whose sequences never hold more than a budget.
 
     Attributes:
-        schedule: which pages a sequence holds.
+        schedule: which pages a sequence holds; that of `block_size` always.
         config: the user's settings.
         step_tokens: most tokens of one request scheduled and not yet settled.
         model_name, engine: labels of the metrics.
-        page_bytes: bytes of a page over all layers that evict, of all ranks of an engine, for the metrics.
+        layers: how many layers evict, each counted once per tensor-parallel rank.
     """
 
     schedule: PageSchedule
@@ -45,17 +61,23 @@ class MomentKVSpec(FullAttentionSpec):
     step_tokens: int
     model_name: str
     engine: int
-    page_bytes: int = 0
+    layers: int = 0
 
     def __post_init__(self) -> None:
-        """Raises ValueError on another page size than the schedule's: vLLM's dataclasses.replace comes by here as well as its
-        copy_with_new_block_size, and a schedule in other pages would be obeyed, wrongly."""
+        """vLLM gives all layers of a model pages of as many bytes, by copies of the spec with more tokens a page
+        (vllm/v1/core/kv_cache_utils.py, unify_kv_cache_spec_page_size): these get a schedule of their own, the same on both
+        sides, which take the spec from the KVCacheConfig. Raises ValueError on a budget too small for it, and on padded pages,
+        whose heads do not lie side by side."""
         super().__post_init__()
-        if self.block_size != self.schedule.page_size:
+        if self.page_size_padded not in (None, self.real_page_size_bytes):
             raise ValueError(
-                f"--kv-eviction needs one page size for all layers, but vLLM wants to change block_size "
-                f"{self.schedule.page_size} to {self.block_size} for this model; serve without --kv-eviction"
+                f"--kv-eviction cannot read padded pages: those of this model's full-attention layers have "
+                f"{self.real_page_size_bytes} bytes, and vLLM pads them to {self.page_size_padded}, those of its other layers; "
+                f"serve without --kv-eviction"
             )
+        if self.block_size != self.schedule.page_size:
+            schedule = page_schedule(self.config, self.block_size, self.head_size, self.dtype)
+            object.__setattr__(self, "schedule", schedule)
 
     @classmethod
     def of(cls, spec: FullAttentionSpec, config: EvictionConfig, vllm_config: VllmConfig, layers: int) -> Self:
@@ -75,7 +97,7 @@ class MomentKVSpec(FullAttentionSpec):
             step_tokens=vllm_config.max_in_flight_tokens,
             model_name=model[0] if isinstance(model, list) else model,
             engine=parallel.data_parallel_index,
-            page_bytes=spec.page_size_bytes * layers * parallel.tensor_parallel_size,
+            layers=layers * parallel.tensor_parallel_size,
         )
 
     @classmethod
@@ -123,6 +145,11 @@ class MomentKVSpec(FullAttentionSpec):
     @property
     def observes_attention(self) -> bool:
         return POLICIES[self.config.policy].needs_attention
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page over all layers that evict, of all ranks of an engine."""
+        return self.page_size_bytes * self.layers
 
     @property
     def state_bytes(self) -> int:

@@ -11,6 +11,7 @@ import torch
 
 from momentkv_vllm.kernels import reference
 from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.limits import Limits
 from momentkv_vllm.kernels.native import given_score, mass_to_clear
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
 from momentkv_vllm.policies.base import Policy
@@ -23,6 +24,8 @@ else:
     _why_missing = ""
 
 LEAST_CAPABILITY = (8, 0)
+LIMITS = Limits((64, 128, 256), page_step=16, dtypes=(torch.bfloat16, torch.float16))
+"""csrc/cuda/bindings.cpp checks the same."""
 
 _ops = torch.ops.momentkv_cuda
 

@@ -1,13 +1,14 @@
 """Kernel families behind one interface: `store`, `attend`, `observe`, `consolidate` (see reference.py, the specification).
 
-A family declares what it cannot do; `select("auto")` takes the first for the device without objections, an explicitly named
-family never falls back.
+A family declares what it cannot do: `objections` on this machine, `LIMITS` on a cache. `select("auto")` takes the first for
+the device without objections, an explicitly named family never falls back.
 """
 
 import os
 from types import ModuleType
 
 from momentkv_vllm.kernels import cpu, cuda, reference, triton
+from momentkv_vllm.kernels.limits import CacheShape
 
 _FAMILIES: dict[str, ModuleType] = {"triton": triton, "cuda": cuda, "cpu": cpu, "reference": reference}
 _PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
@@ -43,16 +44,20 @@ def preferred(device: str) -> list[Family]:
     return [Family(name, _FAMILIES[name]) for name in _PREFERRED[device]]
 
 
-def select(name: str = "auto", device: str = "cpu") -> ModuleType:
-    """The module of the family `name`, for tensors on `device`. Raises ValueError if it is unknown or objects."""
+def select(name: str = "auto", device: str = "cpu", shape: CacheShape | None = None) -> ModuleType:
+    """The module of the family `name`, for tensors on `device` and, if it is known, a cache of that shape.
+
+    Raises ValueError if it is unknown or objects."""
     for candidate in _PREFERRED[device] if name == "auto" else (name,):
         if candidate not in _FAMILIES:
             break
-        why = _objections(candidate, device)
+        why = _objections(candidate, device) or (_FAMILIES[candidate].LIMITS.objections(shape) if shape else [])
         if not why:
             return _FAMILIES[candidate]
         if name != "auto":
-            raise ValueError(f"kernel family {name!r} cannot run here: {'; '.join(why)}; use 'auto'")
+            raise ValueError(
+                f"kernel family {name!r} cannot run here: {'; '.join(why)}; use 'auto', or serve without --kv-eviction"
+            )
     raise ValueError(f"no kernel family {name!r} works here; `momentkv doctor` says why")
 
 

@@ -8,8 +8,11 @@ import torch
 
 from momentkv_vllm.kernels import moments as mo
 from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.limits import Limits
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork, fresh_pages
 from momentkv_vllm.policies.base import Candidates, Policy
+
+LIMITS = Limits()
 
 
 def objections() -> list[str]:

@@ -10,6 +10,7 @@ import torch
 
 from momentkv_vllm.kernels import reference
 from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.limits import Limits
 from momentkv_vllm.kernels.native import given_score, mass_to_clear
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
 from momentkv_vllm.policies.base import Policy
@@ -25,6 +26,10 @@ except ImportError as error:
     _why_missing = str(error)
 else:
     _why_missing = ""
+
+
+LIMITS = Limits(range(1, 257), page_step=16, dtypes=(torch.float32, torch.bfloat16, torch.float16))
+"""Tiles of larger heads have not been compiled: they must fit into shared memory."""
 
 
 def objections() -> list[str]:

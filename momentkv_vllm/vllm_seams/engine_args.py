@@ -10,6 +10,7 @@ import logging
 from typing import Any
 
 from momentkv_vllm.config import CONFIG_KEY, POLICY_DEFAULTS, EvictionConfig
+from momentkv_vllm.model_layers import has_windows, hides_tokens, named_windows
 from momentkv_vllm.policies import POLICIES
 from momentkv_vllm.vllm_seams.gpu import choose_backend
 from momentkv_vllm.vllm_seams.validate import WINDOW_PAGE_TOKENS, refuse_unsupported, refuse_untested_vllm
@@ -44,15 +45,16 @@ def patch_engine_args() -> None:
         if not config.active:
             return create(self, *args, **kwargs)
         refuse_untested_vllm()
-        chose_page_size = _set_defaults(self, config)
+        backend, chose_page_size = choose_backend(self), _set_defaults(self, config)
         vllm_config = create(self, *args, **kwargs)
-        if vllm_config.model_config.get_sliding_window():
+        _say_which_windows_are_none(vllm_config.model_config)
+        if has_windows(vllm_config.model_config):
             if chose_page_size and self.block_size % WINDOW_PAGE_TOKENS:
                 self.block_size = WINDOW_PAGE_TOKENS
-                logger.info("momentkv: the model has sliding-window layers, --block-size is %d", self.block_size)
+                logger.info("momentkv: the model has layers with a window, --block-size is %d", self.block_size)
                 vllm_config = create(self, *args, **kwargs)
-            _keep_windows_cached(vllm_config)
-        refuse_unsupported(vllm_config, config)
+            _keep_windows(vllm_config, self.disable_hybrid_kv_cache_manager)
+        refuse_unsupported(vllm_config, config, backend)
         _choose_scheduler(vllm_config)
         # Imported late: prometheus must not be touched by processes that only parse options.
         from momentkv_vllm.metrics import serve_metrics
@@ -116,7 +118,6 @@ def _carry_options(engine_args: Any, args: argparse.Namespace) -> None:
 
 def _set_defaults(engine_args: Any, config: EvictionConfig) -> bool:
     """Choose what the user left open, in ways that eviction needs; said in one line each. True if that was the page size."""
-    choose_backend(engine_args)
     choose_block_size = engine_args.block_size is None
     if choose_block_size:
         engine_args.block_size = 16 if config.budget_tokens <= SMALL_BUDGET_TOKENS else 32
@@ -130,11 +131,22 @@ def _set_defaults(engine_args: Any, config: EvictionConfig) -> bool:
     return choose_block_size
 
 
-def _keep_windows_cached(vllm_config: Any) -> None:
-    """Let sliding-window layers be found in the prefix cache at every page, unless the user chose where. vLLM's default (0) keeps
-    their windows at the end of the prompt only, but hits end before the first eviction."""
+def _say_which_windows_are_none(model: Any) -> None:
+    for window in sorted(w for w in named_windows(model) if not hides_tokens(w, model)):
+        logger.info(
+            "momentkv: the sliding window of %d tokens hides nothing with --max-model-len %d: its layers evict like any other",
+            window, model.max_model_len,
+        )  # fmt: skip
+
+
+def _keep_windows(vllm_config: Any, disable_hybrid_manager: bool | None) -> None:
+    """Let layers with windows be found in the prefix cache at every page, unless the user chose where: vLLM's default (0) keeps
+    their windows at the end of the prompt only, but hits end before the first eviction. And let them free what lies behind
+    the window, unless the user did not want that: vLLM's default keeps it for layers that attend in chunks."""
     if vllm_config.cache_config.prefix_cache_retention_interval == 0:
         vllm_config.cache_config.prefix_cache_retention_interval = None
+    if disable_hybrid_manager is None and vllm_config.model_config.attention_chunk_size is not None:
+        vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = False
 
 
 def _choose_scheduler(vllm_config: Any) -> None:

@@ -16,14 +16,17 @@ BACKEND_NAMES = {"cpu": "CPU_ATTN", "cuda": "CUSTOM"}
 """vLLM's name of our attention backend by device type."""
 
 
-def choose_backend(engine_args: Any) -> None:
-    """On CUDA, name our backend, unless the user names one (which is refused then)."""
+def choose_backend(engine_args: Any) -> Any:
+    """On CUDA, name our backend, unless the user names one (which is refused then); returns what the user named."""
+    from vllm.config import AttentionConfig
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    chosen = engine_args.attention_backend or engine_args.attention_config.backend
+    named = AttentionConfig.validate_backend_before(engine_args.attention_backend)  # None for "auto"
+    chosen = named or engine_args.attention_config.backend
     if current_platform.is_cuda() and chosen is None:
         engine_args.attention_backend = AttentionBackendEnum.CUSTOM
+    return chosen
 
 
 def gpu_objections(platform: Any, vllm_config: "VllmConfig", config: EvictionConfig) -> dict[str, object]:

@@ -1,0 +1,75 @@
+"""What vLLM's ModelConfig tells about a model's attention layers before any of them is built."""
+
+from dataclasses import dataclass
+from typing import Any
+
+_WINDOW_KEYS = (
+    "sliding_window", "interleaved_sliding_window", "sliding_windows", "sliding_window_size", "attn_window_size",
+)  # fmt: skip
+"""Names that model configurations give to sliding windows: a number, or one per layer."""
+
+
+def named_windows(model: Any) -> set[int]:
+    """Every sliding window in tokens that the model's configuration names. Layers may have others; none if all of them are
+    said to attend to everything."""
+    types = getattr(model.hf_text_config, "layer_types", None)
+    if types and all(kind == "full_attention" for kind in types):
+        return set()
+    values = [getattr(model.hf_text_config, key, None) for key in _WINDOW_KEYS]
+    flat = [w for value in values for w in (value if isinstance(value, list | tuple) else [value])]
+    return {w for w in flat if isinstance(w, int) and w > 0}
+
+
+def hides_tokens(window: int | None, model: Any) -> bool:
+    """Whether a layer with this window is served as one: a window at least as long as the longest sequence is none.
+
+    It stays one where layers differ in their heads: those that evict have one shape of page."""
+    return window is not None and (window < model.max_model_len or _heads_differ(model))
+
+
+def has_windows(model: Any) -> bool:
+    """Whether the configuration tells of layers that do not evict: with a window that hides tokens, or attending in chunks of
+    any length, which vLLM serves by a backend of their own."""
+    return bool(model.attention_chunk_size) or any(hides_tokens(w, model) for w in named_windows(model))
+
+
+@dataclass(frozen=True)
+class FullLayers:
+    """The layers that attend to all tokens, as far as the configuration tells.
+
+    Attributes:
+        head_size: of keys.
+        page_ratio: pages of the other layers have so many times the bytes of theirs, if more. vLLM gives all layers pages of
+            the same bytes, and so these layers as many times the tokens.
+        count, others: how many there are, and how many layers there are of the rarest other kind; 0 if not told.
+    """
+
+    head_size: int
+    page_ratio: float = 1.0
+    count: int = 0
+    others: int = 0
+
+
+def full_layers(vllm_config: Any) -> FullLayers:
+    """Read from `layer_types` where there are any; otherwise every layer is taken for one of them."""
+    model = vllm_config.model_config
+    arch, types = model.model_arch_config, getattr(model.hf_text_config, "layer_types", None) or []
+    types = types[: arch.total_num_hidden_layers]
+    full = [i for i, kind in enumerate(types) if kind == "full_attention"]
+    if not full or not has_windows(model):
+        return FullLayers(model.get_head_size())
+    numbers = [
+        model.get_num_kv_heads(vllm_config.parallel_config, arch[i]) * arch[i].head_size for i in range(len(types))
+    ]
+    kinds = {kind: types.count(kind) for kind in types if kind != "full_attention"}
+    return FullLayers(
+        arch[full[0]].head_size,
+        max(1.0, max(numbers) / numbers[full[0]]),
+        len(full),
+        min(kinds.values(), default=0),
+    )
+
+
+def _heads_differ(model: Any) -> bool:
+    overrides = model.model_arch_config.per_layer_overrides or []
+    return any({"head_size", "total_num_kv_heads"} & set(layer) for layer in overrides)
