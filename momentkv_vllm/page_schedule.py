@@ -108,11 +108,6 @@ class PageSchedule:
         pages = cdiv(committed_tokens, self.page_size)
         return pages if boundary == 0 else self.store_pages + pages - boundary
 
-    def live_pages(self, committed_tokens: int, boundary: int) -> int:
-        """Pages a sequence owns in vLLM's pool."""
-        moments = self.moment_pages if boundary else 0
-        return self.retained_pages(committed_tokens, boundary) + moments
-
     def peak_pages(self, step_tokens: int) -> int:
         """Most pages a sequence can own when at most `step_tokens` of its tokens are scheduled and not yet settled."""
         return self.budget_pages + cdiv(max(0, step_tokens - 1), self.page_size)

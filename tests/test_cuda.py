@@ -135,22 +135,21 @@ def test_the_first_order_step_is_limited_to_the_spread(kernels):
 
 
 def test_padding_rows_are_not_touched(kernels):
-    """A captured launch covers the largest batch: rows without queries and rows beyond the device's count are skipped."""
+    """A captured launch covers the largest batch: rows without queries are skipped, whatever their pages say."""
     cache, work, query = shared.serving_batch(torch.bfloat16, 64, "bfloat16", "zeroth", 4)
-    work.queries[1] = 0
+    work.queries[[1, *range(3, len(work.queries))]] = 0
     work.pages[3:] = 1 << 40
-    num_rows = torch.tensor([3], dtype=torch.int32)
     output = torch.full_like(query, math.nan)
-    kernels.attend(cache, query, output, None, work, 0.125, True, num_rows)
+    kernels.attend(cache, query, output, None, work, 0.125, True)
     untouched = output.isnan().flatten(1)
     assert untouched.all(1).tolist() == [False, True, False] + [True] * (len(query) - 3)
     assert not untouched[[0, 2]].any()
     retire = RetireWork(
         work.pages[:5, :1].contiguous(), work.pages[:5, 1:3].contiguous(), work.moment_pages[:5], work.count[:5]
     )
-    retire.retiring_pages[:3] = -1
+    retire.retiring_pages[:] = -1
     before = cache.kv.clone()
-    kernels.consolidate(cache, torch.zeros(cache.keys.shape[:3]), retire, POLICIES["momentkv"](), 0, 0.1, num_rows)
+    kernels.consolidate(cache, torch.zeros(cache.keys.shape[:3]), retire, POLICIES["momentkv"](), 0, 0.1)
     assert torch.equal(before.view(torch.int16), cache.kv.view(torch.int16))
 
 

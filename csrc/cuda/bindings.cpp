@@ -110,8 +110,8 @@ int64_t token_stride(const Tensor& x, const Tensor& keys, const char* name) {
 
 // What attend and observe share.
 Queries queries_of(const Tensor& keys, const Tensor& values, const Tensor& query, const Tensor& first_token,
-                   const Tensor& queries, const Tensor& pages, const Tensor& last, const OptionalTensor& num_rows,
-                   int64_t max_queries, double scale) {
+                   const Tensor& queries, const Tensor& pages, const Tensor& last, int64_t max_queries,
+                   double scale) {
   Queries w{};
   w.cache = cache_of(keys, values);
   TORCH_CHECK(pages.dim() == 2, "pages has shape ", pages.sizes(), "; it must be [rows, pages]");
@@ -121,7 +121,6 @@ Queries queries_of(const Tensor& keys, const Tensor& values, const Tensor& query
   w.first_token = data_of<int64_t>(first_token, "first_token", {w.rows});
   w.queries = data_of<int64_t>(queries, "queries", {w.rows});
   w.last = data_of<int64_t>(last, "last", {w.rows});
-  w.num_rows = data_of<int32_t>(num_rows, "num_rows", {1});
   w.query_stride = token_stride(query, keys, "query");
   w.query = static_cast<const char*>(query.data_ptr());
   w.query_heads = int(query.size(1));
@@ -135,10 +134,10 @@ Queries queries_of(const Tensor& keys, const Tensor& values, const Tensor& query
 
 void attend_op(const Tensor& keys, const Tensor& values, const Tensor& query, const Tensor& output, const OptionalTensor& lse,
                const Tensor& first_token, const Tensor& queries, const Tensor& pages, const Tensor& last,
-               const Tensor& moment_pages, const Tensor& count, const OptionalTensor& num_rows, int64_t max_queries,
-               double scale, bool correct, bool has_covariance, at::ScalarType moment_dtype, int64_t covariance_offset) {
+               const Tensor& moment_pages, const Tensor& count, int64_t max_queries, double scale, bool correct,
+               bool has_covariance, at::ScalarType moment_dtype, int64_t covariance_offset) {
   Attend a{};
-  a.work = queries_of(keys, values, query, first_token, queries, pages, last, num_rows, max_queries, scale);
+  a.work = queries_of(keys, values, query, first_token, queries, pages, last, max_queries, scale);
   a.record = record_of(a.work.cache, moment_pages, correct, has_covariance, moment_dtype, covariance_offset);
   a.num_moment_pages = int(moment_pages.size(1));
   a.moment_pages = data_of<int64_t>(moment_pages, "moment_pages", {a.work.rows, a.num_moment_pages});
@@ -164,8 +163,8 @@ void attend_op(const Tensor& keys, const Tensor& values, const Tensor& query, co
 
 void consolidate_op(const Tensor& keys, const Tensor& values, const Tensor& store_pages, const Tensor& retiring_pages,
                     const Tensor& moment_pages, const Tensor& count, const OptionalTensor& score,
-                    const OptionalTensor& slot_mass, const OptionalTensor& num_rows, int64_t sink_tokens, bool has_means,
-                    bool has_covariance, at::ScalarType moment_dtype, int64_t covariance_offset) {
+                    const OptionalTensor& slot_mass, int64_t sink_tokens, bool has_means, bool has_covariance,
+                    at::ScalarType moment_dtype, int64_t covariance_offset) {
   Consolidate c{};
   c.cache = cache_of(keys, values);
   c.record = record_of(c.cache, moment_pages, has_means, has_covariance, moment_dtype, covariance_offset);
@@ -179,7 +178,6 @@ void consolidate_op(const Tensor& keys, const Tensor& values, const Tensor& stor
   c.retiring = data_of<int64_t>(retiring_pages, "retiring_pages", {c.rows, c.retiring_pages});
   c.moments = data_of<int64_t>(moment_pages, "moment_pages", {c.rows, c.moment_pages});
   c.count = data_of<float>(count, "count", {c.rows});
-  c.num_rows = data_of<int32_t>(num_rows, "num_rows", {1});
   const int64_t heads = c.cache.heads, d = c.cache.head_dim, page_size = c.cache.page_size;
   const int64_t candidates = (c.store_pages + c.retiring_pages) * page_size;
   c.score = data_of<float>(score, "score", {c.rows, heads, candidates});
@@ -217,9 +215,9 @@ void store_op(const Tensor& keys, const Tensor& values, const Tensor& key, const
 
 void observe_op(const Tensor& keys, const Tensor& values, const Tensor& slot_mass, const Tensor& query, const Tensor& lse,
                 const Tensor& first_token, const Tensor& queries, const Tensor& pages, const Tensor& last,
-                const Tensor& observe_from, const Tensor& restart, const OptionalTensor& num_rows, double scale) {
+                const Tensor& observe_from, const Tensor& restart, double scale) {
   Observe o{};
-  o.work = queries_of(keys, values, query, first_token, queries, pages, last, num_rows, query.size(0), scale);
+  o.work = queries_of(keys, values, query, first_token, queries, pages, last, query.size(0), scale);
   o.lse = data_of<float>(lse, "lse", {query.size(0), o.work.query_heads});
   o.slot_mass = data_of<float>(slot_mass, "slot_mass", {keys.size(0), o.work.cache.heads, o.work.cache.page_size});
   o.observe_from = data_of<int64_t>(observe_from, "observe_from", {o.work.rows});
@@ -236,14 +234,14 @@ void observe_op(const Tensor& keys, const Tensor& values, const Tensor& slot_mas
 MOMENTKV_DEFINE(MOMENTKV_LIBRARY) {
   m.def(
       "attend(Tensor keys, Tensor values, Tensor query, Tensor(a!) output, Tensor(b!)? lse, Tensor first_token, "
-      "Tensor queries, Tensor pages, Tensor last, Tensor moment_pages, Tensor count, Tensor? num_rows, int max_queries, "
+      "Tensor queries, Tensor pages, Tensor last, Tensor moment_pages, Tensor count, int max_queries, "
       "float scale, bool correct, bool has_covariance, ScalarType moment_dtype, int covariance_offset) -> ()");
   m.def(
       "observe(Tensor keys, Tensor values, Tensor(a!) slot_mass, Tensor query, Tensor lse, Tensor first_token, "
-      "Tensor queries, Tensor pages, Tensor last, Tensor observe_from, Tensor restart, Tensor? num_rows, float scale) -> ()");
+      "Tensor queries, Tensor pages, Tensor last, Tensor observe_from, Tensor restart, float scale) -> ()");
   m.def(
       "consolidate(Tensor(a!) keys, Tensor(b!) values, Tensor store_pages, Tensor retiring_pages, Tensor moment_pages, "
-      "Tensor count, Tensor? score, Tensor(c!)? slot_mass, Tensor? num_rows, int sink_tokens, bool has_means, "
+      "Tensor count, Tensor? score, Tensor(c!)? slot_mass, int sink_tokens, bool has_means, "
       "bool has_covariance, ScalarType moment_dtype, int covariance_offset) -> ()");
   m.def(
       "store(Tensor(a!) keys, Tensor(b!) values, Tensor key, Tensor value, Tensor slots, Tensor(c!)? slot_mass) -> ()");

@@ -35,7 +35,6 @@ struct Queries {
   const char* query;  // [tokens, query_heads, head_dim] of cache.type, tokens `query_stride` numbers apart
   int64_t query_stride;
   int query_heads, rows, max_pages, max_queries;
-  const int* num_rows;                          // [1] rows that are real; may be null: all
   const int64_t *first_token, *queries, *last;  // [rows]; the i-th query of a row sees slots 0 .. last + i; none: skipped
   const int64_t* pages;                         // [rows, max_pages]
   float scale;
@@ -78,7 +77,6 @@ struct Consolidate {
   Cache cache;
   Record record;
   int rows, store_pages, retiring_pages, moment_pages, sink_tokens;
-  const int* num_rows;      // [1] rows that are real; may be null: all
   const int64_t* store;     // [rows, store_pages]
   const int64_t* retiring;  // [rows, retiring_pages], -1 pads at the end; a row of padding is skipped
   const int64_t* moments;   // [rows, moment_pages]

@@ -17,8 +17,7 @@ struct Event {
 
   __device__ Event(const Consolidate& all, int head_, int row_) : c(all), row(row_), head(head_) {
     int pages = 0;
-    if (c.num_rows == nullptr || row < *c.num_rows)
-      while (pages < c.retiring_pages && c.retiring[int64_t(row) * c.retiring_pages + pages] >= 0) ++pages;
+    while (pages < c.retiring_pages && c.retiring[int64_t(row) * c.retiring_pages + pages] >= 0) ++pages;
     store_tokens = c.store_pages * c.cache.page_size;
     losers = pages * c.cache.page_size;
     candidates = store_tokens + losers;

@@ -5,8 +5,6 @@
 
 namespace momentkv::cuda {
 
-__device__ inline bool is_padding(const int* num_rows, int row) { return num_rows != nullptr && row >= *num_rows; }
-
 // Query rows of a (row, head): queries x query heads of the KV head, in tiles of kTileRows. The units of a (row, head) are
 // `max_splits` splits of tile 0 and its record, then for every further tile one split and its record. Decode has tile 0 only;
 // further tiles belong to chunks, which have parallelism enough.
@@ -24,7 +22,7 @@ struct Unit {
     is_record = beyond < 0 ? number == a.max_splits : beyond % 2 == 1;
     split = beyond < 0 ? number : 0;
     groups = a.work.query_heads / a.work.cache.heads;
-    const int64_t queries = is_padding(a.work.num_rows, row) ? 0 : a.work.queries[row];
+    const int64_t queries = a.work.queries[row];
     const int rows_left = int(queries * groups) - tile * kTileRows;
     query_rows = rows_left < kTileRows ? rows_left : kTileRows;
     exists = rows_left > 0;

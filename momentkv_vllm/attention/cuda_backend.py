@@ -110,7 +110,6 @@ class CudaMomentKVMetadataBuilder(TritonAttentionMetadataBuilder):
         if not config.active:
             return
         require_bounded_spec(kv_cache_spec, config, layer_names)
-        self.supports_draft_decode_metadata_update = False
         policy, schedule = POLICIES[config.policy], kv_cache_spec.schedule
         kernels = dispatch.select(config.kernels, CudaMomentKVImpl.device_type)
         logger.info_once("--kv-eviction %s: kernels %s", config.policy, dispatch.describe(kernels))

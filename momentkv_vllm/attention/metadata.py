@@ -46,7 +46,7 @@ class Segment:
 
 @dataclass
 class Round:
-    """Segments that run together: first all attend (`attends`), then those with an event retire (`retire`)."""
+    """Segments that run together: first all attend (`attends`), then those with an event retire (`retires`)."""
 
     attends: list[AttendWork] = field(default_factory=list)
     retires: list[RetireWork] = field(default_factory=list)

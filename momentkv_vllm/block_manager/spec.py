@@ -121,11 +121,6 @@ class MomentKVSpec(FullAttentionSpec):
             pages = min(pages, self.schedule.budget_pages)
         return pages * self.page_size_bytes
 
-    def peak_pages(self, max_model_len: int) -> int:
-        """Most pages one sequence can hold at any moment."""
-        pages = cdiv(max_model_len, self.block_size)
-        return min(pages, self.schedule.peak_pages(self.step_tokens)) if self.schedule.evict_in_prefill else pages
-
     @property
     def cacheable_tokens(self) -> int:
         """Longest prefix that may come from the prefix cache.

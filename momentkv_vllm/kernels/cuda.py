@@ -3,8 +3,8 @@
 They read keys and values [num_pages, num_kv_heads, page_size, head_dim] in place, wherever vLLM's layout (NHD or HND) puts
 them; head_dim 64, 128 or 256, bfloat16 or float16. Launch sizes follow from shapes alone and nothing waits for the device
 (except `attend` where `work.most_queries` is not given).
-Padding, for launches captured once and replayed with smaller batches: a row of no queries, a row whose first retiring page is
--1, and all rows from `num_rows` [1] int32 (on the device) on are skipped.
+Padding, for launches captured once and replayed with smaller batches: a row of no queries and a row whose first retiring page
+is -1 are skipped.
 """
 
 import torch
@@ -61,7 +61,6 @@ def attend(
     work: AttendWork,
     scale: float,
     correct: bool,
-    num_rows: torch.Tensor | None = None,
 ) -> None:
     _ops.attend(
         cache.keys,
@@ -75,7 +74,6 @@ def attend(
         work.last,
         work.moment_pages,
         work.count,
-        num_rows,
         work.query_bound(),
         scale,
         correct,
@@ -90,7 +88,6 @@ def observe(
     lse: torch.Tensor,
     work: AttendWork,
     scale: float,
-    num_rows: torch.Tensor | None = None,
 ) -> None:
     if slot_mass.dim() == 4:
         return reference.observe(cache, slot_mass, query, lse, work, scale)
@@ -106,7 +103,6 @@ def observe(
         work.last,
         work.observe_from,
         work.restart,
-        num_rows,
         scale,
     )
 
@@ -118,7 +114,6 @@ def consolidate(
     policy: Policy,
     sink_tokens: int,
     scale: float,
-    num_rows: torch.Tensor | None = None,
 ) -> None:
     _ops.consolidate(
         cache.keys,
@@ -129,7 +124,6 @@ def consolidate(
         work.count,
         given_score(cache, slot_mass, work, policy, scale),
         None if policy.observes_logits else slot_mass,
-        num_rows,
         sink_tokens,
         cache.record.has_means,
         *cache.covariance,

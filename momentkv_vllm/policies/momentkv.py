@@ -5,7 +5,8 @@ import torch
 from momentkv_vllm.policies.base import Candidates, Policy
 
 ATTENTION_WEIGHT = 0.5
-"""w: more keeps running text closer to the full cache, less keeps more needles (make bench-states). csrc/cpu has it too."""
+"""w: more keeps running text closer to the full cache, less keeps more needles (make bench-states). csrc/cpu and
+csrc/cuda have it too."""
 
 
 class MomentKV(Policy):
