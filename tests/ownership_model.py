@@ -174,7 +174,7 @@ class Simulation:
             works = self.schedule()
             copies, retained = self.kv.take_kv_cache_block_copies()
             self.kv.block_pool.free_blocks(retained)
-            self.manager.check_integrity()
+            self.manager.check_integrity(requests={s.request.request_id: s.request for s in self.running})
             idle = self.alive and not works and not self.in_flight and self.preemptions == before
             assert not idle, "deadlock: nothing runs and nothing can be admitted"
             self.in_flight.append((works, copies))
