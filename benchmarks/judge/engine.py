@@ -14,6 +14,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from vllm import LLM, SamplingParams  # noqa: E402
+from vllm.distributed import destroy_distributed_environment, destroy_model_parallel  # noqa: E402
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor  # noqa: E402
 
 SEQUENCES = 8
@@ -66,4 +67,7 @@ class Engine:
                 raise RuntimeError("the engine did not follow the answer")
 
     def close(self) -> None:
+        """Another engine may follow in this process."""
         self.llm.llm_engine.engine_core.shutdown()
+        destroy_model_parallel()
+        destroy_distributed_environment()
