@@ -159,8 +159,8 @@ class Material:
         self.tokenizer, self.documents, self.half = tokenizer, documents, half
         self.read: dict[str, list[int]] = {}
 
-    def items(self, kind: str) -> list[Item]:
-        """Raises ValueError when no document is long enough."""
+    def items(self, kind: str, most: int = 0) -> list[Item]:
+        """The first `most` items (0: as many as the kind has). Raises ValueError when no document is long enough."""
         what, chance = KINDS[kind], random.Random(f"{kind} {self.half}")
         source = Source(self.tokenizer, self.documents, chance, self.read)
-        return [what.make(source, what.context) for _ in range(what.count)]
+        return [what.make(source, what.context) for _ in range(min(most, what.count) or what.count)]

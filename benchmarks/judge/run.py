@@ -13,13 +13,14 @@ import concurrent.futures
 import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import report
 import torch
 from judge import documents, show
-from judge.material import KINDS, SMALL, Material
+from judge.material import KINDS, SMALL, Item, Material
 from judge.shelf import Shelf
 from judge.verdict import Judge
 from quality.cells import FP8, FULL, KNOWN, METHODS, Cell, cells
@@ -33,6 +34,8 @@ from momentkv_vllm.block_manager.spec import page_schedule
 from momentkv_vllm.config import EvictionConfig
 
 BACKENDS = ("engine", "simulator")
+Shelves = dict[str, tuple[Shelf, list[Item]]]
+"""By kind: where its results are kept, and its items."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,13 @@ class Job:
     backend: str
     dtype: str
     any_code: bool
+    items: int
 
-    def shelves(self) -> dict[str, tuple[Shelf, list]]:
-        """By kind: where its results are kept, and its items."""
+    def shelves(self) -> Shelves:
         material = Material(
             AutoTokenizer.from_pretrained(self.model), documents.load(self.documents, self.half), self.half
         )
-        found = {kind: material.items(kind) for kind in self.kinds}
+        found = {kind: material.items(kind, self.items) for kind in self.kinds}
         shelf = {
             kind: Shelf(self.model, f"{kind}_{self.half}", items, self.backend, self.dtype, self.any_code)
             for kind, items in found.items()
@@ -70,17 +73,14 @@ def simulated(cell: Cell, dtype: str, head_dim: int, prompt: int) -> Eviction | 
     return Eviction.of(config, page_schedule(config, cell.page_size, head_dim, getattr(torch, dtype)), prompt)
 
 
-def play(cell: Cell, job: Job, simulator: list) -> None:
-    """Run the unfinished kinds of one cell; the full cache's reference must be there for any other cell.
-
-    simulator: a list that keeps the one simulator of a process.
-    """
-    shelves = {k: (s, items) for k, (s, items) in job.shelves().items() if s.results(cell) is None}
+def play(cell: Cell, job: Job, shelves: Shelves, simulator: Any = None) -> None:
+    """Run the unfinished kinds of one cell; the full cache's reference must be there for any other cell."""
+    shelves = {k: (s, items) for k, (s, items) in shelves.items() if s.results(cell) is None}
     engine = None
     for shelf, items in shelves.values():
         judge, began = Judge(items, None if cell.method == FULL else shelf.reference()), time.monotonic()
         if job.backend == "simulator":
-            simulator[0].ask(items, judge, lambda prompt: simulated(cell, job.dtype, simulator[0].head_dim, prompt))
+            simulator.ask(items, judge, lambda prompt: simulated(cell, job.dtype, simulator.head_dim, prompt))
         else:
             from judge.engine import Engine
 
@@ -95,19 +95,19 @@ def play(cell: Cell, job: Job, simulator: list) -> None:
         engine.close()
 
 
-def play_all(plan: Sequence[Cell], job: Job) -> None:
+def play_all(plan: Sequence[Cell], job: Job, shelves: Shelves) -> None:
     """Every unfinished cell, in order. An engine has a process of its own: memory is free for certain when it has ended."""
     if job.backend == "simulator":
         from judge.simulator import Simulator
 
-        simulator = [Simulator(job.model)]
+        simulator = Simulator(job.model)
         for cell in tqdm(plan, desc="cells"):
-            play(cell, job, simulator)
+            play(cell, job, shelves, simulator)
         return
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
         for cell in tqdm(plan, desc="cells"):
-            pool.submit(play, cell, job, []).result()
+            pool.submit(play, cell, job, shelves).result()
 
 
 def plan_of(args: argparse.Namespace, head_dim: int) -> Iterator[Cell]:
@@ -130,6 +130,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--half", choices=documents.HALVES, default="choose", help="of the documents")
     add("--backend", choices=BACKENDS, default="engine")
     add("--kinds", nargs="+", choices=[*KINDS, "all", "small"], default=["small"])
+    add("--items", type=int, default=0, help="of each kind; 0: as many as it has")
     add("--methods", nargs="+", choices=[*KNOWN, *ROUNDED], default=[*METHODS, *ROUNDED])
     add("--budgets", type=int, nargs="+", default=[512, 256, 128], help="tokens")
     add("--prefill", nargs="+", choices=("chunked", "full"), default=["chunked", "full"])
@@ -152,13 +153,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    keys = ("model", "documents", "half", "kinds", "backend", "dtype", "any_code")
+    keys = ("model", "documents", "half", "kinds", "backend", "dtype", "any_code", "items")
     job = Job(**{key: getattr(args, key) for key in keys})
     config = AutoConfig.from_pretrained(args.model)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     plan = list(plan_of(args, head_dim))
-    shelves = {kind: shelf for kind, (shelf, _) in job.shelves().items()}
-    play_all([c for c in plan if any(s.results(c) is None for s in shelves.values())], replace(job))
+    shelved = job.shelves()
+    shelves = {kind: shelf for kind, (shelf, _) in shelved.items()}
+    play_all([c for c in plan if any(s.results(c) is None for s in shelves.values())], job, shelved)
     rows = [show.Row(cell, {kind: shelf.results(cell) for kind, shelf in shelves.items()}) for cell in plan]
     seconds = {cell.name: round(sum(s.seconds(cell) for s in shelves.values())) for cell in plan}
     print(show.table(rows))
