@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
-from judge import documents, run, shelf
+from judge import documents, run, shelf, show
 from judge.material import KINDS, Item, Material
 from judge.shelf import Shelf
+from judge.show import Row
 from judge.verdict import TOP, Judge, truncated_kl
 from quality.cells import FULL, Cell
 from quality.states import ROUNDED, to_int4
@@ -145,3 +146,17 @@ def test_simulator_and_engine_agree():
         engine.close()
     kls = [[result["kl"] for result in judge.results()] for judge in (simulated, real)]
     assert min(kls[0]) > 0.01 and sum(kls[0]) == pytest.approx(sum(kls[1]), rel=0.02), kls
+
+
+def test_figures_and_their_errors():
+    full = {"text_2k": [{"loss": 1.0, "kl": 0.0, "found": False}, {"loss": 3.0, "kl": 0.0, "found": False}]}
+    mine = {"text_2k": [{"loss": 1.1, "kl": 0.2, "found": False}, {"loss": 3.1, "kl": 0.4, "found": False}]}
+    figures = Row(Cell("momentkv", "chunked", 256), mine, full).figures("text_2k")
+    assert figures["KL"] == pytest.approx((0.3, 0.1))
+    assert figures["perplexity"] == pytest.approx((math.exp(2.1), math.exp(2.1)))
+    # Each text got worse by the same factor: texts differ, the difference does not.
+    assert figures["x full"] == pytest.approx((math.exp(0.1), 0))
+    needles = {"single_1k": [{"loss": 0.5, "kl": 0.0, "found": True}, {"loss": 1.5, "kl": 0.0, "found": False}]}
+    row = Row(Cell("full cache"), needles, needles)
+    assert row.figures("single_1k") == {"found": (0.5, pytest.approx(0.5)), "-log p": (1.0, pytest.approx(0.5))}
+    assert "| full cache | 0.500 +-0.500    | 1.000 +-0.500     |" in show.table([row])

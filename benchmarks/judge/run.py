@@ -161,7 +161,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     shelved = job.shelves()
     shelves = {kind: shelf for kind, (shelf, _) in shelved.items()}
     play_all([c for c in plan if any(s.results(c) is None for s in shelves.values())], job, shelved)
-    rows = [show.Row(cell, {kind: shelf.results(cell) for kind, shelf in shelves.items()}) for cell in plan]
+    found = [{kind: shelf.results(cell) for kind, shelf in shelves.items()} for cell in plan]
+    rows = [show.Row(cell, results, found[0]) for cell, results in zip(plan, found, strict=True)]
     seconds = {cell.name: round(sum(s.seconds(cell) for s in shelves.values())) for cell in plan}
     print(show.table(rows))
     settings = {"model": Path(args.model).name, **{k: getattr(args, k) for k in ("half", "backend", "dtype")}}
