@@ -116,8 +116,8 @@ def test_finished_cells_of_other_code_are_run_again(tmp_path, monkeypatch):
     )
     for cell in (full, evicting):
         assert kept.results(cell) is None
-        kept.save(cell, [{"loss": 1.0}], 2.0)
-        assert kept.results(cell) == [{"loss": 1.0}] and kept.seconds(cell) == 2.0
+        kept.save(cell, [{"loss": 1.0}], 2.0, 3.0)
+        assert kept.results(cell) == [{"loss": 1.0}] and kept.seconds(cell) == (2.0, 3.0)
     monkeypatch.setattr(shelf, "code", lambda: "another")
     assert kept.results(evicting) is None and kept.results(full) == [{"loss": 1.0}]
     assert Shelf("m", "text_2k", items, "engine", "float32", any_code=True).results(evicting)

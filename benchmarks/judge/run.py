@@ -78,7 +78,10 @@ def play(cell: Cell, job: Job, shelves: Shelves, simulator: Any = None) -> None:
     shelves = {k: (s, items) for k, (s, items) in shelves.items() if s.results(cell) is None}
     engine = None
     for shelf, items in shelves.values():
-        judge, began = Judge(items, None if cell.method == FULL else shelf.reference()), time.monotonic()
+        judge, began = (
+            Judge(items, None if cell.method == FULL else shelf.reference()),
+            (time.monotonic(), time.process_time()),
+        )
         if job.backend == "simulator":
             simulator.ask(items, judge, lambda prompt: simulated(cell, job.dtype, simulator.head_dim, prompt))
         else:
@@ -90,7 +93,7 @@ def play(cell: Cell, job: Job, shelves: Shelves, simulator: Any = None) -> None:
             engine.ask(items, judge)
         if cell.method == FULL:
             shelf.save_reference(judge.full_cache())
-        shelf.save(cell, judge.results(), time.monotonic() - began)
+        shelf.save(cell, judge.results(), time.monotonic() - began[0], time.process_time() - began[1])
     if engine:
         engine.close()
 
@@ -163,10 +166,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     play_all([c for c in plan if any(s.results(c) is None for s in shelves.values())], job, shelved)
     found = [{kind: shelf.results(cell) for kind, shelf in shelves.items()} for cell in plan]
     rows = [show.Row(cell, results, found[0]) for cell, results in zip(plan, found, strict=True)]
-    seconds = {cell.name: round(sum(s.seconds(cell) for s in shelves.values())) for cell in plan}
+    seconds = {
+        cell.name: [round(sum(x)) for x in zip(*(s.seconds(cell) for s in shelves.values()), strict=True)]
+        for cell in plan
+    }
     print(show.table(rows))
     settings = {"model": Path(args.model).name, **{k: getattr(args, k) for k in ("half", "backend", "dtype")}}
-    measured = {"cells": [row.to_json() for row in rows], "seconds": seconds}
+    measured = {"cells": [row.to_json() for row in rows], "wall_and_cpu_seconds": seconds}
     report.write(args.out or f"judge_{args.backend}_{args.half}", {**settings, **measured})
 
 

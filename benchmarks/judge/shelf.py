@@ -55,12 +55,15 @@ class Shelf:
         current = self.any_code or not cell.prefill or saved["code"] == code()
         return saved["items"] if current else None
 
-    def seconds(self, cell: Cell) -> float:
-        return json.loads(self._path(cell).read_text())["seconds"]
+    def seconds(self, cell: Cell) -> tuple[float, float]:
+        """(wall, CPU): on a busy machine only the second can be compared."""
+        saved = json.loads(self._path(cell).read_text())
+        return saved["seconds"], saved["cpu_seconds"]
 
-    def save(self, cell: Cell, results: list[dict[str, Any]], seconds: float) -> None:
+    def save(self, cell: Cell, results: list[dict[str, Any]], seconds: float, cpu_seconds: float) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        saved = {"cell": cell.name, "code": code(), "seconds": round(seconds, 1), "items": results}
+        times = {"seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1)}
+        saved = {"cell": cell.name, "code": code(), **times, "items": results}
         self._path(cell).write_text(json.dumps(saved, indent=1) + "\n")
 
     def save_reference(self, reference: Reference) -> None:
