@@ -32,7 +32,7 @@ def main() -> None:
     for name in args.profiles:
         requests = -(-args.requests // len(args.profiles))
         examples = args.schema_examples if name == SCHEMA_PROFILE else 0
-        results[name], found = compare(name, PROFILES[name], requests, examples)
+        results[name], found = compare(name, PROFILES[name], (requests, requests // args.stock_share), examples)
         problems += [f"{name}: {problem}" for problem in found]
         (FOLDER / "fuzz.json").write_text(json.dumps(results | {"problems": problems}, indent=1))
     for problem in problems:
@@ -40,12 +40,13 @@ def main() -> None:
     sys.exit(bool(problems))
 
 
-def compare(name: str, profile: Profile, requests: int, examples: int) -> tuple[dict, list[str]]:
+def compare(name: str, profile: Profile, requests: tuple[int, int], examples: int) -> tuple[dict, list[str]]:
     """Both servers under one profile: their figures, and what the evicting one did worse than stock."""
     folder = (FOLDER / name).resolve()
     folder.mkdir(exist_ok=True)
-    ours, outcome = run(folder, profile, True, requests, examples)
-    stock, reference = run(folder, profile, False, requests, examples)
+    ours, outcome = run(folder, profile, True, requests[0], examples)
+    ours.stop()
+    stock, reference = run(folder, profile, False, requests[1], examples)
     figures = {}
     for label, each in (("momentkv", outcome), ("stock", reference)):
         figures[label] = {"requests": each.requests, "statuses": dict(each.statuses), "problems": each.problems}
@@ -55,7 +56,6 @@ def compare(name: str, profile: Profile, requests: int, examples: int) -> tuple[
         worse = campaign.only_here(stock, outcome.server_errors)
         problems += [f"5xx that stock never answers: {json.dumps(asdict(ask))}" for ask in worse]
     stock.stop()
-    ours.stop()
     return figures, problems
 
 
