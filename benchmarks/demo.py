@@ -176,7 +176,7 @@ def main() -> int:
     report.RESULTS.mkdir(exist_ok=True)
     plot(runs, report.RESULTS / "demo.png")
     ours = max(live for _, live in runs["momentkv"].growth)
-    # Few questions, +-0.1: a demo that answers at random must fail, the exact figure is the benchmark's (make bench-quality).
+    # Few questions, +-0.1: a demo that answers at random must fail, the exact figure is the benchmark's (make bench-quality-toy).
     targets = [
         report.target("momentkv: KV tokens of one sequence", ours, BUDGET, at_least=False),
         report.target(

@@ -5,22 +5,34 @@ the other. The page schedule and the scores are the product's own; tests compare
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from quality.states import State
+from quality.states import MomentState, Rounding, State, to_bfloat16, to_int8
 from transformers import AttentionInterface, AutoModelForCausalLM
 
+from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import moments as mo
 from momentkv_vllm.kernels.reference import _fill_holes
 from momentkv_vllm.page_schedule import PageSchedule
-from momentkv_vllm.policies import Candidates, Policy
+from momentkv_vllm.policies import POLICIES, Candidates, Policy
+
+MAX_LOGITS = 1 << 25
+"""Logits computed at a time (128 MiB): bounds the memory of long segments."""
+
+COVARIANCES: dict[str, tuple[int, Rounding | None]] = {
+    "float32": (4, None), "bfloat16": (2, to_bfloat16), "int8": (1, to_int8),
+}  # fmt: skip
+"""By `moment_dtype`: bytes of a number, and what storing it does to it."""
 
 
 @dataclass
 class Eviction:
-    """One way to evict. `state` makes a fresh summary of the evicted tokens, None = no correction."""
+    """One way to evict. `state` makes a fresh summary of the evicted tokens, None = no correction.
+
+    prompt_tokens: read in "full" prefill only; the same for all rows.
+    """
 
     policy: Policy
     schedule: PageSchedule
@@ -28,6 +40,127 @@ class Eviction:
     sink_tokens: int = 4
     observation_tokens: int = 32
     prompt_tokens: int = 0
+
+    @classmethod
+    def of(cls, config: EvictionConfig, schedule: PageSchedule, prompt_tokens: int = 0) -> "Eviction":
+        """What the engine does with this configuration and the schedule that it makes of it."""
+        state = None
+        if config.correction != "off":
+            order = int(config.correction == "first")
+            state = lambda: MomentState(order, *COVARIANCES[config.moment_dtype])  # noqa: E731
+        policy = POLICIES[config.policy]()
+        return cls(policy, schedule, state, config.sink_tokens, config.observation_tokens, prompt_tokens)
+
+
+class _Layer:
+    """Attention of one layer over whole sequences, event after event.
+
+    stored_k, stored_v: [rows, kv_heads, slots, d] the store; window: first token that is still exact.
+    exact: moments of all evicted tokens, never rounded (of which only the count is kept when nobody needs more).
+    mass: [rows, kv_heads, store and window (, 3)] what the policy has observed.
+    """
+
+    def __init__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, how: Eviction
+    ) -> None:
+        rows, kv_heads, _, _ = key.shape
+        self.key, self.value, self.scale, self.how = key, value, scale, how
+        self.queries = query.unflatten(1, (kv_heads, -1))
+        self.output = torch.empty_like(self.queries)
+        self.state = how.state() if how.state else None
+        self.covariance = how.policy.needs_covariance
+        self.exact = mo.of_tokens(key[:, :, :1], value[:, :, :1], torch.zeros(rows, kv_heads, 1), self.covariance)
+        self.stored_k, self.stored_v, self.window = key[:, :, :0], value[:, :, :0], 0
+        self.mass = torch.zeros(rows, kv_heads, 0, *[3] * how.policy.observes_logits)
+
+    def attend(self) -> torch.Tensor:
+        """[rows, num_heads, tokens, d]."""
+        plan, start, tokens = self.how.schedule, 0, self.key.shape[2]
+        while start < tokens:
+            event = plan.next_event(start, self.how.prompt_tokens)
+            end = min(tokens, event)
+            k = torch.cat([self.stored_k, self.key[:, :, self.window : end]], 2)
+            v = torch.cat([self.stored_v, self.value[:, :, self.window : end]], 2)
+            self._segment(start, end, event, k, v)
+            if end == event:
+                self._retire(event, k, v)
+            start = end
+        return self.output.flatten(1, 2)
+
+    def _segment(self, start: int, end: int, event: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Queries [start, end), which see the same store; `event` comes after them, and perhaps after the sequence."""
+        policy, zone = self.how.policy, end
+        if policy.needs_attention:
+            zone = start if policy.observes_all_queries else max(start, event - self.how.observation_tokens)
+            # Slots of an unfinished page keep what they had: the window's part of `mass` grows with it.
+            new = self.mass.new_zeros(*self.mass.shape[:2], k.shape[2] - self.mass.shape[2], *self.mass.shape[3:])
+            self.mass = torch.cat([self.mass, new], 2)
+        first = start
+        if not self.stored_k.shape[2]:
+            self.output[:, :, :, start:end] = exact_attention(
+                self.queries[:, :, :, start:end].flatten(1, 2), k, v, self.scale
+            ).unflatten(1, self.queries.shape[1:3])
+            first = min(zone, end)
+        rows, kv_heads, groups = self.queries.shape[:3]
+        most = max(1, MAX_LOGITS // (rows * kv_heads * groups * k.shape[2]))
+        for at in range(first, end, most):
+            self._queries(at, min(end, at + most), zone, k, v)
+
+    def _queries(self, first: int, last: int, zone: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Queries [first, last); those from `zone` on are observed."""
+        grouped = self.queries[:, :, :, first:last].flatten(2, 3)
+        logits = grouped @ k.transpose(-1, -2) * self.scale
+        slots = self.stored_k.shape[2]
+        positions = torch.cat([torch.full((slots,), -1), torch.arange(k.shape[2] - slots) + self.window])
+        hidden = (positions > torch.arange(first, last).unsqueeze(-1)).repeat(self.queries.shape[2], 1)
+        logits.masked_fill_(hidden, -torch.inf)
+        total = logits.logsumexp(-1)
+        if self.state is not None and self.stored_k.shape[2]:
+            evicted, log_mass = self.state.partial(grouped, self.scale)
+            total = torch.logaddexp(total, log_mass)
+        weight = (logits - total.unsqueeze(-1)).exp()
+        result = weight @ v
+        if self.state is not None and self.stored_k.shape[2]:
+            result += (log_mass - total).exp().unsqueeze(-1) * evicted
+        self.output[:, :, :, first:last] = result.unflatten(2, (-1, last - first))
+        if zone < last:
+            seen = weight.unsqueeze(-1)
+            if self.how.policy.observes_logits:
+                visible = torch.where(hidden, 0.0, logits)
+                seen = torch.stack([(~hidden).float().expand_as(logits), visible, visible.square()], -1)
+            observed = seen.unflatten(2, (-1, last - first))[:, :, :, max(0, zone - first) :].sum((2, 3))
+            self.mass += observed if self.how.policy.observes_logits else observed.squeeze(-1)
+
+    def _retire(self, event: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """The event: tokens before the new boundary compete for the store, losers join the moments."""
+        how, plan, policy = self.how, self.how.schedule, self.how.policy
+        boundary = plan.boundary(event, how.prompt_tokens) * plan.page_size
+        num = self.stored_k.shape[2] + boundary - self.window
+        tokens = Candidates(
+            keys=k[:, :, :num], values=v[:, :, :num], valid=torch.ones(k.shape[0], num, dtype=torch.bool),
+            store_tokens=plan.store_tokens, moments=self.exact, scale=self.scale,
+            attention=self.mass[:, :, :num] if policy.needs_attention else None,
+        )  # fmt: skip
+        score = policy.score(tokens)
+        score[..., : how.sink_tokens] = torch.inf
+        rank = score.argsort(dim=-1, descending=True, stable=True)
+        kept = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, rank[..., : plan.store_tokens], True)
+        self._forget(tokens, (~kept).float())
+        source = _fill_holes(kept, plan.store_tokens)
+        pick = source.unsqueeze(-1).expand(-1, -1, -1, k.shape[-1])
+        self.stored_k, self.stored_v, self.window = tokens.keys.gather(2, pick), tokens.values.gather(2, pick), boundary
+        if policy.observes_all_queries:
+            self.mass = torch.cat([self.mass[:, :, :num].gather(2, source), self.mass[:, :, num:]], 2)
+        else:
+            self.mass = self.mass.new_zeros(*self.mass.shape[:2], 0, *self.mass.shape[3:])
+
+    def _forget(self, tokens: Candidates, lost: torch.Tensor) -> None:
+        if self.state is not None:
+            self.state.absorb(tokens.keys, tokens.values, lost, self.exact)
+        if self.how.policy.needs_means or self.state is not None:
+            self.exact = mo.merge(self.exact, mo.of_tokens(tokens.keys, tokens.values, lost, self.covariance))
+        else:
+            self.exact = replace(self.exact, count=self.exact.count + lost[:, 0].sum(-1))
 
 
 def evicting_attention(
@@ -41,68 +174,22 @@ def evicting_attention(
     Returns:
         [rows, num_heads, tokens, head_dim].
     """
-    rows, heads, tokens, dim = query.shape
-    kv_heads = key.shape[1]
-    queries = query.unflatten(1, (kv_heads, heads // kv_heads))
-    output = torch.empty_like(queries)
-    plan, page = how.schedule, how.schedule.page_size
-    state = how.state() if how.state else None
-    covariance = how.policy.needs_covariance
-    exact = mo.of_tokens(key[:, :, :1], value[:, :, :1], torch.zeros(rows, kv_heads, 1), covariance)
-    stored_k, stored_v = key[:, :, :0], value[:, :, :0]
-    mass = torch.zeros(rows, kv_heads, 0)
-    start = window = 0
-    while start < tokens:
-        event = plan.next_event(start, how.prompt_tokens)
-        end = min(tokens, event)
-        k, v = torch.cat([stored_k, key[:, :, window:end]], 2), torch.cat([stored_v, value[:, :, window:end]], 2)
-        grouped = queries[:, :, :, start:end].flatten(2, 3)
-        logits = grouped @ k.transpose(-1, -2) * scale
-        positions = torch.cat([torch.full((stored_k.shape[2],), -1), torch.arange(window, end)])
-        hidden = positions > torch.arange(start, end).repeat(heads // kv_heads).unsqueeze(-1)
-        logits.masked_fill_(hidden, -torch.inf)
-        total = logits.logsumexp(-1)
-        if state is not None and exact.count[0] > 0:
-            evicted, log_mass = state.partial(grouped, scale)
-            everything = torch.logaddexp(total, log_mass)
-            weight = (logits - everything.unsqueeze(-1)).exp_()
-            result = weight @ v + (log_mass - everything).exp().unsqueeze(-1) * evicted
-        else:
-            weight = (logits - total.unsqueeze(-1)).exp_()
-            result = weight @ v
-        output[:, :, :, start:end] = result.unflatten(2, (-1, end - start))
-        if how.policy.needs_attention:
-            first = 0 if how.policy.observes_all_queries else max(start, event - how.observation_tokens)
-            observed = weight.unflatten(2, (-1, end - start))[:, :, :, max(0, first - start) :].sum((2, 3))
-            # Slots of an unfinished page keep what they had: the window's part of `mass` grows with it.
-            mass = torch.nn.functional.pad(mass, (0, observed.shape[-1] - mass.shape[-1])) + observed
-        if end < event:
-            break
-        boundary = plan.boundary(event, how.prompt_tokens) * page
-        kept_slots = stored_k.shape[2] or plan.store_tokens
-        num = stored_k.shape[2] + boundary - window
-        candidates = Candidates(
-            keys=k[:, :, :num], values=v[:, :, :num], valid=torch.ones(rows, num, dtype=torch.bool),
-            store_tokens=kept_slots, moments=exact, scale=scale,
-            attention=mass[..., :num] if how.policy.needs_attention else None,
-        )  # fmt: skip
-        score = how.policy.score(candidates)
-        score[..., : how.sink_tokens] = torch.inf
-        rank = score.argsort(dim=-1, descending=True, stable=True)
-        kept = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, rank[..., :kept_slots], True)
-        lost = (~kept).float()
-        if state is not None:
-            state.absorb(candidates.keys, candidates.values, lost, exact)
-        exact = mo.merge(exact, mo.of_tokens(candidates.keys, candidates.values, lost, covariance))
-        source = _fill_holes(kept, kept_slots)
-        pick = source.unsqueeze(-1).expand(-1, -1, -1, dim)
-        stored_k, stored_v = candidates.keys.gather(2, pick), candidates.values.gather(2, pick)
-        if how.policy.needs_attention:
-            rest = mass[..., num:] if how.policy.observes_all_queries else torch.zeros(rows, kv_heads, end - boundary)
-            moved = mass[..., :num].gather(2, source)
-            mass = torch.cat([moved if how.policy.observes_all_queries else torch.zeros_like(moved), rest], -1)
-        start, window = end, boundary
-    return output.flatten(1, 2)
+    return _Layer(query, key, value, scale, how).attend()
+
+
+def exact_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """Causal attention with all tokens kept; shapes as above."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+
+
+@dataclass
+class Rounded:
+    """All tokens kept, in fewer bits. `bits`: of one number, scales included."""
+
+    rounding: Rounding
+    bits: float
 
 
 @dataclass
@@ -110,7 +197,7 @@ class SimulatedModel:
     """A checkpoint whose attention evicts. `layer_errors` collects |output - exact| / |exact| of every layer call."""
 
     path: Path | str
-    how: Eviction | None = None
+    how: Eviction | Rounded | None = None
     measure_errors: bool = False
     layer_errors: list[float] = field(default_factory=list)
 
@@ -121,13 +208,13 @@ class SimulatedModel:
         self.model = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32, attn_implementation=name)
 
     def _attention(self, module, query, key, value, attention_mask, scaling, **_) -> tuple[torch.Tensor, None]:
-        exact = None
+        output = exact = None
         if self.how is None or self.measure_errors:
-            exact = torch.nn.functional.scaled_dot_product_attention(
-                query, *(x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value)),
-                is_causal=True, scale=scaling,
-            )  # fmt: skip
-        output = exact if self.how is None else evicting_attention(query, key, value, scaling, self.how)
+            output = exact = exact_attention(query, key, value, scaling)
+        if isinstance(self.how, Rounded):
+            output = exact_attention(query, self.how.rounding(key), self.how.rounding(value), scaling)
+        elif self.how is not None:
+            output = evicting_attention(query, key, value, scaling, self.how)
         if self.measure_errors and self.how is not None:
             # What the layer returns stays exact, so that a layer's error is its own.
             last = slice(query.shape[2] // 2, None)
@@ -137,8 +224,12 @@ class SimulatedModel:
         return output.transpose(1, 2), None
 
     @torch.no_grad()
-    def log_probs(self, ids: torch.Tensor, places: slice, how: Eviction | None) -> torch.Tensor:
-        """Next-token log-probabilities [rows, places, vocabulary] after every token of ids[:, places]."""
+    def hidden(self, ids: torch.Tensor, how: Eviction | Rounded | None) -> torch.Tensor:
+        """What goes into the output layer, [rows, tokens, hidden]."""
         self.how = how
-        hidden = self.model.model(ids, use_cache=False).last_hidden_state[:, places]
-        return self.model.lm_head(hidden).float().log_softmax(-1)
+        return self.model.model(ids, use_cache=False).last_hidden_state
+
+    @torch.no_grad()
+    def log_probs(self, ids: torch.Tensor, places: slice, how: Eviction | Rounded | None) -> torch.Tensor:
+        """Next-token log-probabilities [rows, places, vocabulary] after every token of ids[:, places]."""
+        return self.model.lm_head(self.hidden(ids, how)[:, places]).float().log_softmax(-1)

@@ -45,6 +45,25 @@ def to_int8(c: torch.Tensor) -> torch.Tensor:
     return (c / step).round() * step
 
 
+def to_int4(x: torch.Tensor, group: int = 32) -> torch.Tensor:
+    """Scale and zero (16 bits each) per group of neighbouring dimensions."""
+    grouped = x.unflatten(-1, (-1, min(group, x.shape[-1])))
+    least, most = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
+    step = ((most - least) / 15).clamp(min=1e-30)
+    return (((grouped - least) / step).round() * step + least).flatten(-2)
+
+
+def to_fp8(x: torch.Tensor) -> torch.Tensor:
+    """E4M3 without a scale, as vLLM's kv_cache_dtype "fp8" has it when a checkpoint brings none."""
+    return x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+
+
+ROUNDED: dict[str, tuple[Rounding, float]] = {
+    "fp8 KV": (to_fp8, 8), "int8 KV": (to_int8, 8 + 16 / 64), "int4 KV": (to_int4, 4 + 32 / 32),
+}  # fmt: skip
+"""Ways to keep all tokens in fewer bits: what a key or value becomes, and bits per number with the scales (head dimension 64)."""
+
+
 class MomentState(State):
     """n, k', v' and the covariance in some form.
 
