@@ -83,8 +83,8 @@ def test_the_table_and_the_answers_side_by_side(tmp_path):
     }
     heading, stock, ours = show.rows(sessions, questions)
     assert len(heading) == len(stock) == len(ours)
-    assert stock == ["stock", "1 of 1", "yes", 1.0, 0.1, 1400, 2048, "4.03x"]
-    assert ours == ["momentkv", "0 of 1", "yes", 0.75, 0.4, 512, 2048, "4.03x"]
+    assert stock == ["stock", "1 of 1", "yes", 1.0, 0.1, 1400, 1400, 2048, "4.03x"]
+    assert ours == ["momentkv", "0 of 1", "yes", 0.75, 0.4, 512, 500, 2048, "4.03x"]
     text = show.side_by_side(sessions, questions)
     assert "Who?  [Ada]" in text and "x momentkv      Bob did" in text and "x stock" not in text
     show.plot(sessions, 512, tmp_path / "demo.png")

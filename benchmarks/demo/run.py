@@ -21,7 +21,7 @@ from demo.session import NAME, Session, surprise
 from real_model.folder import FOLDER, WHY_NOT
 from server import Server
 
-MAX_LEN, BUDGET, CHUNK = 4096, 512, 512
+MAX_LEN, BUDGET, CHUNK = 4096, 512, 256
 LARGE, SMALL = 4 * MAX_LEN, MAX_LEN // 2
 """KV tokens of the two pools: four of the longest sequences, and half of one."""
 COMMON = ["--max-model-len", str(MAX_LEN), "--max-num-batched-tokens", str(CHUNK)]

@@ -9,7 +9,7 @@ from demo.session import Session
 
 HEADING = (
     "server", "right, over documents", "right, late in the chat", "same words as stock", "-log p per token of stock's answers",
-    "most KV tokens of one sequence", "pool tokens", "concurrency at 4096",
+    "most KV tokens of one sequence", "while it answers", "pool tokens", "concurrency at 4096",
 )  # fmt: skip
 
 
@@ -37,13 +37,18 @@ def rows(sessions: dict[str, Session], questions: Sequence[Question]) -> list[li
         same = [same_words(full.text, own.text) for full, own in pairs]
         table.append([
             name, f"{sum(right[:-1])} of {len(right) - 1}", "yes" if right[-1] else "no", sum(same) / len(same),
-            session.surprise, most_held(session), session.pool_tokens, session.concurrency,
+            session.surprise, most_held(session), held_at_end(session), session.pool_tokens, session.concurrency,
         ])  # fmt: skip
     return table
 
 
 def most_held(session: Session) -> int:
     return round(max(held for _, held in session.growth))
+
+
+def held_at_end(session: Session) -> int:
+    """KV tokens in the last sample that was taken before the answer was complete."""
+    return round([held for _, held in session.growth if held][-1])
 
 
 def plot(sessions: dict[str, Session], budget: int, path: Path) -> None:
@@ -58,7 +63,7 @@ def plot(sessions: dict[str, Session], budget: int, path: Path) -> None:
     axes.axhline(budget, color="grey", linestyle=":", label=f"--kv-budget {budget}")
     axes.set(
         xlabel="seconds", ylabel="KV tokens it holds (vLLM's gauge)",
-        title="One sequence reads a document of 1,350 tokens, then answers",
+        title="One sequence reads a document, then answers",
     )  # fmt: skip
     axes.legend()
     figure.tight_layout()
