@@ -87,6 +87,7 @@ def test_the_table_and_the_answers_side_by_side(tmp_path):
     assert ours == ["momentkv", "0 of 1", "yes", 0.75, 0.4, 512, 500, 2048, "4.03x"]
     text = show.side_by_side(sessions, questions)
     assert "Who?  [Ada]" in text and "x momentkv      Bob did" in text and "x stock" not in text
+    assert show.record(sessions, questions)["answers"][0]["momentkv"] == "Bob did"
     show.plot(sessions, 512, tmp_path / "demo.png")
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
@@ -102,7 +103,11 @@ def test_stock_in_the_small_pool_must_refuse():
         run.refusal(SimpleNamespace(wait_ready=lambda: None, log=""))
 
 
-def test_without_the_model_it_says_how_to_get_it(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("sys.argv", ["demo", "--model", str(tmp_path / "none")])
+def test_without_a_model_it_says_how_to_get_it(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sys.argv", ["demo"])
+    monkeypatch.setattr(run, "FOLDER", tmp_path / "none")
     assert run.main() == 1
     assert "make real-model" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["demo", "--model", str(tmp_path / "other")])
+    assert run.main() == 1
+    assert "other is no folder" in capsys.readouterr().err

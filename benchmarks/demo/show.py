@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from demo.questions import Question, same_words
 from demo.session import Session
@@ -40,6 +41,16 @@ def rows(sessions: dict[str, Session], questions: Sequence[Question]) -> list[li
             session.surprise, most_held(session), held_at_end(session), session.pool_tokens, session.concurrency,
         ])  # fmt: skip
     return table
+
+
+def record(sessions: dict[str, Session], questions: Sequence[Question]) -> dict[str, Any]:
+    """Every answer, and what one sequence held over time, for the results' JSON."""
+    answers = [
+        {"question": q.messages[-1]["content"].splitlines()[-1], "right": q.right}
+        | {name: session.answers[number].text for name, session in sessions.items()}
+        for number, q in enumerate(questions)
+    ]
+    return {"answers": answers, "growth": {name: session.growth for name, session in sessions.items()}}
 
 
 def most_held(session: Session) -> int:
