@@ -8,7 +8,6 @@ concurrency that vLLM reports.  PYTHONPATH=benchmarks python -P -m demo.run
 import argparse
 import os
 import re
-import resource
 import signal
 import sys
 import tempfile
@@ -99,14 +98,13 @@ def main() -> int:
         sessions, questions, why = demonstrate(args.model.resolve(), args.dtype, Path(folder))
         table = show.rows(sessions, questions)  # reads the servers' logs
     seconds = round(time.monotonic() - began)
-    processor_seconds = round(sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]))
     print(f"{show.side_by_side(sessions, questions)}\n\n{report.table(table)}")
     show.plot(sessions, BUDGET, report.RESULTS / "demo.png")
     held = show.most_held(sessions["momentkv"])
     targets = [
         report.target("momentkv: KV tokens of one sequence, reading included", held, BUDGET + CHUNK, at_least=False)
     ]
-    used = {"seconds": seconds, "processor_seconds": processor_seconds, "dtype": args.dtype, "budget_tokens": BUDGET}
+    used = {"seconds": seconds, "dtype": args.dtype, "budget_tokens": BUDGET}
     results = {"table": table, "stock_in_the_small_pool": why, **used, **show.record(sessions, questions)}
     report.write("demo", results, targets)
     print(f"plot: {report.RESULTS / 'demo.png'}; {seconds} s in all")
