@@ -96,16 +96,8 @@ def of_the_schema(server: Server, folder: Path, examples: int) -> Outcome:
     """schemathesis over the server's own OpenAPI document, at most `examples` requests per operation and phase."""
     outcome, report = Outcome(), folder / f"schemathesis-{server.port}.ndjson"
     command = [str(Path(sys.executable).parent / "st"), "run", f"{server.url}/openapi.json", *SCHEMATHESIS]
-    command += [
-        "--max-examples",
-        str(examples),
-        "--seed",
-        "1",
-        "--report",
-        "ndjson",
-        "--report-ndjson-path",
-        str(report),
-    ]
+    command += ["--max-examples", str(examples), "--seed", "1"]
+    command += ["--report", "ndjson", "--report-ndjson-path", str(report)]
     hooks = {"SCHEMATHESIS_HOOKS": "fuzz.schema_hooks", "PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run(command, cwd=folder, env=os.environ | hooks, capture_output=True, text=True, check=False)
     (folder / f"schemathesis-{server.port}.log").write_text(done.stdout + done.stderr)
