@@ -89,7 +89,7 @@ def _draw(function: Callable[[list[Ask]], None], strategy: SearchStrategy, numbe
     once = settings(
         max_examples=examples, phases=[Phase.generate], deadline=None, database=None, suppress_health_check=list(HealthCheck)
     )  # fmt: skip
-    seed(number)(once(given(strategy)(lambda burst: function(burst))))()
+    seed(number)(once(given(strategy)(function)))()
 
 
 def of_the_schema(server: Server, folder: Path, examples: int) -> Outcome:
