@@ -67,6 +67,16 @@ class Prometheus:
             time.sleep(0.5)
         raise TimeoutError(f"Prometheus had not {number} successful scrapes in {seconds} s")
 
+    def wait_value(self, expression: str, at_least: float, seconds: float = 120) -> None:
+        """Until the one series of `expression` is `at_least`. Raises TimeoutError with what it was."""
+        end, found = time.monotonic() + seconds, []
+        while time.monotonic() < end:
+            found = self.query(expression)
+            if found and float(found[0]["value"][1]) >= at_least:
+                return
+            time.sleep(0.5)
+        raise TimeoutError(f"{expression} was not {at_least} within {seconds} s: {found}")
+
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait(30)

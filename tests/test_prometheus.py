@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import subprocess
+import threading
 import urllib.error
 import urllib.request
 from argparse import Namespace
@@ -110,18 +111,27 @@ class TestScraped:
         assert value("momentkv:pool_pages") == 80 and value("momentkv:budget_pages") == 16
 
     def test_stock_would_need_more_than_the_pool(self, server, prometheus):
-        """Seen while a sequence of more tokens than the pool has slots is there for several scrapes."""
+        """A sequence of more tokens than the pool has slots is there until a scrape has seen it."""
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
-        more = {"ignore_eos": True}
-        prompt = random_prompt(3000)
+        seen = threading.Event()
+
+        def ask():
+            while not seen.is_set():
+                client.completions.create(
+                    model="tiny",
+                    prompt=random_prompt(3000),
+                    max_tokens=2500,
+                    temperature=0,
+                    extra_body={"ignore_eos": True},
+                )
+
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
-            answer = thread.submit(
-                client.completions.create, model="tiny", prompt=prompt, max_tokens=2500, temperature=0, extra_body=more
-            )
-            prometheus.wait_scrapes(2)
-            answer.result()
-        (found,) = prometheus.query("max_over_time(momentkv:stock_pages[5m])")
-        assert float(found["value"][1]) > 80
+            asking = thread.submit(ask)
+            try:
+                prometheus.wait_value("max_over_time(momentkv:stock_pages[5m])", at_least=81)
+            finally:
+                seen.set()
+            asking.result()
 
     def test_both_api_servers_say_the_same(self, server):
         """Connections land on either of the two; 20 of them practically on both."""

@@ -18,9 +18,9 @@ GUIDES = folder.FOLDER.parents[1] / "docs"
 
 EVICTING = {"policy": "momentkv", "budget_tokens": 256}
 NEW = 32
-TIE = {"float32": 0.01, "bfloat16": 0.13}
-"""Tokens may differ where the two likeliest are closer than this (nats). bfloat16: one step of it between 16 and 32, where
-the largest logits lie."""
+TIE = {"float32": 0.01, "bfloat16": 0.25}
+"""Tokens may differ where the two likeliest are this close (nats). bfloat16: two steps of it between 16 and 32, where the
+largest logits lie: one may round up by a step and the other down."""
 
 
 @dataclass(frozen=True)
