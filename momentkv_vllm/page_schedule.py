@@ -36,6 +36,9 @@ class PageSchedule:
         page_size: tokens a page.
         store_pages, moment_pages, window_pages: S, M, W above; S + M + W = `budget_pages`.
         retire_pages: pages leaving the window at an event (the window shrinks by so many, then grows again).
+        store_page_tokens: tokens of a store page; more than `page_size` where the store is quantised, 0 for `page_size`.
+        record_tokens: slots at the end of the store that the moment record takes, where it needs no pages of its own.
+        run_tokens: neighbours that stay or leave together.
         evict_in_prefill: False defers every event to the end of the prompt ("full" prefill mode).
     """
 
@@ -45,6 +48,9 @@ class PageSchedule:
     window_pages: int
     retire_pages: int = 1
     evict_in_prefill: bool = True
+    store_page_tokens: int = 0
+    record_tokens: int = 0
+    run_tokens: int = 1
 
     @property
     def budget_pages(self) -> int:
@@ -52,7 +58,13 @@ class PageSchedule:
 
     @property
     def store_tokens(self) -> int:
-        return self.store_pages * self.page_size
+        """Tokens that the store holds when it is full."""
+        slots = self.store_pages * (self.store_page_tokens or self.page_size) - self.record_tokens
+        return slots // self.run_tokens * self.run_tokens
+
+    def stored_tokens(self, boundary: int) -> int:
+        """Tokens in the store once every column before `boundary` is retired: all of them until it is full."""
+        return min(self.store_tokens, boundary * self.page_size)
 
     @property
     def retire_tokens(self) -> int:

@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import moments as mo
 from momentkv_vllm.kernels.reference import _fill_holes
+from momentkv_vllm.packed_store import Packed, PackedLayout, rotated, rounded_queries
 from momentkv_vllm.page_schedule import PageSchedule
 from momentkv_vllm.policies import POLICIES, Candidates, Policy
 
@@ -32,6 +33,7 @@ class Eviction:
     """One way to evict. `state` makes a fresh summary of the evicted tokens, None = no correction.
 
     prompt_tokens: read in "full" prefill only; the same for all rows.
+    store: how the store's tokens are quantised; None: they stay as they are.
     """
 
     policy: Policy
@@ -40,6 +42,7 @@ class Eviction:
     sink_tokens: int = 4
     observation_tokens: int = 32
     prompt_tokens: int = 0
+    store: PackedLayout | None = None
 
     @classmethod
     def of(cls, config: EvictionConfig, schedule: PageSchedule, prompt_tokens: int = 0) -> "Eviction":
@@ -71,6 +74,7 @@ class _Layer:
         self.covariance = how.policy.needs_covariance
         self.exact = mo.of_tokens(key[:, :, :1], value[:, :, :1], torch.zeros(rows, kv_heads, 1), self.covariance)
         self.stored_k, self.stored_v, self.window = key[:, :, :0], value[:, :, :0], 0
+        self.evicted = False
         self.mass = torch.zeros(rows, kv_heads, 0, *[3] * how.policy.observes_logits)
 
     def attend(self) -> torch.Tensor:
@@ -109,18 +113,21 @@ class _Layer:
     def _queries(self, first: int, last: int, zone: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Queries [first, last); those from `zone` on are observed."""
         grouped = self.queries[:, :, :, first:last].flatten(2, 3)
-        logits = grouped @ k.transpose(-1, -2) * self.scale
         slots = self.stored_k.shape[2]
+        logits = grouped @ k.transpose(-1, -2) * self.scale
+        if self.how.store is not None and slots:
+            rounded = rotated(rounded_queries(grouped, self.how.store))[..., : k.shape[-1]]
+            logits[..., :slots] = rounded @ k[:, :, :slots].transpose(-1, -2) * self.scale
         positions = torch.cat([torch.full((slots,), -1), torch.arange(k.shape[2] - slots) + self.window])
         hidden = (positions > torch.arange(first, last).unsqueeze(-1)).repeat(self.queries.shape[2], 1)
         logits.masked_fill_(hidden, -torch.inf)
         total = logits.logsumexp(-1)
-        if self.state is not None and self.stored_k.shape[2]:
+        if self.state is not None and self.evicted:
             evicted, log_mass = self.state.partial(grouped, self.scale)
             total = torch.logaddexp(total, log_mass)
         weight = (logits - total.unsqueeze(-1)).exp()
         result = weight @ v
-        if self.state is not None and self.stored_k.shape[2]:
+        if self.state is not None and self.evicted:
             result += (log_mass - total).exp().unsqueeze(-1) * evicted
         self.output[:, :, :, first:last] = result.unflatten(2, (-1, last - first))
         if zone < last:
@@ -136,31 +143,56 @@ class _Layer:
         how, plan, policy = self.how, self.how.schedule, self.how.policy
         boundary = plan.boundary(event, how.prompt_tokens) * plan.page_size
         num = self.stored_k.shape[2] + boundary - self.window
+        keys, values = self._entering(k[:, :, :num], v[:, :, :num])
+        if num <= plan.store_tokens:
+            self._keep(keys, values, boundary)
+            return
         tokens = Candidates(
             keys=k[:, :, :num], values=v[:, :, :num], valid=torch.ones(k.shape[0], num, dtype=torch.bool),
             store_tokens=plan.store_tokens, moments=self.exact, scale=self.scale,
             attention=self.mass[:, :, :num] if policy.needs_attention else None,
         )  # fmt: skip
-        score = policy.score(tokens)
-        score[..., : how.sink_tokens] = torch.inf
+        score = by_runs(policy.score(tokens), plan.run_tokens, how.sink_tokens)
         rank = score.argsort(dim=-1, descending=True, stable=True)
         kept = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, rank[..., : plan.store_tokens], True)
         self._forget(tokens, (~kept).float())
-        source = _fill_holes(kept, plan.store_tokens)
+        # Pages become a quantised store in order; a 16-bit store begins as the pages that it is made of.
+        filled = plan.store_tokens if how.store is None else self.stored_k.shape[2]
+        source = _fill_holes(kept, filled, plan.store_tokens)
         pick = source.unsqueeze(-1).expand(-1, -1, -1, k.shape[-1])
-        self.stored_k, self.stored_v, self.window = tokens.keys.gather(2, pick), tokens.values.gather(2, pick), boundary
         if policy.observes_all_queries:
             self.mass = torch.cat([self.mass[:, :, :num].gather(2, source), self.mass[:, :, num:]], 2)
-        else:
+        self._keep(keys.gather(2, pick), values.gather(2, pick), boundary)
+
+    def _keep(self, keys: torch.Tensor, values: torch.Tensor, boundary: int) -> None:
+        self.stored_k, self.stored_v, self.window = keys, values, boundary
+        if not self.how.policy.observes_all_queries:
             self.mass = self.mass.new_zeros(*self.mass.shape[:2], 0, *self.mass.shape[3:])
 
+    def _entering(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The candidates as the store will hold them: those that are not in it yet are quantised."""
+        old, layout = self.stored_k.shape[2], self.how.store
+        if layout is None:
+            return keys, values
+        new = Packed.of(keys[:, :, old:], values[:, :, old:], layout).numbers(layout)
+        k, v = (rotated(x)[..., : keys.shape[-1]] for x in new)
+        return torch.cat([keys[:, :, :old], k], 2), torch.cat([values[:, :, :old], v], 2)
+
     def _forget(self, tokens: Candidates, lost: torch.Tensor) -> None:
+        self.evicted = True
         if self.state is not None:
             self.state.absorb(tokens.keys, tokens.values, lost, self.exact)
         if self.how.policy.needs_means or self.state is not None:
             self.exact = mo.merge(self.exact, mo.of_tokens(tokens.keys, tokens.values, lost, self.covariance))
         else:
             self.exact = replace(self.exact, count=self.exact.count + lost[:, 0].sum(-1))
+
+
+def by_runs(score: torch.Tensor, run_tokens: int, sink_tokens: int) -> torch.Tensor:
+    """Scores [rows, heads, tokens] as they compete: a run of neighbours shares its mean, what holds a sink stays."""
+    runs = score.unflatten(-1, (-1, run_tokens)).mean(-1)
+    runs[..., : -(-sink_tokens // run_tokens)] = torch.inf
+    return runs.repeat_interleave(run_tokens, -1)
 
 
 def evicting_attention(

@@ -147,7 +147,7 @@ def consolidate(
         lost = (tokens.valid.unsqueeze(1) & ~kept).to(keys.dtype)
         gone = mo.of_tokens(keys, values, lost, cache.record.has_covariance)
         cache.write_moments(work.moment_pages, mo.merge(before, gone))
-    source = _fill_holes(kept, store_tokens).unsqueeze(-1)
+    source = _fill_holes(kept, store_tokens, store_tokens).unsqueeze(-1)
     pick = source.expand(-1, -1, -1, keys.shape[-1])
     cache.write_tokens(work.store_pages, keys.gather(2, pick), values.gather(2, pick))
     if slot_mass is not None and not policy.observes_logits:
@@ -168,19 +168,21 @@ def candidates(cache: CacheView, slot_mass: torch.Tensor | None, work: RetireWor
     return Candidates(keys, values, valid, store_tokens, moments, attention, scale)
 
 
-def _fill_holes(kept: torch.Tensor, store_tokens: int) -> torch.Tensor:
+def _fill_holes(kept: torch.Tensor, filled: int, store_tokens: int) -> torch.Tensor:
     """For every store slot the candidate that it holds next, [rows, heads, store_tokens].
 
-    A kept store token stays where it is; the i-th lost slot takes the i-th kept retiring token. At most as many tokens
-    move as retire.
+    The first `filled` candidates are in the store. A kept one stays where it is; the i-th lost or empty slot takes the i-th
+    kept retiring token. At most as many tokens move as retire.
     """
-    in_store, retiring = kept[..., :store_tokens], kept[..., store_tokens:]
+    empty = store_tokens - filled
+    in_store = torch.nn.functional.pad(kept[..., :filled], (0, empty))
+    retiring = kept[..., filled:]
     source = torch.arange(store_tokens, device=kept.device).expand(in_store.shape).clone()
     moves = min(store_tokens, retiring.shape[-1])
     holes = in_store.int().argsort(dim=-1, stable=True)[..., :moves]
     winners = (~retiring).int().argsort(dim=-1, stable=True)[..., :moves]
     needed = torch.arange(moves, device=kept.device) < (~in_store).sum(-1, keepdim=True)
-    return source.scatter_(-1, holes, torch.where(needed, store_tokens + winners, holes))
+    return source.scatter_(-1, holes, torch.where(needed, filled + winners, holes))
 
 
 def _group(x: torch.Tensor, heads: int) -> torch.Tensor:

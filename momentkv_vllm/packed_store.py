@@ -1,0 +1,210 @@
+"""Byte layout of quantised store pages: tiles of eight tokens, ordered for integer dot products.
+
+Store pages belong to one sequence and only our kernels read them, so they need not look like vLLM's. A head's part of a
+store page holds whole tiles. A token's key and value are padded with zeros to `width` numbers and rotated (`rotated`); every
+group of 32 numbers has a scale. A tile holds, one after the other,
+
+    key codes     [code_bytes / 4][8 tokens][4]       uint8: four bytes of a token side by side, for dot products with queries
+    value codes   [4 pairs of tokens][code_bytes][2]  uint8: two tokens side by side, for dot products with weights
+    key scales    [groups][8 tokens]                  bfloat16
+    value scales  [groups][8 tokens]                  bfloat16
+
+A number is scale * (code - middle). int8: byte j is number j's code, middle 127.5. int4: of group g's 16 bytes, byte j holds
+number 32 g + j in its low half and number 32 g + 16 + j in its high half, middle 7.5.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+TILE_TOKENS = 8
+GROUP = 32
+"""Numbers that share a scale."""
+_LEVELS = {"int8": 254, "int4": 16}
+"""254, not 256: signed codes of -127 .. 126 times signed queries stay within the 16 bits of AVX2's pairs."""
+_SCALE_BYTES = 2
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Sizes of a tile. `dtype`: "int8" or "int4"."""
+
+    dtype: str
+    head_dim: int
+
+    @property
+    def width(self) -> int:
+        """Numbers of a padded key or value."""
+        return -(-self.head_dim // GROUP) * GROUP
+
+    @property
+    def groups(self) -> int:
+        return self.width // GROUP
+
+    @property
+    def levels(self) -> int:
+        return _LEVELS[self.dtype]
+
+    @property
+    def middle(self) -> float:
+        """What is subtracted from a code."""
+        return 127.5 if self.dtype == "int8" else 7.5
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of the codes of one key, and of one value."""
+        return self.width if self.dtype == "int8" else self.width // 2
+
+    @property
+    def tile_bytes(self) -> int:
+        return TILE_TOKENS * 2 * (self.code_bytes + self.groups * _SCALE_BYTES)
+
+    @property
+    def values_offset(self) -> int:
+        """Byte of a tile where value codes begin."""
+        return TILE_TOKENS * self.code_bytes
+
+    @property
+    def scales_offset(self) -> int:
+        """Byte of a tile where key scales begin; value scales follow."""
+        return 2 * TILE_TOKENS * self.code_bytes
+
+    def tiles_per_page(self, part_bytes: int) -> int:
+        """Tiles that fit into a head's part of a page."""
+        return part_bytes // self.tile_bytes
+
+
+def rotated(x: torch.Tensor) -> torch.Tensor:
+    """The Walsh-Hadamard transform of the last dimension, orthonormal and its own inverse; float32.
+
+    It spreads a large channel over all others, so that one scale serves a whole token. A dimension that is no power of two is
+    transformed in blocks of its largest power of two. Butterflies of halves 1, 2, 4, ... and one product at the end: every
+    kernel that quantises does the same additions, so codes agree bit by bit.
+    """
+    shape, block = x.shape, rotated_block(x.shape[-1])
+    x = x.reshape(-1, block)
+    half = 1
+    while half < block:
+        pairs = x.view(-1, block // (2 * half), 2, half)
+        x = torch.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], 2).view(-1, block)
+        half *= 2
+    return (x * block**-0.5).view(shape)
+
+
+def rotated_block(head_dim: int) -> int:
+    """The largest power of two that divides `head_dim`."""
+    return head_dim & -head_dim
+
+
+def quantised(x: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes -levels / 2 .. levels / 2 - 1 like `x`, scales bfloat16 without the last dimension) of float32 numbers, one scale
+    per vector: a number is about scale * (code + 1 / 2).
+
+    The scale is rounded up, so that no number lies beyond the last level; there is no level at zero.
+    """
+    scale = rounded_up(x.abs().amax(-1) * (2 / (levels - 1)))
+    wide = scale.float()
+    inverse = torch.where(wide > 0, 1 / wide, 0.0).unsqueeze(-1)
+    # Rounding down comes between the product and any addition: no compiler can fuse them.
+    codes = (x * inverse).floor().nan_to_num(nan=0.0).clamp(-levels // 2, levels // 2 - 1)
+    return codes, scale
+
+
+def rounded_up(x: torch.Tensor) -> torch.Tensor:
+    """Non-negative float32 as the next bfloat16 that is not smaller; NaN stays one."""
+    bits = x.contiguous().view(torch.int32)
+    up = (bits + 0xFFFF) & -0x10000
+    return torch.where(x.isnan(), x, up.view(torch.float32)).to(torch.bfloat16)
+
+
+def rounded_queries(query: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+    """What the store's keys are multiplied with: queries [..., head_dim] rotated and rounded to int8, one scale each, as float32
+    [..., width]. The error is a tenth of that of int4 keys, and the dot products are those of integers."""
+    x = rotated(padded(query.float(), layout.width))
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    return (x * torch.where(scale > 0, 1 / scale, 0.0)).round() * scale
+
+
+def padded(x: torch.Tensor, width: int) -> torch.Tensor:
+    return torch.nn.functional.pad(x, (0, width - x.shape[-1]))
+
+
+@dataclass
+class Packed:
+    """Quantised tokens, key and value along dimension 1.
+
+    codes:  [..., 2, tokens, width] uint8
+    scales: [..., 2, tokens, groups] bfloat16
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+    @classmethod
+    def of(cls, keys: torch.Tensor, values: torch.Tensor, layout: PackedLayout) -> "Packed":
+        """keys, values: [..., tokens, head_dim] float32, not rotated."""
+        both = rotated(padded(torch.stack([keys, values], -3), layout.width)).unflatten(-1, (-1, GROUP))
+        codes, scales = quantised(both, layout.levels)
+        return cls((codes + (layout.middle + 0.5)).to(torch.uint8).flatten(-2), scales)
+
+    @classmethod
+    def from_tiles(cls, tiles: torch.Tensor, layout: PackedLayout) -> "Packed":
+        """tiles: [..., tiles, tile_bytes] uint8."""
+        num_bytes = layout.code_bytes
+        keys, values, scales = tiles.tensor_split((layout.values_offset, layout.scales_offset), -1)
+        keys = keys.unflatten(-1, (num_bytes // 4, TILE_TOKENS, 4)).transpose(-3, -2).flatten(-2)
+        values = values.unflatten(-1, (TILE_TOKENS // 2, num_bytes, 2)).transpose(-2, -1).flatten(-3, -2)
+        scales = scales.contiguous().view(torch.bfloat16).unflatten(-1, (2, layout.groups, TILE_TOKENS))
+        codes = torch.stack([keys, values], -4)
+        if layout.dtype == "int4":
+            halves = codes.unflatten(-1, (-1, GROUP // 2))
+            codes = torch.cat([halves & 15, halves >> 4], -1).flatten(-2)
+        return cls(codes.flatten(-3, -2), scales.transpose(-2, -1).movedim(-3, -4).flatten(-3, -2))
+
+    def to_tiles(self, layout: PackedLayout) -> torch.Tensor:
+        """[..., tiles, tile_bytes] uint8; tokens are a multiple of a tile's."""
+        codes = self.codes
+        if layout.dtype == "int4":
+            low, high = codes.unflatten(-1, (-1, 2, GROUP // 2)).unbind(-2)
+            codes = (low | high << 4).flatten(-2)
+        keys, values = codes.unflatten(-2, (-1, TILE_TOKENS)).unbind(-4)
+        keys = keys.unflatten(-1, (-1, 4)).transpose(-3, -2).flatten(-3)
+        values = values.unflatten(-2, (-1, 2)).transpose(-2, -1).flatten(-3)
+        scales = self.scales.unflatten(-2, (-1, TILE_TOKENS)).movedim(-4, -3).transpose(-2, -1).flatten(-3)
+        return torch.cat([keys, values, scales.contiguous().view(torch.uint8)], -1)
+
+    def numbers(self, layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotated keys and values, float32 [..., tokens, width]."""
+        groups = self.codes.unflatten(-1, (-1, GROUP)).float() - layout.middle
+        keys, values = (groups * self.scales.float().unsqueeze(-1)).flatten(-2).unbind(-3)
+        return keys, values
+
+
+@dataclass
+class PackedPages:
+    """A layer's pages as tiles. raw: [num_pages, num_kv_heads, bytes a head owns of a page] uint8 view of the cache."""
+
+    raw: torch.Tensor
+    layout: PackedLayout
+
+    @property
+    def page_tiles(self) -> int:
+        return self.layout.tiles_per_page(self.raw.shape[2])
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens of a store page."""
+        return self.page_tiles * TILE_TOKENS
+
+    def read(self, pages: torch.Tensor) -> Packed:
+        """Tokens of store pages [rows, n]: [rows, heads, 2, n * page_tokens, ...]; unwritten slots are what their bytes say."""
+        used = self.page_tiles * self.layout.tile_bytes
+        tiles = self.raw[pages][..., :used].unflatten(-1, (-1, self.layout.tile_bytes))
+        return Packed.from_tiles(tiles.transpose(1, 2).flatten(2, 3), self.layout)
+
+    def write(self, pages: torch.Tensor, packed: Packed) -> None:
+        """Inverse of `read`; a token's bytes are copied, not quantised again."""
+        tiles = packed.to_tiles(self.layout).unflatten(2, (pages.shape[1], -1)).flatten(3).transpose(1, 2)
+        raw = self.raw[pages]
+        raw[..., : tiles.shape[-1]] = tiles
+        self.raw[pages] = raw
