@@ -1,25 +1,26 @@
 """Byte layout of quantised store pages: tiles of eight tokens, ordered for integer dot products.
 
 Store pages belong to one sequence and only our kernels read them, so they need not look like vLLM's. A head's part of a
-store page holds whole tiles. A token's key and value are padded with zeros to `width` numbers and rotated (`rotated`); every
-group of 32 numbers has a scale. A tile holds, one after the other,
+store page holds whole tiles. A token's key and value are padded with zeros to `width` numbers and rotated (`rotated`). Every
+group of 32 numbers of a key has a scale, a value has one: errors in keys cost ten times as much. A tile holds, one after
+the other,
 
     key codes     [code_bytes / 4][8 tokens][4]       uint8: four bytes of a token side by side, for dot products with queries
     value codes   [4 pairs of tokens][code_bytes][2]  uint8: two tokens side by side, for dot products with weights
     key scales    [groups][8 tokens]                  bfloat16
-    value scales  [groups][8 tokens]                  bfloat16
+    value scales  [8 tokens]                          bfloat16
 
 A number is scale * (code - middle). int8: byte j is number j's code, middle 127.5. int4: of group g's 16 bytes, byte j holds
 number 32 g + j in its low half and number 32 g + 16 + j in its high half, middle 7.5.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
 TILE_TOKENS = 8
 GROUP = 32
-"""Numbers that share a scale."""
+"""Numbers of a key that share a scale."""
 _LEVELS = {"int8": 254, "int4": 16}
 """254, not 256: signed codes of -127 .. 126 times signed queries stay within the 16 bits of AVX2's pairs."""
 _SCALE_BYTES = 2
@@ -57,7 +58,7 @@ class PackedLayout:
 
     @property
     def tile_bytes(self) -> int:
-        return TILE_TOKENS * 2 * (self.code_bytes + self.groups * _SCALE_BYTES)
+        return TILE_TOKENS * (2 * self.code_bytes + (self.groups + 1) * _SCALE_BYTES)
 
     @property
     def values_offset(self) -> int:
@@ -117,35 +118,35 @@ def rounded_up(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x.isnan(), x, up.view(torch.float32)).to(torch.bfloat16)
 
 
-def rounded_queries(query: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
-    """What the store's keys are multiplied with: queries [..., head_dim] rotated and rounded to int8, one scale each, as float32
-    [..., width]. The error is a tenth of that of int4 keys, and the dot products are those of integers."""
-    x = rotated(padded(query.float(), layout.width))
-    scale = x.abs().amax(-1, keepdim=True) / 127
-    return (x * torch.where(scale > 0, 1 / scale, 0.0)).round() * scale
-
-
 def padded(x: torch.Tensor, width: int) -> torch.Tensor:
     return torch.nn.functional.pad(x, (0, width - x.shape[-1]))
 
 
 @dataclass
 class Packed:
-    """Quantised tokens, key and value along dimension 1.
+    """Quantised tokens.
 
-    codes:  [..., 2, tokens, width] uint8
-    scales: [..., 2, tokens, groups] bfloat16
+    keys, values: [..., tokens, width] uint8 codes
+    key_scales:   [..., tokens, groups] bfloat16
+    value_scales: [..., tokens, 1] bfloat16
     """
 
-    codes: torch.Tensor
-    scales: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    key_scales: torch.Tensor
+    value_scales: torch.Tensor
 
     @classmethod
     def of(cls, keys: torch.Tensor, values: torch.Tensor, layout: PackedLayout) -> "Packed":
         """keys, values: [..., tokens, head_dim] float32, not rotated."""
-        both = rotated(padded(torch.stack([keys, values], -3), layout.width)).unflatten(-1, (-1, GROUP))
-        codes, scales = quantised(both, layout.levels)
-        return cls((codes + (layout.middle + 0.5)).to(torch.uint8).flatten(-2), scales)
+
+        def codes(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+            found, scales = quantised(rotated(padded(x, layout.width)).unflatten(-1, (groups, -1)), layout.levels)
+            return (found + (layout.middle + 0.5)).to(torch.uint8).flatten(-2), scales
+
+        k, key_scales = codes(keys, layout.groups)
+        v, value_scales = codes(values, 1)
+        return cls(k, v, key_scales, value_scales)
 
     @classmethod
     def from_tiles(cls, tiles: torch.Tensor, layout: PackedLayout) -> "Packed":
@@ -154,30 +155,52 @@ class Packed:
         keys, values, scales = tiles.tensor_split((layout.values_offset, layout.scales_offset), -1)
         keys = keys.unflatten(-1, (num_bytes // 4, TILE_TOKENS, 4)).transpose(-3, -2).flatten(-2)
         values = values.unflatten(-1, (TILE_TOKENS // 2, num_bytes, 2)).transpose(-2, -1).flatten(-3, -2)
-        scales = scales.contiguous().view(torch.bfloat16).unflatten(-1, (2, layout.groups, TILE_TOKENS))
-        codes = torch.stack([keys, values], -4)
-        if layout.dtype == "int4":
-            halves = codes.unflatten(-1, (-1, GROUP // 2))
-            codes = torch.cat([halves & 15, halves >> 4], -1).flatten(-2)
-        return cls(codes.flatten(-3, -2), scales.transpose(-2, -1).movedim(-3, -4).flatten(-3, -2))
+        scales = scales.contiguous().view(torch.bfloat16).unflatten(-1, (-1, TILE_TOKENS)).transpose(-2, -1)
+        by_token = (x.flatten(-3, -2) for x in (keys, values, scales[..., :-1], scales[..., -1:]))
+        keys, values, key_scales, value_scales = by_token
+        return cls(_codes_of(keys, layout), _codes_of(values, layout), key_scales, value_scales)
 
     def to_tiles(self, layout: PackedLayout) -> torch.Tensor:
         """[..., tiles, tile_bytes] uint8; tokens are a multiple of a tile's."""
-        codes = self.codes
-        if layout.dtype == "int4":
-            low, high = codes.unflatten(-1, (-1, 2, GROUP // 2)).unbind(-2)
-            codes = (low | high << 4).flatten(-2)
-        keys, values = codes.unflatten(-2, (-1, TILE_TOKENS)).unbind(-4)
+        keys, values = (_bytes_of(x, layout).unflatten(-2, (-1, TILE_TOKENS)) for x in (self.keys, self.values))
         keys = keys.unflatten(-1, (-1, 4)).transpose(-3, -2).flatten(-3)
         values = values.unflatten(-2, (-1, 2)).transpose(-2, -1).flatten(-3)
-        scales = self.scales.unflatten(-2, (-1, TILE_TOKENS)).movedim(-4, -3).transpose(-2, -1).flatten(-3)
+        scales = torch.cat([self.key_scales, self.value_scales], -1)
+        scales = scales.unflatten(-2, (-1, TILE_TOKENS)).transpose(-2, -1).flatten(-2)
         return torch.cat([keys, values, scales.contiguous().view(torch.uint8)], -1)
 
     def numbers(self, layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotated keys and values, float32 [..., tokens, width]."""
-        groups = self.codes.unflatten(-1, (-1, GROUP)).float() - layout.middle
-        keys, values = (groups * self.scales.float().unsqueeze(-1)).flatten(-2).unbind(-3)
-        return keys, values
+        keys = (
+            self.keys.unflatten(-1, (layout.groups, -1)).float() - layout.middle
+        ) * self.key_scales.float().unsqueeze(-1)
+        return keys.flatten(-2), (self.values.float() - layout.middle) * self.value_scales.float()
+
+    def gather(self, source: torch.Tensor) -> "Packed":
+        """Token i becomes token source[..., i]; nothing is quantised again."""
+        fields = (self.keys, self.values, self.key_scales, self.value_scales)
+        return Packed(*(x.gather(-2, source.unsqueeze(-1).expand(*source.shape, x.shape[-1])) for x in fields))
+
+    @staticmethod
+    def cat(first: "Packed", second: "Packed") -> "Packed":
+        """The tokens of both, one after the other."""
+        return Packed(*(torch.cat([getattr(first, f.name), getattr(second, f.name)], -2) for f in fields(Packed)))
+
+
+def _codes_of(packed: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+    """[..., width] codes of [..., code_bytes] bytes."""
+    if layout.dtype == "int8":
+        return packed
+    halves = packed.unflatten(-1, (-1, GROUP // 2))
+    return torch.cat([halves & 15, halves >> 4], -1).flatten(-2)
+
+
+def _bytes_of(codes: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+    """Inverse of `_codes_of`."""
+    if layout.dtype == "int8":
+        return codes
+    low, high = codes.unflatten(-1, (-1, 2, GROUP // 2)).unbind(-2)
+    return (low | high << 4).flatten(-2)
 
 
 @dataclass
@@ -197,7 +220,7 @@ class PackedPages:
         return self.page_tiles * TILE_TOKENS
 
     def read(self, pages: torch.Tensor) -> Packed:
-        """Tokens of store pages [rows, n]: [rows, heads, 2, n * page_tokens, ...]; unwritten slots are what their bytes say."""
+        """Tokens of store pages [rows, n]: [rows, heads, n * page_tokens, ...]; unwritten slots are what their bytes say."""
         used = self.page_tiles * self.layout.tile_bytes
         tiles = self.raw[pages][..., :used].unflatten(-1, (-1, self.layout.tile_bytes))
         return Packed.from_tiles(tiles.transpose(1, 2).flatten(2, 3), self.layout)

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import moments as mo
 from momentkv_vllm.kernels.reference import _fill_holes
-from momentkv_vllm.packed_store import Packed, PackedLayout, rotated, rounded_queries
+from momentkv_vllm.packed_store import Packed, PackedLayout, rotated
 from momentkv_vllm.page_schedule import PageSchedule
 from momentkv_vllm.policies import POLICIES, Candidates, Policy
 
@@ -113,11 +113,8 @@ class _Layer:
     def _queries(self, first: int, last: int, zone: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Queries [first, last); those from `zone` on are observed."""
         grouped = self.queries[:, :, :, first:last].flatten(2, 3)
-        slots = self.stored_k.shape[2]
         logits = grouped @ k.transpose(-1, -2) * self.scale
-        if self.how.store is not None and slots:
-            rounded = rotated(rounded_queries(grouped, self.how.store))[..., : k.shape[-1]]
-            logits[..., :slots] = rounded @ k[:, :, :slots].transpose(-1, -2) * self.scale
+        slots = self.stored_k.shape[2]
         positions = torch.cat([torch.full((slots,), -1), torch.arange(k.shape[2] - slots) + self.window])
         hidden = (positions > torch.arange(first, last).unsqueeze(-1)).repeat(self.queries.shape[2], 1)
         logits.masked_fill_(hidden, -torch.inf)

@@ -1,0 +1,211 @@
+// Quantised store pages: momentkv_vllm/packed_store.py says how a tile looks and what its codes mean. Dot products are those of
+// integers: codes times queries, or weights, rounded to 16 bits, exact in 32. Included once per instruction set.
+
+constexpr int kTileTokens = 8, kGroup = 32;
+constexpr int kTiles = kTileSlots / kTileTokens;
+
+// A code of `Bits` bits.
+template <int Bits>
+struct Code {
+  static constexpr int kPlanes = 16 / Bits;         // codes of a 16-bit word
+  static constexpr int kGroupBytes = kGroup * Bits / 8;
+  static constexpr float kMiddle = Bits == 8 ? 127.5f : 7.5f;
+  static constexpr float kLowest = Bits == 8 ? -127.0f : -8.0f, kHighest = Bits == 8 ? 126.0f : 7.0f;
+  static constexpr int kOffset = Bits == 8 ? 128 : 8;  // of the stored code to the signed one
+  // The code in plane k of every word.
+  static WordVec plane(UnsignedWordVec words, int k) {
+    return (WordVec)(words >> uint16_t(Bits * k) & uint16_t((1 << Bits) - 1));
+  }
+  // The code in plane k of every word that holds one byte.
+  static WordVec value_plane(UnsignedWordVec bytes, int k) {
+    if (Bits == 8) return (WordVec)bytes;
+    return (WordVec)(k == 0 ? bytes & uint16_t(15) : bytes >> uint16_t(4));
+  }
+  // Its dimension: plane k of word h of the w-th 4 bytes of a key.
+  static int64_t dimension(int64_t w, int h, int k) {
+    if (Bits == 8) return 4 * w + 2 * h + k;
+    const int64_t byte = 4 * w + 2 * h + k / 2;
+    return byte / 16 * kGroup + k % 2 * 16 + byte % 16;
+  }
+};
+
+// The next slots of a row's store, as tiles.
+struct PackedSlots {
+  const uint8_t* tiles[kTiles + 1];  // the last one is repeated: a vector may span two
+  int slots;
+
+  // Slots [first, end), which starts a tile.
+  PackedSlots(const Cache& c, const PackedLayout& p, int64_t head, const int64_t* pages, int64_t first, int64_t end)
+      : slots(int(end - first < kTileSlots ? end - first : kTileSlots)) {
+    int t = 0;
+    for (; t * kTileTokens < slots; ++t) tiles[t] = tile_of(c, p, head, pages, first / kTileTokens + t);
+    for (; t <= kTiles; ++t) tiles[t] = tiles[t - 1];
+  }
+  static uint8_t* tile_of(const Cache& c, const PackedLayout& p, int64_t head, const int64_t* pages, int64_t number) {
+    const int64_t part = c.page_size * 2 * c.head_dim * bytes_of(c.type);
+    return reinterpret_cast<uint8_t*>(c.data) + (pages[number / p.page_tiles] * c.heads + head) * part +
+           number % p.page_tiles * p.tile_bytes;
+  }
+  int vectors() const { return (slots + kLanes - 1) / kLanes; }
+
+  // The 16 / kLanes ... parts of tiles that make a vector of kLanes tokens, each token `bytes` long, `offset` into its tile.
+  template <class V, int bytes>
+  V gather(int vector, int64_t offset) const {
+    V v;
+    if constexpr (kLanes > kTileTokens) {
+      char* to = reinterpret_cast<char*>(&v);
+      __builtin_memcpy(to, tiles[2 * vector] + offset, kTileTokens * bytes);
+      __builtin_memcpy(to + kTileTokens * bytes, tiles[2 * vector + 1] + offset, kTileTokens * bytes);
+    } else {
+      constexpr int kParts = kLanes < kTileTokens ? kTileTokens / kLanes : 1;
+      __builtin_memcpy(&v, tiles[vector / kParts] + offset + vector % kParts * kLanes * bytes, sizeof v);
+    }
+    return v;
+  }
+  // Four bytes of each token's key codes.
+  UnsignedWordVec key_words(int vector, int64_t word) const {
+#if MOMENTKV_LANES == 16
+    const int64_t offset = word * 4 * kTileTokens;
+    return (UnsignedWordVec)_mm512_inserti64x4(_mm512_castsi256_si512(load_raw<__m256i>(tiles[2 * vector] + offset)),
+                                               load_raw<__m256i>(tiles[2 * vector + 1] + offset), 1);
+#else
+    return gather<UnsignedWordVec, 4>(vector, word * 4 * kTileTokens);
+#endif
+  }
+  // Scales of each token's group, `offset` to the tile's first ones.
+  Vec scales(int vector, int64_t offset) const {
+#if MOMENTKV_LANES == 16
+    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_inserti128_si256(
+        _mm256_castsi128_si256(load_raw<__m128i>(tiles[2 * vector] + offset)), load_raw<__m128i>(tiles[2 * vector + 1] + offset), 1)), 16);
+#else
+    const HalfVec bits = gather<HalfVec, 2>(vector, offset);
+    return load(reinterpret_cast<const BFloat16*>(&bits));
+#endif
+  }
+};
+
+// The Walsh-Hadamard transform of packed_store.py, in place: the same additions in the same order.
+inline void rotate(float* x, int64_t width, int64_t block) {
+  for (int64_t half = 1; half < block; half *= 2)
+    for (int64_t i = 0; i < width; i += 2 * half)
+      for (int64_t j = i; j < i + half; ++j) {
+        const float a = x[j], b = x[j + half];
+        x[j] = a + b;
+        x[j + half] = a - b;
+      }
+  const float norm = 1 / sqrtf(float(block));
+  for (int64_t i = 0; i < width; ++i) x[i] *= norm;
+}
+
+// `Rows` rotated queries, rounded to 16 bits, in the order of the key codes.
+struct PackedQueries {
+  int16_t* words;   // [Rows][width]
+  float* middles;   // [Rows][groups] what the middle of the codes adds to a group's dot product
+  float* steps;     // [Rows] of the words
+};
+
+// `query`: [width], rotated; it is used up.
+template <int Bits>
+inline void pack_query(const PackedLayout& p, float* query, int16_t* words, float* middles, float& step) {
+  float top = 0;
+  for (int64_t i = 0; i < p.width; ++i) top = fabsf(query[i]) > top ? fabsf(query[i]) : top;
+  const float inverse = top > 0 ? 32767 / top : 0;
+  step = top / 32767;
+  for (int64_t i = 0; i < p.width; ++i) query[i] = nearbyintf(query[i] * inverse);
+  for (int64_t g = 0; g < p.width / kGroup; ++g) {
+    float total = 0;
+    for (int64_t i = 0; i < kGroup; ++i) total += query[g * kGroup + i];
+    middles[g] = total * Code<Bits>::kMiddle;
+  }
+  for (int64_t w = 0; w < p.code_bytes / 4; ++w)
+    for (int k = 0; k < Code<Bits>::kPlanes; ++k)
+      for (int h = 0; h < 2; ++h) *words++ = int16_t(query[Code<Bits>::dimension(w, h, k)]);
+}
+
+// logits[r][slot] = scale * q_r . k_slot, in rows of kTileSlots.
+template <int Bits, int Rows>
+inline void dot_packed(const PackedSlots& t, const PackedLayout& p, const PackedQueries& q, float scale, float* logits) {
+  constexpr int kVectors = Rows >= 8 ? 1 : Rows >= 4 ? 2 : 4, kPlanes = Code<Bits>::kPlanes;
+  constexpr int kWords = Code<Bits>::kGroupBytes / 4;
+  const int64_t groups = p.width / kGroup;
+  for (int v = 0; v < t.vectors(); v += kVectors) {
+    Vec sums[Rows][kVectors] = {};
+    for (int64_t g = 0; g < groups; ++g) {
+      IntVec dots[Rows][kVectors] = {};
+      for (int64_t w = g * kWords; w < (g + 1) * kWords; ++w) {
+        UnsignedWordVec words[kVectors];
+        for (int j = 0; j < kVectors; ++j) words[j] = t.key_words(v + j < t.vectors() ? v + j : v, w);
+        for (int k = 0; k < kPlanes; ++k)
+          for (int r = 0; r < Rows; ++r) {
+            const WordVec query = splat_pair(q.words + r * p.width + (w * kPlanes + k) * 2);
+            for (int j = 0; j < kVectors; ++j) dots[r][j] = add_products(dots[r][j], Code<Bits>::plane(words[j], k), query);
+          }
+      }
+      for (int j = 0; j < kVectors; ++j) {
+        const Vec scales = t.scales(v + j < t.vectors() ? v + j : v, p.scales_offset + g * 2 * kTileTokens);
+        for (int r = 0; r < Rows; ++r) sums[r][j] += (to_floats(dots[r][j]) - q.middles[r * groups + g]) * scales;
+      }
+    }
+    for (int r = 0; r < Rows; ++r)
+      for (int j = 0; j < kVectors && v + j < t.vectors(); ++j)
+        store(logits + r * kTileSlots + (v + j) * kLanes, sums[r][j] * (q.steps[r] * scale));
+  }
+}
+
+// `vectors` vectors of weights times value scales, rounded to 16 bits; returns their step, `total` is their sum.
+inline float pack_weights(int vectors, const Vec* scales, const float* weights, int16_t* words, float& total) {
+  Vec scaled[kTileSlots / kLanes], top = {};
+  for (int v = 0; v < vectors; ++v) {
+    scaled[v] = load(weights + v * kLanes) * scales[v];
+    top = scaled[v] > top ? scaled[v] : top;
+  }
+  const float highest = largest(top), inverse = highest > 0 ? 32767 / highest : 0;
+  IntVec sum_of_words = {};
+  for (int v = 0; v < vectors; ++v) {
+    const IntVec rounded = to_integers(scaled[v] * inverse);
+    sum_of_words += rounded;
+    store_words(words + v * kLanes, rounded);
+  }
+  total = float(sum(sum_of_words));
+  return highest / 32767;
+}
+
+// out[r][:] = out[r][:] * keep[r] + sum over slots of weights[r][slot] * value_slot, rotated; `words` has room for
+// Rows * kTileSlots. Weights of slots beyond the last one must be zero.
+template <int Bits, int Rows>
+inline void add_packed(const PackedSlots& t, const PackedLayout& p, const float* weights, const float* keep, int16_t* words,
+                       float* out) {
+  constexpr int kPlanes = 8 / Bits, kVectors = Code<Bits>::kGroupBytes / kLanes;  // of a group's bytes
+  const int64_t groups = p.width / kGroup;
+  const int tiles = (t.slots + kTileTokens - 1) / kTileTokens;
+  float step[Rows], total[Rows];
+  Vec scales[kTileSlots / kLanes];
+  for (int v = 0; v < t.vectors(); ++v) scales[v] = t.scales(v, p.scales_offset + groups * 2 * kTileTokens);
+  for (int r = 0; r < Rows; ++r)
+    step[r] = pack_weights(t.vectors(), scales, weights + r * kTileSlots, words + r * kTileSlots, total[r]);
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int v = 0; v < kVectors; ++v) {
+      IntVec sums[Rows][kPlanes] = {};
+#pragma GCC unroll 1
+      for (int i = 0; i < tiles; ++i) {
+        const uint8_t* bytes = t.tiles[i] + p.values_offset + 2 * (g * Code<Bits>::kGroupBytes + v * kLanes);
+        const int16_t* w = words + i * kTileTokens;
+#pragma GCC unroll 4
+        for (int pair = 0; pair < kTileTokens / 2; ++pair, bytes += 2 * p.code_bytes) {
+          const UnsignedWordVec codes = load_words(bytes);
+          WordVec planes[kPlanes];
+          for (int k = 0; k < kPlanes; ++k) planes[k] = Code<Bits>::value_plane(codes, k);
+          for (int r = 0; r < Rows; ++r) {
+            const WordVec weight = splat_pair(w + r * kTileSlots + 2 * pair);
+            for (int k = 0; k < kPlanes; ++k) sums[r][k] = add_products(sums[r][k], planes[k], weight);
+          }
+        }
+      }
+      for (int r = 0; r < Rows; ++r)
+        for (int k = 0; k < kPlanes; ++k) {
+          float* to = out + r * p.width + g * kGroup + k * Code<Bits>::kGroupBytes + v * kLanes;
+          store(to, load(to) * keep[r] + (to_floats(sums[r][k]) - total[r] * Code<Bits>::kMiddle) * step[r]);
+        }
+    }
+  }
+}
