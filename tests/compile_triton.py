@@ -74,7 +74,7 @@ def main(capability: int, shapes: list[Shape]) -> None:
             continue
         family.observe(case.cache, case.mass, case.query, case.lse, case.work, case.scale)
         family.consolidate(case.cache, case.mass, case.retire_work(1), policy(), SINKS, case.scale)
-        family.store(case.cache, case.key, case.value, torch.tensor([20]), case.mass)
+        family.write(case.cache, case.key, case.value, torch.tensor([20]), case.mass)
     config = EvictionConfig(policy="momentkv", budget_tokens=256)
     plan = DecodePlan(build_schedule(config, 16, 1, False), config, policy, 2, "cpu")
     table = torch.ones(2, 40, dtype=torch.int32)

@@ -119,21 +119,21 @@ def test_threads_do_not_change_a_bit(kernels, threads):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_store_writes_tokens_and_clears_fresh_pages(kernels, dtype):
+def test_write_stores_tokens_and_clears_fresh_pages(kernels, dtype):
     cache = poisoned_cache(4, 16, 64, dtype)
     packed = torch.randn(21, HEADS * 3, 64).to(dtype)  # as in a model: q, k and v of a token side by side
     key, value = packed[:, HEADS : 2 * HEADS], packed[:, 2 * HEADS :]
     slots = torch.tensor([*range(28, 32), *range(48, 64), -1])  # a page's end, a fresh page, padding
     mass = torch.full(cache.keys.shape[:3], 5.0)
     before = cache.kv.clone()
-    kernels.store(cache, key, value, slots, mass)
+    kernels.write(cache, key, value, slots, mass)
     for i, slot in enumerate(slots[:-1].tolist()):
         assert torch.equal(cache.keys[slot // 16, :, slot % 16], key[i])
         assert torch.equal(cache.values[slot // 16, :, slot % 16], value[i])
     for untouched in (0, 2):
         assert torch.equal(cache.kv[untouched].view(torch.uint8), before[untouched].view(torch.uint8))
     assert cache.keys[1, :, :12].isnan().all() and not mass[3].any() and mass[1].eq(5).all()
-    kernels.store(cache, key[:1], value[:1], torch.tensor([32]), None)
+    kernels.write(cache, key[:1], value[:1], torch.tensor([32]), None)
     assert (
         torch.equal(cache.keys[2, :, 0], key[0]) and not cache.keys[2, :, 1:].any() and not cache.values[2, :, 1:].any()
     )
@@ -190,7 +190,7 @@ def test_heads_may_lie_further_apart_than_32_bits_reach(family):
     cache = CacheView.of_vllm_gpu(kv, near.record)
     key, value, slots = *torch.randn(2, 20, 3, d).to(kv.dtype), torch.arange(16, 36)
     for kernel, view in ((reference, near), (kernels, cache)):
-        kernel.store(view, key, value, slots, None)
+        kernel.write(view, key, value, slots, None)
     assert torch.equal(kv[1:3], near.kv[1:3])
     work = attend_work(torch.tensor([[1, 2], [1, 2]]), [19, 15], [1, 3])
     query = torch.randn(4, 3, d).to(kv.dtype)

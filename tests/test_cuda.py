@@ -220,8 +220,8 @@ def test_equal_and_undefined_scores(kernels):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_store_writes_tokens_and_clears_fresh_pages(kernels, dtype):
-    test_attention_kernels.test_store_writes_tokens_and_clears_fresh_pages(kernels, dtype)
+def test_write_stores_tokens_and_clears_fresh_pages(kernels, dtype):
+    test_attention_kernels.test_write_stores_tokens_and_clears_fresh_pages(kernels, dtype)
 
 
 def test_operators_check_what_they_are_given(emulated):
@@ -277,8 +277,8 @@ def test_operators_declare_what_they_write(emulated):
     emulated.observe(cache, mass, query, lse, work, 0.1)
     retire = RetireWork(work.pages[:, :1].contiguous(), work.pages[:, 1:2].contiguous(), work.moment_pages, work.count)
     emulated.consolidate(cache, mass, retire, POLICIES["momentkv"](), 0, 0.1)
-    emulated.store(cache, query[:3, :2], query[:3, 2:], torch.tensor([16, 17, 18]), mass)
-    assert [name for name, _ in calls] == ["attend", "observe", "consolidate", "store"]
+    emulated.write(cache, query[:3, :2], query[:3, 2:], torch.tensor([16, 17, 18]), mass)
+    assert [name for name, _ in calls] == ["attend", "observe", "consolidate", "write"]
     for name, arguments in calls:
         operator = getattr(torch.ops.momentkv_cuda_emulated, name).default
         torch.library.opcheck(operator, arguments, test_utils=checks)

@@ -162,9 +162,9 @@ def test_the_cpu_kernels_refuse_what_they_say(shape):
     slot = torch.tensor([page_size])
     if cpu.LIMITS.objections(CacheShape(*shape)):
         with pytest.raises(RuntimeError):
-            torch.ops.momentkv_cpu.store(kv, token, token, slot, None)
+            torch.ops.momentkv_cpu.write(kv, token, token, slot, None)
         return
-    torch.ops.momentkv_cpu.store(kv, token, token, slot, None)
+    torch.ops.momentkv_cpu.write(kv, token, token, slot, None)
     assert kv[1].sum() == 2 * head_size
 
 

@@ -54,7 +54,7 @@ def close(got: torch.Tensor, want: torch.Tensor, tolerance: float, what: str) ->
 
 
 def check(shape: Shape, name: str, family, device: str) -> dict:
-    """Attend (with and without correction), observe, consolidate, store of one shape; twice each for equal bits."""
+    """Attend (with and without correction), observe, consolidate, write of one shape; twice each for equal bits."""
     case, tolerance = Case(shape, device), ROUNDING[shape.dtype]
     worst = 0.0
     for correct in (False, True):
@@ -101,8 +101,8 @@ def check_retire(case: Case, twin: Case, name: str, family) -> None:
     same = torch.equal(idle.view(torch.uint8), case.cache.kv.view(torch.uint8))
     assert same, f"{label}: a row without an event was changed"
     slots = work.store_pages[:, 0] * shape.page_size + 1
-    family.store(case.cache, case.key, case.value, slots, case.mass)
-    assert torch.equal(case.cache.keys[work.store_pages[:, 0], :, 1], case.key), f"{label}: store"
+    family.write(case.cache, case.key, case.value, slots, case.mass)
+    assert torch.equal(case.cache.keys[work.store_pages[:, 0], :, 1], case.key), f"{label}: write"
 
 
 def run(device: str, tiny: bool) -> list[dict]:

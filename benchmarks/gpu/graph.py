@@ -48,7 +48,7 @@ class Layer:
 
     def forward(self) -> None:
         attend, retire = self.work.attends[0], self.work.retires[0]
-        self.family.store(self.cache, self.key, self.value, self.slots, self.mass)
+        self.family.write(self.cache, self.key, self.value, self.slots, self.mass)
         lse = torch.empty(self.query.shape[:2], device=self.device)
         self.family.attend(self.cache, self.query, self.output, lse, attend, self.scale, True)
         self.family.observe(self.cache, self.mass, self.query, lse, attend, self.scale)

@@ -82,8 +82,8 @@ void in_parallel(int64_t items, F f) {
   });
 }
 
-void store(const Tensor& kv, const Tensor& key, const Tensor& value, const Tensor& slots, const OptionalTensor& slot_mass) {
-  Store s{};
+void write(const Tensor& kv, const Tensor& key, const Tensor& value, const Tensor& slots, const OptionalTensor& slot_mass) {
+  Write s{};
   s.cache = cache_of(kv);
   s.tokens = slots.numel();
   s.slots = data_of<int64_t>(slots, "slots", {s.tokens});
@@ -95,7 +95,7 @@ void store(const Tensor& kv, const Tensor& key, const Tensor& value, const Tenso
   s.slot_mass = data_of<float>(slot_mass, "slot_mass", {kv.size(0), s.cache.heads, s.cache.page_size});
   const Kernels& k = kernels();
   in_parallel(s.cache.heads, [&](int64_t head) { k.zero_fresh_pages(s, head); });
-  in_parallel(s.tokens, [&](int64_t token) { k.store(s, token); });
+  in_parallel(s.tokens, [&](int64_t token) { k.write(s, token); });
 }
 
 // What attend and observe share.
@@ -248,7 +248,7 @@ std::string isa() { return kernels().name; }
 }  // namespace momentkv
 
 TORCH_LIBRARY(momentkv_cpu, m) {
-  m.def("store(Tensor(a!) kv, Tensor key, Tensor value, Tensor slots, Tensor(b!)? slot_mass) -> ()", &momentkv::store);
+  m.def("write(Tensor(a!) kv, Tensor key, Tensor value, Tensor slots, Tensor(b!)? slot_mass) -> ()", &momentkv::write);
   m.def(
       "attend(Tensor kv, Tensor query, Tensor(a!) output, Tensor(b!)? lse, Tensor first_token, Tensor queries, Tensor pages, "
       "Tensor last, Tensor moment_pages, Tensor count, Tensor? observe_from, Tensor(c!)? logits, float scale, bool correct, "

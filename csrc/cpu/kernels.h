@@ -36,7 +36,7 @@ struct Record {
   int64_t covariance_offset;
 };
 
-struct Store {
+struct Write {
   Cache cache;
   const void *key, *value;  // [tokens, heads, head_dim] of cache.type, rows `*_stride` numbers apart
   int64_t key_stride, value_stride;
@@ -97,8 +97,8 @@ struct Consolidate {
 // One instruction set's kernels. `scratch` functions give the floats that an item needs.
 struct Kernels {
   const char* name;
-  void (*zero_fresh_pages)(const Store&, int64_t head);
-  void (*store)(const Store&, int64_t token);
+  void (*zero_fresh_pages)(const Write&, int64_t head);
+  void (*write)(const Write&, int64_t token);
   size_t (*attend_scratch)(const Attend&);
   void (*attend)(const Attend&, const AttendItem&, float* scratch);
   void (*merge)(const Attend&, const MergeItem&);

@@ -195,9 +195,9 @@ void consolidate_op(const Tensor& keys, const Tensor& values, const Tensor& stor
   run(consolidate, c, keys);
 }
 
-void store_op(const Tensor& keys, const Tensor& values, const Tensor& key, const Tensor& value, const Tensor& slots,
+void write_op(const Tensor& keys, const Tensor& values, const Tensor& key, const Tensor& value, const Tensor& slots,
               const OptionalTensor& slot_mass) {
-  Store s{};
+  Write s{};
   s.cache = cache_of(keys, values);
   TORCH_CHECK(slots.dim() == 1 && slots.numel() <= key.size(0) && key.sizes() == value.sizes() &&
                   key.size(1) == s.cache.heads,
@@ -210,7 +210,7 @@ void store_op(const Tensor& keys, const Tensor& values, const Tensor& key, const
   s.key = static_cast<const char*>(key.data_ptr());
   s.value = static_cast<const char*>(value.data_ptr());
   s.slot_mass = data_of<float>(slot_mass, "slot_mass", {keys.size(0), s.cache.heads, s.cache.page_size});
-  if (s.tokens > 0) run(store, s, keys);
+  if (s.tokens > 0) run(write, s, keys);
 }
 
 void observe_op(const Tensor& keys, const Tensor& values, const Tensor& slot_mass, const Tensor& query, const Tensor& lse,
@@ -244,7 +244,7 @@ MOMENTKV_DEFINE(MOMENTKV_LIBRARY) {
       "Tensor count, Tensor? score, Tensor(c!)? slot_mass, int sink_tokens, bool has_means, "
       "bool has_covariance, ScalarType moment_dtype, int covariance_offset) -> ()");
   m.def(
-      "store(Tensor(a!) keys, Tensor(b!) values, Tensor key, Tensor value, Tensor slots, Tensor(c!)? slot_mass) -> ()");
+      "write(Tensor(a!) keys, Tensor(b!) values, Tensor key, Tensor value, Tensor slots, Tensor(c!)? slot_mass) -> ()");
 }
 
 MOMENTKV_IMPLEMENT(MOMENTKV_LIBRARY, MOMENTKV_DEVICE) {
@@ -252,7 +252,7 @@ MOMENTKV_IMPLEMENT(MOMENTKV_LIBRARY, MOMENTKV_DEVICE) {
   m.impl("attend", &attend_op);
   m.impl("observe", &observe_op);
   m.impl("consolidate", &consolidate_op);
-  m.impl("store", &store_op);
+  m.impl("write", &write_op);
 }
 
 // Importing the extension registers the operators above.

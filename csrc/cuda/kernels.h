@@ -64,7 +64,7 @@ struct Observe {
   const bool* restart;          // [rows] forget earlier mass
 };
 
-struct Store {
+struct Write {
   Cache cache;
   const char *key, *value;  // [tokens, heads, head_dim], tokens `*_stride` numbers apart
   int64_t key_stride, value_stride;
@@ -97,7 +97,7 @@ constexpr int kSplitSlots = 256;  // least slots of a decode split; not tuned on
 // `stream` is a cudaStream_t. Return an error's text, or null.
 const char* attend(const Attend&, void* stream);
 const char* observe(const Observe&, void* stream);
-const char* store(const Store&, void* stream);
+const char* write(const Write&, void* stream);
 const char* consolidate(const Consolidate&, void* stream);
 
 }  // namespace momentkv::cuda

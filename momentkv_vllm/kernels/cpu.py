@@ -42,10 +42,10 @@ def isa() -> str:
     return torch.ops.momentkv_cpu.isa()
 
 
-def store(
+def write(
     cache: CacheView, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, slot_mass: torch.Tensor | None
 ) -> None:
-    torch.ops.momentkv_cpu.store(cache.kv, key, value, slots, mass_to_clear(cache, slot_mass, slots))
+    torch.ops.momentkv_cpu.write(cache.kv, key, value, slots, mass_to_clear(cache, slot_mass, slots))
 
 
 def attend(

@@ -47,10 +47,10 @@ def objections() -> list[str]:
     return []
 
 
-def store(
+def write(
     cache: CacheView, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, slot_mass: torch.Tensor | None
 ) -> None:
-    _ops.store(cache.keys, cache.values, key, value, slots, mass_to_clear(cache, slot_mass, slots))
+    _ops.write(cache.keys, cache.values, key, value, slots, mass_to_clear(cache, slot_mass, slots))
 
 
 def attend(
@@ -132,7 +132,7 @@ def consolidate(
 
 def register_fakes(library: str) -> None:
     """Tell torch.compile what the operators of `library` do to shapes: they write in place and return nothing."""
-    for name in ("store", "attend", "observe", "consolidate"):
+    for name in ("write", "attend", "observe", "consolidate"):
         torch.library.register_fake(f"{library}::{name}", lambda *args: None)
 
 

@@ -1,4 +1,4 @@
-"""Kernel families behind one interface: `store`, `attend`, `observe`, `consolidate` (see reference.py, the specification).
+"""Kernel families behind one interface: `write`, `attend`, `observe`, `consolidate` (see reference.py, the specification).
 
 A family declares what it cannot do: `objections` on this machine, `LIMITS` on a cache. `select("auto")` takes the first for
 the device without objections, an explicitly named family never falls back.

@@ -19,7 +19,7 @@ def given_score(
 
 
 def mass_to_clear(cache: CacheView, slot_mass: torch.Tensor | None, slots: torch.Tensor) -> torch.Tensor | None:
-    """The observed attention that a kernel's `store` clears on fresh pages; statistics of logits are cleared here."""
+    """The observed attention that a kernel's `write` clears on fresh pages; statistics of logits are cleared here."""
     if slot_mass is None or slot_mass.dim() == 3:
         return slot_mass
     slot_mass[fresh_pages(slots, cache.page_size)] = 0.0

@@ -1,6 +1,6 @@
 """The kernel interface in PyTorch float32: the specification that every other family is checked against.
 
-store -> attend -> observe -> consolidate, each batched over requests and heads. `rows` are requests of one work list;
+write -> attend -> observe -> consolidate, each batched over requests and heads. `rows` are requests of one work list;
 tensors of page numbers index vLLM's block pool.
 """
 
@@ -20,7 +20,7 @@ def objections() -> list[str]:
     return []
 
 
-def store(
+def write(
     cache: CacheView, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, slot_mass: torch.Tensor | None
 ) -> None:
     """Write new tokens; a page is zeroed when its first slot is written.

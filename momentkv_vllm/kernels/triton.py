@@ -21,7 +21,7 @@ try:
     from momentkv_vllm.triton_kernels import attend_decode as _decode
     from momentkv_vllm.triton_kernels import consolidate as _consolidate
     from momentkv_vllm.triton_kernels import observe as _observe
-    from momentkv_vllm.triton_kernels import store as _store
+    from momentkv_vllm.triton_kernels import write as _write
 except ImportError as error:
     _why_missing = str(error)
 else:
@@ -41,10 +41,10 @@ def objections() -> list[str]:
     return []
 
 
-def store(
+def write(
     cache: CacheView, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, slot_mass: torch.Tensor | None
 ) -> None:
-    _store.store(cache, key, value, slots, mass_to_clear(cache, slot_mass, slots))
+    _write.write(cache, key, value, slots, mass_to_clear(cache, slot_mass, slots))
 
 
 def attend(

@@ -1,4 +1,4 @@
-"""store: new keys and values into their slots; a page is zeroed when its first slot is written."""
+"""write: new keys and values into their slots; a page is zeroed when its first slot is written."""
 
 import torch
 import triton
@@ -8,7 +8,7 @@ from .common import program_head
 
 
 @triton.jit
-def _store(
+def _write(
     key, value, slots, keys, values, mass,
     key_token, key_head, value_token, value_head,
     k_page, k_head, k_slot, k_dim, v_page, v_head, v_slot, v_dim, m_page, m_head, num_tokens,
@@ -40,12 +40,12 @@ def _store(
             tl.store(mass + page * m_page + head * m_head + s, tl.zeros((BLOCK_S,), tl.float32), mask=s < PAGE)
 
 
-def store(cache, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, slot_mass: torch.Tensor | None) -> None:
+def write(cache, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, slot_mass: torch.Tensor | None) -> None:
     """As kernels/reference.py. Tokens of one page follow one another in `slots`, as vLLM lays them out."""
     heads, head_dim = key.shape[1:]
     page_size = cache.page_size
     mass_strides = slot_mass.stride()[:2] if slot_mass is not None else (0, 0)
-    _store[(len(slots), heads)](
+    _write[(len(slots), heads)](
         key, value, slots, cache.keys, cache.values, slot_mass if slot_mass is not None else slots,
         *key.stride()[:2], *value.stride()[:2], *cache.keys.stride(), *cache.values.stride(), *mass_strides, len(slots),
         HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), PAGE=page_size,

@@ -1,8 +1,8 @@
 // Writes new keys and values. Included once per instruction set.
 
 // A fresh page may have been a moment page: as keys and values its bytes can be NaN, and vLLM's kernel multiplies unwritten
-// slots by zero. Before any `store` of the same step.
-void zero_fresh_pages(const Store& s, int64_t head) {
+// slots by zero. Before any `write` of the same step.
+void zero_fresh_pages(const Write& s, int64_t head) {
   const Cache& c = s.cache;
   const size_t part = c.page_size * 2 * c.head_dim * bytes_of(c.type);
   for (int64_t i = 0; i < s.tokens; ++i) {
@@ -13,7 +13,7 @@ void zero_fresh_pages(const Store& s, int64_t head) {
   }
 }
 
-void store(const Store& s, int64_t token) {
+void write(const Write& s, int64_t token) {
   if (s.slots[token] < 0) return;
   const Cache& c = s.cache;
   const int64_t page = s.slots[token] / c.page_size, slot = s.slots[token] % c.page_size;
