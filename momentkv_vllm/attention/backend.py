@@ -1,4 +1,4 @@
-"""The CPU attention backend: vLLM's own below the budget, store -> attend -> observe -> consolidate above it.
+"""The CPU attention backend: vLLM's own below the budget, write -> attend -> observe -> consolidate above it.
 
 Registered in place of vLLM's CPU_ATTN (its platform always returns that one); without --kv-eviction every method behaves
 as the class it derives from (vllm/v1/attention/backends/cpu_attn.py, vLLM 0.32.0).

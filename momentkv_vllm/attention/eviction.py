@@ -168,7 +168,7 @@ class EvictingImpl:
                 _zero_fresh_pages(kv_cache, slot_mapping)
             return super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         cache = self.view(kv_cache, self.record)
-        self.kernels.store(cache, key, value, slot_mapping, self._mass_of(cache))
+        self.kernels.write(cache, key, value, slot_mapping, self._mass_of(cache))
 
     def fused_output_quant_supported(self, quant_key) -> bool:
         """Ours write no quantized output: `forward` ignores `output_scale` where rows are evicted."""
@@ -239,7 +239,7 @@ class EvictingImpl:
 
 def _zero_fresh_pages(kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
     """Zero pages whose first slot is about to be written, in a layer that does not evict but shares the pool with layers that
-    do: such a page may have been a moment page there (kernels/reference.py, `store`)."""
+    do: such a page may have been a moment page there (kernels/reference.py, `write`)."""
     kv_cache[fresh_pages(slot_mapping, kv_cache.shape[2])] = 0
 
 
