@@ -36,12 +36,12 @@ def attend_work(pages, last, queries, moment_pages=None, count=0.0):
     return AttendWork(first_token, queries, pages, last, moment_pages, torch.full((len(last),), count))
 
 
-def run_attend(kernels, cache, query, work, scale, correct):
+def run_attend(kernels, cache, query, work, scale, corrected):
     """(output, lse); both start as NaN, the query is in the cache's dtype."""
     query = query.to(cache.kv.dtype)
     output = torch.full_like(query, math.nan)
     lse = torch.full(query.shape[:2], math.nan)
-    kernels.attend(cache, query, output, lse, work, scale, correct)
+    kernels.attend(cache, query, output, lse, work, scale, corrected)
     return output, lse
 
 

@@ -70,13 +70,13 @@ def test_correction_is_exact_when_the_evicted_keys_are_one_key(kernels):
 
 
 @pytest.mark.parametrize("batch", BATCHES, ids=lambda b: f"{b[0]}-d{b[1]}-{b[2]}-{b[3]}-g{b[4]}")
-@pytest.mark.parametrize("correct", [False, True])
-def test_attend_and_observe_agree_with_the_reference(kernels, batch, correct):
+@pytest.mark.parametrize("corrected", [False, True])
+def test_attend_and_observe_agree_with_the_reference(kernels, batch, corrected):
     cache, work, query = serving_batch(*batch)
     scale = query.shape[-1] ** -0.5
-    want, want_lse = run_attend(reference, cache, query, work, scale, correct)
-    output, lse = run_attend(kernels, cache, query, work, scale, correct)
-    again, _ = run_attend(kernels, cache, query, work, scale, correct)
+    want, want_lse = run_attend(reference, cache, query, work, scale, corrected)
+    output, lse = run_attend(kernels, cache, query, work, scale, corrected)
+    again, _ = run_attend(kernels, cache, query, work, scale, corrected)
     assert torch.equal(output, again)
     assert not output.isnan().any()
     rounding = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-5}[query.dtype]

@@ -89,9 +89,9 @@ def test_attend_and_observe_agree_with_the_reference(kernels, batch, last_thread
     """Odd lengths, chunks, empty records, 1 to 20 query heads a KV head; all that must not be read is NaN."""
     cache, work, query = shared.serving_batch(*batch)
     scale = query.shape[-1] ** -0.5
-    for correct in (False, True):
-        want, want_lse = shared.run_attend(reference, cache, query, work, scale, correct)
-        got, lse = shared.run_attend(kernels, cache, query, work, scale, correct)
+    for corrected in (False, True):
+        want, want_lse = shared.run_attend(reference, cache, query, work, scale, corrected)
+        got, lse = shared.run_attend(kernels, cache, query, work, scale, corrected)
         assert_close(got, want, ROUNDING[query.dtype])
         torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=2e-5)
     last_thread_first()
@@ -237,7 +237,7 @@ def test_operators_check_what_they_are_given(emulated):
         (dict(cache=gpu_view(cache.kv[:, :, :8].contiguous(), cache.record)), "page size 8 is not a multiple of 16"),
     ]  # fmt: skip
     for change, message in cases:
-        given = dict(cache=cache, query=query, output=output, lse=None, work=work, scale=0.1, correct=True) | change
+        given = dict(cache=cache, query=query, output=output, lse=None, work=work, scale=0.1, corrected=True) | change
         with pytest.raises(RuntimeError, match=message):
             emulated.attend(**given)
     moment_pages, work.moment_pages = work.moment_pages, work.moment_pages[:, :1].contiguous()

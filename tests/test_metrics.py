@@ -141,10 +141,10 @@ def test_measured_mass_and_correction_are_those_of_the_reference_kernel(covarian
     )  # fmt: skip
     query, scale = torch.randn(2, heads * groups, d), d**-0.5
     results = {}
-    for correct in (False, True):
+    for corrected in (False, True):
         output, lse = torch.empty_like(query), torch.empty(2, heads * groups)
-        reference.attend(cache, query, output, lse, work, scale, correct)
-        results[correct] = output, lse
+        reference.attend(cache, query, output, lse, work, scale, corrected)
+        results[corrected] = output, lse
     (plain, plain_lse), (merged, merged_lse) = results[False], results[True]
     rows = torch.arange(2)
     mass, change = measure(cache, query, merged, merged_lse, work, rows, scale, True)

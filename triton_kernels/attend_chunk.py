@@ -17,7 +17,7 @@ def _chunk(
     keys, values, k_page, k_head, k_slot, k_dim, v_page, v_head, v_slot, v_dim,
     floats, covariance, f_page, f_head, c_page, c_head,
     q_token, q_head, out_token, out_head, lse_token, row_pages, row_moments, scale,
-    GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CORRECT: tl.constexpr, HAS_LSE: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CORRECTED: tl.constexpr, HAS_LSE: tl.constexpr,
     PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_COVARIANCE: tl.constexpr,
     HAS_SCALES: tl.constexpr, HEADER: tl.constexpr, FLOATS: tl.constexpr, COVARIANCES: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +47,7 @@ def _chunk(
             keys + head * k_head, values + head * v_head, pages + row * row_pages, scale * LOG2E,
             k_page, k_slot, k_dim, v_page, v_slot, v_dim, PAGE, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
-    if CORRECT:
+    if CORRECTED:
         evicted = tl.load(count + row)
         if evicted != 0:
             out, log_mass = record_partial(
@@ -67,7 +67,7 @@ def _chunk(
         tl.store(lse_out + token * lse_token + query_head, (peak + tl.log2(safe)) * LN2, mask=real)
 
 
-def attend_chunk(cache, query, output, lse, work, scale: float, correct: bool, most_queries: int) -> None:
+def attend_chunk(cache, query, output, lse, work, scale: float, corrected: bool, most_queries: int) -> None:
     """Rows of `work` with more than one query. Shapes as in kernels/reference.py; most_queries bounds work.queries."""
     rows, num_heads, heads = len(work.last), query.shape[1], cache.keys.shape[1]
     groups = num_heads // heads
@@ -78,6 +78,6 @@ def attend_chunk(cache, query, output, lse, work, scale: float, correct: bool, m
         query, output, lse if lse is not None else output, work.first_token, work.queries, work.pages, work.last,
         work.moment_pages, work.count, *tokens_of(cache), *record_of(cache), *query.stride()[:2], *output.stride()[:2],
         0 if lse is None else lse.stride(0), work.pages.stride(0), work.moment_pages.stride(0), scale,
-        GROUPS=groups, BLOCK_M=block_m, BLOCK_N=block_n, CORRECT=correct, HAS_LSE=lse is not None,
+        GROUPS=groups, BLOCK_M=block_m, BLOCK_N=block_n, CORRECTED=corrected, HAS_LSE=lse is not None,
         **sizes(cache), **record_sizes(cache), num_warps=4,
     )  # fmt: skip

@@ -94,12 +94,12 @@ def _reduce(
         tl.store(lse_out + token * lse_token + query_head, peak + tl.log(total))
 
 
-def attend_decode(cache, query, output, lse, work, scale: float, correct: bool, split: int = SPLIT_SLOTS) -> None:
+def attend_decode(cache, query, output, lse, work, scale: float, corrected: bool, split: int = SPLIT_SLOTS) -> None:
     """Rows of `work` with one query; other rows are left to attend_chunk. Shapes as in kernels/reference.py."""
     rows, (num_heads, head_dim), heads = len(work.last), query.shape[1:], cache.keys.shape[1]
     groups = num_heads // heads
     num_splits = triton.cdiv(work.pages.shape[1] * cache.page_size, split)
-    parts = num_splits + correct
+    parts = num_splits + corrected
     # Written before they are read; inside a CUDA graph they come from its own pool.
     part_out = torch.empty(rows, heads, parts, groups, head_dim, dtype=torch.float32, device=query.device)
     part_lse = torch.empty(rows, heads, parts, groups, dtype=torch.float32, device=query.device)

@@ -76,8 +76,8 @@ class Case:
         self.mass = torch.rand(total, s.kv_heads, s.page_size, generator=generator, device=device)
         self.scale = s.head_dim**-0.5
 
-    def attend(self, family, correct: bool, lse: bool = False) -> None:
-        family.attend(self.cache, self.query, self.output, self.lse if lse else None, self.work, self.scale, correct)
+    def attend(self, family, corrected: bool, lse: bool = False) -> None:
+        family.attend(self.cache, self.query, self.output, self.lse if lse else None, self.work, self.scale, corrected)
 
     def retire_work(self, retire_pages: int, due: bool = True) -> RetireWork:
         """An event of every row, or of none: all pages but the newest `retire_pages` + 1 are the store."""

@@ -57,15 +57,15 @@ def check(shape: Shape, name: str, family, device: str) -> dict:
     """Attend (with and without correction), observe, consolidate, write of one shape; twice each for equal bits."""
     case, tolerance = Case(shape, device), ROUNDING[shape.dtype]
     worst = 0.0
-    for correct in (False, True):
-        case.attend(reference, correct, lse=True)
+    for corrected in (False, True):
+        case.attend(reference, corrected, lse=True)
         want, want_lse = case.output.clone(), case.lse.clone()
         seen = []
         for _ in range(2):
             case.output.fill_(math.nan), case.lse.fill_(math.nan)
-            case.attend(family, correct, lse=True)
+            case.attend(family, corrected, lse=True)
             seen.append((case.output.clone(), case.lse.clone()))
-        label = f"{name}, {shape.label}, correct={correct}"
+        label = f"{name}, {shape.label}, corrected={corrected}"
         assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True)), f"{label}: two runs differ"
         worst = max(worst, close(case.output, want, tolerance, f"{label}, output"))
         close(case.lse, want_lse, max(1e-4, tolerance / 8), f"{label}, logsumexp")

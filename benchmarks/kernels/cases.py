@@ -54,8 +54,8 @@ class Case:
             count=torch.full((s.rows,), 10_000.0),
         )
 
-    def attend(self, correct: bool, family=cpu) -> None:
-        family.attend(self.cache, self.query, self.output, None, self.work, self.scale, correct)
+    def attend(self, corrected: bool, family=cpu) -> None:
+        family.attend(self.cache, self.query, self.output, None, self.work, self.scale, corrected)
 
     def vllm_attend(self) -> Callable[[], None]:
         """vLLM's own kernel over the same pages; its scheduling is prepared outside the timed call, as in the engine."""

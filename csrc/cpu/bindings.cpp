@@ -160,7 +160,7 @@ struct Plan {
   static int64_t splits(const Attend& a, int64_t row) {
     return std::max<int64_t>(1, pages(a, row) * a.cache.page_size / kSplitSlots);
   }
-  static bool with_record(const Attend& a, int64_t row) { return a.correct && a.count[row] > 0; }
+  static bool with_record(const Attend& a, int64_t row) { return a.corrected && a.count[row] > 0; }
 
   void add_decode(const Attend& a, int32_t row, int32_t head, float*& next) {
     const int64_t size = a.query_heads / a.cache.heads * (a.cache.head_dim + 1);
@@ -184,14 +184,14 @@ struct Plan {
 
 void attend(const Tensor& kv, const Tensor& query, const Tensor& output, const OptionalTensor& lse, const Tensor& first_token,
             const Tensor& queries, const Tensor& pages, const Tensor& last, const Tensor& record_pages, const Tensor& count,
-            const OptionalTensor& observe_from, const OptionalTensor& logits, double scale, bool correct, bool has_covariance,
+            const OptionalTensor& observe_from, const OptionalTensor& logits, double scale, bool corrected, bool has_covariance,
             at::ScalarType moment_dtype, int64_t covariance_offset) {
   Attend a = attend_of(kv, query, first_token, queries, pages, last, scale);
   a.moment_pages = record_pages.size(1);
-  a.record = record_of(a.cache, a.moment_pages, correct, has_covariance, moment_dtype, covariance_offset);
+  a.record = record_of(a.cache, a.moment_pages, corrected, has_covariance, moment_dtype, covariance_offset);
   a.record_pages = data_of<int64_t>(record_pages, "moment_pages", {a.rows, a.moment_pages});
   a.count = data_of<float>(count, "count", {a.rows});
-  a.correct = correct;
+  a.corrected = corrected;
   a.output_stride = token_stride(output, kv, 0, "output");
   TORCH_CHECK(output.sizes() == query.sizes(), "output has shape ", output.sizes(), " instead of ", query.sizes());
   a.output = output.data_ptr();
@@ -251,7 +251,7 @@ TORCH_LIBRARY(momentkv_cpu, m) {
   m.def("write(Tensor(a!) kv, Tensor key, Tensor value, Tensor slots, Tensor(b!)? slot_mass) -> ()", &momentkv::write);
   m.def(
       "attend(Tensor kv, Tensor query, Tensor(a!) output, Tensor(b!)? lse, Tensor first_token, Tensor queries, Tensor pages, "
-      "Tensor last, Tensor moment_pages, Tensor count, Tensor? observe_from, Tensor(c!)? logits, float scale, bool correct, "
+      "Tensor last, Tensor moment_pages, Tensor count, Tensor? observe_from, Tensor(c!)? logits, float scale, bool corrected, "
       "bool has_covariance, "
       "ScalarType moment_dtype, int covariance_offset) -> ()",
       &momentkv::attend);

@@ -63,7 +63,7 @@ struct Attend {
   float* logits;  // [rows, query_heads, max_pages * page_size], where every row has one query: of rows that count, left by
                   // attend and used up by observe. Null: observe computes them again
   float scale;
-  bool correct;
+  bool corrected;
 };
 
 // One item of `attend`: some queries of a row against a share of its slots.

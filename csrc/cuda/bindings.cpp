@@ -134,15 +134,15 @@ Queries queries_of(const Tensor& keys, const Tensor& values, const Tensor& query
 
 void attend_op(const Tensor& keys, const Tensor& values, const Tensor& query, const Tensor& output, const OptionalTensor& lse,
                const Tensor& first_token, const Tensor& queries, const Tensor& pages, const Tensor& last,
-               const Tensor& moment_pages, const Tensor& count, int64_t max_queries, double scale, bool correct,
+               const Tensor& moment_pages, const Tensor& count, int64_t max_queries, double scale, bool corrected,
                bool has_covariance, at::ScalarType moment_dtype, int64_t covariance_offset) {
   Attend a{};
   a.work = queries_of(keys, values, query, first_token, queries, pages, last, max_queries, scale);
-  a.record = record_of(a.work.cache, moment_pages, correct, has_covariance, moment_dtype, covariance_offset);
+  a.record = record_of(a.work.cache, moment_pages, corrected, has_covariance, moment_dtype, covariance_offset);
   a.num_moment_pages = int(moment_pages.size(1));
   a.moment_pages = data_of<int64_t>(moment_pages, "moment_pages", {a.work.rows, a.num_moment_pages});
   a.count = data_of<float>(count, "count", {a.work.rows});
-  a.correct = correct;
+  a.corrected = corrected;
   a.output_stride = token_stride(output, keys, "output");
   TORCH_CHECK(output.sizes() == query.sizes(), "output has shape ", output.sizes(), " instead of ", query.sizes());
   a.output = static_cast<char*>(output.data_ptr());
@@ -235,7 +235,7 @@ MOMENTKV_DEFINE(MOMENTKV_LIBRARY) {
   m.def(
       "attend(Tensor keys, Tensor values, Tensor query, Tensor(a!) output, Tensor(b!)? lse, Tensor first_token, "
       "Tensor queries, Tensor pages, Tensor last, Tensor moment_pages, Tensor count, int max_queries, "
-      "float scale, bool correct, bool has_covariance, ScalarType moment_dtype, int covariance_offset) -> ()");
+      "float scale, bool corrected, bool has_covariance, ScalarType moment_dtype, int covariance_offset) -> ()");
   m.def(
       "observe(Tensor keys, Tensor values, Tensor(a!) slot_mass, Tensor query, Tensor lse, Tensor first_token, "
       "Tensor queries, Tensor pages, Tensor last, Tensor observe_from, Tensor restart, float scale) -> ()");

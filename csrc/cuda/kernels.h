@@ -49,7 +49,7 @@ struct Attend {
   const int64_t* moment_pages;  // [rows, num_moment_pages]
   const float* count;           // [rows]; 0 = no record
   int num_moment_pages;
-  bool correct;
+  bool corrected;
   int max_splits, units;  // see Unit in units.cuh
   int tile_rows;          // query rows that a tile has at most, up to kTileRows
   float* partial_out;     // [rows, heads, units, tile_rows, head_dim], normalised

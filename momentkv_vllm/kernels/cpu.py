@@ -55,7 +55,7 @@ def attend(
     lse: torch.Tensor | None,
     work: AttendWork,
     scale: float,
-    correct: bool,
+    corrected: bool,
 ) -> None:
     if work.observe_from is not None and work.query_bound() == 1:
         # Observing is then one pass over what attention has computed, instead of another one over the keys. Rows that are not
@@ -77,7 +77,7 @@ def attend(
         work.observe_from,
         work.logits,
         scale,
-        correct,
+        corrected,
         *cache.covariance,
     )
 

@@ -60,7 +60,7 @@ def attend(
     lse: torch.Tensor | None,
     work: AttendWork,
     scale: float,
-    correct: bool,
+    corrected: bool,
 ) -> None:
     _ops.attend(
         cache.keys,
@@ -76,7 +76,7 @@ def attend(
         work.count,
         work.query_bound(),
         scale,
-        correct,
+        corrected,
         *cache.covariance,
     )
 

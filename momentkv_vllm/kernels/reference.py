@@ -50,9 +50,9 @@ def attend(
     lse: torch.Tensor | None,
     work: AttendWork,
     scale: float,
-    correct: bool,
+    corrected: bool,
 ) -> None:
-    """Attention over the retained tokens and, if `correct`, the moments as one more split of the same softmax.
+    """Attention over the retained tokens and, if `corrected`, the moments as one more split of the same softmax.
 
     Writes the tokens of `work` into `output` and `lse`; other tokens are not touched.
 
@@ -63,7 +63,7 @@ def attend(
         lse: [tokens, num_heads] float32 logsumexp, moments included; None if not wanted.
         work: pages to read and causal limits.
         scale: softmax scale.
-        correct: add the evicted mass back.
+        corrected: add the evicted mass back.
     """
     keys, values = cache.read_tokens(work.pages)
     tokens, last, real = _padded(work)
@@ -77,7 +77,7 @@ def attend(
     logits = logits.masked_fill(~visible.repeat(1, groups, 1).unsqueeze(1), -torch.inf)
     total = logits.logsumexp(-1)
     result = (logits - total.unsqueeze(-1)).exp() @ values
-    if correct:
+    if corrected:
         evicted, log_mass = mo.partial(cache.read_moments(work.moment_pages, work.count), grouped, scale)
         retained, total = total, torch.logaddexp(total, log_mass)
         result = (retained - total).exp().unsqueeze(-1) * result + (log_mass - total).exp().unsqueeze(-1) * evicted

@@ -54,14 +54,14 @@ def attend(
     lse: torch.Tensor | None,
     work: AttendWork,
     scale: float,
-    correct: bool,
+    corrected: bool,
 ) -> None:
     most = work.query_bound()
-    correct = correct and cache.record.has_means
+    corrected = corrected and cache.record.has_means
     if not work.only_chunks:
-        _decode.attend_decode(cache, query, output, lse, work, scale, correct)
+        _decode.attend_decode(cache, query, output, lse, work, scale, corrected)
     if most > 1:
-        _chunk.attend_chunk(cache, query, output, lse, work, scale, correct, most)
+        _chunk.attend_chunk(cache, query, output, lse, work, scale, corrected, most)
 
 
 def observe(
