@@ -201,13 +201,13 @@ def _consolidate(
 
 
 def consolidate(
-    cache, slot_mass, score: torch.Tensor | None, work, sink_tokens: int, attention_weight: float, moves_mass: bool
+    cache, observed, score: torch.Tensor | None, work, sink_tokens: int, attention_weight: float, moves_mass: bool
 ) -> None:
     """As kernels/reference.py.
 
     Args:
-        slot_mass: [num_pages, num_kv_heads, page_size] float32 or None.
-        score: [rows, heads, candidates] float32 of any policy; None: momentkv's, from `slot_mass` and `attention_weight`.
+        observed: [num_pages, num_kv_heads, page_size] float32 or None.
+        score: [rows, heads, candidates] float32 of any policy; None: momentkv's, from `observed` and `attention_weight`.
         moves_mass: a token's observed attention moves along with it.
     """
     rows, heads = len(work.count), cache.keys.shape[1]
@@ -216,9 +216,9 @@ def consolidate(
         return
     store_tokens = work.store_pages.shape[1] * cache.page_size
     most = store_tokens + num_retiring * cache.page_size
-    terms = score_terms(cache, slot_mass, work) if score is None else score.unsqueeze(2)
+    terms = score_terms(cache, observed, work) if score is None else score.unsqueeze(2)
     lists = torch.empty(2, rows, heads, num_retiring * cache.page_size, dtype=torch.int32, device=cache.keys.device)
-    mass = slot_mass if moves_mass else terms
+    mass = observed if moves_mass else terms
     shape = sizes(cache)
     _consolidate[(rows, heads)](
         terms, mass, lists[0], lists[1], work.store_pages, work.retiring_pages, work.moment_pages, work.count,

@@ -1,4 +1,4 @@
-"""observe: the attention that observed queries give to every retained token, added to slot_mass in place."""
+"""observe: the attention that observed queries give to every retained token, added to observed in place."""
 
 import torch
 import triton
@@ -21,9 +21,9 @@ def _observe(
     TILE: tl.constexpr = BLOCK_M // GROUPS
     row, head = tl.program_id(0), program_head()
     num_queries = tl.load(queries + row).to(tl.int32)
-    observed = tl.load(observe_from + row).to(tl.int32)
+    first_wanted = tl.load(observe_from + row).to(tl.int32)
     keep = tl.load(restart + row) == 0
-    if (observed >= num_queries) & keep:
+    if (first_wanted >= num_queries) & keep:
         return
     slots = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     m, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
@@ -40,7 +40,7 @@ def _observe(
     mass_at = mass + page * m_page + head * m_head + slot
     total = tl.load(mass_at, mask=mine & (slots < tl.where(keep, num_slots, 0)), other=0.0)
     token0 = tl.load(first_token + row).to(tl.int64)
-    for first in range(observed, num_queries, TILE):
+    for first in range(first_wanted, num_queries, TILE):
         at = first + m // GROUPS
         real = (m < TILE * GROUPS) & (at < num_queries)
         token = token0 + at
@@ -53,13 +53,13 @@ def _observe(
     tl.store(mass_at, total, mask=mine)
 
 
-def observe(cache, slot_mass, query, lse, work, scale: float) -> None:
+def observe(cache, observed, query, lse, work, scale: float) -> None:
     """As kernels/reference.py, for attention mass [num_pages, num_kv_heads, page_size]."""
     rows, num_heads, heads = len(work.last), query.shape[1], cache.keys.shape[1]
     groups, num_slots = num_heads // heads, work.pages.shape[1] * cache.page_size
     _observe[(rows, heads, triton.cdiv(num_slots, BLOCK_N))](
-        query, lse, slot_mass, work.first_token, work.queries, work.pages, work.last, work.observe_from,
+        query, lse, observed, work.first_token, work.queries, work.pages, work.last, work.observe_from,
         work.restart.view(torch.uint8), cache.keys, *cache.keys.stride(), *query.stride()[:2], lse.stride(0),
-        *slot_mass.stride()[:2], work.pages.stride(0), scale, num_slots,
+        *observed.stride()[:2], work.pages.stride(0), scale, num_slots,
         GROUPS=groups, BLOCK_M=max(BLOCK_M, triton.next_power_of_2(groups)), BLOCK_N=BLOCK_N, **sizes(cache), num_warps=4,
     )  # fmt: skip

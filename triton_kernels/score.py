@@ -90,7 +90,7 @@ def _terms(
     tl.store(at + t_term, seen * tl.sqrt(tl.sum(dv * dv, 1)), mask=real)
 
 
-def score_terms(cache, slot_mass: torch.Tensor, work) -> torch.Tensor:
+def score_terms(cache, observed: torch.Tensor, work) -> torch.Tensor:
     """[rows, heads, 2, candidates] float32: distance of the key to the mean evicted key; attention times that of the value.
 
     Rows without an event are left as they are (uninitialised).
@@ -101,8 +101,8 @@ def score_terms(cache, slot_mass: torch.Tensor, work) -> torch.Tensor:
     most = store_tokens + num_retiring * cache.page_size
     terms = torch.empty(rows, heads, 2, most, dtype=torch.float32, device=cache.keys.device)
     _terms[(rows, heads, triton.cdiv(most, BLOCK_N))](
-        terms, slot_mass, work.store_pages, work.retiring_pages, work.moment_pages, work.count,
-        *tokens_of(cache), *record_of(cache), *terms.stride()[:3], *slot_mass.stride()[:2], work.store_pages.stride(0),
+        terms, observed, work.store_pages, work.retiring_pages, work.moment_pages, work.count,
+        *tokens_of(cache), *record_of(cache), *terms.stride()[:3], *observed.stride()[:2], work.store_pages.stride(0),
         work.retiring_pages.stride(0), work.moment_pages.stride(0), store_tokens, num_retiring,
         BLOCK_N=BLOCK_N, BLOCK_K=triton.next_power_of_2(num_retiring), **sizes(cache),
         FLOATS=record_sizes(cache)["FLOATS"], num_warps=4,

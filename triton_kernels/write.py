@@ -40,14 +40,14 @@ def _write(
             tl.store(mass + page * m_page + head * m_head + s, tl.zeros((BLOCK_S,), tl.float32), mask=s < PAGE)
 
 
-def write(cache, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, slot_mass: torch.Tensor | None) -> None:
+def write(cache, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, observed: torch.Tensor | None) -> None:
     """As kernels/reference.py. Tokens of one page follow one another in `slots`, as vLLM lays them out."""
     heads, head_dim = key.shape[1:]
     page_size = cache.page_size
-    mass_strides = slot_mass.stride()[:2] if slot_mass is not None else (0, 0)
+    mass_strides = observed.stride()[:2] if observed is not None else (0, 0)
     _write[(len(slots), heads)](
-        key, value, slots, cache.keys, cache.values, slot_mass if slot_mass is not None else slots,
+        key, value, slots, cache.keys, cache.values, observed if observed is not None else slots,
         *key.stride()[:2], *value.stride()[:2], *cache.keys.stride(), *cache.values.stride(), *mass_strides, len(slots),
         HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), PAGE=page_size,
-        BLOCK_S=triton.next_power_of_2(page_size), HAS_MASS=slot_mass is not None, num_warps=4,
+        BLOCK_S=triton.next_power_of_2(page_size), HAS_MASS=observed is not None, num_warps=4,
     )  # fmt: skip

@@ -43,7 +43,7 @@ class Case:
         self.query = torch.randn(s.rows * s.queries, heads, s.head_dim, generator=generator).to(s.dtype)
         self.output = torch.empty_like(self.query)
         self.lse = torch.full(self.query.shape[:2], 10.0)
-        self.slot_mass = torch.rand(total, s.kv_heads, s.page_size, generator=generator)
+        self.observed = torch.rand(total, s.kv_heads, s.page_size, generator=generator)
         self.scale = s.head_dim**-0.5
         self.work = AttendWork(
             first_token=torch.arange(s.rows) * s.queries,
@@ -109,7 +109,7 @@ class Case:
         return RetireWork(store, retiring, self.moment_pages[one], self.work.count[one])
 
     def retire(self, work: RetireWork, family=cpu) -> None:
-        family.consolidate(self.cache, self.slot_mass, work, POLICIES["momentkv"](), SINKS, self.scale)
+        family.consolidate(self.cache, self.observed, work, POLICIES["momentkv"](), SINKS, self.scale)
 
     def observe_work(self) -> AttendWork:
         """A step of which the policy wants to know the attention of every row."""
@@ -118,4 +118,4 @@ class Case:
 
     def attend_and_observe(self, work: AttendWork, family=cpu) -> None:
         family.attend(self.cache, self.query, self.output, self.lse, work, self.scale, True)
-        family.observe(self.cache, self.slot_mass, self.query, self.lse, work, self.scale)
+        family.observe(self.cache, self.observed, self.query, self.lse, work, self.scale)

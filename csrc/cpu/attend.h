@@ -319,7 +319,7 @@ void observe_rows(const Attend& a, const AttendItem& item, int first_row, float*
       logits = left + first_row * row_slots + first;
     for (int s = 0; s < tile.slots; s += kLanes) {
       const int64_t slot = first + s;
-      float* mass = a.slot_mass + (pages[slot / page_size] * a.cache.heads + item.head) * page_size + slot % page_size;
+      float* mass = a.observed + (pages[slot / page_size] * a.cache.heads + item.head) * page_size + slot % page_size;
       Vec total = load(mass);
       for (int r = 0; r < Rows; ++r) {
         float* row = logits + r * row_slots + s;
@@ -341,7 +341,7 @@ void observe(const Attend& a, int64_t item_index, float* scratch) {
   const int64_t* pages = a.pages + item.row * a.max_pages;
   if (a.restart[item.row])
     for (int64_t slot = 0; slot < a.last[item.row] + item.queries; slot += page_size)
-      std::fill_n(a.slot_mass + (pages[slot / page_size] * a.cache.heads + item.head) * page_size, page_size, 0.0f);
+      std::fill_n(a.observed + (pages[slot / page_size] * a.cache.heads + item.head) * page_size, page_size, 0.0f);
   int row = int(a.observe_from[item.row] * groups);
   const int rows = item.queries * int(groups);
   with_type(a.cache.type, [&](auto t) {

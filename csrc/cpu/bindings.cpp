@@ -82,7 +82,7 @@ void in_parallel(int64_t items, F f) {
   });
 }
 
-void write(const Tensor& kv, const Tensor& key, const Tensor& value, const Tensor& slots, const OptionalTensor& slot_mass) {
+void write(const Tensor& kv, const Tensor& key, const Tensor& value, const Tensor& slots, const OptionalTensor& observed) {
   Write s{};
   s.cache = cache_of(kv);
   s.tokens = slots.numel();
@@ -92,7 +92,7 @@ void write(const Tensor& kv, const Tensor& key, const Tensor& value, const Tenso
   TORCH_CHECK(key.size(1) == s.cache.heads && value.size(1) == s.cache.heads, "key and value must have the cache's heads");
   s.key = key.data_ptr();
   s.value = value.data_ptr();
-  s.slot_mass = data_of<float>(slot_mass, "slot_mass", {kv.size(0), s.cache.heads, s.cache.page_size});
+  s.observed = data_of<float>(observed, "observed", {kv.size(0), s.cache.heads, s.cache.page_size});
   const Kernels& k = kernels();
   in_parallel(s.cache.heads, [&](int64_t head) { k.zero_fresh_pages(s, head); });
   in_parallel(s.tokens, [&](int64_t token) { k.write(s, token); });
@@ -207,12 +207,12 @@ void attend(const Tensor& kv, const Tensor& query, const Tensor& output, const O
   in_parallel(plan.merges.size(), [&](int64_t i) { k.merge(a, merges[i]); });
 }
 
-void observe(const Tensor& kv, const Tensor& slot_mass, const Tensor& query, const Tensor& lse, const Tensor& first_token,
+void observe(const Tensor& kv, const Tensor& observed, const Tensor& query, const Tensor& lse, const Tensor& first_token,
              const Tensor& queries, const Tensor& pages, const Tensor& last, const Tensor& observe_from,
              const Tensor& restart, const OptionalTensor& logits, double scale) {
   Attend a = attend_of(kv, query, first_token, queries, pages, last, scale);
   a.lse = data_of<float>(lse, "lse", {query.size(0), a.query_heads});
-  a.slot_mass = data_of<float>(slot_mass, "slot_mass", {kv.size(0), a.cache.heads, a.cache.page_size});
+  a.observed = data_of<float>(observed, "observed", {kv.size(0), a.cache.heads, a.cache.page_size});
   set_logits(a, observe_from, logits);
   a.restart = data_of<bool>(restart, "restart", {a.rows});
   const Kernels& k = kernels();
@@ -220,7 +220,7 @@ void observe(const Tensor& kv, const Tensor& slot_mass, const Tensor& query, con
 }
 
 void consolidate(const Tensor& kv, const Tensor& store_pages, const Tensor& retiring_pages, const Tensor& moment_pages,
-                 const Tensor& count, const OptionalTensor& score, const OptionalTensor& slot_mass, int64_t sink_tokens,
+                 const Tensor& count, const OptionalTensor& score, const OptionalTensor& observed, int64_t sink_tokens,
                  bool has_means, bool has_covariance, at::ScalarType moment_dtype, int64_t covariance_offset) {
   Consolidate c{};
   c.cache = cache_of(kv);
@@ -235,8 +235,8 @@ void consolidate(const Tensor& kv, const Tensor& store_pages, const Tensor& reti
   c.count = data_of<float>(count, "count", {c.rows});
   const int64_t candidates = (c.store_pages + c.retiring_pages) * c.cache.page_size;
   c.score = data_of<float>(score, "score", {c.rows, c.cache.heads, candidates});
-  c.slot_mass = data_of<float>(slot_mass, "slot_mass", {kv.size(0), c.cache.heads, c.cache.page_size});
-  TORCH_CHECK(score || (has_means && slot_mass), "the score by moments needs the means and the observed attention");
+  c.observed = data_of<float>(observed, "observed", {kv.size(0), c.cache.heads, c.cache.page_size});
+  TORCH_CHECK(score || (has_means && observed), "the score by moments needs the means and the observed attention");
   c.sink_tokens = sink_tokens;
   const Kernels& k = kernels();
   in_parallel(c.rows * c.cache.heads, [&](int64_t i) { k.consolidate(c, i, scratch(k.consolidate_scratch(c))); });
@@ -248,7 +248,7 @@ std::string isa() { return kernels().name; }
 }  // namespace momentkv
 
 TORCH_LIBRARY(momentkv_cpu, m) {
-  m.def("write(Tensor(a!) kv, Tensor key, Tensor value, Tensor slots, Tensor(b!)? slot_mass) -> ()", &momentkv::write);
+  m.def("write(Tensor(a!) kv, Tensor key, Tensor value, Tensor slots, Tensor(b!)? observed) -> ()", &momentkv::write);
   m.def(
       "attend(Tensor kv, Tensor query, Tensor(a!) output, Tensor(b!)? lse, Tensor first_token, Tensor queries, Tensor pages, "
       "Tensor last, Tensor moment_pages, Tensor count, Tensor? observe_from, Tensor(c!)? logits, float scale, bool corrected, "
@@ -256,12 +256,12 @@ TORCH_LIBRARY(momentkv_cpu, m) {
       "ScalarType moment_dtype, int covariance_offset) -> ()",
       &momentkv::attend);
   m.def(
-      "observe(Tensor kv, Tensor(a!) slot_mass, Tensor query, Tensor lse, Tensor first_token, Tensor queries, Tensor pages, "
+      "observe(Tensor kv, Tensor(a!) observed, Tensor query, Tensor lse, Tensor first_token, Tensor queries, Tensor pages, "
       "Tensor last, Tensor observe_from, Tensor restart, Tensor(b!)? logits, float scale) -> ()",
       &momentkv::observe);
   m.def(
       "consolidate(Tensor(a!) kv, Tensor store_pages, Tensor retiring_pages, Tensor moment_pages, Tensor count, "
-      "Tensor? score, Tensor(b!)? slot_mass, int sink_tokens, bool has_means, bool has_covariance, ScalarType moment_dtype, "
+      "Tensor? score, Tensor(b!)? observed, int sink_tokens, bool has_means, bool has_covariance, ScalarType moment_dtype, "
       "int covariance_offset) -> ()",
       &momentkv::consolidate);
   m.def("isa() -> str", &momentkv::isa);

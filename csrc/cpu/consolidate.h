@@ -34,7 +34,7 @@ struct Event {
            candidate % c.cache.page_size * c.cache.head_dim;
   }
   float* mass(int64_t candidate) const {
-    return c.slot_mass + (page(candidate / c.cache.page_size) * c.cache.heads + head) * c.cache.page_size +
+    return c.observed + (page(candidate / c.cache.page_size) * c.cache.heads + head) * c.cache.page_size +
            candidate % c.cache.page_size;
   }
 };
@@ -287,7 +287,7 @@ void fill_holes(const Event& e, const int32_t* losers) {
     T* to = e.key<T>(losers[hole]);
     for (int64_t i = 0; i < d; ++i) to[i * e.c.cache.page_size] = from[i * e.c.cache.page_size];
     std::memcpy(e.value<T>(losers[hole]), e.value<T>(winner), d * sizeof(T));
-    if (e.c.slot_mass != nullptr) *e.mass(losers[hole]) = *e.mass(winner);
+    if (e.c.observed != nullptr) *e.mass(losers[hole]) = *e.mass(winner);
   }
 }
 

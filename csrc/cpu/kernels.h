@@ -41,7 +41,7 @@ struct Write {
   const void *key, *value;  // [tokens, heads, head_dim] of cache.type, rows `*_stride` numbers apart
   int64_t key_stride, value_stride;
   const int64_t* slots;  // [tokens] page * page_size + slot; negative = not stored
-  float* slot_mass;      // [num_pages, heads, page_size], zeroed on fresh pages; may be null
+  float* observed;      // [num_pages, heads, page_size], zeroed on fresh pages; may be null
   int64_t tokens;
 };
 
@@ -51,7 +51,7 @@ struct Attend {
   const void* query;  // [tokens, query_heads, head_dim] of cache.type, tokens `query_stride` numbers apart
   void* output;       // same shape, tokens `output_stride` numbers apart
   float* lse;         // [tokens, query_heads]; may be null in attend
-  float* slot_mass;   // observe: [num_pages, heads, page_size]
+  float* observed;   // observe: [num_pages, heads, page_size]
   int64_t query_stride, output_stride, query_heads;
   int64_t rows, max_pages, moment_pages;
   const int64_t *first_token, *queries, *last;  // [rows]; the i-th query of a row sees slots 0 .. last + i
@@ -90,7 +90,7 @@ struct Consolidate {
   const int64_t* moments;   // [rows, moment_pages]
   const float* count;       // [rows] before the event
   const float* score;       // [rows, heads, (store_pages + retiring_pages) * page_size]; null: policies/momentkv.py
-  float* slot_mass;         // [num_pages, heads, page_size], moved along with the tokens; may be null
+  float* observed;         // [num_pages, heads, page_size], moved along with the tokens; may be null
   int64_t sink_tokens;
 };
 

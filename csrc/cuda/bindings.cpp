@@ -163,7 +163,7 @@ void attend_op(const Tensor& keys, const Tensor& values, const Tensor& query, co
 
 void consolidate_op(const Tensor& keys, const Tensor& values, const Tensor& store_pages, const Tensor& retiring_pages,
                     const Tensor& moment_pages, const Tensor& count, const OptionalTensor& score,
-                    const OptionalTensor& slot_mass, int64_t sink_tokens, bool has_means, bool has_covariance,
+                    const OptionalTensor& observed, int64_t sink_tokens, bool has_means, bool has_covariance,
                     at::ScalarType moment_dtype, int64_t covariance_offset) {
   Consolidate c{};
   c.cache = cache_of(keys, values);
@@ -181,8 +181,8 @@ void consolidate_op(const Tensor& keys, const Tensor& values, const Tensor& stor
   const int64_t heads = c.cache.heads, d = c.cache.head_dim, page_size = c.cache.page_size;
   const int64_t candidates = (c.store_pages + c.retiring_pages) * page_size;
   c.score = data_of<float>(score, "score", {c.rows, heads, candidates});
-  c.slot_mass = data_of<float>(slot_mass, "slot_mass", {keys.size(0), heads, page_size});
-  TORCH_CHECK(score || (has_means && slot_mass), "the score by moments needs the means and the observed attention; give score");
+  c.observed = data_of<float>(observed, "observed", {keys.size(0), heads, page_size});
+  TORCH_CHECK(score || (has_means && observed), "the score by moments needs the means and the observed attention; give score");
   c.sink_tokens = int(sink_tokens);
   if (c.rows == 0 || c.retiring_pages == 0) return;
   const auto floats = keys.options().dtype(at::kFloat);
@@ -196,7 +196,7 @@ void consolidate_op(const Tensor& keys, const Tensor& values, const Tensor& stor
 }
 
 void write_op(const Tensor& keys, const Tensor& values, const Tensor& key, const Tensor& value, const Tensor& slots,
-              const OptionalTensor& slot_mass) {
+              const OptionalTensor& observed) {
   Write s{};
   s.cache = cache_of(keys, values);
   TORCH_CHECK(slots.dim() == 1 && slots.numel() <= key.size(0) && key.sizes() == value.sizes() &&
@@ -209,17 +209,17 @@ void write_op(const Tensor& keys, const Tensor& values, const Tensor& key, const
   s.value_stride = token_stride(value, keys, "value");
   s.key = static_cast<const char*>(key.data_ptr());
   s.value = static_cast<const char*>(value.data_ptr());
-  s.slot_mass = data_of<float>(slot_mass, "slot_mass", {keys.size(0), s.cache.heads, s.cache.page_size});
+  s.observed = data_of<float>(observed, "observed", {keys.size(0), s.cache.heads, s.cache.page_size});
   if (s.tokens > 0) run(write, s, keys);
 }
 
-void observe_op(const Tensor& keys, const Tensor& values, const Tensor& slot_mass, const Tensor& query, const Tensor& lse,
+void observe_op(const Tensor& keys, const Tensor& values, const Tensor& observed, const Tensor& query, const Tensor& lse,
                 const Tensor& first_token, const Tensor& queries, const Tensor& pages, const Tensor& last,
                 const Tensor& observe_from, const Tensor& restart, double scale) {
   Observe o{};
   o.work = queries_of(keys, values, query, first_token, queries, pages, last, query.size(0), scale);
   o.lse = data_of<float>(lse, "lse", {query.size(0), o.work.query_heads});
-  o.slot_mass = data_of<float>(slot_mass, "slot_mass", {keys.size(0), o.work.cache.heads, o.work.cache.page_size});
+  o.observed = data_of<float>(observed, "observed", {keys.size(0), o.work.cache.heads, o.work.cache.page_size});
   o.observe_from = data_of<int64_t>(observe_from, "observe_from", {o.work.rows});
   o.restart = data_of<bool>(restart, "restart", {o.work.rows});
   if (o.work.rows > 0 && o.work.max_pages > 0) run(observe, o, keys);
@@ -237,14 +237,14 @@ MOMENTKV_DEFINE(MOMENTKV_LIBRARY) {
       "Tensor queries, Tensor pages, Tensor last, Tensor moment_pages, Tensor count, int max_queries, "
       "float scale, bool corrected, bool has_covariance, ScalarType moment_dtype, int covariance_offset) -> ()");
   m.def(
-      "observe(Tensor keys, Tensor values, Tensor(a!) slot_mass, Tensor query, Tensor lse, Tensor first_token, "
+      "observe(Tensor keys, Tensor values, Tensor(a!) observed, Tensor query, Tensor lse, Tensor first_token, "
       "Tensor queries, Tensor pages, Tensor last, Tensor observe_from, Tensor restart, float scale) -> ()");
   m.def(
       "consolidate(Tensor(a!) keys, Tensor(b!) values, Tensor store_pages, Tensor retiring_pages, Tensor moment_pages, "
-      "Tensor count, Tensor? score, Tensor(c!)? slot_mass, int sink_tokens, bool has_means, "
+      "Tensor count, Tensor? score, Tensor(c!)? observed, int sink_tokens, bool has_means, "
       "bool has_covariance, ScalarType moment_dtype, int covariance_offset) -> ()");
   m.def(
-      "write(Tensor(a!) keys, Tensor(b!) values, Tensor key, Tensor value, Tensor slots, Tensor(c!)? slot_mass) -> ()");
+      "write(Tensor(a!) keys, Tensor(b!) values, Tensor key, Tensor value, Tensor slots, Tensor(c!)? observed) -> ()");
 }
 
 MOMENTKV_IMPLEMENT(MOMENTKV_LIBRARY, MOMENTKV_DEVICE) {

@@ -59,7 +59,7 @@ struct Attend {
 struct Observe {
   Queries work;
   const float* lse;             // [tokens, query_heads] as attend wrote it
-  float* slot_mass;             // [num_pages, heads, page_size]
+  float* observed;             // [num_pages, heads, page_size]
   const int64_t* observe_from;  // [rows] first counted query of the row
   const bool* restart;          // [rows] forget earlier mass
 };
@@ -69,7 +69,7 @@ struct Write {
   const char *key, *value;  // [tokens, heads, head_dim], tokens `*_stride` numbers apart
   int64_t key_stride, value_stride;
   const int64_t* slots;  // [tokens] page * page_size + slot; negative = not stored
-  float* slot_mass;      // [num_pages, heads, page_size], zeroed on fresh pages; may be null
+  float* observed;      // [num_pages, heads, page_size], zeroed on fresh pages; may be null
   int tokens;
 };
 
@@ -82,7 +82,7 @@ struct Consolidate {
   const int64_t* moments;   // [rows, moment_pages]
   const float* count;       // [rows] before the event
   const float* score;       // [rows, heads, (store_pages + retiring_pages) * page_size]; null: policies/momentkv.py
-  float* slot_mass;         // [num_pages, heads, page_size], moved along with the tokens; may be null if score is given
+  float* observed;         // [num_pages, heads, page_size], moved along with the tokens; may be null if score is given
   float* own_score;         // workspace, like score, two of them; unused if score is given
   int* losers;              // workspace [rows, heads, retiring_pages * page_size]
   float* folded;            // workspace [rows, heads, 2 * head_dim + kFoldedSpread + head_dim * head_dim]: the losers' mean

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kObserveThreads, 8) observe_page(const Observe
   if (queries == 0 || first >= w.last[row] + queries) return;
   const int64_t page = w.pages[int64_t(row) * w.max_pages + number];
   const int lane = threadIdx.x % kLanes, groups = w.query_heads / w.cache.heads;
-  float* mass = o.slot_mass + (page * w.cache.heads + head) * page_size;
+  float* mass = o.observed + (page * w.cache.heads + head) * page_size;
   for (int slot = threadIdx.x / kLanes; slot < page_size; slot += kObserveWarps) {
     float total = o.restart[row] ? 0 : mass[slot], key[D / kLanes];
     load_vector(key_of<T>(w.cache, page, head, slot) + lane * (D / kLanes), key);

@@ -40,7 +40,7 @@ __device__ inline void fill_holes(const Event& e, const int* losers) {
     const T *key = e.key<T>(from), *value = e.value<T>(from);
     T *new_key = e.key<T>(to), *new_value = e.value<T>(to);
     for (int dim = lane; dim < D; dim += kLanes) new_key[dim] = key[dim], new_value[dim] = value[dim];
-    if (e.c.slot_mass != nullptr && lane == 0) *e.mass(to) = *e.mass(from);
+    if (e.c.observed != nullptr && lane == 0) *e.mass(to) = *e.mass(from);
   }
 }
 

@@ -32,7 +32,7 @@ struct Event {
   template <class T>
   __device__ T* value(int candidate) const { return value_of<T>(c.cache, page(candidate), head, candidate % c.cache.page_size); }
   __device__ float* mass(int candidate) const {
-    return c.slot_mass + (page(candidate) * c.cache.heads + head) * c.cache.page_size + candidate % c.cache.page_size;
+    return c.observed + (page(candidate) * c.cache.heads + head) * c.cache.page_size + candidate % c.cache.page_size;
   }
   __device__ RecordView record() const { return {c.cache, c.record, c.moments + int64_t(row) * c.moment_pages, head}; }
   __device__ size_t number() const { return size_t(row) * c.cache.heads + head; }

@@ -30,9 +30,9 @@ __global__ void __launch_bounds__(kWriteThreads) zero_fresh_pages(const Write s)
     key_chunks(c, page, head, i / chunks)[i % chunks] = Chunk{};
     value_chunks(c, page, head, i / chunks)[i % chunks] = Chunk{};
   }
-  if (s.slot_mass == nullptr) return;
+  if (s.observed == nullptr) return;
   for (int i = threadIdx.x; i < c.page_size; i += kWriteThreads)
-    s.slot_mass[(int64_t(page) * c.heads + head) * c.page_size + i] = 0;
+    s.observed[(int64_t(page) * c.heads + head) * c.page_size + i] = 0;
 }
 
 // Block: a token.

@@ -43,9 +43,9 @@ def isa() -> str:
 
 
 def write(
-    cache: CacheView, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, slot_mass: torch.Tensor | None
+    cache: CacheView, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, observed: torch.Tensor | None
 ) -> None:
-    torch.ops.momentkv_cpu.write(cache.kv, key, value, slots, mass_to_clear(cache, slot_mass, slots))
+    torch.ops.momentkv_cpu.write(cache.kv, key, value, slots, mass_to_clear(cache, observed, slots))
 
 
 def attend(
@@ -83,13 +83,13 @@ def attend(
 
 
 def observe(
-    cache: CacheView, slot_mass: torch.Tensor, query: torch.Tensor, lse: torch.Tensor, work: AttendWork, scale: float
+    cache: CacheView, observed: torch.Tensor, query: torch.Tensor, lse: torch.Tensor, work: AttendWork, scale: float
 ) -> None:
-    if slot_mass.dim() == 4:
-        return reference.observe(cache, slot_mass, query, lse, work, scale)
+    if observed.dim() == 4:
+        return reference.observe(cache, observed, query, lse, work, scale)
     torch.ops.momentkv_cpu.observe(
         cache.kv,
-        slot_mass,
+        observed,
         query,
         lse,
         work.first_token,
@@ -105,7 +105,7 @@ def observe(
 
 def consolidate(
     cache: CacheView,
-    slot_mass: torch.Tensor | None,
+    observed: torch.Tensor | None,
     work: RetireWork,
     policy: Policy,
     sink_tokens: int,
@@ -117,8 +117,8 @@ def consolidate(
         work.retiring_pages,
         work.moment_pages,
         work.count,
-        given_score(cache, slot_mass, work, policy, scale),
-        None if policy.observes_logits else slot_mass,
+        given_score(cache, observed, work, policy, scale),
+        None if policy.observes_logits else observed,
         sink_tokens,
         cache.record.has_means,
         *cache.covariance,

@@ -48,9 +48,9 @@ def objections() -> list[str]:
 
 
 def write(
-    cache: CacheView, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, slot_mass: torch.Tensor | None
+    cache: CacheView, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, observed: torch.Tensor | None
 ) -> None:
-    _ops.write(cache.keys, cache.values, key, value, slots, mass_to_clear(cache, slot_mass, slots))
+    _ops.write(cache.keys, cache.values, key, value, slots, mass_to_clear(cache, observed, slots))
 
 
 def attend(
@@ -83,18 +83,18 @@ def attend(
 
 def observe(
     cache: CacheView,
-    slot_mass: torch.Tensor,
+    observed: torch.Tensor,
     query: torch.Tensor,
     lse: torch.Tensor,
     work: AttendWork,
     scale: float,
 ) -> None:
-    if slot_mass.dim() == 4:
-        return reference.observe(cache, slot_mass, query, lse, work, scale)
+    if observed.dim() == 4:
+        return reference.observe(cache, observed, query, lse, work, scale)
     _ops.observe(
         cache.keys,
         cache.values,
-        slot_mass,
+        observed,
         query,
         lse,
         work.first_token,
@@ -109,7 +109,7 @@ def observe(
 
 def consolidate(
     cache: CacheView,
-    slot_mass: torch.Tensor | None,
+    observed: torch.Tensor | None,
     work: RetireWork,
     policy: Policy,
     sink_tokens: int,
@@ -122,8 +122,8 @@ def consolidate(
         work.retiring_pages,
         work.moment_pages,
         work.count,
-        given_score(cache, slot_mass, work, policy, scale),
-        None if policy.observes_logits else slot_mass,
+        given_score(cache, observed, work, policy, scale),
+        None if policy.observes_logits else observed,
         sink_tokens,
         cache.record.has_means,
         *cache.covariance,

@@ -21,7 +21,7 @@ def objections() -> list[str]:
 
 
 def write(
-    cache: CacheView, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, slot_mass: torch.Tensor | None
+    cache: CacheView, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, observed: torch.Tensor | None
 ) -> None:
     """Write new tokens; a page is zeroed when its first slot is written.
 
@@ -31,12 +31,12 @@ def write(
     Args:
         key, value: [tokens, num_kv_heads, head_dim] of the cache's dtype.
         slots: [tokens] int64, page * page_size + slot; negative = padding, not stored.
-        slot_mass: as in `observe`, zeroed on fresh pages; None unless the policy needs it.
+        observed: as in `observe`, zeroed on fresh pages; None unless the policy needs it.
     """
     fresh = fresh_pages(slots, cache.page_size)
     cache.kv[fresh] = 0
-    if slot_mass is not None:
-        slot_mass[fresh] = 0
+    if observed is not None:
+        observed[fresh] = 0
     real = slots >= 0
     pages, offsets = slots[real] // cache.page_size, slots[real] % cache.page_size
     cache.keys[pages, :, offsets] = key[: len(slots)][real]
@@ -87,40 +87,40 @@ def attend(
 
 
 def observe(
-    cache: CacheView, slot_mass: torch.Tensor, query: torch.Tensor, lse: torch.Tensor, work: AttendWork, scale: float
+    cache: CacheView, observed: torch.Tensor, query: torch.Tensor, lse: torch.Tensor, work: AttendWork, scale: float
 ) -> None:
-    """Add what the observed queries give to every retained token to `slot_mass`, in place: attention mass, or logits.
+    """Add what the observed queries give to every retained token to `observed`, in place: attention mass, or logits.
 
     Args:
-        slot_mass: [num_pages, num_kv_heads, page_size] float32 attention mass; with a last dimension of 3: count, sum and sum
+        observed: [num_pages, num_kv_heads, page_size] float32 attention mass; with a last dimension of 3: count, sum and sum
             of squares of the logits.
         query, lse: as given to and written by `attend`.
         work: `work.observe_from` [rows] says which queries count, `work.restart` which rows begin at zero.
     """
-    slot_mass[work.pages[work.restart]] = 0.0
+    observed[work.pages[work.restart]] = 0.0
     keys, _ = cache.read_tokens(work.pages)
     rows, heads, num_slots, _ = keys.shape
     groups = query.shape[1] // heads
     tokens, last, real = _padded(work)
-    observed = real & (torch.arange(tokens.shape[1], device=query.device) >= work.observe_from.unsqueeze(-1))
+    wanted = real & (torch.arange(tokens.shape[1], device=query.device) >= work.observe_from.unsqueeze(-1))
     slots = torch.arange(num_slots, device=query.device)
-    counted = (slots <= last.unsqueeze(-1)) & observed.unsqueeze(-1)
+    counted = (slots <= last.unsqueeze(-1)) & wanted.unsqueeze(-1)
     grouped = _group(query[tokens].float(), heads)
     logits = (grouped @ keys.transpose(-1, -2)) * scale
-    if slot_mass.dim() == 4:
+    if observed.dim() == 4:
         seen = [torch.ones_like(logits), logits, logits.square()]
     else:
         seen = [(logits - _group(lse[tokens].unsqueeze(-1), heads)).exp()]
     counted = counted.repeat(1, groups, 1).unsqueeze(1)
     mass = torch.stack([torch.where(counted, x, 0.0).sum(2) for x in seen], -1)
-    paged = mass.unflatten(2, (-1, cache.page_size)).transpose(1, 2).reshape(*work.pages.shape, *slot_mass.shape[1:])
+    paged = mass.unflatten(2, (-1, cache.page_size)).transpose(1, 2).reshape(*work.pages.shape, *observed.shape[1:])
     # Accumulate: padding repeats the null page, so a plain assignment would lose sums.
-    slot_mass.index_put_((work.pages,), paged, accumulate=True)
+    observed.index_put_((work.pages,), paged, accumulate=True)
 
 
 def consolidate(
     cache: CacheView,
-    slot_mass: torch.Tensor | None,
+    observed: torch.Tensor | None,
     work: RetireWork,
     policy: Policy,
     sink_tokens: int,
@@ -132,10 +132,10 @@ def consolidate(
     the earlier candidate stays (store slots come before retiring tokens); a NaN score goes first.
 
     Args:
-        slot_mass: as filled by `observe`, moved along with the tokens; None unless the policy needs it.
+        observed: as filled by `observe`, moved along with the tokens; None unless the policy needs it.
         work: store, retiring and moment pages, and the count before this event.
     """
-    tokens = candidates(cache, slot_mass, work, scale)
+    tokens = candidates(cache, observed, work, scale)
     keys, values, before, store_tokens = tokens.keys, tokens.values, tokens.moments, tokens.store_tokens
     score = policy.score(tokens)
     score[..., :sink_tokens] = torch.inf
@@ -150,12 +150,12 @@ def consolidate(
     source = _fill_holes(kept, store_tokens).unsqueeze(-1)
     pick = source.expand(-1, -1, -1, keys.shape[-1])
     cache.write_tokens(work.store_pages, keys.gather(2, pick), values.gather(2, pick))
-    if slot_mass is not None and not policy.observes_logits:
+    if observed is not None and not policy.observes_logits:
         moved = tokens.attention.gather(2, source.squeeze(-1))
-        slot_mass[work.store_pages] = moved.unflatten(2, (-1, cache.page_size)).permute(0, 2, 1, 3)
+        observed[work.store_pages] = moved.unflatten(2, (-1, cache.page_size)).permute(0, 2, 1, 3)
 
 
-def candidates(cache: CacheView, slot_mass: torch.Tensor | None, work: RetireWork, scale: float) -> Candidates:
+def candidates(cache: CacheView, observed: torch.Tensor | None, work: RetireWork, scale: float) -> Candidates:
     """What a policy scores at the events of `work`."""
     pages = torch.cat([work.store_pages, work.retiring_pages], 1)
     valid = (pages >= 0).repeat_interleave(cache.page_size, 1)
@@ -163,7 +163,7 @@ def candidates(cache: CacheView, slot_mass: torch.Tensor | None, work: RetireWor
     # Padding reads the null page, which may hold anything: 0 * NaN would be NaN.
     keys, values = (torch.where(valid[:, None, :, None], x, 0.0) for x in cache.read_tokens(pages))
     moments = cache.read_moments(work.moment_pages, work.count)
-    attention = None if slot_mass is None else _slots_of(slot_mass, pages)
+    attention = None if observed is None else _slots_of(observed, pages)
     store_tokens = work.store_pages.shape[1] * cache.page_size
     return Candidates(keys, values, valid, store_tokens, moments, attention, scale)
 
@@ -203,6 +203,6 @@ def _padded(work: AttendWork) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     return work.first_token.unsqueeze(-1) + offset, work.last.unsqueeze(-1) + offset, real
 
 
-def _slots_of(slot_mass: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+def _slots_of(observed: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
     """[rows, heads, slots] (or with the last dimension of 3) of the given pages."""
-    return slot_mass[pages].transpose(1, 2).flatten(2, 3)
+    return observed[pages].transpose(1, 2).flatten(2, 3)

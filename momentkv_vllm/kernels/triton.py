@@ -42,9 +42,9 @@ def objections() -> list[str]:
 
 
 def write(
-    cache: CacheView, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, slot_mass: torch.Tensor | None
+    cache: CacheView, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, observed: torch.Tensor | None
 ) -> None:
-    _write.write(cache, key, value, slots, mass_to_clear(cache, slot_mass, slots))
+    _write.write(cache, key, value, slots, mass_to_clear(cache, observed, slots))
 
 
 def attend(
@@ -65,21 +65,21 @@ def attend(
 
 
 def observe(
-    cache: CacheView, slot_mass: torch.Tensor, query: torch.Tensor, lse: torch.Tensor, work: AttendWork, scale: float
+    cache: CacheView, observed: torch.Tensor, query: torch.Tensor, lse: torch.Tensor, work: AttendWork, scale: float
 ) -> None:
-    if slot_mass.dim() == 4:
-        return reference.observe(cache, slot_mass, query, lse, work, scale)
-    _observe.observe(cache, slot_mass, query, lse, work, scale)
+    if observed.dim() == 4:
+        return reference.observe(cache, observed, query, lse, work, scale)
+    _observe.observe(cache, observed, query, lse, work, scale)
 
 
 def consolidate(
     cache: CacheView,
-    slot_mass: torch.Tensor | None,
+    observed: torch.Tensor | None,
     work: RetireWork,
     policy: Policy,
     sink_tokens: int,
     scale: float,
 ) -> None:
-    score = given_score(cache, slot_mass, work, policy, scale)
-    moves_mass = slot_mass is not None and not policy.observes_logits
-    _consolidate.consolidate(cache, slot_mass, score, work, sink_tokens, ATTENTION_WEIGHT, moves_mass)
+    score = given_score(cache, observed, work, policy, scale)
+    moves_mass = observed is not None and not policy.observes_logits
+    _consolidate.consolidate(cache, observed, score, work, sink_tokens, ATTENTION_WEIGHT, moves_mass)
