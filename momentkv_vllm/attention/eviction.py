@@ -160,7 +160,7 @@ class EvictingImpl:
         self.record = record_layout(config, self.head_size)
         shape = CacheShape(head_size, vllm_config.cache_config.block_size, vllm_config.model_config.dtype)
         self.kernels = dispatch.select(config.kernels, self.device_type, shape)
-        self.slot_mass: torch.Tensor | None = None
+        self.observed: torch.Tensor | None = None
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
         if self.config is None:
@@ -222,7 +222,7 @@ class EvictingImpl:
             # A captured memset would run at every replay; observation begins by clearing what it will read.
             capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
             shape = [*cache.keys.shape[:3], *[3] * self.policy.observes_logits]
-            mass = self.slot_mass = (torch.empty if capturing else torch.zeros)(shape, device=query.device)
+            mass = self.observed = (torch.empty if capturing else torch.zeros)(shape, device=query.device)
         self.kernels.observe(cache, mass, query, lse, work, self.scale)
 
     def _mass_of(self, cache: CacheView) -> torch.Tensor | None:
@@ -231,10 +231,10 @@ class EvictingImpl:
         vLLM's KV cache may be another one than before: CUDA graphs are first captured on a small one to measure them, then
         thrown away (vllm/v1/worker/gpu_model_runner.py, profile_cudagraph_memory). While a cache stays, so does the address.
         """
-        mass = self.slot_mass
+        mass = self.observed
         if mass is not None and (mass.shape[:3] != cache.keys.shape[:3] or mass.device != cache.keys.device):
-            self.slot_mass = None
-        return self.slot_mass
+            self.observed = None
+        return self.observed
 
 
 def _zero_fresh_pages(kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
