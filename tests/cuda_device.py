@@ -34,7 +34,7 @@ class OnDevice:
         if isinstance(x, CacheView):
             d = x.keys.shape[-1]
             kv = self._copy(x.kv)
-            return CacheView(kv[..., :d], kv[..., d:], kv, x.raw.to(self.device), x.record)
+            return CacheView(kv[..., :d], kv[..., d:], kv, x.raw.to(self.device), x.record_layout)
         if is_dataclass(x):
             return replace(x, **{f.name: self._there(getattr(x, f.name)) for f in fields(x)})
         return x

@@ -59,7 +59,7 @@ def serving_batch(dtype, head_dim, moment_dtype, correction, groups, page_size=1
     cache = poisoned_cache(
         1 + len(last) * (num_pages + num_moments), page_size, head_dim, dtype, moment_dtype=moment_dtype
     )
-    cache.record = record
+    cache.record_layout = record
     order = torch.randperm(len(cache.kv) - 1, generator=generator) + 1
     pages, moment_pages = order.view(len(last), -1).split([num_pages, num_moments], 1)
     pages = pages.clone()

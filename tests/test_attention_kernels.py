@@ -187,7 +187,7 @@ def test_heads_may_lie_further_apart_than_32_bits_reach(family):
     pool = torch.empty(2 * far + 4 * 16 * 2 * d, dtype=torch.bfloat16)
     kv = pool.as_strided((4, 3, 16, 2 * d), (16 * 2 * d, far, 2 * d, 1))
     near = CacheView.of_vllm_gpu(torch.zeros(kv.shape, dtype=kv.dtype), RecordLayout(d, has_covariance=False))
-    cache = CacheView.of_vllm_gpu(kv, near.record)
+    cache = CacheView.of_vllm_gpu(kv, near.record_layout)
     key, value, slots = *torch.randn(2, 20, 3, d).to(kv.dtype), torch.arange(16, 36)
     for kernel, view in ((reference, near), (kernels, cache)):
         kernel.write(view, key, value, slots, None)

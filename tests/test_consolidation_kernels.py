@@ -114,7 +114,7 @@ def test_consolidation_agrees_with_the_reference(kernels, policy, dtype, head_di
     pages = (torch.randperm(rows * (store_pages + retire), generator=generator) + 1).view(rows, -1)
     store, retiring = pages[:, :store_pages].contiguous(), pages[:, store_pages:].contiguous()
     cache = poisoned_cache(rows * (store_pages + retire) + 1, page_size, head_dim, dtype)
-    cache.record = record
+    cache.record_layout = record
     cache.kv[1:] = torch.randn(cache.kv[1:].shape, generator=generator).to(dtype)
     mass = observed(policy, cache.keys.shape[:3], generator)
     counts = torch.tensor([0.0, 0.0, 200.0])

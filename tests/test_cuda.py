@@ -28,7 +28,7 @@ def nhd(cache: CacheView) -> CacheView:
     """A copy whose slots lie head beside head. The reference cannot write records there (`raw` is a copy)."""
     kv = cache.kv.transpose(1, 2).contiguous().transpose(1, 2)
     d = kv.shape[-1] // 2
-    return CacheView(kv[..., :d], kv[..., d:], kv, cache.raw, cache.record)
+    return CacheView(kv[..., :d], kv[..., d:], kv, cache.raw, cache.record_layout)
 
 
 @pytest.fixture(scope="session")
@@ -187,7 +187,7 @@ def test_consolidation_repeats_to_the_bit_in_both_layouts(kernels, has_covarianc
         torch.tensor([[4, 7, 5], [11, 12, 10]]),
         torch.zeros(2),
     )
-    twins = [(gpu_view(cache.kv.clone(), cache.record), mass.clone()), (nhd(cache), mass.clone())]
+    twins = [(gpu_view(cache.kv.clone(), cache.record_layout), mass.clone()), (nhd(cache), mass.clone())]
     for twin, twin_mass in twins:
         kernels.consolidate(twin, twin_mass, work, POLICIES["momentkv"](), 4, 0.1)
         last_thread_first()
@@ -212,7 +212,7 @@ def test_equal_and_undefined_scores(kernels):
         moments.Moments(work.count, zeros, zeros, zeros[..., 0], torch.zeros(1, shared.HEADS, 64, 64)),
     )
     mass = torch.zeros(cache.keys.shape[:3])
-    twin = gpu_view(cache.kv.clone(), cache.record)
+    twin = gpu_view(cache.kv.clone(), cache.record_layout)
     reference.consolidate(twin, mass.clone(), work, POLICIES["momentkv"](), 4, 0.1)
     kernels.consolidate(cache, mass, work, POLICIES["momentkv"](), 4, 0.1)
     for got, want in zip(cache.read_tokens(work.store_pages), twin.read_tokens(work.store_pages), strict=True):
@@ -232,9 +232,9 @@ def test_operators_check_what_they_are_given(emulated):
         (dict(output=output[:, :4]), r"output has shape \[.*, 4, 64\]"),
         (dict(query=query.float()), r"query is Float .* BFloat16 on cpu"),
         (dict(query=query[..., ::2].repeat(1, 1, 2).transpose(0, 1)), "query has shape .* strides"),
-        (dict(cache=gpu_view(cache.kv.float(), cache.record)), "keys is Float; the CUDA kernels know bfloat16 and float16"),
-        (dict(cache=gpu_view(cache.kv[..., :64].contiguous(), cache.record)), "head dimension 32 is none of 64, 128, 256"),
-        (dict(cache=gpu_view(cache.kv[:, :, :8].contiguous(), cache.record)), "page size 8 is not a multiple of 16"),
+        (dict(cache=gpu_view(cache.kv.float(), cache.record_layout)), "keys is Float; the CUDA kernels know bfloat16 and float16"),
+        (dict(cache=gpu_view(cache.kv[..., :64].contiguous(), cache.record_layout)), "head dimension 32 is none of 64, 128, 256"),
+        (dict(cache=gpu_view(cache.kv[:, :, :8].contiguous(), cache.record_layout)), "page size 8 is not a multiple of 16"),
     ]  # fmt: skip
     for change, message in cases:
         given = dict(cache=cache, query=query, output=output, lse=None, work=work, scale=0.1, corrected=True) | change

@@ -35,7 +35,7 @@ def stock_attention(self, layer, query, key, value, kv_cache, metadata, output, 
     last = metadata.seq_lens.long() - queries
     none = torch.zeros(len(last), 0, dtype=torch.long)
     work = AttendWork(starts[:-1], queries, metadata.block_table.long(), last, none, torch.zeros(len(last)))
-    reference.attend(CacheView.of_vllm_gpu(kv_cache, self.record), query, output, None, work, self.scale, False)
+    reference.attend(CacheView.of_vllm_gpu(kv_cache, self.record_layout), query, output, None, work, self.scale, False)
     return output
 
 

@@ -13,7 +13,7 @@ def tokens_of(cache) -> tuple:
 
 def record_of(cache) -> tuple:
     """(record as float32, as the covariance's type, their strides by page and by head), from page 0, head 0."""
-    record = cache.record
+    record = cache.record_layout
     floats = cache.raw.view(torch.float32)
     covariance = cache.raw.view(getattr(torch, record.moment_dtype)) if record.has_covariance else floats
     return floats, covariance, *floats.stride()[:2], *covariance.stride()[:2]
@@ -21,7 +21,7 @@ def record_of(cache) -> tuple:
 
 def record_sizes(cache) -> dict[str, Any]:
     """The record's compile-time sizes, see common.record_partial."""
-    record = cache.record
+    record = cache.record_layout
     item = getattr(torch, record.moment_dtype).itemsize
     return {
         "HAS_COVARIANCE": record.has_covariance,

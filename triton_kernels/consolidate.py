@@ -226,6 +226,6 @@ def consolidate(
         work.store_pages.stride(0), work.retiring_pages.stride(0), work.moment_pages.stride(0),
         store_tokens, num_retiring, sink_tokens, attention_weight,
         BLOCK_C=triton.next_power_of_2(most), BLOCK_K=triton.next_power_of_2(num_retiring), BLOCK_L=BLOCK_L,
-        IS_TERMS=score is None, HAS_MASS=moves_mass, HAS_MEANS=cache.record.has_means, **shape, **record_sizes(cache),
+        IS_TERMS=score is None, HAS_MASS=moves_mass, HAS_MEANS=cache.record_layout.has_means, **shape, **record_sizes(cache),
         num_warps=8,
     )  # fmt: skip

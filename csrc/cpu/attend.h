@@ -170,7 +170,7 @@ inline void attend_record(const Attend& a, const RecordView& record, float count
   const int64_t d = a.cache.head_dim;
   const float *mean_key = record.mean_key(), *mean_value = record.mean_value();
   const float limit = sqrtf(*record.value_spread() > 0 ? *record.value_spread() : 0);
-  if (a.record.has_covariance)
+  if (a.record_layout.has_covariance)
     add_covariance<Rows, C>(record, d, query, step);
   else
     std::fill_n(step, Rows * d, 0.0f);
@@ -249,8 +249,8 @@ void attend_rows(const Attend& a, const AttendItem& item, int first_row, float* 
     attend_tile<Rows>(a, tile, packed, visible, logits, left == nullptr ? nullptr : left + first, run);
   }
   if (item.with_record) {
-    const RecordView record{a.cache, a.record, a.record_pages + item.row * a.moment_pages, item.head};
-    with_covariance_type(a.record.covariance_type, [&](auto c) {
+    const RecordView record{a.cache, a.record_layout, a.record_pages + item.row * a.moment_pages, item.head};
+    with_covariance_type(a.record_layout.covariance_type, [&](auto c) {
       attend_record<Rows, decltype(c)>(a, record, a.count[item.row], packed, logits, run);
     });
   }

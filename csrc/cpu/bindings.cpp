@@ -47,7 +47,7 @@ Cache cache_of(const Tensor& kv) {
 }
 
 // The layout is that of momentkv_vllm/page_layout.py.
-Record record_of(const Cache& cache, int64_t moment_pages, bool means, bool covariance, at::ScalarType moment_dtype,
+RecordLayout record_of(const Cache& cache, int64_t moment_pages, bool means, bool covariance, at::ScalarType moment_dtype,
                  int64_t covariance_offset) {
   TORCH_CHECK(moment_dtype == at::kChar || moment_dtype == at::kBFloat16 || moment_dtype == at::kFloat, "moment_dtype is ",
               moment_dtype, "; the CPU kernels know int8, bfloat16 and float32");
@@ -188,7 +188,7 @@ void attend(const Tensor& kv, const Tensor& query, const Tensor& output, const O
             at::ScalarType moment_dtype, int64_t covariance_offset) {
   Attend a = attend_of(kv, query, first_token, queries, pages, last, scale);
   a.moment_pages = record_pages.size(1);
-  a.record = record_of(a.cache, a.moment_pages, corrected, has_covariance, moment_dtype, covariance_offset);
+  a.record_layout = record_of(a.cache, a.moment_pages, corrected, has_covariance, moment_dtype, covariance_offset);
   a.record_pages = data_of<int64_t>(record_pages, "moment_pages", {a.rows, a.moment_pages});
   a.count = data_of<float>(count, "count", {a.rows});
   a.corrected = corrected;
@@ -228,7 +228,7 @@ void consolidate(const Tensor& kv, const Tensor& store_pages, const Tensor& reti
   c.store_pages = store_pages.size(1);
   c.retiring_pages = retiring_pages.size(1);
   c.moment_pages = moment_pages.size(1);
-  c.record = record_of(c.cache, c.moment_pages, has_means, has_covariance, moment_dtype, covariance_offset);
+  c.record_layout = record_of(c.cache, c.moment_pages, has_means, has_covariance, moment_dtype, covariance_offset);
   c.store = data_of<int64_t>(store_pages, "store_pages", {c.rows, c.store_pages});
   c.retiring = data_of<int64_t>(retiring_pages, "retiring_pages", {c.rows, c.retiring_pages});
   c.moments = data_of<int64_t>(moment_pages, "moment_pages", {c.rows, c.moment_pages});

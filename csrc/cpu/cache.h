@@ -16,7 +16,7 @@ inline T* values_of(const Cache& c, int64_t page, int64_t head) {
 // One head's moment record, spread over the head's parts of its pages. No field straddles a page (page_layout.py).
 struct RecordView {
   const Cache& cache;
-  const Record& layout;
+  const RecordLayout& layout;
   const int64_t* pages;
   int64_t head;
 

@@ -21,7 +21,7 @@ struct Event {
     return number < c.store_pages ? c.store[row * c.store_pages + number]
                                   : c.retiring[row * c.retiring_pages + number - c.store_pages];
   }
-  RecordView record() const { return {c.cache, c.record, c.moments + row * c.moment_pages, head}; }
+  RecordView record() const { return {c.cache, c.record_layout, c.moments + row * c.moment_pages, head}; }
   float count() const { return c.count[row]; }
 
   template <class T>
@@ -213,7 +213,7 @@ void fold(const Event& e, const int32_t* losers, Folded& f, float* room) {
   }
   for (int64_t i = 0; i < d; ++i) f.mean_key[i] /= float(n), f.mean_value[i] /= float(n);
 
-  if (e.c.record.has_covariance) std::fill_n(f.covariance, d * d, 0.0f);
+  if (e.c.record_layout.has_covariance) std::fill_n(f.covariance, d * d, 0.0f);
   Vec spread = {};
   for (int64_t first = 0; first < n; first += kFoldTokens) {
     const Batch b = batch(first);
@@ -221,7 +221,7 @@ void fold(const Event& e, const int32_t* losers, Folded& f, float* room) {
     subtract_from_rows(b.keys, b.tokens, d, f.mean_key);
     subtract_from_rows(b.values, b.tokens, d, f.mean_value);
     for (int64_t i = 0; i < b.tokens * d; i += kLanes) spread += load(b.values + i) * load(b.values + i);
-    if (e.c.record.has_covariance) add_products(b, d, f.covariance);
+    if (e.c.record_layout.has_covariance) add_products(b, d, f.covariance);
   }
   f.value_spread = sum(spread) / float(n);
 }
@@ -261,7 +261,7 @@ void merge_into_record(const Event& e, const Folded& f) {
     mean_value[i] = empty ? f.mean_value[i] : mean_value[i] + share * delta_value[i];
   }
   *spread = empty ? f.value_spread : *spread + share * (f.value_spread - *spread) + between * square;
-  if (!e.c.record.has_covariance) return;
+  if (!e.c.record_layout.has_covariance) return;
   for (int64_t i = 0; i < d; ++i) {
     C* row = record.covariance_row<C>(i);
     const float scale = std::is_same_v<C, Int8> ? record.scales()[i] : 1.0f;
@@ -312,9 +312,9 @@ void consolidate(const Consolidate& c, int64_t item, float* scratch) {
     if (c.score == nullptr) score_by_moments<T>(e, f.mean_key, scratch, own_score);
     choose_losers(e, c.score == nullptr ? own_score : c.score + item * candidates, ranks, losers);
     // The record may lie in retiring pages: their tokens are read before it is written.
-    if (c.record.has_means) fold<T>(e, losers, f, f.covariance + d * d);
+    if (c.record_layout.has_means) fold<T>(e, losers, f, f.covariance + d * d);
     fill_holes<T>(e, losers);
   });
-  if (c.record.has_means)
-    with_covariance_type(c.record.covariance_type, [&](auto t) { merge_into_record<decltype(t)>(e, f); });
+  if (c.record_layout.has_means)
+    with_covariance_type(c.record_layout.covariance_type, [&](auto t) { merge_into_record<decltype(t)>(e, f); });
 }

@@ -30,7 +30,7 @@ struct Cache {
 };
 
 // Where a moment record's parts lie, in bytes from its start; see momentkv_vllm/page_layout.py.
-struct Record {
+struct RecordLayout {
   bool has_means, has_covariance;
   Type covariance_type;  // bfloat16, float32, or int8 with a scale per row
   int64_t covariance_offset;
@@ -47,7 +47,7 @@ struct Write {
 
 struct Attend {
   Cache cache;
-  Record record;
+  RecordLayout record_layout;
   const void* query;  // [tokens, query_heads, head_dim] of cache.type, tokens `query_stride` numbers apart
   void* output;       // same shape, tokens `output_stride` numbers apart
   float* lse;         // [tokens, query_heads]; may be null in attend
@@ -83,7 +83,7 @@ struct MergeItem {
 
 struct Consolidate {
   Cache cache;
-  Record record;
+  RecordLayout record_layout;
   int64_t rows, store_pages, retiring_pages, moment_pages;
   const int64_t* store;     // [rows, store_pages]
   const int64_t* retiring;  // [rows, retiring_pages], -1 pads at the end

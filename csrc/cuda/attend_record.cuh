@@ -32,10 +32,10 @@ template <class T, int D>
 __device__ inline void attend_record(const Attend& a, const Unit& u, const AttendShared<T, D>& s) {
   constexpr int kTiles = D / 8 / kWarps;
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, g = lane / 4, t = lane % 4;
-  const RecordView record{a.work.cache, a.record, a.moment_pages + int64_t(u.row) * a.num_moment_pages, u.head};
+  const RecordView record{a.work.cache, a.record_layout, a.moment_pages + int64_t(u.row) * a.num_moment_pages, u.head};
   float* squares = s.top(warp);  // [kTileRows] of this warp's columns
   float step[kTiles][4] = {};
-  if (a.record.has_covariance) switch (a.record.covariance_type) {
+  if (a.record_layout.has_covariance) switch (a.record_layout.covariance_type) {
       case Type::kInt8: times_covariance<T, D, Int8>(record, s.queries, step); break;
       case Type::kBFloat16: times_covariance<T, D, BFloat16>(record, s.queries, step); break;
       default: times_covariance<T, D, float>(record, s.queries, step);

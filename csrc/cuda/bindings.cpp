@@ -83,7 +83,7 @@ Cache cache_of(const Tensor& keys, const Tensor& values) {
 }
 
 // The layout is that of momentkv_vllm/page_layout.py.
-Record record_of(const Cache& cache, const Tensor& moment_pages, bool means, bool covariance, at::ScalarType moment_dtype,
+RecordLayout record_of(const Cache& cache, const Tensor& moment_pages, bool means, bool covariance, at::ScalarType moment_dtype,
                  int64_t covariance_offset) {
   TORCH_CHECK(moment_pages.dim() == 2, "moment_pages has shape ", moment_pages.sizes(), "; it must be [rows, pages]");
   TORCH_CHECK(moment_dtype == at::kChar || moment_dtype == at::kBFloat16 || moment_dtype == at::kFloat, "moment_dtype is ",
@@ -138,7 +138,7 @@ void attend_op(const Tensor& keys, const Tensor& values, const Tensor& query, co
                bool has_covariance, at::ScalarType moment_dtype, int64_t covariance_offset) {
   Attend a{};
   a.work = queries_of(keys, values, query, first_token, queries, pages, last, max_queries, scale);
-  a.record = record_of(a.work.cache, moment_pages, corrected, has_covariance, moment_dtype, covariance_offset);
+  a.record_layout = record_of(a.work.cache, moment_pages, corrected, has_covariance, moment_dtype, covariance_offset);
   a.num_moment_pages = int(moment_pages.size(1));
   a.moment_pages = data_of<int64_t>(moment_pages, "moment_pages", {a.work.rows, a.num_moment_pages});
   a.count = data_of<float>(count, "count", {a.work.rows});
@@ -167,7 +167,7 @@ void consolidate_op(const Tensor& keys, const Tensor& values, const Tensor& stor
                     at::ScalarType moment_dtype, int64_t covariance_offset) {
   Consolidate c{};
   c.cache = cache_of(keys, values);
-  c.record = record_of(c.cache, moment_pages, has_means, has_covariance, moment_dtype, covariance_offset);
+  c.record_layout = record_of(c.cache, moment_pages, has_means, has_covariance, moment_dtype, covariance_offset);
   TORCH_CHECK(store_pages.dim() == 2 && retiring_pages.dim() == 2, "store_pages ", store_pages.sizes(), " and retiring_pages ",
               retiring_pages.sizes(), " must be [rows, pages]");
   c.rows = int(store_pages.size(0));

@@ -18,7 +18,7 @@ __device__ inline T* value_of(const Cache& c, int64_t page, int head, int slot) 
 // One head's moment record. Numbers of 4 bytes, and vectors of 16 bytes that start at a multiple of 16, lie in one piece.
 struct RecordView {
   const Cache& cache;
-  const Record& layout;
+  const RecordLayout& layout;
   const int64_t* pages;
   int head;
 

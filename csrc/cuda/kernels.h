@@ -23,7 +23,7 @@ struct Cache {
 
 // A head's record in its moment pages, see momentkv_vllm/page_layout.py: its bytes run through the pages slot by slot, key
 // numbers before value numbers.
-struct Record {
+struct RecordLayout {
   bool has_means, has_covariance;
   Type covariance_type;  // bfloat16, float32, or int8 with a scale per row
   int covariance_offset;
@@ -42,7 +42,7 @@ struct Queries {
 
 struct Attend {
   Queries work;
-  Record record;
+  RecordLayout record_layout;
   char* output;  // [tokens, query_heads, head_dim], tokens `output_stride` numbers apart
   int64_t output_stride;
   float* lse;                   // [tokens, query_heads] with the moments; may be null
@@ -75,7 +75,7 @@ struct Write {
 
 struct Consolidate {
   Cache cache;
-  Record record;
+  RecordLayout record_layout;
   int rows, store_pages, retiring_pages, moment_pages, sink_tokens;
   const int64_t* store;     // [rows, store_pages]
   const int64_t* retiring;  // [rows, retiring_pages], -1 pads at the end; a row of padding is skipped

@@ -34,7 +34,7 @@ struct Event {
   __device__ float* mass(int candidate) const {
     return c.observed + (page(candidate) * c.cache.heads + head) * c.cache.page_size + candidate % c.cache.page_size;
   }
-  __device__ RecordView record() const { return {c.cache, c.record, c.moments + int64_t(row) * c.moment_pages, head}; }
+  __device__ RecordView record() const { return {c.cache, c.record_layout, c.moments + int64_t(row) * c.moment_pages, head}; }
   __device__ size_t number() const { return size_t(row) * c.cache.heads + head; }
   __device__ int* loser_list() const { return c.losers + number() * c.retiring_pages * c.cache.page_size; }
   __device__ size_t scores_at() const { return number() * (c.store_pages + c.retiring_pages) * c.cache.page_size; }

@@ -120,6 +120,6 @@ def consolidate(
         given_score(cache, observed, work, policy, scale),
         None if policy.observes_logits else observed,
         sink_tokens,
-        cache.record.has_means,
+        cache.record_layout.has_means,
         *cache.covariance,
     )

@@ -143,9 +143,9 @@ def consolidate(
     # Padding comes last in the candidates: the stable sort puts it behind a real token whose score is -inf too.
     rank = score.masked_fill(~tokens.valid.unsqueeze(1), -torch.inf).argsort(dim=-1, descending=True, stable=True)
     kept = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, rank[..., :store_tokens], True)
-    if cache.record.has_means:
+    if cache.record_layout.has_means:
         lost = (tokens.valid.unsqueeze(1) & ~kept).to(keys.dtype)
-        gone = mo.of_tokens(keys, values, lost, cache.record.has_covariance)
+        gone = mo.of_tokens(keys, values, lost, cache.record_layout.has_covariance)
         cache.write_moments(work.moment_pages, mo.merge(before, gone))
     source = _fill_holes(kept, store_tokens).unsqueeze(-1)
     pick = source.expand(-1, -1, -1, keys.shape[-1])

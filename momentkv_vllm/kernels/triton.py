@@ -57,7 +57,7 @@ def attend(
     corrected: bool,
 ) -> None:
     most = work.query_bound()
-    corrected = corrected and cache.record.has_means
+    corrected = corrected and cache.record_layout.has_means
     if not work.only_chunks:
         _decode.attend_decode(cache, query, output, lse, work, scale, corrected)
     if most > 1:
