@@ -157,7 +157,7 @@ class EvictingImpl:
         if self.config is None:
             return
         self.policy = POLICIES[config.policy]()
-        self.record = record_layout(config, self.head_size)
+        self.record_layout = record_layout(config, self.head_size)
         shape = CacheShape(head_size, vllm_config.cache_config.block_size, vllm_config.model_config.dtype)
         self.kernels = dispatch.select(config.kernels, self.device_type, shape)
         self.observed: torch.Tensor | None = None
@@ -167,7 +167,7 @@ class EvictingImpl:
             if self.shares_pool:
                 _zero_fresh_pages(kv_cache, slot_mapping)
             return super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        cache = self.view(kv_cache, self.record)
+        cache = self.view(kv_cache, self.record_layout)
         self.kernels.write(cache, key, value, slot_mapping, self._mass_of(cache))
 
     def fused_output_quant_supported(self, quant_key) -> bool:
@@ -189,7 +189,7 @@ class EvictingImpl:
             output[part.tokens] = super().forward(
                 layer, rows, key, value, kv_cache, part.metadata, torch.empty_like(rows)
             )
-        cache, monitor = self.view(kv_cache, self.record), getattr(attn_metadata, "monitor", None)
+        cache, monitor = self.view(kv_cache, self.record_layout), getattr(attn_metadata, "monitor", None)
         for work in plan.rounds:
             sampling = monitor if monitor and monitor.due(work) else None
             for attend in work.attends:

@@ -55,7 +55,7 @@ class Monitor:
             corrected: `output` and `lse` contain the moments.
         """
         rows = (work.count > 0).nonzero().flatten()[:SAMPLE_ROWS]
-        if work.observe_only or not len(rows) or not cache.record.has_means:
+        if work.observe_only or not len(rows) or not cache.record_layout.has_means:
             return
         token = (work.first_token + work.queries - 1)[rows]
         mass, change = measure(cache, query[token], output[token], lse[token], work, rows, scale, corrected)
