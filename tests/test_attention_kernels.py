@@ -92,7 +92,7 @@ def test_attend_and_observe_agree_with_the_reference(kernels, batch, corrected):
 def test_a_row_does_not_depend_on_its_batch(kernels):
     cache, work, query = serving_batch(torch.bfloat16, 64, "bfloat16", "first", 4)
     together, _ = run_attend(kernels, cache, query, work, 0.125, True)
-    for row in range(len(work.last)):
+    for row in range(len(work.last_slot)):
         alone = AttendWork(*(getattr(work, f)[row : row + 1] for f in list(AttendWork.__dataclass_fields__)[:6]))
         output, _ = run_attend(kernels, cache, query, alone, 0.125, True)
         tokens = slice(int(alone.first_token), int(alone.first_token) + int(alone.queries))

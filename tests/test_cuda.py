@@ -108,8 +108,8 @@ def test_attend_and_observe_agree_with_the_reference(kernels, batch, last_thread
 def test_a_row_does_not_depend_on_its_batch(kernels):
     cache, work, query = shared.serving_batch(torch.bfloat16, 64, "bfloat16", "first", 4)
     together, _ = shared.run_attend(kernels, cache, query, work, 0.125, True)
-    for row in range(len(work.last)):
-        alone = shared.attend_work(work.pages[row : row + 1], [int(work.last[row])], [int(work.queries[row])])
+    for row in range(len(work.last_slot)):
+        alone = shared.attend_work(work.pages[row : row + 1], [int(work.last_slot[row])], [int(work.queries[row])])
         alone.moment_pages, alone.count = work.moment_pages[row : row + 1], work.count[row : row + 1]
         tokens = slice(int(work.first_token[row]), int(work.first_token[row] + work.queries[row]))
         output, _ = shared.run_attend(kernels, cache, query[tokens], alone, 0.125, True)
@@ -119,13 +119,13 @@ def test_a_row_does_not_depend_on_its_batch(kernels):
 def test_the_first_order_step_is_limited_to_the_spread(kernels):
     """Values that follow their keys and far queries: without the limit the correction would leave the evicted values."""
     cache, work, query = shared.serving_batch(torch.bfloat16, 64, "float32", "first", 4)
-    gone = torch.randn(len(work.last), shared.HEADS, 64, 64, generator=torch.Generator().manual_seed(5))
+    gone = torch.randn(len(work.last_slot), shared.HEADS, 64, 64, generator=torch.Generator().manual_seed(5))
     weight = torch.ones(gone.shape[:3])
     cache.write_moments(work.moment_pages, moments.of_tokens(gone, 3 * gone, weight, True))
     query = 8 * query
     unlimited = cache.read_moments(work.moment_pages, work.count)
     unlimited.value_spread *= 1e6
-    grouped = query[: len(work.last), None, :1].float().expand(-1, shared.HEADS, -1, -1)
+    grouped = query[: len(work.last_slot), None, :1].float().expand(-1, shared.HEADS, -1, -1)
     far, _ = moments.partial(unlimited, grouped, 0.125)
     near, _ = moments.partial(cache.read_moments(work.moment_pages, work.count), grouped, 0.125)
     assert (far - near).abs().max() > 1, "the limit acts here"
@@ -247,7 +247,7 @@ def test_operators_check_what_they_are_given(emulated):
     with pytest.raises(RuntimeError, match="expected scalar type Float but found Double"):
         emulated.attend(cache, query, output, None, work, 0.1, False)
     retire = RetireWork(
-        work.pages[:, :1].contiguous(), work.pages[:, 1:2].contiguous(), moment_pages, work.last.float()
+        work.pages[:, :1].contiguous(), work.pages[:, 1:2].contiguous(), moment_pages, work.last_slot.float()
     )
     with pytest.raises(RuntimeError, match="needs the means and the observed attention"):
         emulated.consolidate(cache, None, retire, POLICIES["momentkv"](), 0, 0.1)

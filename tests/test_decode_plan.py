@@ -49,7 +49,7 @@ def check_row(host, attend, retire, row, token, end, table):
     want = host._attend([segment], table.numpy())
     pages = want.pages.shape[1]
     assert attend.pages[row, :pages].tolist() == want.pages[0].tolist() and not attend.pages[row, pages:].any()
-    for name in ("first_token", "queries", "last", "count"):
+    for name in ("first_token", "queries", "last_slot", "count"):
         assert getattr(attend, name)[row] == getattr(want, name)[0], (name, row, end)
     if want.count[0] > 0:
         assert attend.moment_pages[row].tolist() == want.moment_pages[0].tolist()

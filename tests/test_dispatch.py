@@ -40,7 +40,7 @@ def test_operators_check_what_they_are_given():
         cpu.attend(cache, query, output, None, narrow, 0.1, True)
     with pytest.raises(RuntimeError, match="logits are left for one query a row"):
         cpu.attend(cache, query, output, None, replace(work, most_queries=1), 0.1, True)
-    work.last[3] = 10_000
+    work.last_slot[3] = 10_000
     with pytest.raises(RuntimeError, match="row 3 sees more slots"):
         cpu.attend(cache, query, output, None, work, 0.1, True)
 

@@ -12,7 +12,7 @@ BLOCK_M, BLOCK_N = 32, 64
 
 @triton.jit
 def _observe(
-    query, lse, mass, first_token, queries, pages, last, observe_from, restart,
+    query, lse, mass, first_token, queries, pages, last_slot, observe_from, restart,
     keys, k_page, k_head, k_slot, k_dim, q_token, q_head, lse_token, m_page, m_head, row_pages, scale, num_slots,
     GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -30,7 +30,7 @@ def _observe(
     page = tl.load(pages + row * row_pages + slots // PAGE, mask=slots < num_slots, other=0).to(tl.int64)
     mine = page > 0  # page 0 is padding
     slot = slots % PAGE
-    first_last = tl.load(last + row).to(tl.int32)
+    first_last = tl.load(last_slot + row).to(tl.int32)
     written = mine & (slots < first_last + num_queries)
     k = tl.load(
         keys + head * k_head + (page * k_page + slot * k_slot)[None, :] + (d * k_dim)[:, None],
@@ -55,10 +55,10 @@ def _observe(
 
 def observe(cache, observed, query, lse, work, scale: float) -> None:
     """As kernels/reference.py, for attention mass [num_pages, num_kv_heads, page_size]."""
-    rows, num_heads, heads = len(work.last), query.shape[1], cache.keys.shape[1]
+    rows, num_heads, heads = len(work.last_slot), query.shape[1], cache.keys.shape[1]
     groups, num_slots = num_heads // heads, work.pages.shape[1] * cache.page_size
     _observe[(rows, heads, triton.cdiv(num_slots, BLOCK_N))](
-        query, lse, observed, work.first_token, work.queries, work.pages, work.last, work.observe_from,
+        query, lse, observed, work.first_token, work.queries, work.pages, work.last_slot, work.observe_from,
         work.restart.view(torch.uint8), cache.keys, *cache.keys.stride(), *query.stride()[:2], lse.stride(0),
         *observed.stride()[:2], work.pages.stride(0), scale, num_slots,
         GROUPS=groups, BLOCK_M=max(BLOCK_M, triton.next_power_of_2(groups)), BLOCK_N=BLOCK_N, **sizes(cache), num_warps=4,

@@ -61,7 +61,7 @@ class Case:
             first_token=every * s.queries,
             queries=torch.full_like(every, s.queries),
             pages=self.pages,
-            last=ends - s.queries,
+            last_slot=ends - s.queries,
             moment_pages=self.moment_pages,
             count=count,
             observe_from=every * 0,

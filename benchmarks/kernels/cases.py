@@ -49,7 +49,7 @@ class Case:
             first_token=torch.arange(s.rows) * s.queries,
             queries=torch.full((s.rows,), s.queries),
             pages=self.pages,
-            last=torch.full((s.rows,), s.slots - s.queries),
+            last_slot=torch.full((s.rows,), s.slots - s.queries),
             moment_pages=self.moment_pages,
             count=torch.full((s.rows,), 10_000.0),
         )
@@ -113,7 +113,7 @@ class Case:
 
     def observe_work(self) -> AttendWork:
         """A step of which the policy wants to know the attention of every row."""
-        every = torch.zeros_like(self.work.last)
+        every = torch.zeros_like(self.work.last_slot)
         return replace(self.work, observe_from=every, restart=every.bool())
 
     def attend_and_observe(self, work: AttendWork, family=cpu) -> None:

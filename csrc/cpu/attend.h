@@ -236,7 +236,7 @@ void attend_rows(const Attend& a, const AttendItem& item, int first_row, float* 
   for (int64_t i = 0; i < Rows * d; ++i) run.out[i] = 0;
 
   int64_t sees[Rows];  // slots that a row sees
-  for (int r = 0; r < Rows; ++r) sees[r] = a.last[item.row] + item.first_query + (first_row + r) / groups + 1;
+  for (int r = 0; r < Rows; ++r) sees[r] = a.last_slot[item.row] + item.first_query + (first_row + r) / groups + 1;
   const int64_t* pages = a.pages + item.row * a.max_pages;
   const int64_t row_slots = a.max_pages * a.cache.page_size, item_end = item.end_page * a.cache.page_size;
   const int64_t end = sees[Rows - 1] < item_end ? sees[Rows - 1] : item_end;
@@ -309,7 +309,7 @@ void observe_rows(const Attend& a, const AttendItem& item, int first_row, float*
   for (int r = 0; r < Rows; ++r) {
     const int64_t query = (first_row + r) / groups, query_head = item.head * groups + (first_row + r) % groups;
     lse[r] = a.lse[(a.first_token[item.row] + query) * a.query_heads + query_head];
-    sees[r] = a.last[item.row] + query + 1;
+    sees[r] = a.last_slot[item.row] + query + 1;
   }
   for (int64_t first = 0; first < sees[Rows - 1]; first += kTileSlots) {
     const Tile<T> tile(a.cache, item.head, pages, first, sees[Rows - 1]);
@@ -340,7 +340,7 @@ void observe(const Attend& a, int64_t item_index, float* scratch) {
                         int32_t(a.queries[item_index / a.cache.heads])};
   const int64_t* pages = a.pages + item.row * a.max_pages;
   if (a.restart[item.row])
-    for (int64_t slot = 0; slot < a.last[item.row] + item.queries; slot += page_size)
+    for (int64_t slot = 0; slot < a.last_slot[item.row] + item.queries; slot += page_size)
       std::fill_n(a.observed + (pages[slot / page_size] * a.cache.heads + item.head) * page_size, page_size, 0.0f);
   int row = int(a.observe_from[item.row] * groups);
   const int rows = item.queries * int(groups);

@@ -54,7 +54,7 @@ struct Attend {
   float* observed;   // observe: [num_pages, heads, page_size]
   int64_t query_stride, output_stride, query_heads;
   int64_t rows, max_pages, moment_pages;
-  const int64_t *first_token, *queries, *last;  // [rows]; the i-th query of a row sees slots 0 .. last + i
+  const int64_t *first_token, *queries, *last_slot;  // [rows]; the i-th query of a row sees slots 0 .. last_slot + i
   const int64_t* pages;                         // [rows, max_pages]
   const int64_t* record_pages;                  // [rows, moment_pages]
   const float* count;                           // [rows]

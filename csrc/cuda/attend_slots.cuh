@@ -62,7 +62,7 @@ struct TileReader {
   __device__ TileReader(const Queries& q, const Unit& u, const AttendShared<T, D>& s)
       : work(q), unit(u), shared(s), warp(threadIdx.x / kLanes) {
     count = (u.tiles - warp + kWarps - 1) / kWarps;
-    end = int(u.last) + 1 + u.query_of(u.query_rows - 1);
+    end = int(u.last_slot) + 1 + u.query_of(u.query_rows - 1);
   }
   __device__ int first_slot(int i) const { return (unit.first_tile + warp + i * kWarps) * kTileSlots; }
 
@@ -200,7 +200,7 @@ __device__ inline void attend_slots(const Attend& a, const Unit& u, const Attend
   Running<D> run;
   // Rows beyond the tile's are zeros and see what the last one sees.
   int sees[2];
-  for (int r = 0; r < 2; ++r) sees[r] = int(u.last) + 1 + u.query_of(g + 8 * r < u.query_rows ? g + 8 * r : u.query_rows - 1);
+  for (int r = 0; r < 2; ++r) sees[r] = int(u.last_slot) + 1 + u.query_of(g + 8 * r < u.query_rows ? g + 8 * r : u.query_rows - 1);
   for (int i = 0; i < kStages - 1; ++i) reader.fetch(i);
   for (int i = 0; i < reader.count; ++i) {
     wait_copies<kStages - 2>();

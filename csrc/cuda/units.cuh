@@ -14,7 +14,7 @@ struct Unit {
   int query_rows;         // of this tile
   int groups;             // query heads of a KV head
   int first_tile, tiles;  // tiles of kTileSlots slots that this split reads
-  int64_t last;           // last slot that the row's first query sees
+  int64_t last_slot;           // last slot that the row's first query sees
 
   __device__ Unit(const Attend& a, int number, int head_, int row_) : row(row_), head(head_) {
     const int beyond = number - (a.max_splits + 1);
@@ -27,8 +27,8 @@ struct Unit {
     query_rows = rows_left < kTileRows ? rows_left : kTileRows;
     exists = rows_left > 0;
     if (!exists) return;
-    last = a.work.last[row];
-    const int64_t sees = last + 1 + query_of(query_rows - 1);
+    last_slot = a.work.last_slot[row];
+    const int64_t sees = last_slot + 1 + query_of(query_rows - 1);
     const int all = int((sees + kTileSlots - 1) / kTileSlots);
     const int splits = splits_of(int(queries), tile, all);
     exists = is_record ? a.corrected && a.count[row] > 0 : split < splits;

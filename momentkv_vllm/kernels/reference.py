@@ -200,7 +200,7 @@ def _padded(work: AttendWork) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     offset = torch.arange(int(work.queries.max()), device=work.queries.device)
     real = offset < work.queries.unsqueeze(-1)
     offset = torch.where(real, offset, 0)
-    return work.first_token.unsqueeze(-1) + offset, work.last.unsqueeze(-1) + offset, real
+    return work.first_token.unsqueeze(-1) + offset, work.last_slot.unsqueeze(-1) + offset, real
 
 
 def _slots_of(observed: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ class AttendWork:
     first_token:  [rows] int64 index of a row's first query in the step's flat token list; its others follow.
     queries:      [rows] int64 number of queries, at least 1.
     pages:        [rows, n] int64, store pages then window pages in order; padded with the null page 0.
-    last:         [rows] int64, last slot of `pages` that the first query sees; every next query sees one more (causality
+    last_slot:    [rows] int64, last slot of `pages` that the first query sees; every next query sees one more (causality
                   of the shortened sequence).
     moment_pages: [rows, M] int64.
     count:        [rows] float32, n of the moments; 0 = no record.
@@ -40,7 +40,7 @@ class AttendWork:
     first_token: torch.Tensor
     queries: torch.Tensor
     pages: torch.Tensor
-    last: torch.Tensor
+    last_slot: torch.Tensor
     moment_pages: torch.Tensor
     count: torch.Tensor
     observe_from: torch.Tensor | None = None
