@@ -36,7 +36,7 @@ class DecodePlan:
             first_token=buffer(),
             queries=buffer(),
             pages=buffer(schedule.budget_pages),
-            last=buffer(),
+            last_slot=buffer(),
             moment_pages=buffer(schedule.moment_pages),
             count=buffer(dtype=torch.float32),
             observe_from=buffer(),

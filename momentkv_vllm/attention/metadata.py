@@ -175,7 +175,7 @@ class WorkBuilder:
             first_token=torch.from_numpy(_column(segments, "first_token")),
             queries=torch.from_numpy(queries),
             pages=torch.from_numpy(pages),
-            last=torch.from_numpy(start - skipped),
+            last_slot=torch.from_numpy(start - skipped),
             moment_pages=self._moment_pages(segments, table),
             count=self._count(segments),
             observe_from=observe_from,
