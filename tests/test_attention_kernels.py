@@ -95,7 +95,7 @@ def test_a_row_does_not_depend_on_its_batch(kernels):
     for row in range(len(work.last_slot)):
         alone = AttendWork(*(getattr(work, f)[row : row + 1] for f in list(AttendWork.__dataclass_fields__)[:6]))
         output, _ = run_attend(kernels, cache, query, alone, 0.125, True)
-        tokens = slice(int(alone.first_token), int(alone.first_token) + int(alone.queries))
+        tokens = slice(int(alone.first_token), int(alone.first_token) + int(alone.num_queries))
         if kernels is reference:  # torch's matrix products are not the same for every shape
             torch.testing.assert_close(output[tokens], together[tokens], rtol=2**-7, atol=1e-5)
         else:

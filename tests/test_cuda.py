@@ -109,9 +109,9 @@ def test_a_row_does_not_depend_on_its_batch(kernels):
     cache, work, query = shared.serving_batch(torch.bfloat16, 64, "bfloat16", "first", 4)
     together, _ = shared.run_attend(kernels, cache, query, work, 0.125, True)
     for row in range(len(work.last_slot)):
-        alone = shared.attend_work(work.pages[row : row + 1], [int(work.last_slot[row])], [int(work.queries[row])])
+        alone = shared.attend_work(work.pages[row : row + 1], [int(work.last_slot[row])], [int(work.num_queries[row])])
         alone.moment_pages, alone.count = work.moment_pages[row : row + 1], work.count[row : row + 1]
-        tokens = slice(int(work.first_token[row]), int(work.first_token[row] + work.queries[row]))
+        tokens = slice(int(work.first_token[row]), int(work.first_token[row] + work.num_queries[row]))
         output, _ = shared.run_attend(kernels, cache, query[tokens], alone, 0.125, True)
         assert torch.equal(output, together[tokens]), row
 
@@ -137,7 +137,7 @@ def test_the_first_order_step_is_limited_to_the_spread(kernels):
 def test_padding_rows_are_not_touched(kernels):
     """A captured launch covers the largest batch: rows without queries are skipped, whatever their pages say."""
     cache, work, query = shared.serving_batch(torch.bfloat16, 64, "bfloat16", "zeroth", 4)
-    work.queries[[1, *range(3, len(work.queries))]] = 0
+    work.num_queries[[1, *range(3, len(work.num_queries))]] = 0
     work.pages[3:] = 1 << 40
     output = torch.full_like(query, math.nan)
     kernels.attend(cache, query, output, None, work, 0.125, True)

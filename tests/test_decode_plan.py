@@ -37,7 +37,7 @@ def test_the_device_plans_what_the_host_plans(policy, budget, moment_pages, reti
         assert [x.data_ptr() for x in vars(attend).values() if isinstance(x, torch.Tensor)] == places[
             : 6 if attend.restart is None else 8
         ]
-        assert attend.queries.tolist() == [1, 1, 1, 0, 1, 1] and (retire_work.retiring_pages[3] == -1).all()
+        assert attend.num_queries.tolist() == [1, 1, 1, 0, 1, 1] and (retire_work.retiring_pages[3] == -1).all()
         events += int((retire_work.retiring_pages >= 0).any(1).sum())
         for row in (0, 1, 2, 4, 5):
             check_row(host, attend, retire_work, row, int(query_start[row]), lens[row], table)
@@ -49,7 +49,7 @@ def check_row(host, attend, retire, row, token, end, table):
     want = host._attend([segment], table.numpy())
     pages = want.pages.shape[1]
     assert attend.pages[row, :pages].tolist() == want.pages[0].tolist() and not attend.pages[row, pages:].any()
-    for name in ("first_token", "queries", "last_slot", "count"):
+    for name in ("first_token", "num_queries", "last_slot", "count"):
         assert getattr(attend, name)[row] == getattr(want, name)[0], (name, row, end)
     if want.count[0] > 0:
         assert attend.moment_pages[row].tolist() == want.moment_pages[0].tolist()

@@ -107,7 +107,7 @@ def test_chunks_and_decode_rows_launch_their_own_kernels_only(models, monkeypatc
     for work in side.builder.build(0, mixed_step()).eviction.rounds[0].attends:
         seen.clear()
         family.attend(cache, query, query, None, work, 1.0, True)
-        many = bool((work.queries > 1).all())
+        many = bool((work.num_queries > 1).all())
         assert seen == (["_chunk"] if many else ["_partials", "_reduce"])
         kinds.add(many)
         seen.clear()

@@ -13,7 +13,7 @@ measured yet (make bench-gpu)."""
 
 @triton.jit
 def _chunk(
-    query, output, lse_out, first_token, queries, pages, last_slot, moment_pages, count,
+    query, output, lse_out, first_token, num_queries, pages, last_slot, moment_pages, count,
     keys, values, k_page, k_head, k_slot, k_dim, v_page, v_head, v_slot, v_dim,
     floats, covariance, f_page, f_head, c_page, c_head,
     q_token, q_head, out_token, out_head, lse_token, row_pages, row_moments, scale,
@@ -24,12 +24,12 @@ def _chunk(
     """Program (tile of queries, KV head, row)."""
     TILE: tl.constexpr = BLOCK_M // GROUPS
     first, head, row = tl.program_id(0) * TILE, program_head(), tl.program_id(2)
-    num_queries = tl.load(queries + row).to(tl.int32)
-    if (num_queries <= 1) | (first >= num_queries):
+    queries = tl.load(num_queries + row).to(tl.int32)
+    if (queries <= 1) | (first >= queries):
         return
     m, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     at = first + m // GROUPS
-    real = (m < TILE * GROUPS) & (at < num_queries)
+    real = (m < TILE * GROUPS) & (at < queries)
     tile = real[:, None] & (d < HEAD_DIM)[None, :]
     token = tl.load(first_token + row).to(tl.int64) + at
     query_head = head * GROUPS + m % GROUPS
@@ -37,7 +37,7 @@ def _chunk(
     q = tl.load(q_at + d[None, :], mask=tile, other=0.0)
     first_last = tl.load(last_slot + row).to(tl.int32)
     limit = tl.where(real, first_last + at, -1)
-    end = first_last + tl.minimum(first + TILE, num_queries) - 1
+    end = first_last + tl.minimum(first + TILE, queries) - 1
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -68,14 +68,14 @@ def _chunk(
 
 
 def attend_chunk(cache, query, output, lse, work, scale: float, corrected: bool, most_queries: int) -> None:
-    """Rows of `work` with more than one query. Shapes as in kernels/reference.py; most_queries bounds work.queries."""
+    """Rows of `work` with more than one query. Shapes as in kernels/reference.py; most_queries bounds work.num_queries."""
     rows, num_heads, heads = len(work.last_slot), query.shape[1], cache.keys.shape[1]
     groups = num_heads // heads
     block_n = BLOCK_N if query.shape[2] <= 128 else BLOCK_N // 2
     block_m = max(BLOCK_M, triton.next_power_of_2(groups))
     grid = (triton.cdiv(most_queries, block_m // groups), heads, rows)
     _chunk[grid](
-        query, output, lse if lse is not None else output, work.first_token, work.queries, work.pages, work.last_slot,
+        query, output, lse if lse is not None else output, work.first_token, work.num_queries, work.pages, work.last_slot,
         work.moment_pages, work.count, *tokens_of(cache), *record_of(cache), *query.stride()[:2], *output.stride()[:2],
         0 if lse is None else lse.stride(0), work.pages.stride(0), work.moment_pages.stride(0), scale,
         GROUPS=groups, BLOCK_M=block_m, BLOCK_N=block_n, CORRECTED=corrected, HAS_LSE=lse is not None,

@@ -18,7 +18,7 @@ BLOCK_N = 64
 
 @triton.jit
 def _partials(
-    query, part_out, part_lse, first_token, queries, pages, last_slot, moment_pages, count,
+    query, part_out, part_lse, first_token, num_queries, pages, last_slot, moment_pages, count,
     keys, values, k_page, k_head, k_slot, k_dim, v_page, v_head, v_slot, v_dim,
     floats, covariance, f_page, f_head, c_page, c_head,
     q_token, q_head, o_row, o_head, o_split, l_row, l_head, l_split, row_pages, row_moments, scale, num_splits,
@@ -28,7 +28,7 @@ def _partials(
 ):  # fmt: skip
     """Program (row, KV head, split): the split's normalised output and logsumexp; -inf where it has nothing."""
     row, head, split = tl.program_id(0), program_head(), tl.program_id(2)
-    if tl.load(queries + row) != 1:
+    if tl.load(num_queries + row) != 1:
         return
     m, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     lse_at = part_lse + row * l_row + head * l_head + split * l_split + m
@@ -68,13 +68,13 @@ def _partials(
 
 @triton.jit
 def _reduce(
-    part_out, part_lse, output, lse_out, first_token, queries,
+    part_out, part_lse, output, lse_out, first_token, num_queries,
     o_row, o_head, o_split, l_row, l_head, l_split, out_token, out_head, lse_token, num_parts,
     GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
     """Program (row, query head): the softmax over the splits, the record among them."""
     row, query_head = tl.program_id(0), tl.program_id(1)
-    if tl.load(queries + row) != 1:
+    if tl.load(num_queries + row) != 1:
         return
     head, m = query_head // GROUPS, query_head % GROUPS
     part, d = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_D)
@@ -105,14 +105,14 @@ def attend_decode(cache, query, output, lse, work, scale: float, corrected: bool
     part_lse = torch.empty(rows, heads, parts, groups, dtype=torch.float32, device=query.device)
     shape = sizes(cache)
     _partials[(rows, heads, parts)](
-        query, part_out, part_lse, work.first_token, work.queries, work.pages, work.last_slot, work.moment_pages, work.count,
+        query, part_out, part_lse, work.first_token, work.num_queries, work.pages, work.last_slot, work.moment_pages, work.count,
         *tokens_of(cache), *record_of(cache), *query.stride()[:2], *part_out.stride()[:3], *part_lse.stride()[:3],
         work.pages.stride(0), work.moment_pages.stride(0), scale, num_splits,
         GROUPS=groups, BLOCK_M=max(16, triton.next_power_of_2(groups)), SPLIT=split, BLOCK_N=min(BLOCK_N, split),
         **shape, **record_sizes(cache), num_warps=4,
     )  # fmt: skip
     _reduce[(rows, num_heads)](
-        part_out, part_lse, output, lse if lse is not None else part_lse, work.first_token, work.queries,
+        part_out, part_lse, output, lse if lse is not None else part_lse, work.first_token, work.num_queries,
         *part_out.stride()[:3], *part_lse.stride()[:3], *output.stride()[:2], 0 if lse is None else lse.stride(0), parts,
         GROUPS=groups, HEAD_DIM=head_dim, BLOCK_D=shape["BLOCK_D"], BLOCK_P=triton.next_power_of_2(parts),
         HAS_LSE=lse is not None, num_warps=4,

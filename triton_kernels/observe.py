@@ -12,7 +12,7 @@ BLOCK_M, BLOCK_N = 32, 64
 
 @triton.jit
 def _observe(
-    query, lse, mass, first_token, queries, pages, last_slot, observe_from, restart,
+    query, lse, mass, first_token, num_queries, pages, last_slot, observe_from, restart,
     keys, k_page, k_head, k_slot, k_dim, q_token, q_head, lse_token, m_page, m_head, row_pages, scale, num_slots,
     GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -20,10 +20,10 @@ def _observe(
     """Program (row, KV head, tile of slots)."""
     TILE: tl.constexpr = BLOCK_M // GROUPS
     row, head = tl.program_id(0), program_head()
-    num_queries = tl.load(queries + row).to(tl.int32)
+    queries = tl.load(num_queries + row).to(tl.int32)
     first_wanted = tl.load(observe_from + row).to(tl.int32)
     keep = tl.load(restart + row) == 0
-    if (first_wanted >= num_queries) & keep:
+    if (first_wanted >= queries) & keep:
         return
     slots = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     m, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
@@ -31,7 +31,7 @@ def _observe(
     mine = page > 0  # page 0 is padding
     slot = slots % PAGE
     first_last = tl.load(last_slot + row).to(tl.int32)
-    written = mine & (slots < first_last + num_queries)
+    written = mine & (slots < first_last + queries)
     k = tl.load(
         keys + head * k_head + (page * k_page + slot * k_slot)[None, :] + (d * k_dim)[:, None],
         mask=written[None, :] & (d < HEAD_DIM)[:, None],
@@ -40,9 +40,9 @@ def _observe(
     mass_at = mass + page * m_page + head * m_head + slot
     total = tl.load(mass_at, mask=mine & (slots < tl.where(keep, num_slots, 0)), other=0.0)
     token0 = tl.load(first_token + row).to(tl.int64)
-    for first in range(first_wanted, num_queries, TILE):
+    for first in range(first_wanted, queries, TILE):
         at = first + m // GROUPS
-        real = (m < TILE * GROUPS) & (at < num_queries)
+        real = (m < TILE * GROUPS) & (at < queries)
         token = token0 + at
         query_head = head * GROUPS + m % GROUPS
         q_at = query + (token * q_token + query_head * q_head)[:, None] + d[None, :]
@@ -58,7 +58,7 @@ def observe(cache, observed, query, lse, work, scale: float) -> None:
     rows, num_heads, heads = len(work.last_slot), query.shape[1], cache.keys.shape[1]
     groups, num_slots = num_heads // heads, work.pages.shape[1] * cache.page_size
     _observe[(rows, heads, triton.cdiv(num_slots, BLOCK_N))](
-        query, lse, observed, work.first_token, work.queries, work.pages, work.last_slot, work.observe_from,
+        query, lse, observed, work.first_token, work.num_queries, work.pages, work.last_slot, work.observe_from,
         work.restart.view(torch.uint8), cache.keys, *cache.keys.stride(), *query.stride()[:2], lse.stride(0),
         *observed.stride()[:2], work.pages.stride(0), scale, num_slots,
         GROUPS=groups, BLOCK_M=max(BLOCK_M, triton.next_power_of_2(groups)), BLOCK_N=BLOCK_N, **sizes(cache), num_warps=4,

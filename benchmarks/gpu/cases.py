@@ -59,7 +59,7 @@ class Case:
         every = torch.arange(s.rows, device=device)
         self.work = AttendWork(
             first_token=every * s.queries,
-            queries=torch.full_like(every, s.queries),
+            num_queries=torch.full_like(every, s.queries),
             pages=self.pages,
             last_slot=ends - s.queries,
             moment_pages=self.moment_pages,

@@ -47,7 +47,7 @@ class Case:
         self.scale = s.head_dim**-0.5
         self.work = AttendWork(
             first_token=torch.arange(s.rows) * s.queries,
-            queries=torch.full((s.rows,), s.queries),
+            num_queries=torch.full((s.rows,), s.queries),
             pages=self.pages,
             last_slot=torch.full((s.rows,), s.slots - s.queries),
             moment_pages=self.moment_pages,

@@ -114,7 +114,7 @@ inline void soften(float* logits, int slots, int visible, float& top, float& mas
 
 // Where attend leaves the logits of an item's query heads for observe, [groups, max_pages * page_size]; null if it need not.
 inline float* logits_of(const Attend& a, const AttendItem& item) {
-  if (a.logits == nullptr || a.observe_from[item.row] >= a.queries[item.row]) return nullptr;
+  if (a.logits == nullptr || a.observe_from[item.row] >= a.num_queries[item.row]) return nullptr;
   const int64_t groups = a.query_heads / a.cache.heads;
   return a.logits + (item.row * a.query_heads + item.head * groups) * a.max_pages * a.cache.page_size;
 }
@@ -263,7 +263,7 @@ size_t attend_scratch(const Attend& a) {
 }
 
 void attend(const Attend& a, const AttendItem& item, float* scratch) {
-  const int rows = item.queries * int(a.query_heads / a.cache.heads);
+  const int rows = item.num_queries * int(a.query_heads / a.cache.heads);
   with_type(a.cache.type, [&](auto t) {
     using T = decltype(t);
     int row = 0;
@@ -337,13 +337,13 @@ size_t observe_scratch(const Attend& a) { return 8 * (a.cache.head_dim + kTileSl
 void observe(const Attend& a, int64_t item_index, float* scratch) {
   const int64_t page_size = a.cache.page_size, groups = a.query_heads / a.cache.heads;
   const AttendItem item{int32_t(item_index / a.cache.heads), int32_t(item_index % a.cache.heads), 0,
-                        int32_t(a.queries[item_index / a.cache.heads])};
+                        int32_t(a.num_queries[item_index / a.cache.heads])};
   const int64_t* pages = a.pages + item.row * a.max_pages;
   if (a.restart[item.row])
-    for (int64_t slot = 0; slot < a.last_slot[item.row] + item.queries; slot += page_size)
+    for (int64_t slot = 0; slot < a.last_slot[item.row] + item.num_queries; slot += page_size)
       std::fill_n(a.observed + (pages[slot / page_size] * a.cache.heads + item.head) * page_size, page_size, 0.0f);
   int row = int(a.observe_from[item.row] * groups);
-  const int rows = item.queries * int(groups);
+  const int rows = item.num_queries * int(groups);
   with_type(a.cache.type, [&](auto t) {
     using T = decltype(t);
     for (; row + 8 <= rows; row += 8) observe_rows<8, T>(a, item, row, scratch);

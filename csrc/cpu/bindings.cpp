@@ -99,7 +99,7 @@ void write(const Tensor& kv, const Tensor& key, const Tensor& value, const Tenso
 }
 
 // What attend and observe share.
-Attend attend_of(const Tensor& kv, const Tensor& query, const Tensor& first_token, const Tensor& queries, const Tensor& pages,
+Attend attend_of(const Tensor& kv, const Tensor& query, const Tensor& first_token, const Tensor& num_queries, const Tensor& pages,
                  const Tensor& last_slot, double scale) {
   Attend a{};
   a.cache = cache_of(kv);
@@ -107,13 +107,13 @@ Attend attend_of(const Tensor& kv, const Tensor& query, const Tensor& first_toke
   a.max_pages = pages.size(1);
   a.pages = data_of<int64_t>(pages, "pages", {a.rows, a.max_pages});
   a.first_token = data_of<int64_t>(first_token, "first_token", {a.rows});
-  a.queries = data_of<int64_t>(queries, "queries", {a.rows});
+  a.num_queries = data_of<int64_t>(num_queries, "num_queries", {a.rows});
   a.last_slot = data_of<int64_t>(last_slot, "last_slot", {a.rows});
   int64_t tokens = 0;
   for (int64_t row = 0; row < a.rows; ++row) {
-    tokens = std::max(tokens, a.first_token[row] + a.queries[row]);
-    TORCH_CHECK(a.queries[row] > 0 && a.last_slot[row] >= 0 && a.first_token[row] >= 0 &&
-                    a.last_slot[row] + a.queries[row] <= a.max_pages * a.cache.page_size,
+    tokens = std::max(tokens, a.first_token[row] + a.num_queries[row]);
+    TORCH_CHECK(a.num_queries[row] > 0 && a.last_slot[row] >= 0 && a.first_token[row] >= 0 &&
+                    a.last_slot[row] + a.num_queries[row] <= a.max_pages * a.cache.page_size,
                 "row ", row, " sees more slots than its pages hold");
   }
   a.query_stride = token_stride(query, kv, tokens, "query");
@@ -131,7 +131,7 @@ void set_logits(Attend& a, const OptionalTensor& observe_from, const OptionalTen
   if (a.logits == nullptr) return;
   TORCH_CHECK(a.observe_from != nullptr, "logits are left where observe_from says so");
   for (int64_t row = 0; row < a.rows; ++row)
-    TORCH_CHECK(a.queries[row] == 1, "logits are left for one query a row, row ", row, " has ", a.queries[row]);
+    TORCH_CHECK(a.num_queries[row] == 1, "logits are left for one query a row, row ", row, " has ", a.num_queries[row]);
 }
 
 // Cuts attend's work into items. How a row is cut depends on that row only, so its result does not depend on the batch.
@@ -146,16 +146,16 @@ struct Plan {
     merges.clear();
     size_t floats = 0;
     for (int64_t row = 0; row < a.rows; ++row)
-      if (a.queries[row] == 1) floats += splits(a, row) * a.query_heads * (a.cache.head_dim + 1);
+      if (a.num_queries[row] == 1) floats += splits(a, row) * a.query_heads * (a.cache.head_dim + 1);
     if (partials.size() < floats) partials.resize(floats);
     float* next = partials.data();
     for (int32_t row = 0; row < a.rows; ++row)
       for (int32_t head = 0; head < a.cache.heads; ++head)
-        a.queries[row] == 1 ? add_decode(a, row, head, next) : add_chunk(a, row, head);
+        a.num_queries[row] == 1 ? add_decode(a, row, head, next) : add_chunk(a, row, head);
   }
 
   static int64_t pages(const Attend& a, int64_t row) {
-    return (a.last_slot[row] + a.queries[row] + a.cache.page_size - 1) / a.cache.page_size;
+    return (a.last_slot[row] + a.num_queries[row] + a.cache.page_size - 1) / a.cache.page_size;
   }
   static int64_t splits(const Attend& a, int64_t row) {
     return std::max<int64_t>(1, pages(a, row) * a.cache.page_size / kSplitSlots);
@@ -175,7 +175,7 @@ struct Plan {
   }
 
   void add_chunk(const Attend& a, int32_t row, int32_t head) {
-    const int32_t queries = int32_t(a.queries[row]), num_pages = int32_t(pages(a, row));
+    const int32_t queries = int32_t(a.num_queries[row]), num_pages = int32_t(pages(a, row));
     const int32_t step = std::max<int32_t>(1, int32_t(kRowsPerItem / (a.query_heads / a.cache.heads)));
     for (int32_t first = 0; first < queries; first += step)
       items.push_back({row, head, first, std::min(step, queries - first), 0, num_pages, with_record(a, row), nullptr});
@@ -183,10 +183,10 @@ struct Plan {
 };
 
 void attend(const Tensor& kv, const Tensor& query, const Tensor& output, const OptionalTensor& lse, const Tensor& first_token,
-            const Tensor& queries, const Tensor& pages, const Tensor& last_slot, const Tensor& record_pages, const Tensor& count,
+            const Tensor& num_queries, const Tensor& pages, const Tensor& last_slot, const Tensor& record_pages, const Tensor& count,
             const OptionalTensor& observe_from, const OptionalTensor& logits, double scale, bool corrected, bool has_covariance,
             at::ScalarType moment_dtype, int64_t covariance_offset) {
-  Attend a = attend_of(kv, query, first_token, queries, pages, last_slot, scale);
+  Attend a = attend_of(kv, query, first_token, num_queries, pages, last_slot, scale);
   a.moment_pages = record_pages.size(1);
   a.record_layout = record_of(a.cache, a.moment_pages, corrected, has_covariance, moment_dtype, covariance_offset);
   a.record_pages = data_of<int64_t>(record_pages, "moment_pages", {a.rows, a.moment_pages});
@@ -208,9 +208,9 @@ void attend(const Tensor& kv, const Tensor& query, const Tensor& output, const O
 }
 
 void observe(const Tensor& kv, const Tensor& observed, const Tensor& query, const Tensor& lse, const Tensor& first_token,
-             const Tensor& queries, const Tensor& pages, const Tensor& last_slot, const Tensor& observe_from,
+             const Tensor& num_queries, const Tensor& pages, const Tensor& last_slot, const Tensor& observe_from,
              const Tensor& restart, const OptionalTensor& logits, double scale) {
-  Attend a = attend_of(kv, query, first_token, queries, pages, last_slot, scale);
+  Attend a = attend_of(kv, query, first_token, num_queries, pages, last_slot, scale);
   a.lse = data_of<float>(lse, "lse", {query.size(0), a.query_heads});
   a.observed = data_of<float>(observed, "observed", {kv.size(0), a.cache.heads, a.cache.page_size});
   set_logits(a, observe_from, logits);
@@ -250,13 +250,13 @@ std::string isa() { return kernels().name; }
 TORCH_LIBRARY(momentkv_cpu, m) {
   m.def("write(Tensor(a!) kv, Tensor key, Tensor value, Tensor slots, Tensor(b!)? observed) -> ()", &momentkv::write);
   m.def(
-      "attend(Tensor kv, Tensor query, Tensor(a!) output, Tensor(b!)? lse, Tensor first_token, Tensor queries, Tensor pages, "
+      "attend(Tensor kv, Tensor query, Tensor(a!) output, Tensor(b!)? lse, Tensor first_token, Tensor num_queries, Tensor pages, "
       "Tensor last_slot, Tensor moment_pages, Tensor count, Tensor? observe_from, Tensor(c!)? logits, float scale, bool corrected, "
       "bool has_covariance, "
       "ScalarType moment_dtype, int covariance_offset) -> ()",
       &momentkv::attend);
   m.def(
-      "observe(Tensor kv, Tensor(a!) observed, Tensor query, Tensor lse, Tensor first_token, Tensor queries, Tensor pages, "
+      "observe(Tensor kv, Tensor(a!) observed, Tensor query, Tensor lse, Tensor first_token, Tensor num_queries, Tensor pages, "
       "Tensor last_slot, Tensor observe_from, Tensor restart, Tensor(b!)? logits, float scale) -> ()",
       &momentkv::observe);
   m.def(

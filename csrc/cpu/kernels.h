@@ -54,7 +54,7 @@ struct Attend {
   float* observed;   // observe: [num_pages, heads, page_size]
   int64_t query_stride, output_stride, query_heads;
   int64_t rows, max_pages, moment_pages;
-  const int64_t *first_token, *queries, *last_slot;  // [rows]; the i-th query of a row sees slots 0 .. last_slot + i
+  const int64_t *first_token, *num_queries, *last_slot;  // [rows]; the i-th query of a row sees slots 0 .. last_slot + i
   const int64_t* pages;                         // [rows, max_pages]
   const int64_t* record_pages;                  // [rows, moment_pages]
   const float* count;                           // [rows]
@@ -69,7 +69,7 @@ struct Attend {
 // One item of `attend`: some queries of a row against a share of its slots.
 struct AttendItem {
   int32_t row, head;
-  int32_t first_query, queries;
+  int32_t first_query, num_queries;
   int32_t first_page = 0, end_page = 0;
   bool with_record = false;
   float* partial = nullptr;  // null: writes the output. Else [groups * (head_dim + 1)]: normalised outputs, then their logsumexp

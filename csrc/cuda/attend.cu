@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kAttendThreads) merge_units(const Attend a) {
   if (!unit.exists) return;
   const bool with_record = a.corrected && a.count[unit.row] > 0;
   const int sees = int(unit.last_slot) + 1 + unit.query_of(unit.query_rows - 1);
-  const int splits = Unit::splits_of(int(a.work.queries[unit.row]), tile, (sees + kTileSlots - 1) / kTileSlots);
+  const int splits = Unit::splits_of(int(a.work.num_queries[unit.row]), tile, (sees + kTileSlots - 1) / kTileSlots);
   for (int r = threadIdx.x / kLanes; r < unit.query_rows; r += kWarps) {
     auto partial = [&](int i) { return partial_row(a, unit.row, unit.head, i < splits ? first + i : record, r); };
     const int partials = splits + with_record;

@@ -110,7 +110,7 @@ int64_t token_stride(const Tensor& x, const Tensor& keys, const char* name) {
 
 // What attend and observe share.
 Queries queries_of(const Tensor& keys, const Tensor& values, const Tensor& query, const Tensor& first_token,
-                   const Tensor& queries, const Tensor& pages, const Tensor& last_slot, int64_t max_queries,
+                   const Tensor& num_queries, const Tensor& pages, const Tensor& last_slot, int64_t max_queries,
                    double scale) {
   Queries w{};
   w.cache = cache_of(keys, values);
@@ -119,7 +119,7 @@ Queries queries_of(const Tensor& keys, const Tensor& values, const Tensor& query
   w.max_pages = int(pages.size(1));
   w.pages = data_of<int64_t>(pages, "pages", {w.rows, w.max_pages});
   w.first_token = data_of<int64_t>(first_token, "first_token", {w.rows});
-  w.queries = data_of<int64_t>(queries, "queries", {w.rows});
+  w.num_queries = data_of<int64_t>(num_queries, "num_queries", {w.rows});
   w.last_slot = data_of<int64_t>(last_slot, "last_slot", {w.rows});
   w.query_stride = token_stride(query, keys, "query");
   w.query = static_cast<const char*>(query.data_ptr());
@@ -133,11 +133,11 @@ Queries queries_of(const Tensor& keys, const Tensor& values, const Tensor& query
 }
 
 void attend_op(const Tensor& keys, const Tensor& values, const Tensor& query, const Tensor& output, const OptionalTensor& lse,
-               const Tensor& first_token, const Tensor& queries, const Tensor& pages, const Tensor& last_slot,
+               const Tensor& first_token, const Tensor& num_queries, const Tensor& pages, const Tensor& last_slot,
                const Tensor& moment_pages, const Tensor& count, int64_t max_queries, double scale, bool corrected,
                bool has_covariance, at::ScalarType moment_dtype, int64_t covariance_offset) {
   Attend a{};
-  a.work = queries_of(keys, values, query, first_token, queries, pages, last_slot, max_queries, scale);
+  a.work = queries_of(keys, values, query, first_token, num_queries, pages, last_slot, max_queries, scale);
   a.record_layout = record_of(a.work.cache, moment_pages, corrected, has_covariance, moment_dtype, covariance_offset);
   a.num_moment_pages = int(moment_pages.size(1));
   a.moment_pages = data_of<int64_t>(moment_pages, "moment_pages", {a.work.rows, a.num_moment_pages});
@@ -214,10 +214,10 @@ void write_op(const Tensor& keys, const Tensor& values, const Tensor& key, const
 }
 
 void observe_op(const Tensor& keys, const Tensor& values, const Tensor& observed, const Tensor& query, const Tensor& lse,
-                const Tensor& first_token, const Tensor& queries, const Tensor& pages, const Tensor& last_slot,
+                const Tensor& first_token, const Tensor& num_queries, const Tensor& pages, const Tensor& last_slot,
                 const Tensor& observe_from, const Tensor& restart, double scale) {
   Observe o{};
-  o.work = queries_of(keys, values, query, first_token, queries, pages, last_slot, query.size(0), scale);
+  o.work = queries_of(keys, values, query, first_token, num_queries, pages, last_slot, query.size(0), scale);
   o.lse = data_of<float>(lse, "lse", {query.size(0), o.work.query_heads});
   o.observed = data_of<float>(observed, "observed", {keys.size(0), o.work.cache.heads, o.work.cache.page_size});
   o.observe_from = data_of<int64_t>(observe_from, "observe_from", {o.work.rows});
@@ -234,11 +234,11 @@ void observe_op(const Tensor& keys, const Tensor& values, const Tensor& observed
 MOMENTKV_DEFINE(MOMENTKV_LIBRARY) {
   m.def(
       "attend(Tensor keys, Tensor values, Tensor query, Tensor(a!) output, Tensor(b!)? lse, Tensor first_token, "
-      "Tensor queries, Tensor pages, Tensor last_slot, Tensor moment_pages, Tensor count, int max_queries, "
+      "Tensor num_queries, Tensor pages, Tensor last_slot, Tensor moment_pages, Tensor count, int max_queries, "
       "float scale, bool corrected, bool has_covariance, ScalarType moment_dtype, int covariance_offset) -> ()");
   m.def(
       "observe(Tensor keys, Tensor values, Tensor(a!) observed, Tensor query, Tensor lse, Tensor first_token, "
-      "Tensor queries, Tensor pages, Tensor last_slot, Tensor observe_from, Tensor restart, float scale) -> ()");
+      "Tensor num_queries, Tensor pages, Tensor last_slot, Tensor observe_from, Tensor restart, float scale) -> ()");
   m.def(
       "consolidate(Tensor(a!) keys, Tensor(b!) values, Tensor store_pages, Tensor retiring_pages, Tensor moment_pages, "
       "Tensor count, Tensor? score, Tensor(c!)? observed, int sink_tokens, bool has_means, "

@@ -35,7 +35,7 @@ struct Queries {
   const char* query;  // [tokens, query_heads, head_dim] of cache.type, tokens `query_stride` numbers apart
   int64_t query_stride;
   int query_heads, rows, max_pages, max_queries;
-  const int64_t *first_token, *queries, *last_slot;  // [rows]; the i-th query of a row sees slots 0 .. last_slot + i; none: skipped
+  const int64_t *first_token, *num_queries, *last_slot;  // [rows]; the i-th query of a row sees slots 0 .. last_slot + i; none: skipped
   const int64_t* pages;                         // [rows, max_pages]
   float scale;
 };

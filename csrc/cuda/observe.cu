@@ -15,7 +15,7 @@ template <class T, int D>
 __global__ void __launch_bounds__(kObserveThreads, 8) observe_page(const Observe o) {
   const Queries& w = o.work;
   const int number = blockIdx.x, head = blockIdx.y, row = blockIdx.z, page_size = w.cache.page_size;
-  const int64_t queries = w.queries[row], first = int64_t(number) * page_size;
+  const int64_t queries = w.num_queries[row], first = int64_t(number) * page_size;
   if (queries == 0 || first >= w.last_slot[row] + queries) return;
   const int64_t page = w.pages[int64_t(row) * w.max_pages + number];
   const int lane = threadIdx.x % kLanes, groups = w.query_heads / w.cache.heads;

@@ -22,7 +22,7 @@ struct Unit {
     is_record = beyond < 0 ? number == a.max_splits : beyond % 2 == 1;
     split = beyond < 0 ? number : 0;
     groups = a.work.query_heads / a.work.cache.heads;
-    const int64_t queries = a.work.queries[row];
+    const int64_t queries = a.work.num_queries[row];
     const int rows_left = int(queries * groups) - tile * kTileRows;
     query_rows = rows_left < kTileRows ? rows_left : kTileRows;
     exists = rows_left > 0;

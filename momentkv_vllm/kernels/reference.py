@@ -197,8 +197,8 @@ def _ungroup(x: torch.Tensor, groups: int) -> torch.Tensor:
 
 def _padded(work: AttendWork) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Flat token, last visible slot and reality of every query, [rows, most queries]; padding repeats the first query."""
-    offset = torch.arange(int(work.queries.max()), device=work.queries.device)
-    real = offset < work.queries.unsqueeze(-1)
+    offset = torch.arange(int(work.num_queries.max()), device=work.num_queries.device)
+    real = offset < work.num_queries.unsqueeze(-1)
     offset = torch.where(real, offset, 0)
     return work.first_token.unsqueeze(-1) + offset, work.last_slot.unsqueeze(-1) + offset, real
 

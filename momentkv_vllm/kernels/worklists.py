@@ -22,7 +22,7 @@ class AttendWork:
     """Consecutive queries of some rows against the pages that each row retains.
 
     first_token:  [rows] int64 index of a row's first query in the step's flat token list; its others follow.
-    queries:      [rows] int64 number of queries, at least 1.
+    num_queries:  [rows] int64 number of queries, at least 1.
     pages:        [rows, n] int64, store pages then window pages in order; padded with the null page 0.
     last_slot:    [rows] int64, last slot of `pages` that the first query sees; every next query sees one more (causality
                   of the shortened sequence).
@@ -33,12 +33,12 @@ class AttendWork:
     observe_only: the rows are below their budget: only their attention is wanted, their output is vLLM's.
     logits:       [rows, num_heads, slots of `pages`] float32 of one query a row, which one layer's attend may leave to its
                   observe; made by a family that does, at the first layer of a step.
-    most_queries: the largest of `queries` where the host knows it, else 0: on a GPU, asking `queries` waits for the device.
+    most_queries: the largest of `num_queries` where the host knows it, else 0: on a GPU, asking it waits for the device.
     only_chunks:  the host knows that every row has several queries.
     """
 
     first_token: torch.Tensor
-    queries: torch.Tensor
+    num_queries: torch.Tensor
     pages: torch.Tensor
     last_slot: torch.Tensor
     moment_pages: torch.Tensor
@@ -52,13 +52,15 @@ class AttendWork:
 
     def query_bound(self) -> int:
         """No row has more queries. Waits for the device unless `most_queries` is given."""
-        return self.most_queries or int(self.queries.max())
+        return self.most_queries or int(self.num_queries.max())
 
     def tokens(self) -> torch.Tensor:
         """[queries of all rows] int64 flat token indices."""
-        ends = self.queries.cumsum(0)
-        inside = torch.arange(int(ends[-1]), device=ends.device) - (ends - self.queries).repeat_interleave(self.queries)
-        return self.first_token.repeat_interleave(self.queries) + inside
+        ends = self.num_queries.cumsum(0)
+        inside = torch.arange(int(ends[-1]), device=ends.device) - (ends - self.num_queries).repeat_interleave(
+            self.num_queries
+        )
+        return self.first_token.repeat_interleave(self.num_queries) + inside
 
 
 @dataclass
