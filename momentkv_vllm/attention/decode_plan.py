@@ -34,7 +34,7 @@ class DecodePlan:
 
         self.attend = AttendWork(
             first_token=buffer(),
-            queries=buffer(),
+            num_queries=buffer(),
             pages=buffer(schedule.budget_pages),
             last_slot=buffer(),
             moment_pages=buffer(schedule.moment_pages),

@@ -173,7 +173,7 @@ class WorkBuilder:
             restart = torch.from_numpy((start <= zone) & (zone < start + queries))
         return AttendWork(
             first_token=torch.from_numpy(_column(segments, "first_token")),
-            queries=torch.from_numpy(queries),
+            num_queries=torch.from_numpy(queries),
             pages=torch.from_numpy(pages),
             last_slot=torch.from_numpy(start - skipped),
             moment_pages=self._moment_pages(segments, table),

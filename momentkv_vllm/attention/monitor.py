@@ -57,7 +57,7 @@ class Monitor:
         rows = (work.count > 0).nonzero().flatten()[:SAMPLE_ROWS]
         if work.observe_only or not len(rows) or not cache.record_layout.has_means:
             return
-        token = (work.first_token + work.queries - 1)[rows]
+        token = (work.first_token + work.num_queries - 1)[rows]
         mass, change = measure(cache, query[token], output[token], lse[token], work, rows, scale, corrected)
         for value in mass.tolist():
             self.metrics.observe(EVICTED_MASS, value)
