@@ -76,7 +76,7 @@ def serving_batch(dtype, head_dim, moment_dtype, correction, groups, page_size=1
     weight = torch.ones(len(last), HEADS, 64)
     cache.write_moments(moment_pages, moments.of_tokens(*gone, weight, has_covariance))
     work = attend_work(pages, last, queries, moment_pages.contiguous())
-    work.count = torch.tensor(counts, dtype=torch.float32)
+    work.num_evicted = torch.tensor(counts, dtype=torch.float32)
     work.observe_from = torch.tensor([0, 1, 0, 0, 1, 3, 33])
     work.restart = torch.tensor([True, False] * 4)[: len(last)]
     query = 2 * torch.randn(sum(queries), HEADS * groups, head_dim, generator=generator)

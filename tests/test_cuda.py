@@ -110,7 +110,7 @@ def test_a_row_does_not_depend_on_its_batch(kernels):
     together, _ = shared.run_attend(kernels, cache, query, work, 0.125, True)
     for row in range(len(work.last_slot)):
         alone = shared.attend_work(work.pages[row : row + 1], [int(work.last_slot[row])], [int(work.num_queries[row])])
-        alone.moment_pages, alone.count = work.moment_pages[row : row + 1], work.count[row : row + 1]
+        alone.moment_pages, alone.num_evicted = work.moment_pages[row : row + 1], work.num_evicted[row : row + 1]
         tokens = slice(int(work.first_token[row]), int(work.first_token[row] + work.num_queries[row]))
         output, _ = shared.run_attend(kernels, cache, query[tokens], alone, 0.125, True)
         assert torch.equal(output, together[tokens]), row
@@ -123,11 +123,11 @@ def test_the_first_order_step_is_limited_to_the_spread(kernels):
     weight = torch.ones(gone.shape[:3])
     cache.write_moments(work.moment_pages, moments.of_tokens(gone, 3 * gone, weight, True))
     query = 8 * query
-    unlimited = cache.read_moments(work.moment_pages, work.count)
+    unlimited = cache.read_moments(work.moment_pages, work.num_evicted)
     unlimited.value_spread *= 1e6
     grouped = query[: len(work.last_slot), None, :1].float().expand(-1, shared.HEADS, -1, -1)
     far, _ = moments.partial(unlimited, grouped, 0.125)
-    near, _ = moments.partial(cache.read_moments(work.moment_pages, work.count), grouped, 0.125)
+    near, _ = moments.partial(cache.read_moments(work.moment_pages, work.num_evicted), grouped, 0.125)
     assert (far - near).abs().max() > 1, "the limit acts here"
     want, _ = shared.run_attend(reference, cache, query, work, 0.125, True)
     got, _ = shared.run_attend(kernels, cache, query, work, 0.125, True)
@@ -145,7 +145,7 @@ def test_padding_rows_are_not_touched(kernels):
     assert untouched.all(1).tolist() == [False, True, False] + [True] * (len(query) - 3)
     assert not untouched[[0, 2]].any()
     retire = RetireWork(
-        work.pages[:5, :1].contiguous(), work.pages[:5, 1:3].contiguous(), work.moment_pages[:5], work.count[:5]
+        work.pages[:5, :1].contiguous(), work.pages[:5, 1:3].contiguous(), work.moment_pages[:5], work.num_evicted[:5]
     )
     retire.retiring_pages[:] = -1
     before = cache.kv.clone()
@@ -209,7 +209,7 @@ def test_equal_and_undefined_scores(kernels):
     zeros = torch.zeros(1, shared.HEADS, 64)
     cache.write_moments(
         work.moment_pages,
-        moments.Moments(work.count, zeros, zeros, zeros[..., 0], torch.zeros(1, shared.HEADS, 64, 64)),
+        moments.Moments(work.num_evicted, zeros, zeros, zeros[..., 0], torch.zeros(1, shared.HEADS, 64, 64)),
     )
     mass = torch.zeros(cache.keys.shape[:3])
     twin = gpu_view(cache.kv.clone(), cache.record_layout)
@@ -243,7 +243,7 @@ def test_operators_check_what_they_are_given(emulated):
     moment_pages, work.moment_pages = work.moment_pages, work.moment_pages[:, :1].contiguous()
     with pytest.raises(RuntimeError, match="moment_pages has 1 pages of 4096 bytes a head; its record needs 8832"):
         emulated.attend(cache, query, output, None, work, 0.1, True)
-    work.count = work.count.double()
+    work.num_evicted = work.num_evicted.double()
     with pytest.raises(RuntimeError, match="expected scalar type Float but found Double"):
         emulated.attend(cache, query, output, None, work, 0.1, False)
     retire = RetireWork(
@@ -275,7 +275,9 @@ def test_operators_declare_what_they_write(emulated):
     mass = torch.zeros(cache.keys.shape[:3])
     emulated.attend(cache, query, torch.empty_like(query), lse, work, 0.1, True)
     emulated.observe(cache, mass, query, lse, work, 0.1)
-    retire = RetireWork(work.pages[:, :1].contiguous(), work.pages[:, 1:2].contiguous(), work.moment_pages, work.count)
+    retire = RetireWork(
+        work.pages[:, :1].contiguous(), work.pages[:, 1:2].contiguous(), work.moment_pages, work.num_evicted
+    )
     emulated.consolidate(cache, mass, retire, POLICIES["momentkv"](), 0, 0.1)
     emulated.write(cache, query[:3, :2], query[:3, 2:], torch.tensor([16, 17, 18]), mass)
     assert [name for name, _ in calls] == ["attend", "observe", "consolidate", "write"]

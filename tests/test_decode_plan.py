@@ -49,9 +49,9 @@ def check_row(host, attend, retire, row, token, end, table):
     want = host._attend([segment], table.numpy())
     pages = want.pages.shape[1]
     assert attend.pages[row, :pages].tolist() == want.pages[0].tolist() and not attend.pages[row, pages:].any()
-    for name in ("first_token", "num_queries", "last_slot", "count"):
+    for name in ("first_token", "num_queries", "last_slot", "num_evicted"):
         assert getattr(attend, name)[row] == getattr(want, name)[0], (name, row, end)
-    if want.count[0] > 0:
+    if want.num_evicted[0] > 0:
         assert attend.moment_pages[row].tolist() == want.moment_pages[0].tolist()
     if host.observe:
         assert attend.observe_from[row] == want.observe_from[0] and attend.restart[row] == want.restart[0], (row, end)
@@ -63,4 +63,4 @@ def check_row(host, attend, retire, row, token, end, table):
     assert retired == due.retiring_pages[0].tolist()
     assert retire.store_pages[row].tolist() == due.store_pages[0].tolist()
     assert retire.moment_pages[row].tolist() == due.moment_pages[0].tolist()
-    assert retire.count[row] == due.count[0]
+    assert retire.num_evicted[row] == due.num_evicted[0]

@@ -137,7 +137,7 @@ def test_measured_mass_and_correction_are_those_of_the_reference_kernel(covarian
     moment_pages = torch.arange(8, 8 + record.pages(page, 4)).expand(2, -1) - torch.tensor([[0], [4]])
     work = AttendWork(
         first_token=torch.tensor([0, 1]), num_queries=torch.tensor([1, 1]), pages=torch.tensor([[1, 2], [3, 0]]),
-        last_slot=torch.tensor([31, 9]), moment_pages=moment_pages, count=torch.tensor([40.0, 7.0]),
+        last_slot=torch.tensor([31, 9]), moment_pages=moment_pages, num_evicted=torch.tensor([40.0, 7.0]),
     )  # fmt: skip
     query, scale = torch.randn(2, heads * groups, d), d**-0.5
     results = {}

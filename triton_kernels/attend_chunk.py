@@ -13,7 +13,7 @@ measured yet (make bench-gpu)."""
 
 @triton.jit
 def _chunk(
-    query, output, lse_out, first_token, num_queries, pages, last_slot, moment_pages, count,
+    query, output, lse_out, first_token, num_queries, pages, last_slot, moment_pages, num_evicted,
     keys, values, k_page, k_head, k_slot, k_dim, v_page, v_head, v_slot, v_dim,
     floats, covariance, f_page, f_head, c_page, c_head,
     q_token, q_head, out_token, out_head, lse_token, row_pages, row_moments, scale,
@@ -48,7 +48,7 @@ def _chunk(
             k_page, k_slot, k_dim, v_page, v_slot, v_dim, PAGE, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
     if CORRECTED:
-        evicted = tl.load(count + row)
+        evicted = tl.load(num_evicted + row)
         if evicted != 0:
             out, log_mass = record_partial(
                 q, q_at, real, evicted, floats + head * f_head, covariance + head * c_head, moment_pages + row * row_moments,
@@ -76,7 +76,7 @@ def attend_chunk(cache, query, output, lse, work, scale: float, corrected: bool,
     grid = (triton.cdiv(most_queries, block_m // groups), heads, rows)
     _chunk[grid](
         query, output, lse if lse is not None else output, work.first_token, work.num_queries, work.pages, work.last_slot,
-        work.moment_pages, work.count, *tokens_of(cache), *record_of(cache), *query.stride()[:2], *output.stride()[:2],
+        work.moment_pages, work.num_evicted, *tokens_of(cache), *record_of(cache), *query.stride()[:2], *output.stride()[:2],
         0 if lse is None else lse.stride(0), work.pages.stride(0), work.moment_pages.stride(0), scale,
         GROUPS=groups, BLOCK_M=block_m, BLOCK_N=block_n, CORRECTED=corrected, HAS_LSE=lse is not None,
         **sizes(cache), **record_sizes(cache), num_warps=4,

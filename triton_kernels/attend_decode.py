@@ -18,7 +18,7 @@ BLOCK_N = 64
 
 @triton.jit
 def _partials(
-    query, part_out, part_lse, first_token, num_queries, pages, last_slot, moment_pages, count,
+    query, part_out, part_lse, first_token, num_queries, pages, last_slot, moment_pages, num_evicted,
     keys, values, k_page, k_head, k_slot, k_dim, v_page, v_head, v_slot, v_dim,
     floats, covariance, f_page, f_head, c_page, c_head,
     q_token, q_head, o_row, o_head, o_split, l_row, l_head, l_split, row_pages, row_moments, scale, num_splits,
@@ -33,7 +33,7 @@ def _partials(
     m, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     lse_at = part_lse + row * l_row + head * l_head + split * l_split + m
     visible = tl.load(last_slot + row).to(tl.int32) + 1
-    evicted = tl.load(count + row)
+    evicted = tl.load(num_evicted + row)
     start = split * SPLIT
     empty = tl.where(split == num_splits, evicted == 0, start >= visible)
     if empty:
@@ -105,9 +105,9 @@ def attend_decode(cache, query, output, lse, work, scale: float, corrected: bool
     part_lse = torch.empty(rows, heads, parts, groups, dtype=torch.float32, device=query.device)
     shape = sizes(cache)
     _partials[(rows, heads, parts)](
-        query, part_out, part_lse, work.first_token, work.num_queries, work.pages, work.last_slot, work.moment_pages, work.count,
-        *tokens_of(cache), *record_of(cache), *query.stride()[:2], *part_out.stride()[:3], *part_lse.stride()[:3],
-        work.pages.stride(0), work.moment_pages.stride(0), scale, num_splits,
+        query, part_out, part_lse, work.first_token, work.num_queries, work.pages, work.last_slot, work.moment_pages,
+        work.num_evicted, *tokens_of(cache), *record_of(cache), *query.stride()[:2], *part_out.stride()[:3],
+        *part_lse.stride()[:3], work.pages.stride(0), work.moment_pages.stride(0), scale, num_splits,
         GROUPS=groups, BLOCK_M=max(16, triton.next_power_of_2(groups)), SPLIT=split, BLOCK_N=min(BLOCK_N, split),
         **shape, **record_sizes(cache), num_warps=4,
     )  # fmt: skip

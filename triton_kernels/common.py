@@ -80,7 +80,7 @@ def attend_tile(
 
 @triton.jit
 def record_partial(
-    q, q_at, asks, count, floats, covariance, pages, float_page, covariance_page, scale,
+    q, q_at, asks, num_evicted, floats, covariance, pages, float_page, covariance_page, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_COVARIANCE: tl.constexpr, HAS_SCALES: tl.constexpr, HEADER: tl.constexpr,
     FLOATS: tl.constexpr, COVARIANCES: tl.constexpr,
@@ -90,7 +90,7 @@ def record_partial(
     q [M, D], read again in parts from the pointers q_at [M, 1] where asks [M]; floats, covariance: pointers to a head's slice
     of page 0 as float32 and as the covariance's type; HEADER: numbers of that type before the covariance; FLOATS,
     COVARIANCES: numbers of either type a head owns of a page.
-    The caller skips records with count 0: their bytes mean nothing.
+    The caller skips records that hold no token: their bytes mean nothing.
     """
     BLOCK_R: tl.constexpr = BLOCK_D if BLOCK_D < 64 else 64
     d = tl.arange(0, BLOCK_D)
@@ -98,7 +98,7 @@ def record_partial(
     x = q.to(tl.float32)
     mean_key = tl.load(floats + record_offset(pages, d, real, FLOATS, float_page), mask=real, other=0.0)
     mean_value = tl.load(floats + record_offset(pages, HEAD_DIM + d, real, FLOATS, float_page), mask=real, other=0.0)
-    log_mass = tl.log(count) + scale * tl.sum(x * mean_key[None, :], 1)
+    log_mass = tl.log(num_evicted) + scale * tl.sum(x * mean_key[None, :], 1)
     out = tl.zeros_like(x) + mean_value[None, :]
     if HAS_COVARIANCE:
         # C q is a product of the tile of query heads with C [key, value]; in parts, for all of C may not fit shared memory.

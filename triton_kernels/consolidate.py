@@ -68,7 +68,7 @@ def _write_covariance(
 
 @triton.jit
 def _consolidate(
-    score, mass, loser_list, winner_list, store, retiring, moment_pages, count,
+    score, mass, loser_list, winner_list, store, retiring, moment_pages, num_evicted,
     keys, values, k_page, k_head, k_slot, k_dim, v_page, v_head, v_slot, v_dim,
     floats, covariance, f_page, f_head, c_page, c_head,
     s_row, s_head, s_term, l_row, l_head, m_page, m_head, row_store, row_retiring, row_moments,
@@ -140,7 +140,7 @@ def _consolidate(
                 product += dot(tl.trans(dk), dv)
         spread = tl.sum(squares, 0) / losers
 
-        before = tl.load(count + row)
+        before = tl.load(num_evicted + row)
         pages = moment_pages + row * row_moments
         floats += head * f_head
         covariance += head * c_head
@@ -210,7 +210,7 @@ def consolidate(
         score: [rows, heads, candidates] float32 of any policy; None: momentkv's, from `observed` and `attention_weight`.
         moves_mass: a token's observed attention moves along with it.
     """
-    rows, heads = len(work.count), cache.keys.shape[1]
+    rows, heads = len(work.num_evicted), cache.keys.shape[1]
     num_retiring = work.retiring_pages.shape[1]
     if num_retiring == 0:
         return
@@ -221,7 +221,7 @@ def consolidate(
     mass = observed if moves_mass else terms
     shape = sizes(cache)
     _consolidate[(rows, heads)](
-        terms, mass, lists[0], lists[1], work.store_pages, work.retiring_pages, work.moment_pages, work.count,
+        terms, mass, lists[0], lists[1], work.store_pages, work.retiring_pages, work.moment_pages, work.num_evicted,
         *tokens_of(cache), *record_of(cache), *terms.stride()[:3], *lists.stride()[1:3], *mass.stride()[:2],
         work.store_pages.stride(0), work.retiring_pages.stride(0), work.moment_pages.stride(0),
         store_tokens, num_retiring, sink_tokens, attention_weight,

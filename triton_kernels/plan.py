@@ -18,7 +18,7 @@ def _boundary(committed, FIRST: tl.constexpr, RETIRE: tl.constexpr, RETIRE_PAGES
 
 @triton.jit
 def _plan(
-    seq_lens, query_start, table, first_token, num_queries, pages, last_slot, moment_pages, count, observe_from, restart,
+    seq_lens, query_start, table, first_token, num_queries, pages, last_slot, moment_pages, num_evicted, observe_from, restart,
     store_pages, retiring_pages, table_row, num_columns,
     PAGE: tl.constexpr, S: tl.constexpr, M: tl.constexpr, FIRST: tl.constexpr, RETIRE_PAGES: tl.constexpr,
     COLUMNS: tl.constexpr, K: tl.constexpr, OBSERVED: tl.constexpr, OBSERVE_ALL: tl.constexpr, BLOCK: tl.constexpr,
@@ -38,7 +38,7 @@ def _plan(
     tl.store(first_token + row, first)
     tl.store(num_queries + row, queries)
     tl.store(last_slot + row, start - tl.where(before > 0, (before - S) * PAGE, 0))
-    tl.store(count + row, (tl.maximum(before - S, 0) * PAGE).to(tl.float32))
+    tl.store(num_evicted + row, (tl.maximum(before - S, 0) * PAGE).to(tl.float32))
 
     j = tl.arange(0, BLOCK)
     column = tl.where((j < S) | (before == 0), j, before + j - S)
@@ -86,7 +86,7 @@ def plan(seq_lens, query_start, block_table, attend, retire, schedule, observed:
     power = triton.next_power_of_2
     _plan[(len(seq_lens),)](
         seq_lens, query_start, block_table, attend.first_token, attend.num_queries, attend.pages, attend.last_slot,
-        attend.moment_pages, attend.count, attend.observe_from, attend.restart, retire.store_pages, retire.retiring_pages,
+        attend.moment_pages, attend.num_evicted, attend.observe_from, attend.restart, retire.store_pages, retire.retiring_pages,
         block_table.stride(0), block_table.shape[1],
         PAGE=schedule.page_size, S=s, M=m, FIRST=schedule.first_event, RETIRE_PAGES=schedule.retire_pages,
         COLUMNS=columns, K=k, OBSERVED=observed, OBSERVE_ALL=observe_all,

@@ -38,7 +38,7 @@ def load_rows(
 
 @triton.jit
 def _terms(
-    terms, mass, store, retiring, moment_pages, count,
+    terms, mass, store, retiring, moment_pages, num_evicted,
     keys, values, k_page, k_head, k_slot, k_dim, v_page, v_head, v_slot, v_dim,
     floats, covariance, f_page, f_head, c_page, c_head,
     t_row, t_head, t_term, m_page, m_head, row_store, row_retiring, row_moments, store_tokens, num_retiring,
@@ -56,7 +56,7 @@ def _terms(
     keys += head * k_head
     values += head * v_head
     d = tl.arange(0, BLOCK_D)
-    if tl.load(count + row) == 0:
+    if tl.load(num_evicted + row) == 0:
         # Nothing evicted yet: the means are those of the candidates, which every tile adds up (once in a sequence's life).
         mean_key = tl.zeros((BLOCK_D,), tl.float32)
         mean_value = tl.zeros((BLOCK_D,), tl.float32)
@@ -95,13 +95,13 @@ def score_terms(cache, observed: torch.Tensor, work) -> torch.Tensor:
 
     Rows without an event are left as they are (uninitialised).
     """
-    rows, heads = len(work.count), cache.keys.shape[1]
+    rows, heads = len(work.num_evicted), cache.keys.shape[1]
     store_tokens = work.store_pages.shape[1] * cache.page_size
     num_retiring = work.retiring_pages.shape[1]
     most = store_tokens + num_retiring * cache.page_size
     terms = torch.empty(rows, heads, 2, most, dtype=torch.float32, device=cache.keys.device)
     _terms[(rows, heads, triton.cdiv(most, BLOCK_N))](
-        terms, observed, work.store_pages, work.retiring_pages, work.moment_pages, work.count,
+        terms, observed, work.store_pages, work.retiring_pages, work.moment_pages, work.num_evicted,
         *tokens_of(cache), *record_of(cache), *terms.stride()[:3], *observed.stride()[:2], work.store_pages.stride(0),
         work.retiring_pages.stride(0), work.moment_pages.stride(0), store_tokens, num_retiring,
         BLOCK_N=BLOCK_N, BLOCK_K=triton.next_power_of_2(num_retiring), **sizes(cache),

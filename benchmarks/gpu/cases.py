@@ -63,7 +63,7 @@ class Case:
             pages=self.pages,
             last_slot=ends - s.queries,
             moment_pages=self.moment_pages,
-            count=count,
+            num_evicted=count,
             observe_from=every * 0,
             restart=every % 2 == 0,
             most_queries=s.queries,
@@ -83,7 +83,7 @@ class Case:
         """An event of every row, or of none: all pages but the newest `retire_pages` + 1 are the store."""
         store, retiring, _ = (x.contiguous() for x in self.pages.tensor_split([-1 - retire_pages, -1], 1))
         retiring = retiring if due else torch.full_like(retiring, -1)
-        return RetireWork(store, retiring, self.moment_pages, self.work.count)
+        return RetireWork(store, retiring, self.moment_pages, self.work.num_evicted)
 
     def twin(self) -> "Case":
         """The same case on a copy of the cache and of what was observed."""

@@ -90,7 +90,7 @@ def check_retire(case: Case, twin: Case, name: str, family) -> None:
     moved = (got[0] != want[0]).any(-1).float().mean().item()
     assert moved <= 2 / got[0].shape[2], f"{label}: {moved:.1%} of the store's slots hold other tokens"
     if moved == 0:
-        after = torch.ones_like(work.count)
+        after = torch.ones_like(work.num_evicted)
         got, want = (c.cache.read_moments(work.moment_pages, after) for c in (case, twin))
         close(got.mean_key, want.mean_key, 1e-3, f"{label}, mean key")
         close(got.mean_value, want.mean_value, 1e-3, f"{label}, mean value")

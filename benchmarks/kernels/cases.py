@@ -51,7 +51,7 @@ class Case:
             pages=self.pages,
             last_slot=torch.full((s.rows,), s.slots - s.queries),
             moment_pages=self.moment_pages,
-            count=torch.full((s.rows,), 10_000.0),
+            num_evicted=torch.full((s.rows,), 10_000.0),
         )
 
     def attend(self, corrected: bool, family=cpu) -> None:
@@ -106,7 +106,7 @@ class Case:
         store, retiring, _ = (
             x.contiguous() for x in self.pages[one].tensor_split([store_pages, store_pages + retire_pages], 1)
         )
-        return RetireWork(store, retiring, self.moment_pages[one], self.work.count[one])
+        return RetireWork(store, retiring, self.moment_pages[one], self.work.num_evicted[one])
 
     def retire(self, work: RetireWork, family=cpu) -> None:
         family.consolidate(self.cache, self.observed, work, POLICIES["momentkv"](), SINKS, self.scale)

@@ -165,7 +165,7 @@ inline void add_covariance(const RecordView& record, int64_t d, const float* que
 // The first-order partial of the evicted tokens (paper eqs. 9, 11) as one more step of the running softmax.
 // `query` is [head_dim][Rows]; `step` has room for Rows * head_dim floats.
 template <int Rows, class C>
-inline void attend_record(const Attend& a, const RecordView& record, float count, const float* query, float* step,
+inline void attend_record(const Attend& a, const RecordView& record, float num_evicted, const float* query, float* step,
                           Running run) {
   const int64_t d = a.cache.head_dim;
   const float *mean_key = record.mean_key(), *mean_value = record.mean_value();
@@ -181,7 +181,7 @@ inline void attend_record(const Attend& a, const RecordView& record, float count
     for (int64_t i = 0; i < d; i += kLanes) square += load(step + r * d + i) * load(step + r * d + i);
     const float length = a.scale * sqrtf(sum(square));
     const float shrink = length > limit ? limit / length : 1.0f;
-    const float log_mass = logf(count) + a.scale * dot;
+    const float log_mass = logf(num_evicted) + a.scale * dot;
     const float top = log_mass > run.top[r] ? log_mass : run.top[r];
     const float keep = expf(run.top[r] - top), weight = expf(log_mass - top);
     for (int64_t i = 0; i < d; i += kLanes) {
@@ -251,7 +251,7 @@ void attend_rows(const Attend& a, const AttendItem& item, int first_row, float* 
   if (item.with_record) {
     const RecordView record{a.cache, a.record_layout, a.record_pages + item.row * a.moment_pages, item.head};
     with_covariance_type(a.record_layout.covariance_type, [&](auto c) {
-      attend_record<Rows, decltype(c)>(a, record, a.count[item.row], packed, logits, run);
+      attend_record<Rows, decltype(c)>(a, record, a.num_evicted[item.row], packed, logits, run);
     });
   }
   finish<T>(a, item, first_row, Rows, run);

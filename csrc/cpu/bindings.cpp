@@ -160,7 +160,7 @@ struct Plan {
   static int64_t splits(const Attend& a, int64_t row) {
     return std::max<int64_t>(1, pages(a, row) * a.cache.page_size / kSplitSlots);
   }
-  static bool with_record(const Attend& a, int64_t row) { return a.corrected && a.count[row] > 0; }
+  static bool with_record(const Attend& a, int64_t row) { return a.corrected && a.num_evicted[row] > 0; }
 
   void add_decode(const Attend& a, int32_t row, int32_t head, float*& next) {
     const int64_t size = a.query_heads / a.cache.heads * (a.cache.head_dim + 1);
@@ -183,14 +183,14 @@ struct Plan {
 };
 
 void attend(const Tensor& kv, const Tensor& query, const Tensor& output, const OptionalTensor& lse, const Tensor& first_token,
-            const Tensor& num_queries, const Tensor& pages, const Tensor& last_slot, const Tensor& record_pages, const Tensor& count,
+            const Tensor& num_queries, const Tensor& pages, const Tensor& last_slot, const Tensor& record_pages, const Tensor& num_evicted,
             const OptionalTensor& observe_from, const OptionalTensor& logits, double scale, bool corrected, bool has_covariance,
             at::ScalarType moment_dtype, int64_t covariance_offset) {
   Attend a = attend_of(kv, query, first_token, num_queries, pages, last_slot, scale);
   a.moment_pages = record_pages.size(1);
   a.record_layout = record_of(a.cache, a.moment_pages, corrected, has_covariance, moment_dtype, covariance_offset);
   a.record_pages = data_of<int64_t>(record_pages, "moment_pages", {a.rows, a.moment_pages});
-  a.count = data_of<float>(count, "count", {a.rows});
+  a.num_evicted = data_of<float>(num_evicted, "num_evicted", {a.rows});
   a.corrected = corrected;
   a.output_stride = token_stride(output, kv, 0, "output");
   TORCH_CHECK(output.sizes() == query.sizes(), "output has shape ", output.sizes(), " instead of ", query.sizes());
@@ -220,7 +220,7 @@ void observe(const Tensor& kv, const Tensor& observed, const Tensor& query, cons
 }
 
 void consolidate(const Tensor& kv, const Tensor& store_pages, const Tensor& retiring_pages, const Tensor& moment_pages,
-                 const Tensor& count, const OptionalTensor& score, const OptionalTensor& observed, int64_t sink_tokens,
+                 const Tensor& num_evicted, const OptionalTensor& score, const OptionalTensor& observed, int64_t sink_tokens,
                  bool has_means, bool has_covariance, at::ScalarType moment_dtype, int64_t covariance_offset) {
   Consolidate c{};
   c.cache = cache_of(kv);
@@ -232,7 +232,7 @@ void consolidate(const Tensor& kv, const Tensor& store_pages, const Tensor& reti
   c.store = data_of<int64_t>(store_pages, "store_pages", {c.rows, c.store_pages});
   c.retiring = data_of<int64_t>(retiring_pages, "retiring_pages", {c.rows, c.retiring_pages});
   c.moments = data_of<int64_t>(moment_pages, "moment_pages", {c.rows, c.moment_pages});
-  c.count = data_of<float>(count, "count", {c.rows});
+  c.num_evicted = data_of<float>(num_evicted, "num_evicted", {c.rows});
   const int64_t candidates = (c.store_pages + c.retiring_pages) * c.cache.page_size;
   c.score = data_of<float>(score, "score", {c.rows, c.cache.heads, candidates});
   c.observed = data_of<float>(observed, "observed", {kv.size(0), c.cache.heads, c.cache.page_size});
@@ -251,7 +251,7 @@ TORCH_LIBRARY(momentkv_cpu, m) {
   m.def("write(Tensor(a!) kv, Tensor key, Tensor value, Tensor slots, Tensor(b!)? observed) -> ()", &momentkv::write);
   m.def(
       "attend(Tensor kv, Tensor query, Tensor(a!) output, Tensor(b!)? lse, Tensor first_token, Tensor num_queries, Tensor pages, "
-      "Tensor last_slot, Tensor moment_pages, Tensor count, Tensor? observe_from, Tensor(c!)? logits, float scale, bool corrected, "
+      "Tensor last_slot, Tensor moment_pages, Tensor num_evicted, Tensor? observe_from, Tensor(c!)? logits, float scale, bool corrected, "
       "bool has_covariance, "
       "ScalarType moment_dtype, int covariance_offset) -> ()",
       &momentkv::attend);
@@ -260,7 +260,7 @@ TORCH_LIBRARY(momentkv_cpu, m) {
       "Tensor last_slot, Tensor observe_from, Tensor restart, Tensor(b!)? logits, float scale) -> ()",
       &momentkv::observe);
   m.def(
-      "consolidate(Tensor(a!) kv, Tensor store_pages, Tensor retiring_pages, Tensor moment_pages, Tensor count, "
+      "consolidate(Tensor(a!) kv, Tensor store_pages, Tensor retiring_pages, Tensor moment_pages, Tensor num_evicted, "
       "Tensor? score, Tensor(b!)? observed, int sink_tokens, bool has_means, bool has_covariance, ScalarType moment_dtype, "
       "int covariance_offset) -> ()",
       &momentkv::consolidate);

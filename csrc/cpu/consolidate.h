@@ -22,7 +22,7 @@ struct Event {
                                   : c.retiring[row * c.retiring_pages + number - c.store_pages];
   }
   RecordView record() const { return {c.cache, c.record_layout, c.moments + row * c.moment_pages, head}; }
-  float count() const { return c.count[row]; }
+  float num_evicted() const { return c.num_evicted[row]; }
 
   template <class T>
   T* key(int64_t candidate) const {
@@ -112,7 +112,7 @@ inline void add_relative(const Event& e, const float* x, float weight, float* sc
 template <class T>
 void score_by_moments(const Event& e, float* means, float* room, float* score) {
   float *mean_key = means, *mean_value = means + e.c.cache.head_dim;
-  if (e.count() == 0)
+  if (e.num_evicted() == 0)
     means_of_candidates<T>(e, mean_key, mean_value);
   else
     mean_key = e.record().mean_key(), mean_value = e.record().mean_value();
@@ -248,7 +248,7 @@ template <class C>
 void merge_into_record(const Event& e, const Folded& f) {
   const int64_t d = e.c.cache.head_dim;
   const RecordView record = e.record();
-  const float before = e.count(), n = float(e.retiring_tokens());
+  const float before = e.num_evicted(), n = float(e.retiring_tokens());
   const bool empty = before == 0;
   const float share = n / (before + n), between = share * (1 - share);
   float delta_key[kMaxHeadDim], delta_value[kMaxHeadDim], square = 0;

@@ -57,7 +57,7 @@ struct Attend {
   const int64_t *first_token, *num_queries, *last_slot;  // [rows]; the i-th query of a row sees slots 0 .. last_slot + i
   const int64_t* pages;                         // [rows, max_pages]
   const int64_t* record_pages;                  // [rows, moment_pages]
-  const float* count;                           // [rows]
+  const float* num_evicted;                           // [rows]
   const int64_t* observe_from;                  // [rows] first counted query of the row
   const bool* restart;                          // [rows] observe: forget earlier mass
   float* logits;  // [rows, query_heads, max_pages * page_size], where every row has one query: of rows that count, left by
@@ -88,7 +88,7 @@ struct Consolidate {
   const int64_t* store;     // [rows, store_pages]
   const int64_t* retiring;  // [rows, retiring_pages], -1 pads at the end
   const int64_t* moments;   // [rows, moment_pages]
-  const float* count;       // [rows] before the event
+  const float* num_evicted;       // [rows] before the event
   const float* score;       // [rows, heads, (store_pages + retiring_pages) * page_size]; null: policies/momentkv.py
   float* observed;         // [num_pages, heads, page_size], moved along with the tokens; may be null
   int64_t sink_tokens;

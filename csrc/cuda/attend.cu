@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kAttendThreads) merge_units(const Attend a) {
   const int first = tile == 0 ? 0 : a.max_splits + 1 + 2 * (tile - 1), record = tile == 0 ? a.max_splits : first + 1;
   const Unit unit(a, first, blockIdx.y, blockIdx.z);
   if (!unit.exists) return;
-  const bool with_record = a.corrected && a.count[unit.row] > 0;
+  const bool with_record = a.corrected && a.num_evicted[unit.row] > 0;
   const int sees = int(unit.last_slot) + 1 + unit.query_of(unit.query_rows - 1);
   const int splits = Unit::splits_of(int(a.work.num_queries[unit.row]), tile, (sees + kTileSlots - 1) / kTileSlots);
   for (int r = threadIdx.x / kLanes; r < unit.query_rows; r += kWarps) {

@@ -73,7 +73,7 @@ __device__ inline void attend_record(const Attend& a, const Unit& u, const Atten
       dot += *record.mean_key(dim) * to_float(chunk_of<T, D>(s.queries, r, dim / 8)[dim % 8]);
     dot = warp_sum(dot);
     if (lane == 0)
-      a.partial_lse[partial_row(a, u.row, u.head, blockIdx.x, r)] = logf(a.count[u.row]) + a.work.scale * dot;
+      a.partial_lse[partial_row(a, u.row, u.head, blockIdx.x, r)] = logf(a.num_evicted[u.row]) + a.work.scale * dot;
   }
 }
 

@@ -134,14 +134,14 @@ Queries queries_of(const Tensor& keys, const Tensor& values, const Tensor& query
 
 void attend_op(const Tensor& keys, const Tensor& values, const Tensor& query, const Tensor& output, const OptionalTensor& lse,
                const Tensor& first_token, const Tensor& num_queries, const Tensor& pages, const Tensor& last_slot,
-               const Tensor& moment_pages, const Tensor& count, int64_t max_queries, double scale, bool corrected,
+               const Tensor& moment_pages, const Tensor& num_evicted, int64_t max_queries, double scale, bool corrected,
                bool has_covariance, at::ScalarType moment_dtype, int64_t covariance_offset) {
   Attend a{};
   a.work = queries_of(keys, values, query, first_token, num_queries, pages, last_slot, max_queries, scale);
   a.record_layout = record_of(a.work.cache, moment_pages, corrected, has_covariance, moment_dtype, covariance_offset);
   a.num_moment_pages = int(moment_pages.size(1));
   a.moment_pages = data_of<int64_t>(moment_pages, "moment_pages", {a.work.rows, a.num_moment_pages});
-  a.count = data_of<float>(count, "count", {a.work.rows});
+  a.num_evicted = data_of<float>(num_evicted, "num_evicted", {a.work.rows});
   a.corrected = corrected;
   a.output_stride = token_stride(output, keys, "output");
   TORCH_CHECK(output.sizes() == query.sizes(), "output has shape ", output.sizes(), " instead of ", query.sizes());
@@ -162,7 +162,7 @@ void attend_op(const Tensor& keys, const Tensor& values, const Tensor& query, co
 }
 
 void consolidate_op(const Tensor& keys, const Tensor& values, const Tensor& store_pages, const Tensor& retiring_pages,
-                    const Tensor& moment_pages, const Tensor& count, const OptionalTensor& score,
+                    const Tensor& moment_pages, const Tensor& num_evicted, const OptionalTensor& score,
                     const OptionalTensor& observed, int64_t sink_tokens, bool has_means, bool has_covariance,
                     at::ScalarType moment_dtype, int64_t covariance_offset) {
   Consolidate c{};
@@ -177,7 +177,7 @@ void consolidate_op(const Tensor& keys, const Tensor& values, const Tensor& stor
   c.store = data_of<int64_t>(store_pages, "store_pages", {c.rows, c.store_pages});
   c.retiring = data_of<int64_t>(retiring_pages, "retiring_pages", {c.rows, c.retiring_pages});
   c.moments = data_of<int64_t>(moment_pages, "moment_pages", {c.rows, c.moment_pages});
-  c.count = data_of<float>(count, "count", {c.rows});
+  c.num_evicted = data_of<float>(num_evicted, "num_evicted", {c.rows});
   const int64_t heads = c.cache.heads, d = c.cache.head_dim, page_size = c.cache.page_size;
   const int64_t candidates = (c.store_pages + c.retiring_pages) * page_size;
   c.score = data_of<float>(score, "score", {c.rows, heads, candidates});
@@ -234,14 +234,14 @@ void observe_op(const Tensor& keys, const Tensor& values, const Tensor& observed
 MOMENTKV_DEFINE(MOMENTKV_LIBRARY) {
   m.def(
       "attend(Tensor keys, Tensor values, Tensor query, Tensor(a!) output, Tensor(b!)? lse, Tensor first_token, "
-      "Tensor num_queries, Tensor pages, Tensor last_slot, Tensor moment_pages, Tensor count, int max_queries, "
+      "Tensor num_queries, Tensor pages, Tensor last_slot, Tensor moment_pages, Tensor num_evicted, int max_queries, "
       "float scale, bool corrected, bool has_covariance, ScalarType moment_dtype, int covariance_offset) -> ()");
   m.def(
       "observe(Tensor keys, Tensor values, Tensor(a!) observed, Tensor query, Tensor lse, Tensor first_token, "
       "Tensor num_queries, Tensor pages, Tensor last_slot, Tensor observe_from, Tensor restart, float scale) -> ()");
   m.def(
       "consolidate(Tensor(a!) keys, Tensor(b!) values, Tensor store_pages, Tensor retiring_pages, Tensor moment_pages, "
-      "Tensor count, Tensor? score, Tensor(c!)? observed, int sink_tokens, bool has_means, "
+      "Tensor num_evicted, Tensor? score, Tensor(c!)? observed, int sink_tokens, bool has_means, "
       "bool has_covariance, ScalarType moment_dtype, int covariance_offset) -> ()");
   m.def(
       "write(Tensor(a!) keys, Tensor(b!) values, Tensor key, Tensor value, Tensor slots, Tensor(c!)? observed) -> ()");

@@ -47,7 +47,7 @@ struct Attend {
   int64_t output_stride;
   float* lse;                   // [tokens, query_heads] with the moments; may be null
   const int64_t* moment_pages;  // [rows, num_moment_pages]
-  const float* count;           // [rows]; 0 = no record
+  const float* num_evicted;           // [rows]; 0 = no record
   int num_moment_pages;
   bool corrected;
   int max_splits, units;  // see Unit in units.cuh
@@ -80,7 +80,7 @@ struct Consolidate {
   const int64_t* store;     // [rows, store_pages]
   const int64_t* retiring;  // [rows, retiring_pages], -1 pads at the end; a row of padding is skipped
   const int64_t* moments;   // [rows, moment_pages]
-  const float* count;       // [rows] before the event
+  const float* num_evicted;       // [rows] before the event
   const float* score;       // [rows, heads, (store_pages + retiring_pages) * page_size]; null: policies/momentkv.py
   float* observed;         // [num_pages, heads, page_size], moved along with the tokens; may be null if score is given
   float* own_score;         // workspace, like score, two of them; unused if score is given

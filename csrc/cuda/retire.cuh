@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kConsolidateThreads, 4) retire(const Consolida
   if (!c.record_layout.has_means) return;
   sync_block();  // the record may lie in retiring pages, whose winners have moved now
   float *delta = reinterpret_cast<float*>(shared_memory()), *room = delta + 2 * D;
-  const float before = c.count[e.row], share = float(e.losers) / (before + float(e.losers));
+  const float before = c.num_evicted[e.row], share = float(e.losers) / (before + float(e.losers));
   const bool empty = before == 0;
   merge_means<D>(e, e.folded(), share, empty, delta, room);
   sync_block();

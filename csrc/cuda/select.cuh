@@ -136,7 +136,7 @@ __device__ inline float relative(const Event& e, const float* x, float weight, f
 template <class T, int D>
 __device__ inline void score_by_moments(const Event& e, float* score, size_t n, float* room) {
   float* mean = room + kConsolidateWarps * 2 * D;
-  if (e.c.count[e.row] == 0) {
+  if (e.c.num_evicted[e.row] == 0) {
     means_of_candidates<T, D>(e, mean, room);
   } else {
     for (int dim = threadIdx.x; dim < 2 * D; dim += kConsolidateThreads) mean[dim] = *e.record().number(dim);

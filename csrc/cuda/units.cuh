@@ -31,7 +31,7 @@ struct Unit {
     const int64_t sees = last_slot + 1 + query_of(query_rows - 1);
     const int all = int((sees + kTileSlots - 1) / kTileSlots);
     const int splits = splits_of(int(queries), tile, all);
-    exists = is_record ? a.corrected && a.count[row] > 0 : split < splits;
+    exists = is_record ? a.corrected && a.num_evicted[row] > 0 : split < splits;
     first_tile = int(int64_t(all) * split / splits);
     tiles = int(int64_t(all) * (split + 1) / splits) - first_tile;
   }

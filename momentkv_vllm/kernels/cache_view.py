@@ -85,17 +85,17 @@ class CacheView:
         self.keys[pages] = _unflatten(keys, self.page_size).to(self.keys.dtype)
         self.values[pages] = _unflatten(values, self.page_size).to(self.values.dtype)
 
-    def read_moments(self, pages: torch.Tensor, count: torch.Tensor) -> Moments:
-        """Records in moment pages [rows, M] as float32; `count` [rows] comes from the schedule. Missing parts are zero.
+    def read_moments(self, pages: torch.Tensor, num_evicted: torch.Tensor) -> Moments:
+        """Records in moment pages [rows, M] as float32; `num_evicted` [rows] comes from the schedule. Missing parts are zero.
 
-        Rows with count 0 return zeros, whatever their pages hold: the first page of a new record is a page of tokens.
+        Rows that evicted nothing return zeros, whatever their pages hold: the first page of a new record is a page of tokens.
         """
         rows, heads, d = pages.shape[0], self.raw.shape[1], self.record_layout.head_dim
         if not self.record_layout.has_means:
             zeros = self.keys.new_zeros(rows, heads, d, dtype=torch.float32)
-            return Moments(count, zeros, zeros, zeros[..., 0], None)
+            return Moments(num_evicted, zeros, zeros, zeros[..., 0], None)
         raw = self.raw[pages].permute(0, 2, 1, 3).reshape(rows, heads, -1)
-        raw = torch.where((count == 0)[:, None, None], raw.new_zeros(()), raw)
+        raw = torch.where((num_evicted == 0)[:, None, None], raw.new_zeros(()), raw)
         header_bytes = self.record_layout.header_bytes
         header = raw[..., : header_bytes // 4 * 4].contiguous().view(torch.float32)
         covariance = None
@@ -104,7 +104,7 @@ class CacheView:
             covariance = stored.view(rows, heads, d, d).float()
         if self.record_layout.has_scales:
             covariance = covariance * header[..., 2 * d + 1 : 3 * d + 1].unsqueeze(-1)
-        return Moments(count, header[..., :d], header[..., d : 2 * d], header[..., 2 * d], covariance)
+        return Moments(num_evicted, header[..., :d], header[..., d : 2 * d], header[..., 2 * d], covariance)
 
     def write_moments(self, pages: torch.Tensor, moments: Moments) -> None:
         """Store records into moment pages [rows, M]."""

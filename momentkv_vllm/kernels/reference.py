@@ -78,7 +78,7 @@ def attend(
     total = logits.logsumexp(-1)
     result = (logits - total.unsqueeze(-1)).exp() @ values
     if corrected:
-        evicted, log_mass = mo.partial(cache.read_moments(work.moment_pages, work.count), grouped, scale)
+        evicted, log_mass = mo.partial(cache.read_moments(work.moment_pages, work.num_evicted), grouped, scale)
         retained, total = total, torch.logaddexp(total, log_mass)
         result = (retained - total).exp().unsqueeze(-1) * result + (log_mass - total).exp().unsqueeze(-1) * evicted
     output[tokens[real]] = _ungroup(result, groups)[real].to(output.dtype)
@@ -133,7 +133,7 @@ def consolidate(
 
     Args:
         observed: as filled by `observe`, moved along with the tokens; None unless the policy needs it.
-        work: store, retiring and moment pages, and the count before this event.
+        work: store, retiring and moment pages, and the number evicted before this event.
     """
     tokens = candidates(cache, observed, work, scale)
     keys, values, before, store_tokens = tokens.keys, tokens.values, tokens.moments, tokens.store_tokens
@@ -162,7 +162,7 @@ def candidates(cache: CacheView, observed: torch.Tensor | None, work: RetireWork
     pages = pages.clamp(min=0)
     # Padding reads the null page, which may hold anything: 0 * NaN would be NaN.
     keys, values = (torch.where(valid[:, None, :, None], x, 0.0) for x in cache.read_tokens(pages))
-    moments = cache.read_moments(work.moment_pages, work.count)
+    moments = cache.read_moments(work.moment_pages, work.num_evicted)
     attention = None if observed is None else _slots_of(observed, pages)
     store_tokens = work.store_pages.shape[1] * cache.page_size
     return Candidates(keys, values, valid, store_tokens, moments, attention, scale)

@@ -27,7 +27,7 @@ class AttendWork:
     last_slot:    [rows] int64, last slot of `pages` that the first query sees; every next query sees one more (causality
                   of the shortened sequence).
     moment_pages: [rows, M] int64.
-    count:        [rows] float32, n of the moments; 0 = no record.
+    num_evicted:  [rows] float32, n of the moments; 0 = no record.
     observe_from: [rows] int64, first query (0 = the row's first) whose attention the policy wants; None: no policy asks.
     restart:      [rows] bool, the observation before the row's next event begins in this work list; None likewise.
     observe_only: the rows are below their budget: only their attention is wanted, their output is vLLM's.
@@ -42,7 +42,7 @@ class AttendWork:
     pages: torch.Tensor
     last_slot: torch.Tensor
     moment_pages: torch.Tensor
-    count: torch.Tensor
+    num_evicted: torch.Tensor
     observe_from: torch.Tensor | None = None
     restart: torch.Tensor | None = None
     observe_only: bool = False
@@ -70,13 +70,13 @@ class RetireWork:
     store_pages:    [rows, S] int64.
     retiring_pages: [rows, K] int64 pages leaving the window, in order; -1 pads rows that retire fewer.
     moment_pages:   [rows, M] int64; at a row's first event some of the retiring pages themselves.
-    count:          [rows] float32, n before the event.
+    num_evicted:    [rows] float32, n before the event.
     """
 
     store_pages: torch.Tensor
     retiring_pages: torch.Tensor
     moment_pages: torch.Tensor
-    count: torch.Tensor
+    num_evicted: torch.Tensor
 
 
 @dataclass
