@@ -7,6 +7,7 @@ import torch
 
 from momentkv_vllm import moments
 from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.worklists import AttendWork
 from momentkv_vllm.page_layout import RecordLayout
 from momentkv_vllm.policies import POLICIES
@@ -99,4 +100,5 @@ def observed(policy, shape, generator):
     """What a policy may have observed of every slot; None if it observes nothing."""
     if not POLICIES[policy].needs_attention:
         return None
-    return torch.rand(*shape, *[3] * POLICIES[policy].observes_logits, generator=generator)
+    logits = POLICIES[policy].observes_logits
+    return Observed(torch.rand(*shape, *[3] * logits, generator=generator), "logits" if logits else "mass")

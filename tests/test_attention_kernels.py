@@ -7,11 +7,15 @@ import pytest
 import torch
 from kernel_cases import BATCHES, HEADS, INTERPRETED, WIDEST, attend_work, poisoned_cache, run_attend, serving_batch
 
-from momentkv_vllm.kernels import dispatch, moments, reference
+from momentkv_vllm import moments
+from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.worklists import AttendWork
 from momentkv_vllm.page_layout import RecordLayout
 from momentkv_vllm.page_schedule import cdiv
+
+reference = select("reference")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -83,8 +87,8 @@ def test_attend_and_observe_agree_with_the_reference(kernels, batch, corrected):
     torch.testing.assert_close(output, want, rtol=rounding, atol=1e-5)
     torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=2e-5)
     want_mass, mass = (torch.full(cache.keys.shape[:3], 7.0) for _ in range(2))
-    reference.observe(cache, want_mass, query, want_lse, work, scale)
-    kernels.observe(cache, mass, query, want_lse, work, scale)
+    reference.observe(cache, Observed(want_mass), query, want_lse, work, scale)
+    kernels.observe(cache, Observed(mass), query, want_lse, work, scale)
     used = torch.cat([row[row > 0] for row in work.pages])
     torch.testing.assert_close(mass[used], want_mass[used], rtol=1e-4, atol=1e-5)
 
@@ -126,7 +130,7 @@ def test_write_stores_tokens_and_clears_fresh_pages(kernels, dtype):
     slots = torch.tensor([*range(28, 32), *range(48, 64), -1])  # a page's end, a fresh page, padding
     mass = torch.full(cache.keys.shape[:3], 5.0)
     before = cache.kv.clone()
-    kernels.write(cache, key, value, slots, mass)
+    kernels.write(cache, key, value, slots, Observed(mass))
     for i, slot in enumerate(slots[:-1].tolist()):
         assert torch.equal(cache.keys[slot // 16, :, slot % 16], key[i])
         assert torch.equal(cache.values[slot // 16, :, slot % 16], value[i])
@@ -148,7 +152,7 @@ def test_observe_sums_the_attention_of_observed_queries(kernels):
     query = torch.randn(3, HEADS * 2, d)
     _, lse = run_attend(kernels, cache, query, work, 0.2, False)
     mass = torch.full((3, HEADS, page_size), 7.0)
-    kernels.observe(cache, mass, query, lse, work, 0.2)
+    kernels.observe(cache, Observed(mass), query, lse, work, 0.2)
     assert torch.allclose(mass[1:].sum((0, 2)), torch.full((HEADS,), 4.0), atol=1e-4), (
         "2 queries x 2 heads, mass 1 each"
     )
@@ -171,9 +175,9 @@ def test_observe_takes_over_what_attend_has_computed(kernels):
     output, lse = run_attend(kernels, cache, query, work, 0.2, False)
     taken = torch.full((len(cache.keys), HEADS, page_size), 7.0)
     alone, want = taken.clone(), taken.clone()
-    kernels.observe(cache, taken, query, lse, work, 0.2)
-    kernels.observe(cache, alone, query, lse, replace(work, logits=None), 0.2)
-    reference.observe(cache, want, query, lse, work, 0.2)
+    kernels.observe(cache, Observed(taken), query, lse, work, 0.2)
+    kernels.observe(cache, Observed(alone), query, lse, replace(work, logits=None), 0.2)
+    reference.observe(cache, Observed(want), query, lse, work, 0.2)
     assert torch.equal(taken, alone)
     torch.testing.assert_close(taken[used], want[used], rtol=1e-4, atol=1e-5)
 
@@ -182,7 +186,7 @@ def test_observe_takes_over_what_attend_has_computed(kernels):
 @pytest.mark.parametrize("family", ["triton"])
 def test_heads_may_lie_further_apart_than_32_bits_reach(family):
     """vLLM's layout LHBNC in a large pool: all pages of a head, then all of the next."""
-    kernels, d, far = dispatch.select(family), 32, 1 << 30
+    kernels, d, far = select(family), 32, 1 << 30
     # Memory of which little more than the written pages becomes real.
     pool = torch.empty(2 * far + 4 * 16 * 2 * d, dtype=torch.bfloat16)
     kv = pool.as_strided((4, 3, 16, 2 * d), (16 * 2 * d, far, 2 * d, 1))

@@ -11,11 +11,16 @@ import test_consolidation_kernels
 import torch
 from cuda_device import OnDevice
 
-from momentkv_vllm.kernels import cuda, dispatch, moments, reference
+from momentkv_vllm import moments
+from momentkv_vllm.kernels import cuda as module
+from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.worklists import RetireWork
 from momentkv_vllm.page_layout import RecordLayout
 from momentkv_vllm.policies import POLICIES
+
+cuda, reference = module.Cuda(), select("reference")
 
 
 def gpu_view(kv: torch.Tensor, record: RecordLayout) -> CacheView:
@@ -36,14 +41,14 @@ def library(tmp_path_factory):
     if cuda_emulated.compiler() is None:
         pytest.skip("g++ is missing")
     torch.ops.load_library(cuda_emulated.build(tmp_path_factory.mktemp("cuda_emulated")))
-    cuda.register_fakes("momentkv_cuda_emulated")
+    module.register_fakes("momentkv_cuda_emulated")
 
 
 @pytest.fixture
 def emulated(library, monkeypatch):
     """The family `cuda` on CPU tensors."""
     monkeypatch.setattr(CacheView, "of_vllm_cpu", staticmethod(gpu_view))
-    monkeypatch.setattr(cuda, "_ops", torch.ops.momentkv_cuda_emulated)
+    monkeypatch.setattr(module, "_ops", torch.ops.momentkv_cuda_emulated)
     return cuda
 
 
@@ -98,8 +103,8 @@ def test_attend_and_observe_agree_with_the_reference(kernels, batch, last_thread
     again, _ = shared.run_attend(kernels, nhd(cache), query, work, scale, True)
     assert torch.equal(again, got), "bitwise, whichever thread runs first, and NHD like HND"
     want_mass, mass = (torch.full(cache.keys.shape[:3], 7.0) for _ in range(2))
-    reference.observe(cache, want_mass, query, want_lse, work, scale)
-    kernels.observe(cache, mass, query, want_lse, work, scale)
+    reference.observe(cache, Observed(want_mass), query, want_lse, work, scale)
+    kernels.observe(cache, Observed(mass), query, want_lse, work, scale)
     used = torch.cat([row[row > 0] for row in work.pages])
     torch.testing.assert_close(mass[used], want_mass[used], rtol=1e-4, atol=1e-5)
     assert mass[0].eq(7).all()
@@ -149,7 +154,7 @@ def test_padding_rows_are_not_touched(kernels):
     )
     retire.retiring_pages[:] = -1
     before = cache.kv.clone()
-    kernels.consolidate(cache, torch.zeros(cache.keys.shape[:3]), retire, POLICIES["momentkv"](), 0, 0.1)
+    kernels.consolidate(cache, Observed(torch.zeros(cache.keys.shape[:3])), retire, POLICIES["momentkv"](), 0, 0.1)
     assert torch.equal(before.view(torch.int16), cache.kv.view(torch.int16))
 
 
@@ -189,7 +194,7 @@ def test_consolidation_repeats_to_the_bit_in_both_layouts(kernels, has_covarianc
     )
     twins = [(gpu_view(cache.kv.clone(), cache.record_layout), mass.clone()), (nhd(cache), mass.clone())]
     for twin, twin_mass in twins:
-        kernels.consolidate(twin, twin_mass, work, POLICIES["momentkv"](), 4, 0.1)
+        kernels.consolidate(twin, Observed(twin_mass), work, POLICIES["momentkv"](), 4, 0.1)
         last_thread_first()
     (one, one_mass), (two, two_mass) = twins
     assert torch.equal(one.kv[1:].view(torch.int16), two.kv[1:].contiguous().view(torch.int16))
@@ -213,8 +218,8 @@ def test_equal_and_undefined_scores(kernels):
     )
     mass = torch.zeros(cache.keys.shape[:3])
     twin = gpu_view(cache.kv.clone(), cache.record_layout)
-    reference.consolidate(twin, mass.clone(), work, POLICIES["momentkv"](), 4, 0.1)
-    kernels.consolidate(cache, mass, work, POLICIES["momentkv"](), 4, 0.1)
+    reference.consolidate(twin, Observed(mass.clone()), work, POLICIES["momentkv"](), 4, 0.1)
+    kernels.consolidate(cache, Observed(mass), work, POLICIES["momentkv"](), 4, 0.1)
     for got, want in zip(cache.read_tokens(work.store_pages), twin.read_tokens(work.store_pages), strict=True):
         assert torch.equal(got, want) and not got.isnan().any()
 
@@ -270,16 +275,16 @@ def test_operators_declare_what_they_write(emulated):
     checks = ("test_schema", "test_faketensor")
     calls = []
     recorder = type("Recorder", (), {"__getattr__": lambda _, name: lambda *a: calls.append((name, a))})()
-    cuda._ops = recorder  # undone by the fixture
+    module._ops = recorder  # undone by the fixture
     lse = torch.zeros(query.shape[:2])
     mass = torch.zeros(cache.keys.shape[:3])
     emulated.attend(cache, query, torch.empty_like(query), lse, work, 0.1, True)
-    emulated.observe(cache, mass, query, lse, work, 0.1)
+    emulated.observe(cache, Observed(mass), query, lse, work, 0.1)
     retire = RetireWork(
         work.pages[:, :1].contiguous(), work.pages[:, 1:2].contiguous(), work.moment_pages, work.num_evicted
     )
-    emulated.consolidate(cache, mass, retire, POLICIES["momentkv"](), 0, 0.1)
-    emulated.write(cache, query[:3, :2], query[:3, 2:], torch.tensor([16, 17, 18]), mass)
+    emulated.consolidate(cache, Observed(mass), retire, POLICIES["momentkv"](), 0, 0.1)
+    emulated.write(cache, query[:3, :2], query[:3, 2:], torch.tensor([16, 17, 18]), Observed(mass))
     assert [name for name, _ in calls] == ["attend", "observe", "consolidate", "write"]
     for name, arguments in calls:
         operator = getattr(torch.ops.momentkv_cuda_emulated, name).default
@@ -287,12 +292,12 @@ def test_operators_declare_what_they_write(emulated):
 
 
 def test_the_family_says_why_it_cannot_run(monkeypatch):
-    monkeypatch.setattr(cuda, "_why_missing", "No module named 'momentkv_vllm._cuda'")
+    monkeypatch.setattr(module, "_why_missing", "No module named 'momentkv_vllm._cuda'")
     with pytest.raises(ValueError, match="'cuda' cannot run here: .*not built.*MOMENTKV_BUILD_CUDA=1"):
-        dispatch.select("cuda", "cuda")
+        select("cuda", "cuda")
     with pytest.raises(ValueError, match="does not run on 'cpu' tensors"):
-        dispatch.select("cuda", "cpu")
-    monkeypatch.setattr(cuda, "_why_missing", "")
+        select("cuda", "cpu")
+    monkeypatch.setattr(module, "_why_missing", "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cuda.objections() == ["no CUDA device"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

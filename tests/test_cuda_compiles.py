@@ -18,7 +18,7 @@ README = cuda_emulated.SOURCES / "README.md"
 KERNEL = re.compile(
     r"\d(attend_units|merge_units|observe_page|select_losers|fold_losers|retire|write_tokens|zero_fresh_pages)"
 )
-NUMBERS = re.compile(r"I(?:NS0_\d+)?(BFloat16|Float16)ELi(\d+)E")
+NUMBERS = re.compile(r"I(?:NS0?_\d+)?(BFloat16|Float16)ELi(\d+)E")
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is missing: the CUDA sources are not compiled here")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from kernel_cases import serving_batch
 
-from momentkv_vllm.kernels import dispatch, reference
+from momentkv_vllm.kernels import select
 
 HERE = Path(__file__).parent
 
@@ -28,7 +28,7 @@ def test_the_other_instruction_sets(isa):
 
 def test_operators_check_what_they_are_given():
     """A wrong tensor is an error that names it, never memory of someone else."""
-    cpu = dispatch.select("cpu")
+    cpu = select("cpu")
     cache, work, query = serving_batch(torch.bfloat16, 64, "bfloat16", "first", 4)
     output = torch.empty_like(query)
     with pytest.raises(RuntimeError, match="output"):
@@ -46,14 +46,14 @@ def test_operators_check_what_they_are_given():
 
 
 def test_a_named_family_never_falls_back(monkeypatch):
-    monkeypatch.setattr(dispatch.select("cpu"), "objections", lambda: ["no compiler"])
-    assert dispatch.select("auto") is reference
+    monkeypatch.setattr(select("cpu"), "objections", lambda: ["no compiler"])
+    assert select("auto") is select("reference")
     with pytest.raises(ValueError, match="'cpu' cannot run here: no compiler"):
-        dispatch.select("cpu")
+        select("cpu")
 
 
 @pytest.mark.parametrize(("name", "device"), [("cpu", "cuda"), ("triton", "cpu")])
 def test_a_named_family_must_run_on_the_device(name, device, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=f"does not run on '{device}' tensors"):
-        dispatch.select(name, device)
+        select(name, device)

@@ -13,7 +13,7 @@ from momentkv_vllm.attention import upload
 from momentkv_vllm.attention.backend import MomentKVImpl
 from momentkv_vllm.attention.cuda_backend import CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder
 from momentkv_vllm.attention.metadata import EvictionMetadata
-from momentkv_vllm.kernels import triton as family
+from momentkv_vllm.kernels import triton
 from momentkv_vllm.plugin import register
 
 
@@ -97,10 +97,10 @@ class Launches:
 
 def test_chunks_and_decode_rows_launch_their_own_kernels_only(models, monkeypatch):
     seen = []
-    for module, names in ((family._decode, ("_partials", "_reduce")), (family._chunk, ("_chunk",))):
+    for module, names in ((triton._decode, ("_partials", "_reduce")), (triton._chunk, ("_chunk",))):
         for name in names:
             monkeypatch.setattr(module, name, Launches(name, seen))
-    side = side_of(models)
+    side, family = side_of(models), triton.Triton()
     cache = side.impl.view(new_cache(TABLE), side.impl.record_layout)
     query = torch.zeros(201, 2 * HEADS, D)
     kinds = set()

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "momentkv_vllm"
 LAYERS = [
-    {"moments", "page_layout", "model_layers", "versions", "metrics"},
+    {"moments", "page_layout", "model_layers", "versions", "metrics", "records"},
     {"policies"},
     {"config"},
     {"page_schedule", "testing"},

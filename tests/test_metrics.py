@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from momentkv_vllm.attention.monitor import measure
-from momentkv_vllm.kernels import reference
+from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.worklists import AttendWork
 from momentkv_vllm.metrics import (
@@ -143,7 +143,7 @@ def test_measured_mass_and_correction_are_those_of_the_reference_kernel(covarian
     results = {}
     for corrected in (False, True):
         output, lse = torch.empty_like(query), torch.empty(2, heads * groups)
-        reference.attend(cache, query, output, lse, work, scale, corrected)
+        select("reference").attend(cache, query, output, lse, work, scale, corrected)
         results[corrected] = output, lse
     (plain, plain_lse), (merged, merged_lse) = results[False], results[True]
     rows = torch.arange(2)

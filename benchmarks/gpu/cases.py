@@ -8,6 +8,7 @@ import torch
 
 from momentkv_vllm import moments
 from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
 
 
@@ -73,7 +74,7 @@ class Case:
         self.key, self.value = (normal(s.rows, s.kv_heads, s.head_dim).to(s.dtype) for _ in range(2))
         self.output = torch.empty_like(self.query)
         self.lse = torch.empty(*self.query.shape[:2], device=device)
-        self.mass = torch.rand(total, s.kv_heads, s.page_size, generator=generator, device=device)
+        self.mass = Observed(torch.rand(total, s.kv_heads, s.page_size, generator=generator, device=device))
         self.scale = s.head_dim**-0.5
 
     def attend(self, family, corrected: bool, lse: bool = False) -> None:
@@ -90,5 +91,5 @@ class Case:
         other = object.__new__(Case)
         vars(other).update(vars(self))
         other.cache = CacheView.of_vllm_gpu(self.cache.kv.clone(), self.shape.layout)
-        other.mass, other.output, other.lse = self.mass.clone(), self.output.clone(), self.lse.clone()
+        other.mass, other.output, other.lse = Observed(self.mass.data.clone()), self.output.clone(), self.lse.clone()
         return other

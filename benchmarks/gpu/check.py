@@ -6,10 +6,10 @@ import torch
 from cases import Case, Shape
 from shape import SINKS
 
-from momentkv_vllm.kernels import dispatch, reference
+from momentkv_vllm.kernels import preferred, select
 from momentkv_vllm.policies import POLICIES
 
-POLICY = POLICIES["momentkv"]()
+POLICY, reference = POLICIES["momentkv"](), select("reference")
 SHAPES = [
     *(
         Shape(head_dim=d, groups=g, dtype=t, rows=9, slots=700, odd=True)
@@ -36,8 +36,8 @@ ROUNDING = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 1e-4}
 
 def families(device: str) -> dict:
     """The GPU families that work here, by name."""
-    native = [family for family in dispatch.preferred("cuda") if family.module is not reference]
-    found = {family.name: family.module for family in native if not family.objections()}
+    native = [family for family in preferred("cuda") if family is not reference]
+    found = {family.name: family for family in native if not family.objections()}
     if not found:
         raise SystemExit(f"no GPU kernel family works here: {[family.objections() for family in native]}")
     return found
@@ -72,7 +72,7 @@ def check(shape: Shape, name: str, family, device: str) -> dict:
     twin = case.twin()
     for each, kernels in ((case, family), (twin, reference)):
         kernels.observe(each.cache, each.mass, each.query, want_lse, each.work, each.scale)
-    close(case.mass[case.pages], twin.mass[case.pages], tolerance, f"{name}, {shape.label}, observe")
+    close(case.mass.data[case.pages], twin.mass.data[case.pages], tolerance, f"{name}, {shape.label}, observe")
     if case.pages.shape[1] >= 5 and shape.queries == 1:
         check_retire(case, twin, name, family)
     return {"family": name, "shape": shape.label, "worst_relative_difference": worst}
@@ -83,7 +83,7 @@ def check_retire(case: Case, twin: Case, name: str, family) -> None:
     the reference's scores decide for both."""
     shape, label = case.shape, f"{name}, {case.shape.label}, consolidate"
     work = case.retire_work(2)
-    twin.mass.copy_(case.mass)
+    twin.mass.data.copy_(case.mass.data)
     family.consolidate(case.cache, case.mass, work, POLICY, SINKS, case.scale)
     reference.consolidate(twin.cache, twin.mass, work, POLICY, SINKS, case.scale)
     got, want = case.cache.read_tokens(work.store_pages), twin.cache.read_tokens(work.store_pages)

@@ -8,10 +8,14 @@ import torch
 from shape import SINKS
 from vllm import _custom_ops as ops
 
-from momentkv_vllm.kernels import cpu, moments
+from momentkv_vllm import moments
+from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
 from momentkv_vllm.policies import POLICIES
+
+CPU = select("cpu")
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Case:
         self.query = torch.randn(s.rows * s.queries, heads, s.head_dim, generator=generator).to(s.dtype)
         self.output = torch.empty_like(self.query)
         self.lse = torch.full(self.query.shape[:2], 10.0)
-        self.observed = torch.rand(total, s.kv_heads, s.page_size, generator=generator)
+        self.observed = Observed(torch.rand(total, s.kv_heads, s.page_size, generator=generator))
         self.scale = s.head_dim**-0.5
         self.work = AttendWork(
             first_token=torch.arange(s.rows) * s.queries,
@@ -54,7 +58,7 @@ class Case:
             num_evicted=torch.full((s.rows,), 10_000.0),
         )
 
-    def attend(self, corrected: bool, family=cpu) -> None:
+    def attend(self, corrected: bool, family=CPU) -> None:
         family.attend(self.cache, self.query, self.output, None, self.work, self.scale, corrected)
 
     def vllm_attend(self) -> Callable[[], None]:
@@ -108,7 +112,7 @@ class Case:
         )
         return RetireWork(store, retiring, self.moment_pages[one], self.work.num_evicted[one])
 
-    def retire(self, work: RetireWork, family=cpu) -> None:
+    def retire(self, work: RetireWork, family=CPU) -> None:
         family.consolidate(self.cache, self.observed, work, POLICIES["momentkv"](), SINKS, self.scale)
 
     def observe_work(self) -> AttendWork:
@@ -116,6 +120,6 @@ class Case:
         every = torch.zeros_like(self.work.last_slot)
         return replace(self.work, observe_from=every, restart=every.bool())
 
-    def attend_and_observe(self, work: AttendWork, family=cpu) -> None:
+    def attend_and_observe(self, work: AttendWork, family=CPU) -> None:
         family.attend(self.cache, self.query, self.output, self.lse, work, self.scale, True)
         family.observe(self.cache, self.observed, self.query, self.lse, work, self.scale)

@@ -208,7 +208,7 @@ inline void finish(const Attend& a, const AttendItem& item, int first_row, int r
     }
     const int64_t token = a.first_token[item.row] + item.first_query + row / groups;
     const int64_t query_head = item.head * groups + row % groups;
-    T* output = static_cast<T*>(a.output) + token * a.output_stride + query_head * d;
+    T* output = reinterpret_cast<T*>(a.output) + token * a.output_stride + query_head * d;
     for (int64_t i = 0; i < d; i += kLanes) store(output + i, load(run.out + r * d + i) * inverse);
     if (a.lse != nullptr) a.lse[token * a.query_heads + query_head] = lse;
   }
@@ -220,7 +220,7 @@ inline void pack_queries(const Attend& a, const AttendItem& item, int first_row,
   const int64_t d = a.cache.head_dim, groups = a.query_heads / a.cache.heads;
   for (int r = 0; r < Rows; ++r) {
     const int64_t row = first_row + r, token = a.first_token[item.row] + item.first_query + row / groups;
-    const T* query = static_cast<const T*>(a.query) + token * a.query_stride + (item.head * groups + row % groups) * d;
+    const T* query = reinterpret_cast<const T*>(a.query) + token * a.query_stride + (item.head * groups + row % groups) * d;
     for (int64_t i = 0; i < d; ++i) packed[i * Rows + r] = to_float(query[i]);
   }
 }
@@ -249,7 +249,7 @@ void attend_rows(const Attend& a, const AttendItem& item, int first_row, float* 
     attend_tile<Rows>(a, tile, packed, visible, logits, left == nullptr ? nullptr : left + first, run);
   }
   if (item.with_record) {
-    const RecordView record{a.cache, a.record_layout, a.record_pages + item.row * a.moment_pages, item.head};
+    const RecordView record{a.cache, a.record_layout, a.moment_pages + item.row * a.num_moment_pages, item.head};
     with_covariance_type(a.record_layout.covariance_type, [&](auto c) {
       attend_record<Rows, decltype(c)>(a, record, a.num_evicted[item.row], packed, logits, run);
     });
@@ -288,7 +288,7 @@ void merge(const Attend& a, const MergeItem& item) {
       Vec out = {};
       for (int s = 0; s < item.splits; ++s) out += load(item.partials + s * size + g * d + i) * lse[s * size];
       with_type(a.cache.type, [&](auto t) {
-        store(static_cast<decltype(t)*>(a.output) + token * a.output_stride + query_head * d + i, out * (1 / mass));
+        store(reinterpret_cast<decltype(t)*>(a.output) + token * a.output_stride + query_head * d + i, out * (1 / mass));
       });
     }
     if (a.lse != nullptr) a.lse[token * a.query_heads + query_head] = top + logf(mass);

@@ -1,7 +1,6 @@
 // Retires pages of one (row, head): score, choose, fold the losers into the moments, fill their slots with the winners.
 // Included once per instruction set.
 
-constexpr float kAttentionWeight = 0.5f;  // as policies/momentkv.py
 constexpr int kFoldTokens = 64;  // losers whose centred keys and values are held at a time
 
 // The candidates of one (row, head): the store's slots, then those of the retiring pages.
@@ -120,7 +119,7 @@ void score_by_moments(const Event& e, float* means, float* room, float* score) {
   distances_of_keys<T>(e, mean_key, room);
   add_relative(e, room, 1, score);
   distances_of_values<T>(e, mean_value, room);
-  add_relative(e, room, kAttentionWeight, score);
+  add_relative(e, room, e.c.attention_weight, score);
 }
 
 // A number that sorts candidates by who goes first: the lower score, of equal scores the later one, NaN before all.

@@ -20,8 +20,8 @@ void write(const Write& s, int64_t token) {
   with_type(c.type, [&](auto t) {
     using T = decltype(t);
     for (int64_t head = 0; head < c.heads; ++head) {
-      const T* key = static_cast<const T*>(s.key) + token * s.key_stride + head * c.head_dim;
-      const T* value = static_cast<const T*>(s.value) + token * s.value_stride + head * c.head_dim;
+      const T* key = reinterpret_cast<const T*>(s.key) + token * s.key_stride + head * c.head_dim;
+      const T* value = reinterpret_cast<const T*>(s.value) + token * s.value_stride + head * c.head_dim;
       T* keys = keys_of<T>(c, page, head) + slot;
       for (int64_t i = 0; i < c.head_dim; ++i) keys[i * c.page_size] = key[i];
       std::memcpy(values_of<T>(c, page, head) + slot * c.head_dim, value, c.head_dim * sizeof(T));

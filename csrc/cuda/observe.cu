@@ -13,7 +13,7 @@ constexpr int kObserveWarps = kObserveThreads / kLanes;
 // Block: a page of a (row, head). A warp takes a slot at a time, its lanes share the dimensions.
 template <class T, int D>
 __global__ void __launch_bounds__(kObserveThreads, 8) observe_page(const Observe o) {
-  const Queries& w = o.work;
+  const Queries& w = o;
   const int number = blockIdx.x, head = blockIdx.y, row = blockIdx.z, page_size = w.cache.page_size;
   const int64_t queries = w.num_queries[row], first = int64_t(number) * page_size;
   if (queries == 0 || first >= w.last_slot[row] + queries) return;
@@ -38,13 +38,13 @@ __global__ void __launch_bounds__(kObserveThreads, 8) observe_page(const Observe
 
 template <class T, int D>
 const char* launch_observe(const Observe& o, void* stream) {
-  return launch(observe_page<T, D>, o.work.max_pages, o.work.cache.heads, o.work.rows, kObserveThreads, 0, o, stream);
+  return launch(observe_page<T, D>, o.max_pages, o.cache.heads, o.rows, kObserveThreads, 0, o, stream);
 }
 
 }  // namespace
 
 const char* observe(const Observe& o, void* stream) {
-  return with_shape(o.work.cache, [&](auto t, auto d) { return launch_observe<decltype(t), decltype(d)::value>(o, stream); });
+  return with_shape(o.cache, [&](auto t, auto d) { return launch_observe<decltype(t), decltype(d)::value>(o, stream); });
 }
 
 }  // namespace momentkv::cuda

@@ -50,7 +50,7 @@ __device__ inline void merge_means(const Event& e, const float* folded, float sh
   const RecordView record = e.record();
   float square = 0;
   for (int dim = threadIdx.x; dim < 2 * D; dim += kConsolidateThreads) {
-    float* mean = record.number(dim);
+    float* mean = record.mean(dim);
     const float step = empty ? 0 : folded[dim] - *mean;
     delta[dim] = step;
     if (dim >= D) square += step * step;

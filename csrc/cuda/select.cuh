@@ -7,7 +7,6 @@ namespace momentkv::cuda {
 
 constexpr int kConsolidateThreads = 256;
 constexpr int kConsolidateWarps = kConsolidateThreads / kLanes;
-constexpr float kAttentionWeight = 0.5f;  // as policies/momentkv.py
 
 // The candidates of one (row, head): the store's slots, then those of the retiring pages.
 struct Event {
@@ -139,11 +138,11 @@ __device__ inline void score_by_moments(const Event& e, float* score, size_t n, 
   if (e.c.num_evicted[e.row] == 0) {
     means_of_candidates<T, D>(e, mean, room);
   } else {
-    for (int dim = threadIdx.x; dim < 2 * D; dim += kConsolidateThreads) mean[dim] = *e.record().number(dim);
+    for (int dim = threadIdx.x; dim < 2 * D; dim += kConsolidateThreads) mean[dim] = *e.record().mean(dim);
     sync_block();
   }
   distances<T, D>(e, mean, score, n);
-  const float of_keys = relative(e, score, 1, room), of_values = relative(e, score + n, kAttentionWeight, room);
+  const float of_keys = relative(e, score, 1, room), of_values = relative(e, score + n, e.c.attention_weight, room);
   for (int j = threadIdx.x; j < e.candidates; j += kConsolidateThreads)
     score[j] = score[j] * of_keys + score[n + j] * of_values;
   sync_block();

@@ -21,13 +21,13 @@ struct Unit {
     tile = beyond < 0 ? 0 : 1 + beyond / 2;
     is_record = beyond < 0 ? number == a.max_splits : beyond % 2 == 1;
     split = beyond < 0 ? number : 0;
-    groups = a.work.query_heads / a.work.cache.heads;
-    const int64_t queries = a.work.num_queries[row];
+    groups = a.query_heads / a.cache.heads;
+    const int64_t queries = a.num_queries[row];
     const int rows_left = int(queries * groups) - tile * kTileRows;
     query_rows = rows_left < kTileRows ? rows_left : kTileRows;
     exists = rows_left > 0;
     if (!exists) return;
-    last_slot = a.work.last_slot[row];
+    last_slot = a.last_slot[row];
     const int64_t sees = last_slot + 1 + query_of(query_rows - 1);
     const int all = int((sees + kTileSlots - 1) / kTileSlots);
     const int splits = splits_of(int(queries), tile, all);
@@ -50,7 +50,7 @@ struct Unit {
 };
 
 __device__ inline size_t partial_row(const Attend& a, int row, int head, int unit, int query_row) {
-  return ((size_t(row) * a.work.cache.heads + head) * a.units + unit) * a.tile_rows + query_row;
+  return ((size_t(row) * a.cache.heads + head) * a.units + unit) * a.tile_rows + query_row;
 }
 
 }  // namespace momentkv::cuda

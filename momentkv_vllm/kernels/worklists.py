@@ -5,16 +5,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
-def fresh_pages(slots: torch.Tensor, page_size: int) -> torch.Tensor:
+def fresh_pages(slots: Tensor, page_size: int) -> Tensor:
     """Pages whose first slot is among `slots` [tokens] (page * page_size + slot; negative = padding)."""
     return slots[(slots >= 0) & (slots % page_size == 0)] // page_size
 
 
-def mapped(work: Any, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Any:
+def mapped(work: Any, change: Callable[[str, Tensor], Tensor]) -> Any:
     """A copy of a work list, its tensors replaced by change(name, tensor)."""
-    return replace(work, **{name: change(name, x) for name, x in vars(work).items() if isinstance(x, torch.Tensor)})
+    return replace(work, **{name: change(name, x) for name, x in vars(work).items() if isinstance(x, Tensor)})
 
 
 @dataclass
@@ -37,24 +38,37 @@ class AttendWork:
     only_chunks:  the host knows that every row has several queries.
     """
 
-    first_token: torch.Tensor
-    num_queries: torch.Tensor
-    pages: torch.Tensor
-    last_slot: torch.Tensor
-    moment_pages: torch.Tensor
-    num_evicted: torch.Tensor
-    observe_from: torch.Tensor | None = None
-    restart: torch.Tensor | None = None
+    first_token: Tensor
+    num_queries: Tensor
+    pages: Tensor
+    last_slot: Tensor
+    moment_pages: Tensor
+    num_evicted: Tensor
+    observe_from: Tensor | None = None
+    restart: Tensor | None = None
     observe_only: bool = False
     most_queries: int = 0
     only_chunks: bool = False
-    logits: torch.Tensor | None = None
+    logits: Tensor | None = None
+
+    def arguments(self) -> list[Tensor | None]:
+        """The tensors that operators in C++ and CUDA take, in their order."""
+        evicted = [self.moment_pages, self.num_evicted]
+        return [
+            self.first_token,
+            self.num_queries,
+            self.pages,
+            self.last_slot,
+            *evicted,
+            self.observe_from,
+            self.restart,
+        ]
 
     def query_bound(self) -> int:
         """No row has more queries. Waits for the device unless `most_queries` is given."""
         return self.most_queries or int(self.num_queries.max())
 
-    def tokens(self) -> torch.Tensor:
+    def tokens(self) -> Tensor:
         """[queries of all rows] int64 flat token indices."""
         ends = self.num_queries.cumsum(0)
         inside = torch.arange(int(ends[-1]), device=ends.device) - (ends - self.num_queries).repeat_interleave(
@@ -73,10 +87,14 @@ class RetireWork:
     num_evicted:    [rows] float32, n before the event.
     """
 
-    store_pages: torch.Tensor
-    retiring_pages: torch.Tensor
-    moment_pages: torch.Tensor
-    num_evicted: torch.Tensor
+    store_pages: Tensor
+    retiring_pages: Tensor
+    moment_pages: Tensor
+    num_evicted: Tensor
+
+    def arguments(self) -> list[Tensor | None]:
+        """The tensors that operators in C++ and CUDA take, in their order."""
+        return [self.store_pages, self.retiring_pages, self.moment_pages, self.num_evicted]
 
 
 @dataclass
@@ -88,9 +106,9 @@ class StockRows:
     query_start: [rows + 1] int32 where each row begins in `tokens`.
     """
 
-    index: torch.Tensor
-    tokens: torch.Tensor
-    query_start: torch.Tensor
+    index: Tensor
+    tokens: Tensor
+    query_start: Tensor
 
     @classmethod
     def of(cls, rows: list[int], starts: list[int]) -> "StockRows":
