@@ -12,9 +12,9 @@ import torch
 from quality.states import MomentState, Rounding, State, to_bfloat16, to_int8
 from transformers import AttentionInterface, AutoModelForCausalLM
 
+from momentkv_vllm import moments as mo
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.kernels import moments as mo
-from momentkv_vllm.kernels.reference import _fill_holes
+from momentkv_vllm.kernels.reference import fill_holes
 from momentkv_vllm.packed_store import Packed, PackedLayout, rotated
 from momentkv_vllm.page_schedule import PageSchedule
 from momentkv_vllm.policies import POLICIES, Candidates, Policy
@@ -155,7 +155,7 @@ class _Layer:
         self._forget(tokens, (~kept).float())
         # Pages become a quantised store in order; a 16-bit store begins as the pages that it is made of.
         filled = plan.store_tokens if how.store is None else self.stored_k.shape[2]
-        source = _fill_holes(kept, filled, plan.store_tokens)
+        source = fill_holes(kept, filled, plan.store_tokens)
         pick = source.unsqueeze(-1).expand(-1, -1, -1, k.shape[-1])
         if policy.observes_all_queries:
             self.mass = torch.cat([self.mass[:, :, :num].gather(2, source), self.mass[:, :, num:]], 2)
