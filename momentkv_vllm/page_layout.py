@@ -35,12 +35,16 @@ class RecordOffsets(NamedTuple):
 
 @dataclass(frozen=True)
 class RecordLayout:
-    """Sizes of one head's record. `has_covariance` False drops C; an empty layout (`has_means` False) has no bytes."""
+    """Sizes of one head's record. `has_covariance` False drops C; an empty layout (`has_means` False) has no bytes.
+
+    start: byte of its first page where it begins; more than 0 where it lies behind the tokens of a store page.
+    """
 
     head_dim: int
     moment_dtype: str = "bfloat16"
     has_means: bool = True
     has_covariance: bool = True
+    start: int = 0
 
     @cached_property
     def offsets(self) -> RecordOffsets:
@@ -49,9 +53,7 @@ class RecordLayout:
         means = 4 * self.head_dim
         scales_end = 2 * means + 4 + (means if self.has_scales else 0)
         covariance = cdiv(scales_end, self._row_bytes) * self._row_bytes
-        return RecordOffsets(
-            mean_key=0, mean_value=means, spread=2 * means, scales=2 * means + 4, covariance=covariance
-        )
+        return RecordOffsets(*(self.start + part for part in (0, means, 2 * means, 2 * means + 4, covariance)))
 
     @property
     def has_scales(self) -> bool:
@@ -59,7 +61,8 @@ class RecordLayout:
 
     @property
     def num_bytes(self) -> int:
-        return self.offsets.covariance + (self.head_dim * self._row_bytes if self.has_covariance else 0)
+        covariance = self.head_dim * self._row_bytes if self.has_covariance else 0
+        return self.offsets.covariance - self.start + covariance
 
     @property
     def _row_bytes(self) -> int:

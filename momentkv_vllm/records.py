@@ -35,10 +35,8 @@ def decoded(raw: Tensor, layout: RecordLayout, num_evicted: Tensor) -> Moments:
     return Moments(num_evicted, *means, part(at.spread, 1)[..., 0], covariance)
 
 
-def encoded(moments: Moments, layout: RecordLayout, num_bytes: int) -> Tensor:
-    """Records [rows, heads, num_bytes] uint8; what the layout does not use is zero."""
-    rows, heads, _ = moments.mean_key.shape
-    record = torch.zeros(rows, heads, num_bytes, dtype=torch.uint8, device=moments.mean_key.device)
+def encode(moments: Moments, layout: RecordLayout, record: Tensor) -> None:
+    """Write moments into records [rows, heads, bytes] uint8; what the layout does not use stays."""
 
     def put(start: int, numbers: Tensor) -> None:
         part = numbers.contiguous().view(torch.uint8)
@@ -54,4 +52,3 @@ def encoded(moments: Moments, layout: RecordLayout, num_bytes: int) -> Tensor:
             covariance = (covariance / scales.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)).round()
             put(at.scales, scales)
         put(at.covariance, covariance.flatten(2).to(covariance_dtype(layout)))
-    return record

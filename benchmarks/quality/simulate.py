@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 
 from momentkv_vllm import moments as mo
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.kernels.reference import fill_holes
+from momentkv_vllm.kernels.reference import chosen, fill_holes
 from momentkv_vllm.packed_store import Packed, PackedLayout, rotated
 from momentkv_vllm.page_schedule import PageSchedule
 from momentkv_vllm.policies import POLICIES, Candidates, Policy
@@ -149,13 +149,11 @@ class _Layer:
             store_tokens=plan.store_tokens, moments=self.exact, scale=self.scale,
             attention=self.mass[:, :, :num] if policy.needs_attention else None,
         )  # fmt: skip
-        score = by_runs(policy.score(tokens), plan.run_tokens, how.sink_tokens)
-        rank = score.argsort(dim=-1, descending=True, stable=True)
-        kept = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, rank[..., : plan.store_tokens], True)
+        kept = chosen(policy.score(tokens), tokens.valid, plan.store_tokens, plan.run_tokens, how.sink_tokens)
         self._forget(tokens, (~kept).float())
         # Pages become a quantised store in order; a 16-bit store begins as the pages that it is made of.
         filled = plan.store_tokens if how.store is None else self.stored_k.shape[2]
-        source = fill_holes(kept, filled, plan.store_tokens)
+        source = fill_holes(kept, torch.full((k.shape[0],), filled), plan.store_tokens)
         pick = source.unsqueeze(-1).expand(-1, -1, -1, k.shape[-1])
         if policy.observes_all_queries:
             self.mass = torch.cat([self.mass[:, :, :num].gather(2, source), self.mass[:, :, num:]], 2)
@@ -183,13 +181,6 @@ class _Layer:
             self.exact = mo.merge(self.exact, mo.of_tokens(tokens.keys, tokens.values, lost, self.covariance))
         else:
             self.exact = replace(self.exact, count=self.exact.count + lost[:, 0].sum(-1))
-
-
-def by_runs(score: torch.Tensor, run_tokens: int, sink_tokens: int) -> torch.Tensor:
-    """Scores [rows, heads, tokens] as they compete: a run of neighbours shares its mean, what holds a sink stays."""
-    runs = score.unflatten(-1, (-1, run_tokens)).mean(-1)
-    runs[..., : -(-sink_tokens // run_tokens)] = torch.inf
-    return runs.repeat_interleave(run_tokens, -1)
 
 
 def evicting_attention(

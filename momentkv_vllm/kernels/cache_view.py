@@ -4,12 +4,14 @@ The only place that knows how bytes lie in vLLM's cache tensor; kernels see shap
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from momentkv_vllm import records
 from momentkv_vllm.moments import Moments
+from momentkv_vllm.packed_store import PackedLayout, PackedPages
 from momentkv_vllm.page_layout import RecordLayout, RecordOffsets
 
 
@@ -21,6 +23,7 @@ class CacheView:
     kv:           the cache tensor itself, [num_pages, num_kv_heads, page_size, 2 * head_dim].
     raw:          [num_pages, num_kv_heads, bytes a head owns of a page] uint8 view of the same memory.
     record_layout: layout of a moment record.
+    packed_layout: how store pages are quantised; None: they are pages as any other.
     """
 
     keys: Tensor
@@ -28,9 +31,12 @@ class CacheView:
     kv: Tensor
     raw: Tensor
     record_layout: RecordLayout
+    packed_layout: PackedLayout | None = None
 
     @classmethod
-    def of_vllm_cpu(cls, kv_cache: Tensor, record_layout: RecordLayout) -> "CacheView":
+    def of_vllm_cpu(
+        cls, kv_cache: Tensor, record_layout: RecordLayout, packed_layout: PackedLayout | None = None
+    ) -> "CacheView":
         """View vLLM's CPU cache (vllm/v1/attention/backends/cpu_attn.py, x86 instruction sets "vec" and "vec16").
 
         kv_cache: [num_pages, num_kv_heads, page_size, 2 * head_dim]. A head's part of a page is page_size * head_dim
@@ -46,10 +52,13 @@ class CacheView:
             kv=kv_cache,
             raw=kv_cache.view(pages, heads, page_size * width).view(torch.uint8),
             record_layout=record_layout,
+            packed_layout=packed_layout,
         )
 
     @classmethod
-    def of_vllm_gpu(cls, kv_cache: Tensor, record_layout: RecordLayout) -> "CacheView":
+    def of_vllm_gpu(
+        cls, kv_cache: Tensor, record_layout: RecordLayout, packed_layout: PackedLayout | None = None
+    ) -> "CacheView":
         """View the cache of vLLM's Triton and FlashAttention backends (vllm/v1/attention/backends/triton_attn.py).
 
         kv_cache: [num_pages, num_kv_heads, page_size, 2 * head_dim], a slot's key and then its value; a head's part of a page
@@ -67,11 +76,22 @@ class CacheView:
             kv=kv_cache,
             raw=kv_cache.flatten(2).view(torch.uint8),
             record_layout=record_layout,
+            packed_layout=packed_layout,
         )
 
     @property
     def page_size(self) -> int:
         return self.keys.shape[2]
+
+    @cached_property
+    def packed(self) -> PackedPages | None:
+        """The same pages as quantised store pages."""
+        return PackedPages(self.raw, self.packed_layout) if self.packed_layout else None
+
+    @property
+    def page_slots(self) -> int:
+        """Most tokens of a page, of whatever kind."""
+        return max(self.page_size, self.packed.page_tokens if self.packed else 0)
 
     @property
     def record_arguments(self) -> tuple[bool, bool, torch.dtype, RecordOffsets]:
@@ -91,14 +111,15 @@ class CacheView:
     def read_moments(self, pages: Tensor, num_evicted: Tensor) -> Moments:
         """Records in moment pages [rows, M]; rows that evicted nothing give zeros: the first page of a new record is a page of
         tokens."""
-        raw = self.raw[pages].permute(0, 2, 1, 3).flatten(2)
+        raw = self.raw[pages].transpose(1, 2).flatten(2)
         return records.decoded(raw, self.record_layout, num_evicted)
 
     def write_moments(self, pages: Tensor, moments: Moments) -> None:
         """Store records into moment pages [rows, M]."""
         if self.record_layout.has_means:
-            record = records.encoded(moments, self.record_layout, pages.shape[1] * self.raw.shape[2])
-            self.raw[pages] = record.unflatten(2, (pages.shape[1], -1)).permute(0, 2, 1, 3)
+            record = self.raw[pages].transpose(1, 2).flatten(2)
+            records.encode(moments, self.record_layout, record)
+            self.raw[pages] = record.unflatten(2, (pages.shape[1], -1)).transpose(1, 2)
 
 
 def _flatten(pages: Tensor) -> Tensor:

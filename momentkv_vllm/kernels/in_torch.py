@@ -1,62 +1,137 @@
 """What every family leaves to PyTorch, in float32: candidates for scores that no kernel knows, statistics of logits."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
+from momentkv_vllm.packed_store import rotated
 from momentkv_vllm.policies.base import Candidates
 
 
 def candidates(cache: CacheView, observed: Observed | None, work: RetireWork, scale: float) -> Candidates:
-    """What a policy scores at the events of `work`."""
-    pages = torch.cat([work.store_pages, work.retiring_pages], 1)
-    valid = (pages >= 0).repeat_interleave(cache.page_size, 1)
-    pages = pages.clamp(min=0)
-    # Padding reads the null page, which may hold anything: 0 * NaN would be NaN.
-    keys, values = (torch.where(valid[:, None, :, None], x, 0.0) for x in cache.read_tokens(pages))
-    moments = cache.read_moments(work.moment_pages, work.num_evicted)
+    """What a policy scores at the events of `work`: a row's store, then its retiring tokens, then padding."""
+    exact, exact_valid = _exact_pages(work)
+    keys, values = cache.read_tokens(exact.clamp(min=0))
+    seen = observed.of_pages(exact.clamp(min=0), cache.page_size) if observed else None
+    valid = exact_valid.repeat_interleave(cache.page_size, 1)
+    if work.stored is not None:
+        packed = cache.packed
+        tokens = (rotated(x)[..., : keys.shape[-1]] for x in packed.read(work.store_pages).numbers(packed.layout))
+        keys, values = (torch.cat(pair, 2) for pair in zip(tokens, (keys, values), strict=True))
+        if seen is not None:
+            seen = torch.cat([observed.of_pages(work.store_pages, packed.page_tokens), seen], 2)
+        slots = torch.arange(keys.shape[2] - valid.shape[1], device=valid.device)
+        valid = torch.cat([slots < work.stored.unsqueeze(1), valid], 1)
+        order = valid.int().argsort(dim=1, descending=True, stable=True)
+        valid, keys, values = valid.gather(1, order), _taken(keys, order), _taken(values, order)
+        seen = None if seen is None else _taken(seen, order)
+    # Padding reads pages that may hold anything: 0 * NaN would be NaN.
+    keys, values = (torch.where(valid[:, None, :, None], x, 0.0) for x in (keys, values))
     attention = None
-    if observed is not None:
-        seen = observed.of_pages(pages)
+    if seen is not None:
         attention = torch.where(valid.view(len(valid), 1, -1, *[1] * (seen.dim() - 3)), seen, 0.0)
-    store_tokens = work.store_pages.shape[1] * cache.page_size
-    return Candidates(keys, values, valid, store_tokens, moments, attention, scale)
+    moments = cache.read_moments(work.moment_pages, work.num_evicted)
+    return Candidates(keys, values, valid, work.capacity(cache.page_size), moments, attention, scale)
+
+
+def _exact_pages(work: RetireWork) -> tuple[Tensor, Tensor]:
+    """Pages of candidates that are not quantised [rows, n], and which are real; those of the store come first."""
+    if work.stored is None:
+        store_is_exact = torch.ones_like(work.store_pages, dtype=torch.bool)
+    else:
+        store_is_exact = (work.stored == 0).unsqueeze(1).expand(work.store_pages.shape)
+    pages = torch.cat([work.store_pages, work.retiring_pages], 1)
+    return pages, torch.cat([store_is_exact, work.retiring_pages >= 0], 1)
+
+
+def _taken(x: Tensor, order: Tensor) -> Tensor:
+    """x [rows, heads, tokens, ...] with its tokens in `order` [rows, n]."""
+    index = order.view(len(order), 1, -1, *[1] * (x.dim() - 3))
+    return x.gather(2, index.expand(*x.shape[:2], order.shape[1], *x.shape[3:]))
+
+
+@dataclass
+class Retained:
+    """What the queries of a work list see: keys and values [rows, heads, slots, head_dim] float32, those of a quantised store
+    first, and which slots, [rows, queries, slots]. Of slots that no query of a row sees keys and values are zero.
+
+    tokens: [rows, queries] flat tokens of the queries; real: which of them are no padding.
+    """
+
+    keys: Tensor
+    values: Tensor
+    visible: Tensor
+    tokens: Tensor
+    real: Tensor
+
+    @classmethod
+    def of(cls, cache: CacheView, work: AttendWork) -> "Retained":
+        keys, values = cache.read_tokens(work.pages)
+        tokens, last_slot, real = padded(work)
+        slots = torch.arange(keys.shape[2], device=keys.device).expand(len(keys), 1, -1)
+        if work.stored is not None:
+            slots = slots - (work.stored > 0).view(-1, 1, 1) * work.store_pages * cache.page_size
+        visible = (slots >= 0) & (slots <= last_slot.unsqueeze(-1))
+        if work.stored is not None:
+            packed = cache.packed
+            store = packed.read(work.pages[:, : work.store_pages]).numbers(packed.layout)
+            old_keys, old_values = (rotated(x)[..., : keys.shape[-1]] for x in store)
+            held = torch.arange(old_keys.shape[2], device=keys.device) < work.stored.unsqueeze(1)
+            keys, values = torch.cat([old_keys, keys], 2), torch.cat([old_values, values], 2)
+            visible = torch.cat([held.unsqueeze(1).expand(-1, visible.shape[1], -1), visible], 2)
+        # What no query sees may hold anything: 0 * NaN would be NaN.
+        seen = visible.any(1)[:, None, :, None]
+        return cls(torch.where(seen, keys, 0.0), torch.where(seen, values, 0.0), visible, tokens, real)
+
+    def logits(self, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """(queries [rows, heads, groups * queries, head_dim], their logits [rows, heads, groups * queries, slots], -inf where
+        they do not see) of `query` [tokens, num_heads, head_dim]."""
+        heads = self.keys.shape[1]
+        queries = grouped(query[self.tokens].float(), heads)
+        visible = self.visible.repeat(1, query.shape[1] // heads, 1).unsqueeze(1)
+        return queries, ((queries @ self.keys.transpose(-1, -2)) * scale).masked_fill(~visible, -torch.inf)
 
 
 def add_mass(cache: CacheView, mass: Tensor, query: Tensor, lse: Tensor, work: AttendWork, scale: float) -> None:
     """`observe` of attention mass."""
-    tokens, counted, logits = _observed_logits(cache, query, work, scale)
-    seen = (logits - grouped(lse[tokens].unsqueeze(-1), cache.keys.shape[1])).exp()
-    _add(cache, mass, work, torch.where(counted, seen, 0.0).sum(2))
+    retained = Retained.of(cache, work)
+    _, logits = retained.logits(query, scale)
+    seen = (logits - grouped(lse[retained.tokens].unsqueeze(-1), retained.keys.shape[1])).exp()
+    _add(cache, mass, work, torch.where(_counted(retained, work, logits), seen, 0.0).sum(2))
 
 
 def add_logits(cache: CacheView, statistics: Tensor, query: Tensor, work: AttendWork, scale: float) -> None:
     """`observe` of logits: count, sum, sum of squares."""
-    _, counted, logits = _observed_logits(cache, query, work, scale)
+    retained = Retained.of(cache, work)
+    _, logits = retained.logits(query, scale)
+    counted = _counted(retained, work, logits)
     seen = (torch.ones_like(logits), logits, logits.square())
     _add(cache, statistics, work, torch.stack([torch.where(counted, x, 0.0).sum(2) for x in seen], -1))
 
 
-def _observed_logits(cache: CacheView, query: Tensor, work: AttendWork, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(flat tokens [rows, queries]; which (query, slot) count and their logits, [rows, heads, groups * queries, slots])"""
-    keys, _ = cache.read_tokens(work.pages)
-    rows, heads, num_slots, _ = keys.shape
-    tokens, last_slot, real = padded(work)
-    wanted = real & (torch.arange(tokens.shape[1], device=query.device) >= work.observe_from.unsqueeze(-1))
-    slots = torch.arange(num_slots, device=query.device)
-    counted = (slots <= last_slot.unsqueeze(-1)) & wanted.unsqueeze(-1)
-    logits = (grouped(query[tokens].float(), heads) @ keys.transpose(-1, -2)) * scale
-    return tokens, counted.repeat(1, query.shape[1] // heads, 1).unsqueeze(1), logits
+def _counted(retained: Retained, work: AttendWork, logits: Tensor) -> Tensor:
+    """Which logits are of queries that the policy wants and of slots that they see."""
+    first = torch.arange(retained.real.shape[1], device=logits.device) >= work.observe_from.unsqueeze(-1)
+    wanted = (retained.real & first).repeat(1, logits.shape[2] // retained.real.shape[1])
+    return wanted[:, None, :, None] & (logits > -torch.inf)
 
 
 def _add(cache: CacheView, observed: Tensor, work: AttendWork, seen: Tensor) -> None:
-    """seen: [rows, heads, slots] of the rows' pages (or with a last dimension of 3)."""
+    """seen: [rows, heads, slots] as in `Retained` (or with a last dimension of 3)."""
     observed[work.pages[work.restart]] = 0.0
-    paged = seen.unflatten(2, (-1, cache.page_size)).transpose(1, 2).reshape(*work.pages.shape, *observed.shape[1:])
-    # Accumulate: padding repeats the null page, so a plain assignment would lose sums.
-    observed.index_put_((work.pages,), paged, accumulate=True)
+    exact = work.pages.shape[1] * cache.page_size
+    parts = [(work.pages, cache.page_size, seen[:, :, seen.shape[2] - exact :])]
+    if work.stored is not None:
+        parts.append((work.pages[:, : work.store_pages], cache.packed.page_tokens, seen[:, :, :-exact]))
+    for pages, page_tokens, part in parts:
+        paged = part.unflatten(2, (pages.shape[1], page_tokens)).transpose(1, 2)
+        # Accumulate: padding repeats the null page, so a plain assignment would lose sums.
+        view = observed[:, :, :page_tokens]
+        view.index_put_((pages,), paged, accumulate=True)
 
 
 def grouped(x: Tensor, heads: int) -> Tensor:

@@ -12,7 +12,7 @@ from momentkv_vllm.kernels.cache_view import CacheView
 class Observed:
     """One layer.
 
-    data: float32, of "mass" [num_pages, num_kv_heads, page_size], the sum of softmax weights; of "logits" with a last
+    data: float32, of "mass" [num_pages, num_kv_heads, slots of a page], the sum of softmax weights; of "logits" with a last
           dimension of 3: their count, sum and sum of squares.
     what: "mass" or "logits".
     """
@@ -23,7 +23,7 @@ class Observed:
     @classmethod
     def of(cls, cache: CacheView, what: str, cleared: bool = True) -> "Observed":
         """Of every slot of a cache. cleared False: observation begins by clearing what it will read."""
-        shape = [*cache.keys.shape[:3], *[3] * (what == "logits")]
+        shape = [*cache.keys.shape[:2], cache.page_slots, *[3] * (what == "logits")]
         return cls((torch.zeros if cleared else torch.empty)(shape, device=cache.keys.device), what)
 
     @property
@@ -33,8 +33,8 @@ class Observed:
 
     def fits(self, cache: CacheView) -> bool:
         """Whether it is of this cache."""
-        return self.data.shape[:3] == cache.keys.shape[:3] and self.data.device == cache.keys.device
+        return self.data.shape[:2] == cache.keys.shape[:2] and self.data.device == cache.keys.device
 
-    def of_pages(self, pages: Tensor) -> Tensor:
-        """[rows, heads, slots] (of logits with the last dimension of 3) of `pages` [rows, n]."""
-        return self.data[pages].transpose(1, 2).flatten(2, 3)
+    def of_pages(self, pages: Tensor, page_tokens: int) -> Tensor:
+        """[rows, heads, n * page_tokens] (of logits with the last dimension of 3) of `pages` [rows, n]."""
+        return self.data[pages][:, :, :, :page_tokens].transpose(1, 2).flatten(2, 3)

@@ -26,12 +26,15 @@ class AttendWork:
     num_queries:  [rows] int64 number of queries, at least 1.
     pages:        [rows, n] int64, store pages then window pages in order; padded with the null page 0.
     last_slot:    [rows] int64, last slot of `pages` that the first query sees; every next query sees one more (causality
-                  of the shortened sequence).
+                  of the shortened sequence). Where a row has a quantised store, slots are counted from its first window page.
     moment_pages: [rows, M] int64.
     num_evicted:  [rows] float32, n of the moments; 0 = no record.
     observe_from: [rows] int64, first query (0 = the row's first) whose attention the policy wants; None: no policy asks.
     restart:      [rows] bool, the observation before the row's next event begins in this work list; None likewise.
     observe_only: the rows are below their budget: only their attention is wanted, their output is vLLM's.
+    stored:       [rows] int64 tokens in the row's quantised store, its first `store_pages` pages; 0: all its pages are exact.
+                  None: no store is quantised.
+    store_pages:  see there.
     logits:       [rows, num_heads, slots of `pages`] float32 of one query a row, which one layer's attend may leave to its
                   observe; made by a family that does, at the first layer of a step.
     most_queries: the largest of `num_queries` where the host knows it, else 0: on a GPU, asking it waits for the device.
@@ -49,6 +52,8 @@ class AttendWork:
     observe_only: bool = False
     most_queries: int = 0
     only_chunks: bool = False
+    stored: Tensor | None = None
+    store_pages: int = 0
     logits: Tensor | None = None
 
     def arguments(self) -> list[Tensor | None]:
@@ -62,6 +67,7 @@ class AttendWork:
             *evicted,
             self.observe_from,
             self.restart,
+            self.stored,
         ]
 
     def query_bound(self) -> int:
@@ -85,16 +91,27 @@ class RetireWork:
     retiring_pages: [rows, K] int64 pages leaving the window, in order; -1 pads rows that retire fewer.
     moment_pages:   [rows, M] int64; at a row's first event some of the retiring pages themselves.
     num_evicted:    [rows] float32, n before the event.
+    run_tokens:     neighbours that stay or leave together.
+    stored:         [rows] int64 tokens in a quantised store before the event; 0: its pages are still exact. None: no store is
+                    quantised, all are full from the first event on.
+    store_tokens:   tokens that a quantised store holds when it is full.
     """
 
     store_pages: Tensor
     retiring_pages: Tensor
     moment_pages: Tensor
     num_evicted: Tensor
+    run_tokens: int = 1
+    stored: Tensor | None = None
+    store_tokens: int = 0
+
+    def capacity(self, page_size: int) -> int:
+        """Tokens that a store holds when it is full."""
+        return self.store_pages.shape[1] * page_size if self.stored is None else self.store_tokens
 
     def arguments(self) -> list[Tensor | None]:
         """The tensors that operators in C++ and CUDA take, in their order."""
-        return [self.store_pages, self.retiring_pages, self.moment_pages, self.num_evicted]
+        return [self.store_pages, self.retiring_pages, self.moment_pages, self.num_evicted, self.stored]
 
 
 @dataclass
