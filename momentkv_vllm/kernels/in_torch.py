@@ -41,12 +41,12 @@ def add_logits(cache: CacheView, statistics: Tensor, query: Tensor, work: Attend
 
 def _observed_logits(cache: CacheView, query: Tensor, work: AttendWork, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """(flat tokens [rows, queries]; which (query, slot) count and their logits, [rows, heads, groups * queries, slots])"""
+    assert work.observe_from is not None, "no policy asks"
     keys, _ = cache.read_tokens(work.pages)
-    rows, heads, num_slots, _ = keys.shape
+    heads, num_slots = keys.shape[1:3]
     tokens, last_slot, real = padded(work)
     wanted = real & (torch.arange(tokens.shape[1], device=query.device) >= work.observe_from.unsqueeze(-1))
-    slots = torch.arange(num_slots, device=query.device)
-    counted = (slots <= last_slot.unsqueeze(-1)) & wanted.unsqueeze(-1)
+    counted = (torch.arange(num_slots, device=query.device) <= last_slot.unsqueeze(-1)) & wanted.unsqueeze(-1)
     logits = (grouped(query[tokens].float(), heads) @ keys.transpose(-1, -2)) * scale
     return tokens, counted.repeat(1, query.shape[1] // heads, 1).unsqueeze(1), logits
 

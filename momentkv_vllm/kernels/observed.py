@@ -12,9 +12,8 @@ from momentkv_vllm.kernels.cache_view import CacheView
 class Observed:
     """One layer.
 
-    data: float32, of "mass" [num_pages, num_kv_heads, page_size], the sum of softmax weights; of "logits" with a last
-          dimension of 3: their count, sum and sum of squares.
-    what: "mass" or "logits".
+    data: float32 [num_pages, num_kv_heads, page_size]; of logits with a last dimension of 3: count, sum, sum of squares.
+    what: "mass", the sum of softmax weights, or "logits".
     """
 
     data: Tensor
@@ -36,5 +35,5 @@ class Observed:
         return self.data.shape[:3] == cache.keys.shape[:3] and self.data.device == cache.keys.device
 
     def of_pages(self, pages: Tensor) -> Tensor:
-        """[rows, heads, slots] (of logits with the last dimension of 3) of `pages` [rows, n]."""
+        """[rows, heads, slots] or [rows, heads, slots, 3] of `pages` [rows, n]."""
         return self.data[pages].transpose(1, 2).flatten(2, 3)

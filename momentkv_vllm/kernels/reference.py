@@ -5,8 +5,8 @@ from torch import Tensor
 
 from momentkv_vllm import moments as mo
 from momentkv_vllm.kernels.base import KernelFamily
-from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.in_torch import add_mass, candidates, grouped, padded, ungrouped
+from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork, fresh_pages
 
 
@@ -34,8 +34,7 @@ class Reference(KernelFamily):
         tokens, last_slot, real = padded(work)
         groups = query.shape[1] // keys.shape[1]
         queries = grouped(query[tokens].float(), keys.shape[1])
-        slots = torch.arange(keys.shape[2], device=query.device)
-        visible = slots <= last_slot.unsqueeze(-1)  # [rows, queries, slots]
+        visible = torch.arange(keys.shape[2], device=query.device) <= last_slot.unsqueeze(-1)  # [rows, queries, slots]
         # A page's unwritten tail may hold anything: 0 * NaN would be NaN.
         values = values.masked_fill(~visible.any(1)[:, None, :, None], 0.0)
         logits = (queries @ keys.transpose(-1, -2)) * scale
@@ -43,8 +42,7 @@ class Reference(KernelFamily):
         total = logits.logsumexp(-1)
         result = (logits - total.unsqueeze(-1)).exp() @ values
         if corrected:
-            moments = cache.read_moments(work.moment_pages, work.num_evicted)
-            evicted, log_mass = mo.partial(moments, queries, scale)
+            evicted, log_mass = mo.partial(cache.read_moments(work.moment_pages, work.num_evicted), queries, scale)
             retained, total = total, torch.logaddexp(total, log_mass)
             result = (retained - total).exp().unsqueeze(-1) * result + (log_mass - total).exp().unsqueeze(-1) * evicted
         output[tokens[real]] = ungrouped(result, groups)[real].to(output.dtype)
@@ -54,8 +52,8 @@ class Reference(KernelFamily):
     def _observe(self, cache, mass, query, lse, work: AttendWork, scale: float) -> None:
         add_mass(cache, mass, query, lse, work, scale)
 
-    def _consolidate(self, cache: CacheView, mass, work: RetireWork, score, sink_tokens: int, attention_weight) -> None:
-        tokens = candidates(cache, None, work, scale=1.0)
+    def _consolidate(self, cache, mass, work: RetireWork, score, sink_tokens: int, attention_weight) -> None:
+        tokens = candidates(cache, None if mass is None else Observed(mass), work, scale=1.0)
         keys, values, store_tokens = tokens.keys, tokens.values, tokens.store_tokens
         score[..., :sink_tokens] = torch.inf
         score = score.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
@@ -64,8 +62,7 @@ class Reference(KernelFamily):
         kept = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, rank[..., :store_tokens], True)
         source = fill_holes(kept, store_tokens)
         if mass is not None:
-            pages = torch.cat([work.store_pages, work.retiring_pages], 1).clamp(min=0)
-            moved = mass[pages].transpose(1, 2).flatten(2, 3).gather(2, source)
+            moved = tokens.attention.gather(2, source)
             mass[work.store_pages] = moved.unflatten(2, (-1, cache.page_size)).permute(0, 2, 1, 3)
         if cache.record_layout.has_means:
             lost = (tokens.valid.unsqueeze(1) & ~kept).to(keys.dtype)
