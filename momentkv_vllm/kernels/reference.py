@@ -61,7 +61,7 @@ class Reference(KernelFamily):
         rank = score.masked_fill(~tokens.valid.unsqueeze(1), -torch.inf).argsort(dim=-1, descending=True, stable=True)
         kept = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, rank[..., :store_tokens], True)
         source = fill_holes(kept, store_tokens)
-        if mass is not None:
+        if tokens.attention is not None:
             moved = tokens.attention.gather(2, source)
             mass[work.store_pages] = moved.unflatten(2, (-1, cache.page_size)).permute(0, 2, 1, 3)
         if cache.record_layout.has_means:
