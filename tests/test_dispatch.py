@@ -10,7 +10,8 @@ import pytest
 import torch
 from kernel_cases import serving_batch
 
-from momentkv_vllm.kernels import select
+from momentkv_vllm.config import KERNELS
+from momentkv_vllm.kernels import FAMILIES, select
 
 HERE = Path(__file__).parent
 
@@ -57,3 +58,8 @@ def test_a_named_family_must_run_on_the_device(name, device, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=f"does not run on '{device}' tensors"):
         select(name, device)
+
+
+def test_the_setting_names_the_families():
+    """Stated in config.py too, which must not import kernels."""
+    assert sorted(KERNELS) == sorted(["auto", *(family.name for family in FAMILIES)])

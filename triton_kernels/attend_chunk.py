@@ -12,6 +12,14 @@ measured yet (make bench-gpu)."""
 
 
 @triton.jit
+def _with_partial(acc, peak, total, out, log2_mass):
+    """One more update of a running softmax in base 2: by an output [M, D] that is normalised already."""
+    higher = tl.maximum(peak, log2_mass)
+    shrink, weight = tl.exp2(peak - higher), tl.exp2(log2_mass - higher)
+    return acc * shrink[:, None] + out * weight[:, None], higher, total * shrink + weight
+
+
+@triton.jit
 def _chunk(
     query, output, lse_out, first_token, num_queries, pages, last_slot, moment_pages, num_evicted, tokens, records,
     q_token, q_head, out_token, out_head, lse_token, row_pages, row_moments, scale,
@@ -49,12 +57,7 @@ def _chunk(
             out, log_mass = record_partial(
                 q, q_at, real, evicted, records, head, moment_pages + row * row_moments, scale, SIZES, RECORD
             )
-            log_mass *= LOG2E
-            higher = tl.maximum(peak, log_mass)
-            shrink, weight = tl.exp2(peak - higher), tl.exp2(log_mass - higher)
-            acc = acc * shrink[:, None] + out * weight[:, None]
-            total = total * shrink + weight
-            peak = higher
+            acc, peak, total = _with_partial(acc, peak, total, out, log_mass * LOG2E)
     out_at = output + (token * out_token + query_head * out_head)[:, None] + d[None, :]
     safe = tl.where(real, total, 1.0)
     tl.store(out_at, narrow(acc / safe[:, None], output.dtype.element_ty), mask=tile)

@@ -79,12 +79,13 @@ RecordLayout record_of(const Cache& cache, const RecordArguments& r, const Tenso
 // AttendWork.arguments() (momentkv_vllm/kernels/worklists.py), in its order.
 struct AttendTensors {
   Tensor first_token, num_queries, pages, last_slot, moment_pages, num_evicted;
-  OptionalTensor observe_from, restart;
+  OptionalTensor observe_from, restart, stored;
 };
 
 // RetireWork.arguments() likewise.
 struct RetireTensors {
   Tensor store_pages, retiring_pages, moment_pages, num_evicted;
+  OptionalTensor stored;
 };
 
 Tensor given(const Tensors& work, size_t size, size_t i) {
@@ -95,13 +96,13 @@ Tensor given(const Tensors& work, size_t size, size_t i) {
 }
 
 AttendTensors attend_tensors(const Tensors& work) {
-  auto at = [&](size_t i) { return given(work, 8, i); };
-  return {at(0), at(1), at(2), at(3), at(4), at(5), work.get(6), work.get(7)};
+  auto at = [&](size_t i) { return given(work, 9, i); };
+  return {at(0), at(1), at(2), at(3), at(4), at(5), work.get(6), work.get(7), work.get(8)};
 }
 
 RetireTensors retire_tensors(const Tensors& work) {
-  auto at = [&](size_t i) { return given(work, 4, i); };
-  return {at(0), at(1), at(2), at(3)};
+  auto at = [&](size_t i) { return given(work, 5, i); };
+  return {at(0), at(1), at(2), at(3), work.get(4)};
 }
 
 // `like`: the cache's tensor, whose first dimension counts pages. Params hold the cache already.

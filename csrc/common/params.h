@@ -28,6 +28,12 @@ struct RecordLayout {
   int mean_key, mean_value, spread, scales, covariance;
 };
 
+// How quantised store pages look: momentkv_vllm/packed_store.py. `block`: numbers that are rotated together.
+struct PackedLayout {
+  int bits = 0;  // 8 or 4; 0: no store is quantised
+  int64_t width = 0, block = 0, code_bytes = 0, values_offset = 0, scales_offset = 0, tile_bytes = 0, page_tiles = 0;
+};
+
 template <class Cache>
 struct WriteParams {
   Cache cache;

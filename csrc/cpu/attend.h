@@ -112,21 +112,21 @@ inline void soften(float* logits, int slots, int visible, float& top, float& mas
   mass = mass * keep + sum(total);
 }
 
-// Where attend leaves the logits of an item's query heads for observe, [groups, max_pages * page_size]; null if it need not.
+// Where attend leaves the logits of an item's query heads for observe, [groups, row_slots()]; null if it need not.
 inline float* logits_of(const Attend& a, const AttendItem& item) {
   if (a.logits == nullptr || a.observe_from[item.row] >= a.num_queries[item.row]) return nullptr;
   const int64_t groups = a.query_heads / a.cache.heads;
-  return a.logits + (item.row * a.query_heads + item.head * groups) * a.max_pages * a.cache.page_size;
+  return a.logits + (item.row * a.query_heads + item.head * groups) * a.row_slots();
 }
 
-// `left`: room for the tile's logits in rows of max_pages * page_size, or null.
+// `left`: room for the tile's logits in rows of row_slots(), or null.
 template <int Rows, class T>
 inline void attend_tile(const Attend& a, const Tile<T>& tile, const float* query, const int* visible, float* logits,
                         float* left, Running run) {
   dot_keys<Rows, true>(tile, query, a.cache.head_dim, a.cache.page_size, a.scale, logits);
   if (left != nullptr)
     for (int r = 0; r < Rows; ++r)
-      std::copy_n(logits + r * kTileSlots, tile.vectors() * kLanes, left + r * a.max_pages * a.cache.page_size);
+      std::copy_n(logits + r * kTileSlots, tile.vectors() * kLanes, left + r * a.row_slots());
   float keep[Rows];
   for (int r = 0; r < Rows; ++r)
     soften(logits + r * kTileSlots, tile.vectors() * kLanes, visible[r], run.top[r], run.mass[r], keep[r]);
@@ -225,6 +225,37 @@ inline void pack_queries(const Attend& a, const AttendItem& item, int first_row,
   }
 }
 
+// Slots [first, end) of the row's quantised store, before any others: `run` must be empty. `query` is [head_dim][Rows].
+template <int Bits, int Rows>
+void attend_store(const Attend& a, const AttendItem& item, const float* query, int64_t first, int64_t end, float* logits,
+                  float* left, Running run) {
+  const PackedLayout& p = a.packed;
+  const int64_t d = a.cache.head_dim, groups = p.width / kGroup;
+  alignas(64) float out[Rows * kMaxHeadDim];
+  alignas(64) int16_t query_words[Rows * kMaxHeadDim], weight_words[Rows * kTileSlots];
+  float middles[Rows * kMaxHeadDim / kGroup], steps[Rows], keep[Rows];
+  for (int r = 0; r < Rows; ++r) {
+    float* rotated = out + r * p.width;
+    for (int64_t i = 0; i < p.width; ++i) rotated[i] = i < d ? query[i * Rows + r] : 0;
+    rotate(rotated, p.width, p.block);
+    pack_query<Bits>(p, rotated, query_words + r * p.width, middles + r * groups, steps[r]);
+  }
+  std::fill_n(out, Rows * p.width, 0.0f);
+  for (; first < end; first += kTileSlots) {
+    const PackedSlots slots(a.cache, p, item.head, a.pages + item.row * a.max_pages, first, end);
+    dot_packed<Bits, Rows>(slots, p, {query_words, middles, steps}, a.scale, logits);
+    if (left != nullptr)
+      for (int r = 0; r < Rows; ++r) std::copy_n(logits + r * kTileSlots, slots.slots, left + r * a.row_slots() + first);
+    for (int r = 0; r < Rows; ++r)
+      soften(logits + r * kTileSlots, slots.vectors() * kLanes, slots.slots, run.top[r], run.mass[r], keep[r]);
+    add_packed<Bits, Rows>(slots, p, logits, keep, weight_words, out);
+  }
+  for (int r = 0; r < Rows; ++r) {
+    rotate(out + r * p.width, p.width, p.block);
+    std::copy_n(out + r * p.width, d, run.out + r * d);
+  }
+}
+
 template <int Rows, class T>
 void attend_rows(const Attend& a, const AttendItem& item, int first_row, float* scratch) {
   const int64_t d = a.cache.head_dim, groups = a.query_heads / a.cache.heads;
@@ -235,15 +266,19 @@ void attend_rows(const Attend& a, const AttendItem& item, int first_row, float* 
   for (int r = 0; r < Rows; ++r) top[r] = -INFINITY, mass[r] = 0;
   for (int64_t i = 0; i < Rows * d; ++i) run.out[i] = 0;
 
-  int64_t sees[Rows];  // slots that a row sees
+  int64_t sees[Rows];  // exact slots that a row sees
   for (int r = 0; r < Rows; ++r) sees[r] = a.last_slot[item.row] + item.first_query + (first_row + r) / groups + 1;
-  const int64_t* pages = a.pages + item.row * a.max_pages;
-  const int64_t row_slots = a.max_pages * a.cache.page_size, item_end = item.end_page * a.cache.page_size;
-  const int64_t end = sees[Rows - 1] < item_end ? sees[Rows - 1] : item_end;
   float* left = logits_of(a, item);
-  if (left != nullptr) left += first_row * row_slots;
-  for (int64_t first = item.first_page * a.cache.page_size; first < end; first += kTileSlots) {
-    const Tile<T> tile(a.cache, item.head, pages, first, end);
+  if (left != nullptr) left += first_row * a.row_slots();
+  const int64_t stored = a.stored_of(item.row), store_end = stored < item.end_slot ? stored : item.end_slot;
+  if (item.first_slot < store_end) {
+    const auto attend_bits = a.packed.bits == 8 ? attend_store<8, Rows> : attend_store<4, Rows>;
+    attend_bits(a, item, packed, item.first_slot, store_end, logits, left, run);
+  }
+  if (left != nullptr) left += a.store_slots();
+  const int64_t item_end = item.end_slot - stored, end = sees[Rows - 1] < item_end ? sees[Rows - 1] : item_end;
+  for (int64_t first = item.first_slot > stored ? item.first_slot - stored : 0; first < end; first += kTileSlots) {
+    const Tile<T> tile(a.cache, item.head, a.exact_pages(item.row), first, end);
     int visible[Rows];
     for (int r = 0; r < Rows; ++r) visible[r] = int(sees[r] - first > 0 ? sees[r] - first : 0);
     attend_tile<Rows>(a, tile, packed, visible, logits, left == nullptr ? nullptr : left + first, run);
@@ -295,15 +330,50 @@ void merge(const Attend& a, const MergeItem& item) {
   }
 }
 
-// Adds the attention of `Rows` query rows from `first_row` to the mass of every slot that they see. The rows are added one
-// after the other, so that the sum does not depend on how they are grouped.
+// Adds the attention of some rows to the mass of kLanes slots; `logits` of a row are `row_slots` from those of the next one.
+// The rows are added one after the other, so that the sum does not depend on how they are grouped.
+inline void add_mass(float* mass, const float* logits, int64_t row_slots, int rows, const float* lse) {
+  Vec total = load(mass);
+  for (int r = 0; r < rows; ++r) total += exp_negative(load(logits + r * row_slots) - lse[r]);
+  store(mass, total);
+}
+
+// Adds the attention of `Rows` query rows from `first_row` to the mass of the row's quantised store.
+template <int Bits, int Rows>
+void observe_store(const Attend& a, const AttendItem& item, const float* query, const float* lse, float* left, float* logits) {
+  const PackedLayout& p = a.packed;
+  const int64_t d = a.cache.head_dim, groups = p.width / kGroup, end = a.stored[item.row], page_slots = p.page_tiles * kTileTokens;
+  const int64_t* pages = a.pages + item.row * a.max_pages;
+  alignas(64) float rotated[kMaxHeadDim];
+  alignas(64) int16_t words[Rows * kMaxHeadDim];
+  float middles[Rows * kMaxHeadDim / kGroup], steps[Rows];
+  for (int r = 0; left == nullptr && r < Rows; ++r) {
+    for (int64_t i = 0; i < p.width; ++i) rotated[i] = i < d ? query[i * Rows + r] : 0;
+    rotate(rotated, p.width, p.block);
+    pack_query<Bits>(p, rotated, words + r * p.width, middles + r * groups, steps[r]);
+  }
+  for (int64_t first = 0; first < end; first += kTileSlots) {
+    const PackedSlots slots(a.cache, p, item.head, pages, first, end);
+    if (left == nullptr) dot_packed<Bits, Rows>(slots, p, {words, middles, steps}, a.scale, logits);
+    const int64_t row_slots = left == nullptr ? kTileSlots : a.row_slots();
+    const float* of_rows = left == nullptr ? logits : left + first;
+    for (int s = 0; s < slots.slots; s += kTileTokens) {
+      const int64_t slot = first + s;
+      float* mass = a.observed + (pages[slot / page_slots] * a.cache.heads + item.head) * a.observed_slots + slot % page_slots;
+      for (int t = 0; t < kTileTokens; ++t)
+        for (int r = 0; r < Rows; ++r) mass[t] += expf(of_rows[r * row_slots + s + t] - lse[r]);
+    }
+  }
+}
+
 template <int Rows, class T>
 void observe_rows(const Attend& a, const AttendItem& item, int first_row, float* scratch) {
   const int64_t d = a.cache.head_dim, page_size = a.cache.page_size, groups = a.query_heads / a.cache.heads;
-  const int64_t* pages = a.pages + item.row * a.max_pages;
+  const int64_t* pages = a.exact_pages(item.row);
   float *packed = scratch, *logits = scratch + Rows * d, lse[Rows];
   float* left = logits_of(a, item);
-  const int64_t row_slots = left == nullptr ? kTileSlots : a.max_pages * page_size;  // from one row's logits to the next
+  if (left != nullptr) left += first_row * a.row_slots();
+  const int64_t row_slots = left == nullptr ? kTileSlots : a.row_slots();  // from one row's logits to the next
   int64_t sees[Rows];
   if (left == nullptr) pack_queries<Rows, T>(a, item, first_row, packed);
   for (int r = 0; r < Rows; ++r) {
@@ -311,22 +381,22 @@ void observe_rows(const Attend& a, const AttendItem& item, int first_row, float*
     lse[r] = a.lse[(a.first_token[item.row] + query) * a.query_heads + query_head];
     sees[r] = a.last_slot[item.row] + query + 1;
   }
+  if (a.stored_of(item.row) > 0) {
+    const auto observe_bits = a.packed.bits == 8 ? observe_store<8, Rows> : observe_store<4, Rows>;
+    observe_bits(a, item, packed, lse, left, logits);
+  }
   for (int64_t first = 0; first < sees[Rows - 1]; first += kTileSlots) {
     const Tile<T> tile(a.cache, item.head, pages, first, sees[Rows - 1]);
     if (left == nullptr)
       dot_keys<Rows, false>(tile, packed, d, page_size, a.scale, logits);
     else
-      logits = left + first_row * row_slots + first;
+      logits = left + a.store_slots() + first;
     for (int s = 0; s < tile.slots; s += kLanes) {
       const int64_t slot = first + s;
-      float* mass = a.observed + (pages[slot / page_size] * a.cache.heads + item.head) * page_size + slot % page_size;
-      Vec total = load(mass);
-      for (int r = 0; r < Rows; ++r) {
-        float* row = logits + r * row_slots + s;
-        for (int64_t t = sees[r] > slot ? sees[r] - slot : 0; t < kLanes; ++t) row[t] = -INFINITY;
-        total += exp_negative(load(row) - lse[r]);
-      }
-      store(mass, total);
+      for (int r = 0; r < Rows; ++r)
+        for (int64_t t = sees[r] > slot ? sees[r] - slot : 0; t < kLanes; ++t) logits[r * row_slots + s + t] = -INFINITY;
+      float* mass = a.observed + (pages[slot / page_size] * a.cache.heads + item.head) * a.observed_slots + slot % page_size;
+      add_mass(mass, logits + s, row_slots, Rows, lse);
     }
   }
 }
@@ -335,13 +405,14 @@ size_t observe_scratch(const Attend& a) { return 8 * (a.cache.head_dim + kTileSl
 
 // Adds the attention that a row's counted queries give to every slot; item = row * heads + head.
 void observe(const Attend& a, int64_t item_index, float* scratch) {
-  const int64_t page_size = a.cache.page_size, groups = a.query_heads / a.cache.heads;
-  const AttendItem item{int32_t(item_index / a.cache.heads), int32_t(item_index % a.cache.heads), 0,
-                        int32_t(a.num_queries[item_index / a.cache.heads])};
-  const int64_t* pages = a.pages + item.row * a.max_pages;
-  if (a.restart[item.row])
-    for (int64_t slot = 0; slot < a.last_slot[item.row] + item.num_queries; slot += page_size)
-      std::fill_n(a.observed + (pages[slot / page_size] * a.cache.heads + item.head) * page_size, page_size, 0.0f);
+  const int64_t groups = a.query_heads / a.cache.heads, row_index = item_index / a.cache.heads;
+  const AttendItem item{int32_t(row_index), int32_t(item_index % a.cache.heads), 0, int32_t(a.num_queries[row_index])};
+  if (a.restart[item.row]) {
+    const int64_t exact = (a.last_slot[item.row] + item.num_queries + a.cache.page_size - 1) / a.cache.page_size;
+    const int64_t* end = a.exact_pages(item.row) + exact;
+    for (const int64_t* page = a.pages + item.row * a.max_pages; page < end; ++page)
+      std::fill_n(a.observed + (*page * a.cache.heads + item.head) * a.observed_slots, a.observed_slots, 0.0f);
+  }
   int row = int(a.observe_from[item.row] * groups);
   const int rows = item.num_queries * int(groups);
   with_type(a.cache.type, [&](auto t) {

@@ -18,22 +18,40 @@ struct Cache {
 };
 
 using Write = WriteParams<Cache>;
-using Consolidate = ConsolidateParams<Cache>;
+
+struct Consolidate : ConsolidateParams<Cache> {
+  PackedLayout packed;
+  const int64_t* stored;  // [rows] tokens in a quantised store, 0: its pages are still exact; null: no store is quantised
+  int64_t store_tokens;   // that a store holds when it is full
+  int64_t run_tokens;     // neighbours that stay or leave together
+  int64_t observed_slots, candidates;  // of a page; of a row of `score`
+};
 
 // Of attend and of observe.
 struct Attend : AttendParams<Cache> {
   float* observed;              // observe: [num_pages, heads, page_size]
   const int64_t* observe_from;  // [rows] first counted query of the row
   const bool* restart;          // [rows] observe: forget earlier mass
-  float* logits;  // [rows, query_heads, max_pages * page_size], where every row has one query: of rows that count, left by
-                  // attend and used up by observe. Null: observe computes them again
+  float* logits;  // [rows, query_heads, row_slots()], where every row has one query: of rows that count, left by attend and
+                  // used up by observe. Null: observe computes them again
+  PackedLayout packed;
+  const int64_t* stored;  // [rows] tokens in a row's quantised store, its first `store_pages` pages; 0: none. Null: no row has one
+  int64_t store_pages;
+  int64_t observed_slots;  // of a page
+
+  int64_t stored_of(int64_t row) const { return stored == nullptr ? 0 : stored[row]; }
+  // The pages of a row that are exact, slot 0 first; `last_slot` counts from there.
+  const int64_t* exact_pages(int64_t row) const { return pages + row * max_pages + (stored_of(row) > 0 ? store_pages : 0); }
+  // Slots of the store, which come before the exact ones in `logits`.
+  int64_t store_slots() const { return stored == nullptr ? 0 : store_pages * packed.page_tiles * 8; }
+  int64_t row_slots() const { return store_slots() + max_pages * cache.page_size; }
 };
 
-// One item of `attend`: some queries of a row against a share of its slots.
+// One item of `attend`: some queries of a row against a share of its slots, those of a quantised store first.
 struct AttendItem {
   int32_t row, head;
   int32_t first_query, num_queries;
-  int32_t first_page = 0, end_page = 0;
+  int64_t first_slot = 0, end_slot = 0;
   bool with_record = false;
   float* partial = nullptr;  // null: writes the output. Else [groups * (head_dim + 1)]: normalised outputs, then their logsumexp
 };

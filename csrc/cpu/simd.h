@@ -108,6 +108,9 @@ inline float sum(Vec v) {
 inline Vec absolute(Vec v) { return bits_as<Vec>(bits_as<BitVec>(v) & 0x7fffffffu); }
 
 inline float largest(Vec v) {
+#if MOMENTKV_LANES == 16
+  return _mm512_reduce_max_ps((__m512)v);
+#endif
   float top = v[0];
   for (int i = 1; i < kLanes; ++i) top = v[i] > top ? v[i] : top;
   return top;

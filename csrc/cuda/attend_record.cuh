@@ -28,6 +28,21 @@ __device__ inline void times_covariance(const RecordView& record, T* queries, fl
   }
 }
 
+// The record's log mass for every query row: logf(n) + scale * q . mean key. Warps take query rows, lanes dimensions.
+template <class T, int D>
+__device__ inline void write_log_mass(const Attend& a, const Unit& u, const AttendShared<T, D>& s, const RecordView& record) {
+  const int lane = threadIdx.x % kLanes;
+  for (int r = threadIdx.x / kLanes; r < u.query_rows; r += kWarps) {
+    float dot = 0;
+    for (int dim = lane; dim < D; dim += kLanes)
+      dot += *record.mean_key(dim) * to_float(chunk_of<T, D>(s.queries, r, dim / 8)[dim % 8]);
+    dot = warp_sum(dot);
+    if (lane == 0)
+      a.partial_lse[partial_row(a, u.row, u.head, blockIdx.x, r)] = logf(a.num_evicted[u.row]) + a.scale * dot;
+  }
+}
+
+// The record's partial: mean value plus the first-order step C q, no longer than the values' spread.
 template <class T, int D>
 __device__ inline void attend_record(const Attend& a, const Unit& u, const AttendShared<T, D>& s) {
   constexpr int kTiles = D / 8 / kWarps;
@@ -67,14 +82,7 @@ __device__ inline void attend_record(const Attend& a, const Unit& u, const Atten
         to[dim] = *record.mean_value(dim) + factor * step[j][2 * r + e];
       }
   }
-  for (int r = warp; r < u.query_rows; r += kWarps) {
-    float dot = 0;
-    for (int dim = lane; dim < D; dim += kLanes)
-      dot += *record.mean_key(dim) * to_float(chunk_of<T, D>(s.queries, r, dim / 8)[dim % 8]);
-    dot = warp_sum(dot);
-    if (lane == 0)
-      a.partial_lse[partial_row(a, u.row, u.head, blockIdx.x, r)] = logf(a.num_evicted[u.row]) + a.scale * dot;
-  }
+  write_log_mass(a, u, s, record);
 }
 
 }  // namespace momentkv::cuda

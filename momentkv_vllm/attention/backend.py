@@ -26,7 +26,7 @@ from momentkv_vllm.attention.eviction import (
     require_bounded_spec,
     stock_part,
 )
-from momentkv_vllm.attention.metadata import EvictionMetadata, WorkBuilder
+from momentkv_vllm.attention.metadata import EvictionMetadata, StockRows, WorkBuilder
 from momentkv_vllm.attention.monitor import Monitor
 from momentkv_vllm.attention.self_check import check_cache_layout
 from momentkv_vllm.block_manager.spec import MomentKVSpec
@@ -34,7 +34,6 @@ from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.limits import CacheShape
-from momentkv_vllm.kernels.worklists import StockRows
 from momentkv_vllm.policies import POLICIES
 
 logger = init_logger(__name__)

@@ -32,12 +32,11 @@ from momentkv_vllm.attention.eviction import (
     require_bounded_spec,
     stock_part,
 )
-from momentkv_vllm.attention.metadata import EvictionMetadata, Round, WorkBuilder
+from momentkv_vllm.attention.metadata import EvictionMetadata, Round, StockRows, WorkBuilder
 from momentkv_vllm.attention.upload import uploaded
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
-from momentkv_vllm.kernels.worklists import StockRows
 from momentkv_vllm.policies import POLICIES
 
 logger = init_logger(__name__)

@@ -15,16 +15,16 @@ from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec, ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
-from momentkv_vllm.attention.metadata import EvictionMetadata
+from momentkv_vllm.attention.metadata import EvictionMetadata, StockRows
 from momentkv_vllm.attention.monitor import Monitor
+from momentkv_vllm.attention.sinks import add_sinks
 from momentkv_vllm.block_manager.spec import MomentKVSpec, record_layout
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import KernelFamily, select
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.limits import CacheShape
 from momentkv_vllm.kernels.observed import Observed
-from momentkv_vllm.kernels.sinks import add_sinks
-from momentkv_vllm.kernels.worklists import AttendWork, StockRows, fresh_pages
+from momentkv_vllm.kernels.worklists import AttendWork, fresh_pages
 from momentkv_vllm.model_layers import hides_tokens
 from momentkv_vllm.policies import POLICIES
 
@@ -239,7 +239,7 @@ class EvictingImpl:
 
 def _zero_fresh_pages(kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
     """Zero pages whose first slot is about to be written, in a layer that does not evict but shares the pool with layers that
-    do: such a page may have been a moment page there (kernels/reference.py, `write`)."""
+    do: such a page may have been a moment page there (kernels/base.py, `write`)."""
     kv_cache[fresh_pages(slot_mapping, kv_cache.shape[2])] = 0
 
 

@@ -51,7 +51,7 @@ class Monitor:
         """Look at the last query of the first rows of `work` that have evicted.
 
         Args:
-            query, output, lse: as given to and written by the kernels' `attend` (kernels/reference.py).
+            query, output, lse: as given to and written by the kernels' `attend` (kernels/base.py).
             corrected: `output` and `lse` contain the moments.
         """
         rows = (work.num_evicted > 0).nonzero().flatten()[:SAMPLE_ROWS]

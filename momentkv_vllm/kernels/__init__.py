@@ -13,9 +13,7 @@ FAMILIES: tuple[KernelFamily, ...] = (Triton(), Cuda(), Cpu(), Reference())
 
 def select(name: str = "auto", device: str = "cpu", shape: CacheShape | None = None) -> KernelFamily:
     """The family `name`, for tensors on `device` and, if it is known, a cache of that shape. "auto" takes the first that can
-    serve them, a family that is named never falls back.
-
-    Raises ValueError if it is unknown or objects."""
+    serve them, a family that is named never falls back. Raises ValueError if it is unknown or objects."""
     for family in preferred(device) if name == "auto" else [f for f in FAMILIES if f.name == name]:
         why = family.refusals(device, shape)
         if not why:

@@ -46,14 +46,9 @@ class CacheView:
         pages, heads, page_size, width = kv_cache.shape
         head_dim = width // 2
         halves = kv_cache.view(pages, heads, 2, page_size * head_dim)
-        return cls(
-            keys=halves[:, :, 0].view(pages, heads, head_dim, page_size).transpose(-1, -2),
-            values=halves[:, :, 1].view(pages, heads, page_size, head_dim),
-            kv=kv_cache,
-            raw=kv_cache.view(pages, heads, page_size * width).view(torch.uint8),
-            record_layout=record_layout,
-            packed_layout=packed_layout,
-        )
+        keys = halves[:, :, 0].view(pages, heads, head_dim, page_size).transpose(-1, -2)
+        values = halves[:, :, 1].view(pages, heads, page_size, head_dim)
+        return cls(keys, values, kv_cache, kv_cache.view(pages, heads, -1).view(torch.uint8), record_layout, packed_layout)
 
     @classmethod
     def of_vllm_gpu(
@@ -70,14 +65,8 @@ class CacheView:
                 f"--kv-eviction needs a KV cache in which a head's part of a page is contiguous (layout LBHNC), this one has "
                 f"the strides {kv_cache.stride()} for the shape {tuple(kv_cache.shape)}"
             )
-        return cls(
-            keys=kv_cache[..., :head_dim],
-            values=kv_cache[..., head_dim:],
-            kv=kv_cache,
-            raw=kv_cache.flatten(2).view(torch.uint8),
-            record_layout=record_layout,
-            packed_layout=packed_layout,
-        )
+        keys, values = kv_cache[..., :head_dim], kv_cache[..., head_dim:]
+        return cls(keys, values, kv_cache, kv_cache.flatten(2).view(torch.uint8), record_layout, packed_layout)
 
     @property
     def page_size(self) -> int:

@@ -8,7 +8,7 @@ from momentkv_vllm.kernels.limits import Limits
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
 
 try:
-    from momentkv_vllm import _cpu  # noqa: F401  registers torch.ops.momentkv_cpu
+    import momentkv_vllm._cpu  # noqa: F401  registers torch.ops.momentkv_cpu
 except ImportError as error:
     _why_missing = str(error)
 else:
@@ -48,17 +48,17 @@ class Cpu(KernelFamily):
 
     def attend(self, cache: CacheView, query, output, lse, work: AttendWork, scale: float, corrected: bool) -> None:
         if work.observe_from is not None and work.query_bound() == 1:
-            # Observing is then one pass over what attention has computed, instead of another one over the keys. Rows that are
-            # not observed leave their part alone, so it costs addresses and no memory.
+            # Observing is then one pass over what attention has computed, not another one over the keys. Rows that are not
+            # observed leave their part alone: it costs addresses and no memory.
             shape = (len(work.pages), query.shape[1], work.pages.shape[1] * cache.page_size)
             if work.logits is None or work.logits.shape != shape:
                 work.logits = query.new_empty(shape, dtype=torch.float32)
-        record, logits = cache.record_arguments, work.logits
-        _ops.attend(cache.kv, query, output, lse, work.arguments(), scale, corrected, *record, logits)
+        given = cache.kv, query, output, lse, work.arguments(), scale, corrected
+        _ops.attend(*given, *cache.record_arguments, work.logits)
 
     def _observe(self, cache: CacheView, mass, query, lse, work: AttendWork, scale: float) -> None:
         _ops.observe(cache.kv, mass, query, lse, work.arguments(), scale, work.logits)
 
     def _consolidate(self, cache: CacheView, mass, work: RetireWork, score, sink_tokens: int, attention_weight) -> None:
-        given = work.arguments(), score, mass, sink_tokens, attention_weight
-        _ops.consolidate(cache.kv, *given, *cache.record_arguments)
+        given = cache.kv, work.arguments(), score, mass, sink_tokens, attention_weight
+        _ops.consolidate(*given, *cache.record_arguments)

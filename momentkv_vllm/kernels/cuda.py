@@ -1,9 +1,8 @@
 """The CUDA kernels of csrc/cuda; base.py documents the operations.
 
-They read keys and values [num_pages, num_kv_heads, page_size, head_dim] in place, wherever vLLM's layout (NHD or HND) puts
-them. Launch sizes follow from shapes alone and nothing waits for the device (except `attend` where `work.most_queries` is not
-given). Padding, for launches captured once and replayed with smaller batches: a row of no queries and a row whose first
-retiring page is -1 are skipped.
+They read the cache in place, wherever vLLM's layout (NHD or HND) puts it. Launch sizes follow from shapes alone and nothing
+waits for the device (except `attend` where `work.most_queries` is not given). Padding, for launches captured once and replayed
+with smaller batches: a row of no queries and a row whose first retiring page is -1 are skipped.
 """
 
 import torch
@@ -14,13 +13,11 @@ from momentkv_vllm.kernels.limits import Limits
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
 
 try:
-    from momentkv_vllm import _cuda  # noqa: F401  registers torch.ops.momentkv_cuda
+    import momentkv_vllm._cuda  # noqa: F401  registers torch.ops.momentkv_cuda
 except ImportError as error:
     _why_missing = str(error)
 else:
     _why_missing = ""
-
-LEAST_CAPABILITY = (8, 0)
 
 _ops = torch.ops.momentkv_cuda
 
@@ -42,20 +39,16 @@ class Cuda(KernelFamily):
             ]
         if not torch.cuda.is_available():
             return ["no CUDA device"]
-        capability = torch.cuda.get_device_capability()
-        if capability < LEAST_CAPABILITY:
-            return [
-                f"compute capability {capability[0]}.{capability[1]} < 8.0 (bfloat16 tensor cores, asynchronous copies)"
-            ]
-        return []
+        major, minor = torch.cuda.get_device_capability()
+        needs = "bfloat16 tensor cores, asynchronous copies"
+        return [] if major >= 8 else [f"compute capability {major}.{minor} < 8.0 ({needs})"]
 
     def _write(self, cache: CacheView, key, value, slots, mass) -> None:
         _ops.write(cache.keys, cache.values, key, value, slots, mass)
 
     def attend(self, cache: CacheView, query, output, lse, work: AttendWork, scale: float, corrected: bool) -> None:
-        record, bound = cache.record_arguments, work.query_bound()
-        tensors = cache.keys, cache.values, query, output, lse
-        _ops.attend(*tensors, work.arguments(), scale, corrected, *record, bound)
+        given = query, output, lse, work.arguments(), scale, corrected
+        _ops.attend(cache.keys, cache.values, *given, *cache.record_arguments, work.query_bound())
 
     def _observe(self, cache: CacheView, mass, query, lse, work: AttendWork, scale: float) -> None:
         _ops.observe(cache.keys, cache.values, mass, query, lse, work.arguments(), scale)

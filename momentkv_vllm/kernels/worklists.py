@@ -58,17 +58,8 @@ class AttendWork:
 
     def arguments(self) -> list[Tensor | None]:
         """The tensors that operators in C++ and CUDA take, in their order."""
-        evicted = [self.moment_pages, self.num_evicted]
-        return [
-            self.first_token,
-            self.num_queries,
-            self.pages,
-            self.last_slot,
-            *evicted,
-            self.observe_from,
-            self.restart,
-            self.stored,
-        ]
+        rows = [self.first_token, self.num_queries, self.pages, self.last_slot, self.moment_pages, self.num_evicted]
+        return [*rows, self.observe_from, self.restart, self.stored]
 
     def query_bound(self) -> int:
         """No row has more queries. Waits for the device unless `most_queries` is given."""
@@ -112,26 +103,3 @@ class RetireWork:
     def arguments(self) -> list[Tensor | None]:
         """The tensors that operators in C++ and CUDA take, in their order."""
         return [self.store_pages, self.retiring_pages, self.moment_pages, self.num_evicted, self.stored]
-
-
-@dataclass
-class StockRows:
-    """Rows below their budget, which vLLM's own kernel serves.
-
-    index:       [rows] int64 their numbers in the step.
-    tokens:      [their tokens] int64 indices in the step's flat token list.
-    query_start: [rows + 1] int32 where each row begins in `tokens`.
-    """
-
-    index: Tensor
-    tokens: Tensor
-    query_start: Tensor
-
-    @classmethod
-    def of(cls, rows: list[int], starts: list[int]) -> "StockRows":
-        """On the host. starts: [num_requests + 1] of each request in the flat token list."""
-        index = torch.tensor(rows)
-        lens = torch.tensor([starts[r + 1] - starts[r] for r in rows])
-        tokens = torch.cat([torch.arange(starts[r], starts[r + 1]) for r in rows])
-        query_start = torch.cat([lens.new_zeros(1), lens.cumsum(0)]).int()
-        return cls(index, tokens, query_start)
