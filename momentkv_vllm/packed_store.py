@@ -47,6 +47,10 @@ class PackedLayout:
         return _LEVELS[self.dtype]
 
     @property
+    def bits(self) -> int:
+        return 8 if self.dtype == "int8" else 4
+
+    @property
     def middle(self) -> float:
         """What is subtracted from a code."""
         return 127.5 if self.dtype == "int8" else 7.5

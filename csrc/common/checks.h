@@ -120,7 +120,9 @@ void set_write(WriteParams<Cache>& w, const Tensor& like, const Tensor& key, con
   w.value_stride = token_stride(value, like, c.head_dim, "value");
   w.key = static_cast<const char*>(key.data_ptr());
   w.value = static_cast<const char*>(value.data_ptr());
-  w.observed = data_of<float>(observed, "observed", {like.size(0), c.heads, c.page_size});
+  TORCH_CHECK(!observed || observed->dim() == 3, "observed must be [pages, heads, slots]");
+  w.observed_slots = observed ? observed->size(2) : 0;
+  w.observed = data_of<float>(observed, "observed", {like.size(0), c.heads, w.observed_slots});
 }
 
 template <class Cache>
@@ -157,7 +159,7 @@ void set_attend(AttendParams<Cache>& a, const Tensor& like, const Tensor& query,
 template <class Cache>
 void set_consolidate(ConsolidateParams<Cache>& c, const Tensor& like, const RetireTensors& work, const OptionalTensor& score,
                      const OptionalTensor& observed, int64_t sink_tokens, double attention_weight,
-                     const RecordArguments& record) {
+                     const RecordArguments& record, int64_t candidates, int64_t observed_slots) {
   c.record_layout = record_of(c.cache, record, work.moment_pages, record.has_means);
   TORCH_CHECK(work.store_pages.dim() == 2 && work.retiring_pages.dim() == 2, "store_pages ", work.store_pages.sizes(),
               " and retiring_pages ", work.retiring_pages.sizes(), " must be [rows, pages]");
@@ -169,9 +171,8 @@ void set_consolidate(ConsolidateParams<Cache>& c, const Tensor& like, const Reti
   c.retiring = data_of<int64_t>(work.retiring_pages, "retiring_pages", {c.rows, c.retiring_pages});
   c.moments = data_of<int64_t>(work.moment_pages, "moment_pages", {c.rows, c.moment_pages});
   c.num_evicted = data_of<float>(work.num_evicted, "num_evicted", {c.rows});
-  const int64_t candidates = (c.store_pages + c.retiring_pages) * c.cache.page_size;
   c.score = data_of<float>(score, "score", {c.rows, c.cache.heads, candidates});
-  c.observed = data_of<float>(observed, "observed", {like.size(0), c.cache.heads, c.cache.page_size});
+  c.observed = data_of<float>(observed, "observed", {like.size(0), c.cache.heads, observed_slots});
   TORCH_CHECK(score || (record.has_means && observed),
               "the score by moments needs the means and the observed attention; give score");
   c.sink_tokens = sink_tokens;

@@ -40,8 +40,9 @@ struct WriteParams {
   const char *key, *value;  // [tokens, heads, head_dim] of cache.type, tokens `*_stride` numbers apart
   int64_t key_stride, value_stride;
   const int64_t* slots;  // [tokens] page * page_size + slot; negative = not written
-  float* observed;       // [num_pages, heads, page_size], zeroed on fresh pages; may be null
+  float* observed;       // [num_pages, heads, observed_slots], zeroed on fresh pages; may be null
   decltype(Cache::heads) tokens;
+  int64_t observed_slots;
 };
 
 // What attend and observe read: some queries of every row against the pages that the row retains.

@@ -55,12 +55,38 @@ void write(const Tensor& kv, const Tensor& key, const Tensor& value, const Tenso
   in_parallel(w.tokens, [&](int64_t token) { k.write(w, token); });
 }
 
+// CacheView.packed_arguments (momentkv_vllm/kernels/cache_view.py); empty: no store is quantised.
+PackedLayout packed_of(const Cache& c, at::IntArrayRef packed) {
+  if (packed.empty()) return {};
+  TORCH_CHECK(packed.size() == 8, "packed has ", packed.size(), " numbers; CacheView.packed_arguments has 8");
+  const PackedLayout p{int(packed[0]), packed[1], packed[2], packed[3], packed[4], packed[5], packed[6], packed[7]};
+  TORCH_CHECK((p.bits == 8 || p.bits == 4) && p.width >= c.head_dim && p.width <= kMaxHeadDim && p.page_tiles > 0 &&
+                  p.page_tiles * p.tile_bytes <= c.page_size * 2 * c.head_dim * bytes_of(c.type),
+              "packed is ", packed, "; its tiles do not fit a page of ", c.page_size, " tokens");
+  return p;
+}
+
+// The rows' quantised stores.
+void set_store(Attend& a, const AttendTensors& work, int64_t store_pages, at::IntArrayRef packed, const OptionalTensor& observed) {
+  a.packed = packed_of(a.cache, packed);
+  a.stored = data_of<int64_t>(work.stored, "stored", {a.rows});
+  a.store_pages = store_pages;
+  a.observed_slots = std::max(a.cache.page_size, a.packed.page_tiles * 8);
+  TORCH_CHECK(a.stored == nullptr || a.packed.bits != 0, "stored is given; packed must say how the store is quantised");
+  if (!observed) return;
+  TORCH_CHECK(observed->dim() == 3, "observed has shape ", observed->sizes(), "; it must be [pages, heads, slots]");
+  a.observed = data_of<float>(*observed, "observed", {observed->size(0), a.cache.heads, a.observed_slots});
+}
+
 // On a CPU a work list can be looked into: no row reads beyond its pages or its queries.
 void check_rows(const Attend& a, int64_t tokens) {
   for (int64_t row = 0; row < a.rows; ++row) {
+    const int64_t stored = a.stored_of(row), exact_pages = a.max_pages - (stored > 0 ? a.store_pages : 0);
     TORCH_CHECK(a.num_queries[row] > 0 && a.last_slot[row] >= 0 && a.first_token[row] >= 0 &&
-                    a.last_slot[row] + a.num_queries[row] <= a.max_pages * a.cache.page_size,
+                    a.last_slot[row] + a.num_queries[row] <= exact_pages * a.cache.page_size,
                 "row ", row, " sees more slots than its pages hold");
+    TORCH_CHECK(stored >= 0 && stored % 8 == 0 && stored <= a.store_slots(), "row ", row, " has ", stored,
+                " stored tokens; they must fill whole tiles of its ", a.store_pages, " store pages");
     TORCH_CHECK(a.first_token[row] + a.num_queries[row] <= tokens, "row ", row, " has queries beyond the ", tokens,
                 " tokens of query");
   }
@@ -70,7 +96,7 @@ void check_rows(const Attend& a, int64_t tokens) {
 void set_observing(Attend& a, const AttendTensors& work, const OptionalTensor& logits) {
   a.observe_from = data_of<int64_t>(work.observe_from, "observe_from", {a.rows});
   a.restart = data_of<bool>(work.restart, "restart", {a.rows});
-  a.logits = data_of<float>(logits, "logits", {a.rows, a.query_heads, a.max_pages * a.cache.page_size});
+  a.logits = data_of<float>(logits, "logits", {a.rows, a.query_heads, a.row_slots()});
   if (a.logits == nullptr) return;
   TORCH_CHECK(a.observe_from != nullptr, "logits are left where observe_from says so");
   for (int64_t row = 0; row < a.rows; ++row)
@@ -97,41 +123,45 @@ struct Items {
         a.num_queries[row] == 1 ? add_decode(a, row, head, next) : add_chunk(a, row, head);
   }
 
-  static int64_t pages(const Attend& a, int64_t row) {
-    return (a.last_slot[row] + a.num_queries[row] + a.cache.page_size - 1) / a.cache.page_size;
-  }
-  static int64_t splits(const Attend& a, int64_t row) {
-    return std::max<int64_t>(1, pages(a, row) * a.cache.page_size / kSplitSlots);
-  }
+  static int64_t slots(const Attend& a, int64_t row) { return a.stored_of(row) + a.last_slot[row] + a.num_queries[row]; }
+  static int64_t splits(const Attend& a, int64_t row) { return std::max<int64_t>(1, slots(a, row) / kSplitSlots); }
   static bool with_record(const Attend& a, int64_t row) { return a.corrected && a.num_evicted[row] > 0; }
+
+  // The s-th of n cuts of a row's slots: between whole tiles of kernels, or pages.
+  static int64_t cut(const Attend& a, int64_t row, int64_t s, int64_t n) {
+    const int64_t stored = a.stored_of(row), at = slots(a, row) * s / n, page = a.cache.page_size;
+    if (s == n) return slots(a, row);
+    return at < stored ? at / kTileSlots * kTileSlots : stored + (at - stored) / page * page;
+  }
 
   void add_decode(const Attend& a, int32_t row, int32_t head, float*& next) {
     const int64_t size = a.query_heads / a.cache.heads * (a.cache.head_dim + 1);
-    const int32_t n = int32_t(splits(a, row)), num_pages = int32_t(pages(a, row));
+    const int32_t n = int32_t(splits(a, row));
     if (n > 1) merges.push_back({row, head, n, next});
     for (int32_t s = 0; s < n; ++s) {
       const bool last = s == n - 1;
-      parts.push_back({row, head, 0, 1, num_pages * s / n, num_pages * (s + 1) / n, last && with_record(a, row),
+      parts.push_back({row, head, 0, 1, cut(a, row, s, n), cut(a, row, s + 1, n), last && with_record(a, row),
                        n > 1 ? next : nullptr});
       if (n > 1) next += size;
     }
   }
 
   void add_chunk(const Attend& a, int32_t row, int32_t head) {
-    const int32_t queries = int32_t(a.num_queries[row]), num_pages = int32_t(pages(a, row));
+    const int32_t queries = int32_t(a.num_queries[row]);
     const int32_t step = std::max<int32_t>(1, int32_t(kRowsPerItem / (a.query_heads / a.cache.heads)));
     for (int32_t first = 0; first < queries; first += step)
-      parts.push_back({row, head, first, std::min(step, queries - first), 0, num_pages, with_record(a, row), nullptr});
+      parts.push_back({row, head, first, std::min(step, queries - first), 0, slots(a, row), with_record(a, row), nullptr});
   }
 };
 
 void attend(const Tensor& kv, const Tensor& query, const Tensor& output, const OptionalTensor& lse, const Tensors& tensors,
             double scale, bool corrected, bool has_means, bool has_covariance, at::ScalarType moment_dtype,
-            at::IntArrayRef record_offsets, const OptionalTensor& logits) {
+            at::IntArrayRef record_offsets, int64_t store_pages, at::IntArrayRef packed, const OptionalTensor& logits) {
   const AttendTensors work = attend_tensors(tensors);
   Attend a{};
   a.cache = cache_of(kv);
   set_attend(a, kv, query, output, lse, work, scale, corrected, {has_means, has_covariance, moment_dtype, record_offsets});
+  set_store(a, work, store_pages, packed, {});
   check_rows(a, query.size(0));
   set_observing(a, work, logits);
   thread_local Items items;
@@ -145,14 +175,14 @@ void attend(const Tensor& kv, const Tensor& query, const Tensor& output, const O
 }
 
 void observe(const Tensor& kv, const Tensor& observed, const Tensor& query, const Tensor& lse, const Tensors& tensors,
-             double scale, const OptionalTensor& logits) {
+             double scale, int64_t store_pages, at::IntArrayRef packed, const OptionalTensor& logits) {
   const AttendTensors work = attend_tensors(tensors);
   Attend a{};
   a.cache = cache_of(kv);
   set_queries(a, kv, query, work, scale);
+  set_store(a, work, store_pages, packed, observed);
   check_rows(a, query.size(0));
   a.lse = data_of<float>(lse, "lse", {query.size(0), a.query_heads});
-  a.observed = data_of<float>(observed, "observed", {kv.size(0), a.cache.heads, a.cache.page_size});
   set_observing(a, work, logits);
   TORCH_CHECK(a.observe_from != nullptr && a.restart != nullptr, "observe needs observe_from and restart");
   const Kernels& k = kernels();
@@ -161,11 +191,24 @@ void observe(const Tensor& kv, const Tensor& observed, const Tensor& query, cons
 
 void consolidate(const Tensor& kv, const Tensors& work, const OptionalTensor& score, const OptionalTensor& observed,
                  int64_t sink_tokens, double attention_weight, bool has_means, bool has_covariance,
-                 at::ScalarType moment_dtype, at::IntArrayRef record_offsets) {
+                 at::ScalarType moment_dtype, at::IntArrayRef record_offsets, int64_t run_tokens, int64_t store_tokens,
+                 at::IntArrayRef packed) {
+  const RetireTensors tensors = retire_tensors(work);
   Consolidate c{};
   c.cache = cache_of(kv);
-  set_consolidate(c, kv, retire_tensors(work), score, observed, sink_tokens, attention_weight,
-                  {has_means, has_covariance, moment_dtype, record_offsets});
+  c.packed = packed_of(c.cache, packed);
+  c.observed_slots = std::max(c.cache.page_size, c.packed.page_tiles * 8);
+  const int64_t pages = tensors.store_pages.size(1), page_size = c.cache.page_size;
+  c.candidates = (pages + tensors.retiring_pages.size(1)) * page_size + pages * c.packed.page_tiles * 8;
+  set_consolidate(c, kv, tensors, score, observed, sink_tokens, attention_weight,
+                  {has_means, has_covariance, moment_dtype, record_offsets}, c.candidates, c.observed_slots);
+  c.stored = data_of<int64_t>(tensors.stored, "stored", {c.rows});
+  c.run_tokens = run_tokens;
+  c.store_tokens = c.stored == nullptr ? pages * page_size : store_tokens;
+  TORCH_CHECK(run_tokens > 0 && page_size % run_tokens == 0 && c.store_tokens % run_tokens == 0, "runs of ", run_tokens,
+              " tokens; pages of ", page_size, " and a store of ", c.store_tokens, " must be whole runs");
+  TORCH_CHECK(c.stored == nullptr || (c.packed.bits != 0 && score), "a quantised store needs packed and score");
+  TORCH_CHECK(c.store_tokens <= pages * c.observed_slots, "a store of ", pages, " pages does not hold ", store_tokens, " tokens");
   const Kernels& k = kernels();
   in_parallel(c.rows * c.cache.heads, [&](int64_t i) { k.consolidate(c, i, scratch(k.consolidate_scratch(c))); });
 }
@@ -181,15 +224,17 @@ TORCH_LIBRARY(momentkv_cpu, m) {
   m.def("write(Tensor(a!) kv, Tensor key, Tensor value, Tensor slots, Tensor(b!)? observed) -> ()", &momentkv::write);
   m.def(
       "attend(Tensor kv, Tensor query, Tensor(a!) output, Tensor(b!)? lse, Tensor?[] work, float scale, bool corrected, "
-      "bool has_means, bool has_covariance, ScalarType moment_dtype, int[] record_offsets, Tensor(c!)? logits) -> ()",
+      "bool has_means, bool has_covariance, ScalarType moment_dtype, int[] record_offsets, int store_pages, int[] packed, "
+      "Tensor(c!)? logits) -> ()",
       &momentkv::attend);
   m.def(
       "observe(Tensor kv, Tensor(a!) observed, Tensor query, Tensor lse, Tensor?[] work, float scale, "
-      "Tensor(b!)? logits) -> ()",
+      "int store_pages, int[] packed, Tensor(b!)? logits) -> ()",
       &momentkv::observe);
   m.def(
       "consolidate(Tensor(a!) kv, Tensor?[] work, Tensor? score, Tensor(b!)? observed, int sink_tokens, "
-      "float attention_weight, bool has_means, bool has_covariance, ScalarType moment_dtype, int[] record_offsets) -> ()",
+      "float attention_weight, bool has_means, bool has_covariance, ScalarType moment_dtype, int[] record_offsets, "
+      "int run_tokens, int store_tokens, int[] packed) -> ()",
       &momentkv::consolidate);
   m.def("isa() -> str", &momentkv::isa);
 }

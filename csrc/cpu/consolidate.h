@@ -3,38 +3,56 @@
 
 constexpr int kFoldTokens = 64;  // losers whose centred keys and values are held at a time
 
-// The candidates of one (row, head): the store's slots, then those of the retiring pages.
+// The candidates of one (row, head): the store's tokens, then those of the retiring pages. Quantised ones come first; the pages
+// of a store that is not quantised, or not yet, are exact pages like the retiring ones.
 struct Event {
   const Consolidate& c;
   int64_t row, head;
-  int64_t retiring_pages = 0;
+  int64_t retiring_pages = 0, packed_tokens = 0, exact_store_pages = 0;
 
   Event(const Consolidate& all, int64_t item) : c(all), row(item / all.cache.heads), head(item % all.cache.heads) {
     while (retiring_pages < c.retiring_pages && c.retiring[row * c.retiring_pages + retiring_pages] >= 0)
       ++retiring_pages;
+    if (c.stored != nullptr) packed_tokens = c.stored[row];
+    if (packed_tokens == 0) exact_store_pages = c.store_pages;
   }
-  int64_t store_tokens() const { return c.store_pages * c.cache.page_size; }
-  int64_t retiring_tokens() const { return retiring_pages * c.cache.page_size; }
-  int64_t candidates() const { return store_tokens() + retiring_tokens(); }
-  int64_t page(int64_t number) const {
-    return number < c.store_pages ? c.store[row * c.store_pages + number]
-                                  : c.retiring[row * c.retiring_pages + number - c.store_pages];
+  int64_t exact_pages() const { return exact_store_pages + retiring_pages; }
+  int64_t candidates() const { return packed_tokens + exact_pages() * c.cache.page_size; }
+  // How many of them are in the store, in their slots.
+  int64_t filled() const { return c.stored == nullptr ? c.store_tokens : packed_tokens; }
+  int64_t losers() const { return candidates() > c.store_tokens ? candidates() - c.store_tokens : 0; }
+  int64_t page(int64_t exact) const {
+    return exact < exact_store_pages ? c.store[row * c.store_pages + exact]
+                                     : c.retiring[row * c.retiring_pages + exact - exact_store_pages];
   }
   RecordView record() const { return {c.cache, c.record_layout, c.moments + row * c.moment_pages, head}; }
   float num_evicted() const { return c.num_evicted[row]; }
 
+  bool is_packed(int64_t candidate) const { return candidate < packed_tokens; }
+  // The tile that a quantised store has or will have for a slot.
+  uint8_t* tile(int64_t slot) const {
+    return PackedSlots::tile_of(c.cache, c.packed, head, c.store + row * c.store_pages, slot / kTileTokens);
+  }
   template <class T>
   T* key(int64_t candidate) const {
-    return keys_of<T>(c.cache, page(candidate / c.cache.page_size), head) + candidate % c.cache.page_size;
+    const int64_t exact = candidate - packed_tokens;
+    return keys_of<T>(c.cache, page(exact / c.cache.page_size), head) + exact % c.cache.page_size;
   }
   template <class T>
   T* value(int64_t candidate) const {
-    return values_of<T>(c.cache, page(candidate / c.cache.page_size), head) +
-           candidate % c.cache.page_size * c.cache.head_dim;
+    const int64_t exact = candidate - packed_tokens;
+    return values_of<T>(c.cache, page(exact / c.cache.page_size), head) + exact % c.cache.page_size * c.cache.head_dim;
+  }
+  float* mass_of_slot(int64_t slot) const {
+    const int64_t page_tokens = c.stored == nullptr ? c.cache.page_size : c.packed.page_tiles * kTileTokens;
+    return c.observed + (c.store[row * c.store_pages + slot / page_tokens] * c.cache.heads + head) * c.observed_slots +
+           slot % page_tokens;
   }
   float* mass(int64_t candidate) const {
-    return c.observed + (page(candidate / c.cache.page_size) * c.cache.heads + head) * c.cache.page_size +
-           candidate % c.cache.page_size;
+    if (is_packed(candidate)) return mass_of_slot(candidate);
+    const int64_t exact = candidate - packed_tokens;
+    return c.observed + (page(exact / c.cache.page_size) * c.cache.heads + head) * c.observed_slots +
+           exact % c.cache.page_size;
   }
 };
 
@@ -44,7 +62,7 @@ void means_of_candidates(const Event& e, float* mean_key, float* mean_value) {
   const int64_t page_size = e.c.cache.page_size, d = e.c.cache.head_dim;
   std::fill_n(mean_key, d, 0.0f);
   std::fill_n(mean_value, d, 0.0f);
-  for (int64_t p = 0; p < e.c.store_pages + e.retiring_pages; ++p) {
+  for (int64_t p = 0; p < e.exact_pages(); ++p) {
     const T *keys = keys_of<T>(e.c.cache, e.page(p), e.head), *values = values_of<T>(e.c.cache, e.page(p), e.head);
     for (int64_t i = 0; i < d; ++i) {
       Vec total = {};
@@ -61,7 +79,7 @@ void means_of_candidates(const Event& e, float* mean_key, float* mean_value) {
 template <class T>
 void distances_of_keys(const Event& e, const float* mean, float* distance) {
   const int64_t page_size = e.c.cache.page_size;
-  const int64_t pages = e.c.store_pages + e.retiring_pages;
+  const int64_t pages = e.exact_pages();
   for (int64_t p = 0; p < pages; ++p) {
     const T* keys = keys_of<T>(e.c.cache, e.page(p), e.head);
     const T* next = keys_of<T>(e.c.cache, e.page(p + 1 < pages ? p + 1 : p), e.head);
@@ -83,7 +101,7 @@ void distances_of_keys(const Event& e, const float* mean, float* distance) {
 // distance[candidate] = observed attention * ||value - mean||.
 template <class T>
 void distances_of_values(const Event& e, const float* mean, float* distance) {
-  const int64_t page_size = e.c.cache.page_size, d = e.c.cache.head_dim, pages = e.c.store_pages + e.retiring_pages;
+  const int64_t page_size = e.c.cache.page_size, d = e.c.cache.head_dim, pages = e.exact_pages();
   for (int64_t p = 0; p < pages; ++p) {
     const T* values = values_of<T>(e.c.cache, e.page(p), e.head);
     const float* mass = e.mass(p * page_size);
@@ -129,13 +147,21 @@ inline uint64_t rank_of(float score, int64_t candidate) {
   return uint64_t(ascending) << 32 | uint32_t(~candidate);
 }
 
-// Writes the losers, as many as retire, in ascending order; `ranks` has room for every candidate.
+// Writes the losers in ascending order: runs of `run_tokens` neighbours, by the mean of their scores. `ranks` has room for every
+// candidate.
 void choose_losers(const Event& e, const float* score, uint64_t* ranks, int32_t* losers) {
-  const int64_t n = e.candidates(), count = e.retiring_tokens();
-  for (int64_t i = 0; i < n; ++i) ranks[i] = rank_of(i < e.c.sink_tokens ? INFINITY : score[i], i);
-  std::nth_element(ranks, ranks + count - 1, ranks + n);
+  const int64_t length = e.c.run_tokens, runs = e.candidates() / length, count = e.losers() / length;
+  if (count == 0) return;
+  for (int64_t i = 0; i < runs; ++i) {
+    float total = 0;
+    for (int64_t t = i * length; t < (i + 1) * length; ++t) total += score[t];
+    ranks[i] = rank_of(i * length < e.c.sink_tokens ? INFINITY : total / float(length), i);
+  }
+  std::nth_element(ranks, ranks + count - 1, ranks + runs);
   for (int64_t i = 0; i < count; ++i) losers[i] = int32_t(~uint32_t(ranks[i]));
   std::sort(losers, losers + count);
+  for (int64_t i = count - 1; i >= 0; --i)
+    for (int64_t t = length - 1; t >= 0; --t) losers[i * length + t] = int32_t(losers[i] * length + t);
 }
 
 // Moments of the losers, not yet merged: means [head_dim], covariance [head_dim (key)][head_dim (value)] times their number.
@@ -150,13 +176,29 @@ struct Batch {
   int64_t tokens;
 };
 
+// A candidate as float32, [head_dim] each; `key` and `value` have room for a padded one.
+template <class T>
+void load_candidate(const Event& e, int64_t candidate, float* key, float* value) {
+  const int64_t d = e.c.cache.head_dim;
+  if (e.is_packed(candidate)) {
+    with_bits(e.c.packed.bits, [&](auto bits) {
+      read_token<bits>(e.c.packed, e.tile(candidate), int(candidate % kTileTokens), key, value);
+    });
+    return;
+  }
+  const T *from = e.key<T>(candidate), *values = e.value<T>(candidate);
+  for (int64_t i = 0; i < d; ++i) key[i] = to_float(from[i * e.c.cache.page_size]);
+  for (int64_t i = 0; i < d; i += kLanes) store(value + i, load(values + i));
+}
+
 template <class T>
 void gather(const Event& e, const int32_t* losers, const Batch& b) {
   const int64_t d = e.c.cache.head_dim;
+  float key[kMaxHeadDim], value[kMaxHeadDim];
   for (int64_t j = 0; j < b.tokens; ++j) {
-    const T *key = e.key<T>(losers[j]), *value = e.value<T>(losers[j]);
-    for (int64_t i = 0; i < d; ++i) b.keys[j * d + i] = to_float(key[i * e.c.cache.page_size]);
-    for (int64_t i = 0; i < d; i += kLanes) store(b.values + j * d + i, load(value + i));
+    load_candidate<T>(e, losers[j], key, value);
+    std::copy_n(key, d, b.keys + j * d);
+    std::copy_n(value, d, b.values + j * d);
   }
 }
 
@@ -198,7 +240,7 @@ inline void add_products(const Batch& b, int64_t d, float* covariance) {
 // Fills `f` from the losers, in batches that fit `room` (2 * kFoldTokens * head_dim floats): means first, then the rest.
 template <class T>
 void fold(const Event& e, const int32_t* losers, Folded& f, float* room) {
-  const int64_t d = e.c.cache.head_dim, n = e.retiring_tokens();
+  const int64_t d = e.c.cache.head_dim, n = e.losers();
   auto batch = [&](int64_t first) {
     return Batch{room, room + kFoldTokens * d, n - first < kFoldTokens ? n - first : kFoldTokens};
   };
@@ -247,7 +289,7 @@ template <class C>
 void merge_into_record(const Event& e, const Folded& f) {
   const int64_t d = e.c.cache.head_dim;
   const RecordView record = e.record();
-  const float before = e.num_evicted(), n = float(e.retiring_tokens());
+  const float before = e.num_evicted(), n = float(e.losers());
   const bool empty = before == 0;
   const float share = n / (before + n), between = share * (1 - share);
   float delta_key[kMaxHeadDim], delta_value[kMaxHeadDim], square = 0;
@@ -275,45 +317,98 @@ void merge_into_record(const Event& e, const Folded& f) {
   }
 }
 
-// The i-th lost store slot takes the i-th retiring token that won; `losers` ascending.
+// Candidates that stay and are not in their slot yet, in order.
+struct Winners {
+  const int32_t *loser, *end;
+  int64_t next;
+
+  Winners(const Event& e, const int32_t* losers)
+      : loser(std::lower_bound(losers, losers + e.losers(), int32_t(e.filled()))), end(losers + e.losers()), next(e.filled()) {}
+  int64_t take() {
+    while (loser < end && *loser == next) ++loser, ++next;
+    return next++;
+  }
+};
+
+template <class T>
+void move_exact(const Event& e, int64_t winner, int64_t slot) {
+  const T* from = e.key<T>(winner);
+  T* to = e.key<T>(slot);
+  for (int64_t i = 0; i < e.c.cache.head_dim; ++i) to[i * e.c.cache.page_size] = from[i * e.c.cache.page_size];
+  std::memcpy(e.value<T>(slot), e.value<T>(winner), e.c.cache.head_dim * sizeof(T));
+}
+
+template <class T>
+void quantise_into(const Event& e, int64_t winner, uint8_t* tile, int token) {
+  float key[kMaxHeadDim] = {}, value[kMaxHeadDim] = {};
+  load_candidate<T>(e, winner, key, value);
+  with_bits(e.c.packed.bits, [&](auto bits) { write_token<bits>(e.c.packed, key, value, tile, token); });
+}
+
+// The i-th lost or empty store slot takes the i-th retiring token that won; `losers` ascending.
 template <class T>
 void fill_holes(const Event& e, const int32_t* losers) {
-  const int64_t n = e.retiring_tokens(), store = e.store_tokens(), d = e.c.cache.head_dim;
-  int64_t winner = store, next_loser = std::lower_bound(losers, losers + n, int32_t(store)) - losers;
-  for (int64_t hole = 0; hole < n && losers[hole] < store; ++hole, ++winner) {
-    while (next_loser < n && losers[next_loser] == winner) ++next_loser, ++winner;
-    const T* from = e.key<T>(winner);
-    T* to = e.key<T>(losers[hole]);
-    for (int64_t i = 0; i < d; ++i) to[i * e.c.cache.page_size] = from[i * e.c.cache.page_size];
-    std::memcpy(e.value<T>(losers[hole]), e.value<T>(winner), d * sizeof(T));
-    if (e.c.observed != nullptr) *e.mass(losers[hole]) = *e.mass(winner);
+  Winners winners(e, losers);
+  const int64_t filled = e.filled(), stay = e.candidates() - e.losers();
+  auto put = [&](int64_t slot) {
+    const int64_t winner = winners.take();
+    if (e.c.stored == nullptr)
+      move_exact<T>(e, winner, slot);
+    else
+      quantise_into<T>(e, winner, e.tile(slot), int(slot % kTileTokens));
+    if (e.c.observed != nullptr) *e.mass_of_slot(slot) = *e.mass(winner);
+  };
+  for (const int32_t* hole = losers; hole < losers + e.losers() && *hole < filled; ++hole) put(*hole);
+  for (int64_t slot = filled; slot < stay; ++slot) put(slot);
+}
+
+// The first event of a quantised store: its pages become tiles, page by page. What a page takes lies in that page or in later
+// ones, and is read before the page is written. `room` is for the bytes and the observed mass of a page.
+template <class T>
+void become_packed(const Event& e, const int32_t* losers, float* room) {
+  Winners winners(e, losers);
+  const PackedLayout& p = e.c.packed;
+  const int64_t stay = e.candidates() - e.losers(), page_tokens = p.page_tiles * kTileTokens;
+  uint8_t* bytes = reinterpret_cast<uint8_t*>(room + page_tokens);
+  for (int64_t first = 0; first < stay; first += page_tokens) {
+    const int64_t here = stay - first < page_tokens ? stay - first : page_tokens;
+    for (int64_t i = 0; i < here; ++i) {
+      const int64_t winner = winners.take();
+      quantise_into<T>(e, winner, bytes + i / kTileTokens * p.tile_bytes, int(i % kTileTokens));
+      if (e.c.observed != nullptr) room[i] = *e.mass(winner);
+    }
+    std::memcpy(e.tile(first), bytes, (here + kTileTokens - 1) / kTileTokens * p.tile_bytes);
+    if (e.c.observed != nullptr) std::copy_n(room, here, e.mass_of_slot(first));
   }
 }
 
-// Floats: ranks (8 bytes) and score of every candidate, losers, then `Folded` and a batch.
+// Floats: ranks (8 bytes) and score of every candidate, losers, then `Folded` and a batch, or a page of tiles.
 size_t consolidate_scratch(const Consolidate& c) {
-  const size_t candidates = (c.store_pages + c.retiring_pages) * c.cache.page_size, d = c.cache.head_dim;
-  return 4 * candidates + d * (2 + d + 2 * kFoldTokens);
+  const size_t d = c.cache.head_dim, tiles = c.packed.page_tiles * (kTileTokens + c.packed.tile_bytes / 4 + 1);
+  return 4 * c.candidates + d * (2 + d + 2 * kFoldTokens) + tiles;
 }
 
 void consolidate(const Consolidate& c, int64_t item, float* scratch) {
   const Event e(c, item);
   if (e.retiring_pages == 0) return;
-  const int64_t d = c.cache.head_dim, candidates = (c.store_pages + c.retiring_pages) * c.cache.page_size;
+  const int64_t d = c.cache.head_dim;
   uint64_t* ranks = reinterpret_cast<uint64_t*>(scratch);
-  float* own_score = scratch + 2 * candidates;
-  int32_t* losers = reinterpret_cast<int32_t*>(own_score + candidates);
-  float* rest = own_score + 2 * candidates;
+  float* own_score = scratch + 2 * c.candidates;
+  int32_t* losers = reinterpret_cast<int32_t*>(own_score + c.candidates);
+  float* rest = own_score + 2 * c.candidates;
   Folded f{rest, rest + d, rest + 2 * d, 0};
+  const bool folds = c.record_layout.has_means && e.losers() > 0;
   with_type(c.cache.type, [&](auto t) {
     using T = decltype(t);
     // `scratch` is free until the ranks are made.
     if (c.score == nullptr) score_by_moments<T>(e, f.mean_key, scratch, own_score);
-    choose_losers(e, c.score == nullptr ? own_score : c.score + item * candidates, ranks, losers);
-    // The record may lie in retiring pages: their tokens are read before it is written.
-    if (c.record_layout.has_means) fold<T>(e, losers, f, f.covariance + d * d);
-    fill_holes<T>(e, losers);
+    choose_losers(e, c.score == nullptr ? own_score : c.score + item * c.candidates, ranks, losers);
+    // The record may lie in retiring pages, or behind the store's last tile: tokens are read and written before it.
+    if (folds) fold<T>(e, losers, f, f.covariance + d * d);
+    if (c.stored != nullptr && e.packed_tokens == 0)
+      become_packed<T>(e, losers, f.covariance + d * d + 2 * kFoldTokens * d);
+    else
+      fill_holes<T>(e, losers);
   });
-  if (c.record_layout.has_means)
-    with_covariance_type(c.record_layout.covariance_type, [&](auto t) { merge_into_record<decltype(t)>(e, f); });
+  if (folds) with_covariance_type(c.record_layout.covariance_type, [&](auto t) { merge_into_record<decltype(t)>(e, f); });
 }

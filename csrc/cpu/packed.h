@@ -93,7 +93,7 @@ inline void rotate(float* x, int64_t width, int64_t block) {
         x[j] = a + b;
         x[j + half] = a - b;
       }
-  const float norm = 1 / sqrtf(float(block));
+  const float norm = float(1 / std::sqrt(double(block)));
   for (int64_t i = 0; i < width; ++i) x[i] *= norm;
 }
 
@@ -208,4 +208,77 @@ inline void add_packed(const PackedSlots& t, const PackedLayout& p, const float*
         }
     }
   }
+}
+
+// A code's byte in a tile.
+inline int64_t key_byte(int64_t byte, int token) { return byte / 4 * 4 * kTileTokens + token * 4 + byte % 4; }
+inline int64_t value_byte(const PackedLayout& p, int64_t byte, int token) {
+  return p.values_offset + token / 2 * 2 * p.code_bytes + byte * 2 + token % 2;
+}
+inline uint8_t* scale_at(const PackedLayout& p, uint8_t* tile, int64_t group, int token) {
+  return tile + p.scales_offset + (group * kTileTokens + token) * 2;
+}
+
+// Writes the codes of `size` numbers with one scale into `codes`, one each; returns the scale. As `quantised` of
+// packed_store.py, bit by bit.
+template <int Bits>
+inline BFloat16 quantise(const float* x, int64_t size, uint8_t* codes) {
+  constexpr float kStep = Bits == 8 ? 2.0 / 253 : 2.0 / 15;
+  float top = 0;
+  for (int64_t i = 0; i < size; ++i) top = fabsf(x[i]) > top || x[i] != x[i] ? fabsf(x[i]) : top;
+  const float wanted = top * kStep;
+  const BFloat16 scale{wanted == wanted ? uint16_t((bits_as<uint32_t>(wanted) + 0xffff) >> 16) : uint16_t(0x7fc0)};
+  const float wide = to_float(scale), inverse = wide > 0 ? 1 / wide : 0;
+  for (int64_t i = 0; i < size; ++i) {
+    float code = floorf(x[i] * inverse);
+    code = code != code ? 0 : code < Code<Bits>::kLowest ? Code<Bits>::kLowest : code > Code<Bits>::kHighest ? Code<Bits>::kHighest : code;
+    codes[i] = uint8_t(int(code) + Code<Bits>::kOffset);
+  }
+  return scale;
+}
+
+// Byte j of `codes`, one per number.
+template <int Bits>
+inline uint8_t packed_byte(const uint8_t* codes, int64_t j) {
+  if (Bits == 8) return codes[j];
+  const uint8_t* group = codes + j / 16 * kGroup + j % 16;
+  return uint8_t(group[0] | group[16] << 4);
+}
+
+// A token into a tile. `key` and `value`: [width], zeros behind head_dim, not rotated; they are used up.
+template <int Bits>
+inline void write_token(const PackedLayout& p, float* key, float* value, uint8_t* tile, int token) {
+  uint8_t codes[kMaxHeadDim];
+  const int64_t groups = p.width / kGroup;
+  rotate(key, p.width, p.block);
+  for (int64_t g = 0; g < groups; ++g) {
+    const BFloat16 scale = quantise<Bits>(key + g * kGroup, kGroup, codes + g * kGroup);
+    std::memcpy(scale_at(p, tile, g, token), &scale, 2);
+  }
+  for (int64_t j = 0; j < p.code_bytes; ++j) tile[key_byte(j, token)] = packed_byte<Bits>(codes, j);
+  rotate(value, p.width, p.block);
+  const BFloat16 scale = quantise<Bits>(value, p.width, codes);
+  std::memcpy(scale_at(p, tile, groups, token), &scale, 2);
+  for (int64_t j = 0; j < p.code_bytes; ++j) tile[value_byte(p, j, token)] = packed_byte<Bits>(codes, j);
+}
+
+// A token of a tile as float32 [width], not rotated.
+template <int Bits>
+inline void read_token(const PackedLayout& p, uint8_t* tile, int token, float* key, float* value) {
+  const int64_t groups = p.width / kGroup;
+  auto scale = [&](int64_t group) { return to_float(load_raw<BFloat16>(scale_at(p, tile, group, token))); };
+  for (int64_t i = 0; i < p.width; ++i) {
+    const int64_t byte = Bits == 8 ? i : i / kGroup * 16 + i % 16;
+    const int shift = Bits == 8 ? 0 : i % kGroup / 16 * 4, mask = (1 << Bits) - 1;
+    key[i] = (float(tile[key_byte(byte, token)] >> shift & mask) - Code<Bits>::kMiddle) * scale(i / kGroup);
+    value[i] = (float(tile[value_byte(p, byte, token)] >> shift & mask) - Code<Bits>::kMiddle) * scale(groups);
+  }
+  rotate(key, p.width, p.block);
+  rotate(value, p.width, p.block);
+}
+
+// Calls f(constant) with the bits of a code.
+template <class F>
+inline void with_bits(int bits, F f) {
+  bits == 8 ? f(std::integral_constant<int, 8>{}) : f(std::integral_constant<int, 4>{});
 }

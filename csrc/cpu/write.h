@@ -9,7 +9,7 @@ void zero_fresh_pages(const Write& s, int64_t head) {
     if (s.slots[i] < 0 || s.slots[i] % c.page_size != 0) continue;
     const int64_t page = s.slots[i] / c.page_size;
     std::memset(c.data + (page * c.heads + head) * part, 0, part);
-    if (s.observed != nullptr) std::fill_n(s.observed + (page * c.heads + head) * c.page_size, c.page_size, 0.0f);
+    if (s.observed != nullptr) std::fill_n(s.observed + (page * c.heads + head) * s.observed_slots, s.observed_slots, 0.0f);
   }
 }
 

@@ -125,8 +125,11 @@ void consolidate_op(const Tensor& keys, const Tensor& values, const Tensors& wor
                     bool has_covariance, at::ScalarType moment_dtype, at::IntArrayRef record_offsets) {
   Consolidate c{};
   c.cache = cache_of(keys, values);
-  set_consolidate(c, keys, retire_tensors(work), score, observed, sink_tokens, attention_weight,
-                  {has_means, has_covariance, moment_dtype, record_offsets});
+  const RetireTensors tensors = retire_tensors(work);
+  TORCH_CHECK(!tensors.stored, "the CUDA kernels know no quantised store");
+  const int64_t pages = tensors.store_pages.size(1) + tensors.retiring_pages.size(1), slots = c.cache.page_size;
+  set_consolidate(c, keys, tensors, score, observed, sink_tokens, attention_weight,
+                  {has_means, has_covariance, moment_dtype, record_offsets}, pages * slots, slots);
   if (c.rows == 0 || c.retiring_pages == 0) return;
   const int64_t heads = c.cache.heads, d = c.cache.head_dim, page_size = c.cache.page_size;
   const int64_t candidates = (c.store_pages + c.retiring_pages) * page_size;

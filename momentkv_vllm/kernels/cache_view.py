@@ -11,7 +11,7 @@ from torch import Tensor
 
 from momentkv_vllm import records
 from momentkv_vllm.moments import Moments
-from momentkv_vllm.packed_store import PackedLayout, PackedPages
+from momentkv_vllm.packed_store import PackedLayout, PackedPages, rotated_block
 from momentkv_vllm.page_layout import RecordLayout, RecordOffsets
 
 
@@ -87,6 +87,15 @@ class CacheView:
         """What operators in C++ and CUDA are told of records: the order of their arguments stands here."""
         layout = self.record_layout
         return layout.has_means, layout.has_covariance, records.covariance_dtype(layout), layout.offsets
+
+    @property
+    def packed_arguments(self) -> list[int]:
+        """What operators in C++ are told of quantised store pages (csrc/common/params.h, PackedLayout); empty if there are none."""
+        layout = self.packed_layout
+        if layout is None or self.packed is None:
+            return []
+        sizes = [layout.code_bytes, layout.values_offset, layout.scales_offset, layout.tile_bytes]
+        return [layout.bits, layout.width, rotated_block(layout.width), *sizes, self.packed.page_tiles]
 
     def read_tokens(self, pages: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens of `pages` [rows, n] as float32 (keys, values) [rows, heads, n * page_size, head_dim]."""

@@ -50,15 +50,18 @@ class Cpu(KernelFamily):
         if work.observe_from is not None and work.query_bound() == 1:
             # Observing is then one pass over what attention has computed, not another one over the keys. Rows that are not
             # observed leave their part alone: it costs addresses and no memory.
-            shape = (len(work.pages), query.shape[1], work.pages.shape[1] * cache.page_size)
+            store_slots = 0 if work.stored is None else work.store_pages * cache.packed.page_tokens
+            shape = (len(work.pages), query.shape[1], store_slots + work.pages.shape[1] * cache.page_size)
             if work.logits is None or work.logits.shape != shape:
                 work.logits = query.new_empty(shape, dtype=torch.float32)
         given = cache.kv, query, output, lse, work.arguments(), scale, corrected
-        _ops.attend(*given, *cache.record_arguments, work.logits)
+        _ops.attend(*given, *cache.record_arguments, work.store_pages, cache.packed_arguments, work.logits)
 
     def _observe(self, cache: CacheView, mass, query, lse, work: AttendWork, scale: float) -> None:
-        _ops.observe(cache.kv, mass, query, lse, work.arguments(), scale, work.logits)
+        given = cache.kv, mass, query, lse, work.arguments(), scale
+        _ops.observe(*given, work.store_pages, cache.packed_arguments, work.logits)
 
     def _consolidate(self, cache: CacheView, mass, work: RetireWork, score, sink_tokens: int, attention_weight) -> None:
         given = cache.kv, work.arguments(), score, mass, sink_tokens, attention_weight
-        _ops.consolidate(*given, *cache.record_arguments)
+        packed = cache.packed_arguments if work.stored is not None else []
+        _ops.consolidate(*given, *cache.record_arguments, work.run_tokens, work.store_tokens, packed)
