@@ -13,6 +13,8 @@ CONFIG_KEY = "kv_eviction"
 
 PREFILL_MODES = ("chunked", "full")
 CORRECTIONS = ("off", "zeroth", "first")
+STORE_DTYPES = ("auto", "model", "int8", "int4")
+RUN_TOKENS = (1, 8, 16)
 MOMENT_DTYPES = ("int8", "bfloat16", "float32")
 KERNELS = ("auto", "cpu", "triton", "cuda", "reference")
 
@@ -52,6 +54,10 @@ class EvictionConfig:
         correction: order of the closed form added for the evicted attention mass ("off", "zeroth", "first").
         moment_dtype: storage type of the value-key covariance (int8 with a scale per key dimension); means are always float32,
             all arithmetic is float32.
+        store_dtype: storage type of the tokens that eviction retains; the newest ones and all of a sequence below its budget
+            have the model's. "int8" and "int4" hold more of them in the same memory: nothing is evicted until they are full.
+            "auto" is "model".
+        run_tokens: neighbours that are retained or evicted together.
         observation_tokens: queries before an eviction whose attention a policy may use (`momentkv`, `paper`, `snapkv`,
             `tova`, `expected_attention`).
         retire_tokens: tokens between two evictions, rounded up to whole pages; 0 means 1/32 of the budget (one page at least).
@@ -65,6 +71,8 @@ class EvictionConfig:
     prefill: str = "chunked"
     correction: str = "zeroth"
     moment_dtype: str = "bfloat16"
+    store_dtype: str = "auto"
+    run_tokens: int = 1
     observation_tokens: int = 8
     retire_tokens: int = 0
     kernels: str = "auto"
@@ -74,6 +82,8 @@ class EvictionConfig:
         _choice("prefill", self.prefill, PREFILL_MODES)
         _choice("correction", self.correction, CORRECTIONS)
         _choice("moment_dtype", self.moment_dtype, MOMENT_DTYPES)
+        _choice("store_dtype", self.store_dtype, STORE_DTYPES)
+        _choice("run_tokens", self.run_tokens, RUN_TOKENS)
         _choice("kernels", self.kernels, KERNELS)
         _count("budget_tokens", self.budget_tokens, 1)
         _count("window_tokens", self.window_tokens, 0)
@@ -120,9 +130,10 @@ class EvictionConfig:
 _EXAMPLE = '{"policy": "momentkv", "budget_tokens": 1024}'
 
 
-def _choice(key: str, value: Any, legal: tuple[str, ...]) -> None:
-    if value not in legal:
-        raise ValueError(f"{CONFIG_KEY}.{key}={value!r} is not one of {', '.join(legal)}")
+def _choice(key: str, value: Any, legal: tuple[str, ...] | tuple[int, ...]) -> None:
+    # bool is an int in Python, as in _count.
+    if value not in legal or isinstance(value, bool):
+        raise ValueError(f"{CONFIG_KEY}.{key}={value!r} is not one of {', '.join(map(str, legal))}")
 
 
 def _count(key: str, value: Any, least: int) -> None:

@@ -67,6 +67,18 @@ class PageSchedule:
         return min(self.store_tokens, boundary * self.page_size)
 
     @property
+    def record_pages(self) -> slice:
+        """Columns of the pages that hold the moment record, if there is one."""
+        if self.record_tokens:
+            return slice(self.store_pages - 1, self.store_pages)
+        return slice(self.store_pages, self.store_pages + self.moment_pages)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the store is quantised."""
+        return self.store_page_tokens > 0
+
+    @property
     def retire_tokens(self) -> int:
         return self.retire_pages * self.page_size
 
@@ -125,13 +137,17 @@ class PageSchedule:
         return self.budget_pages + cdiv(max(0, step_tokens - 1), self.page_size)
 
 
-def build_schedule(config: EvictionConfig, page_size: int, moment_pages: int, keeps_only_sinks: bool) -> PageSchedule:
+def build_schedule(
+    config: EvictionConfig, page_size: int, moment_pages: int, keeps_only_sinks: bool, store_page_tokens: int = 0,
+    record_tokens: int = 0,
+) -> PageSchedule:  # fmt: skip
     """Lay out the budget. Raises ValueError with the smallest legal budget when it does not fit.
 
     Args:
         config: the user's settings.
         page_size: tokens a page (vLLM: block_size).
         moment_pages: pages that the moment records of a sequence need (page_layout.py), 0 for none.
+        store_page_tokens, record_tokens: of a quantised store, as in `PageSchedule`.
         keeps_only_sinks: the policy never keeps a retired token besides the sinks: all else is window (StreamingLLM).
     """
     # Scoring reads every key of the budget: retiring a fixed share of it keeps that cost a fixed share of decode attention.
@@ -160,4 +176,7 @@ def build_schedule(config: EvictionConfig, page_size: int, moment_pages: int, ke
         window_pages=window_pages,
         retire_pages=retire_pages,
         evict_in_prefill=config.prefill == "chunked",
+        store_page_tokens=store_page_tokens,
+        record_tokens=record_tokens,
+        run_tokens=config.run_tokens,
     )

@@ -18,7 +18,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, ChunkedLocalAttentionSpec,
 from momentkv_vllm.attention.metadata import EvictionMetadata, StockRows
 from momentkv_vllm.attention.monitor import Monitor
 from momentkv_vllm.attention.sinks import add_sinks
-from momentkv_vllm.block_manager.spec import MomentKVSpec, record_layout
+from momentkv_vllm.block_manager.spec import MomentKVSpec, StateLayout
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import KernelFamily, select
 from momentkv_vllm.kernels.cache_view import CacheView
@@ -158,7 +158,8 @@ class EvictingImpl:
         if self.config is None:
             return
         self.policy = POLICIES[config.policy]()
-        self.record_layout = record_layout(config, self.head_size)
+        self.layout: StateLayout | None = None
+        self.layout_page_size = 0
         shape = CacheShape(head_size, vllm_config.cache_config.block_size, vllm_config.model_config.dtype)
         self.kernels: KernelFamily = select(config.kernels, self.device_type, shape)
         self.observed: Observed | None = None
@@ -168,8 +169,15 @@ class EvictingImpl:
             if self.shares_pool:
                 _zero_fresh_pages(kv_cache, slot_mapping)
             return super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        cache = self.view(kv_cache, self.record_layout)
+        cache = self._view(kv_cache)
         self.kernels.write(cache, key, value, slot_mapping, self._observed_in(cache))
+
+    def _view(self, kv_cache: torch.Tensor) -> CacheView:
+        # Only the cache itself knows how many tokens vLLM has put on a page (MomentKVSpec.__post_init__).
+        if self.layout is None or self.layout_page_size != kv_cache.shape[2]:
+            self.layout_page_size = kv_cache.shape[2]
+            self.layout = StateLayout.of(self.config, self.layout_page_size, self.head_size, kv_cache.dtype)
+        return self.view(kv_cache, self.layout.record, self.layout.packed)
 
     def fused_output_quant_supported(self, quant_key) -> bool:
         """Ours write no quantized output: `forward` ignores `output_scale` where rows are evicted."""
@@ -190,7 +198,7 @@ class EvictingImpl:
             output[part.tokens] = super().forward(
                 layer, rows, key, value, kv_cache, part.metadata, torch.empty_like(rows)
             )
-        cache, monitor = self.view(kv_cache, self.record_layout), getattr(attn_metadata, "monitor", None)
+        cache, monitor = self._view(kv_cache), getattr(attn_metadata, "monitor", None)
         for work in plan.rounds:
             sampling = monitor if monitor and monitor.due(work) else None
             for attend in work.attends:

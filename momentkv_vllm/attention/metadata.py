@@ -165,7 +165,7 @@ class WorkBuilder:
         start = _column(segments, "start")
         queries = _column(segments, "end") - start
         boundary = _column(segments, "boundary")
-        skipped = np.where(boundary > 0, boundary - plan.store_pages, 0) * plan.page_size
+        exact_from = boundary if plan.is_packed else np.where(boundary > 0, boundary - plan.store_pages, 0)
         observe_from = restart = None
         if self.observe:
             zone = _column(segments, "observe_from")
@@ -175,7 +175,7 @@ class WorkBuilder:
             first_token=torch.from_numpy(_column(segments, "first_token")),
             num_queries=torch.from_numpy(queries),
             pages=torch.from_numpy(pages),
-            last_slot=torch.from_numpy(start - skipped),
+            last_slot=torch.from_numpy(start - exact_from * plan.page_size),
             moment_pages=self._moment_pages(segments, table),
             num_evicted=self._count(segments),
             observe_from=observe_from,
@@ -183,6 +183,8 @@ class WorkBuilder:
             observe_only=segments[0].observe_only,
             most_queries=int(queries.max()),
             only_chunks=bool(queries.min() > 1),
+            stored=self._stored(segments),
+            store_pages=plan.store_pages,
         )
 
     def _retire(self, segments: list[Segment], table: np.ndarray) -> RetireWork:
@@ -193,6 +195,9 @@ class WorkBuilder:
             retiring_pages=torch.from_numpy(np.stack(retiring).astype(np.int64)),
             moment_pages=self._moment_pages(segments, table),
             num_evicted=self._count(segments),
+            run_tokens=self.schedule.run_tokens,
+            stored=self._stored(segments),
+            store_tokens=self.schedule.store_tokens,
         )
 
     def _retained_columns(self, s: Segment) -> list[int]:
@@ -206,8 +211,14 @@ class WorkBuilder:
 
     def _moment_pages(self, segments: list[Segment], table: np.ndarray) -> torch.Tensor:
         plan = self.schedule
-        columns = slice(plan.store_pages, plan.store_pages + plan.moment_pages)
-        return torch.from_numpy(table[[s.row for s in segments], columns].astype(np.int64))
+        columns = plan.record_pages
+        return torch.from_numpy(np.ascontiguousarray(table[[s.row for s in segments], columns], np.int64))
+
+    def _stored(self, segments: list[Segment]) -> torch.Tensor | None:
+        """Tokens in quantised stores."""
+        if not self.schedule.is_packed:
+            return None
+        return torch.tensor([self.schedule.stored_tokens(s.boundary) for s in segments])
 
     def _count(self, segments: list[Segment]) -> torch.Tensor:
         return torch.tensor([self.schedule.evicted_tokens(s.boundary) for s in segments], dtype=torch.float32)

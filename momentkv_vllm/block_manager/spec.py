@@ -10,9 +10,57 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.model_layers import full_layers
+from momentkv_vllm.packed_store import TILE_TOKENS, PackedLayout
 from momentkv_vllm.page_layout import RecordLayout
 from momentkv_vllm.page_schedule import PageSchedule, build_schedule, cdiv
 from momentkv_vllm.policies import POLICIES
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """How a sequence's pages are read.
+
+    schedule: which pages hold what.
+    record: the moment record; in the last store page, behind its tokens, where `schedule.record_tokens` says so.
+    packed: how store pages are quantised; None: they are as any other.
+    """
+
+    schedule: PageSchedule
+    record: RecordLayout
+    packed: PackedLayout | None
+
+    @classmethod
+    def of(cls, config: EvictionConfig, page_size: int, head_dim: int, dtype: torch.dtype) -> Self:
+        """Of a model's KV heads. Raises ValueError on too small a budget, and on a quantised store that holds no more."""
+        record = record_layout(config, head_dim)
+        keeps_only_sinks, item = POLICIES[config.policy].keeps_only_sinks, get_dtype_size(dtype)
+        if config.store_dtype in ("auto", "model"):
+            moment_pages = record.pages(page_size, item)
+            return cls(build_schedule(config, page_size, moment_pages, keeps_only_sinks), record, None)
+        packed, part = PackedLayout(config.store_dtype, head_dim), page_size * 2 * head_dim * item
+        page_tokens = packed.tiles_per_page(part) * TILE_TOKENS
+        if page_tokens <= page_size:
+            raise ValueError(
+                f"kv_eviction.store_dtype={config.store_dtype!r} would hold {page_tokens} tokens in a page of {page_size} of this "
+                f"model's {dtype} heads of {head_dim} numbers; use 'model', or a larger --block-size"
+            )
+        start = (part - record.num_bytes) // RECORD_ALIGNMENT * RECORD_ALIGNMENT
+        record_tokens = page_tokens - start // packed.tile_bytes * TILE_TOKENS
+        moment_pages = 0
+        if start < 0:
+            record_tokens, moment_pages = 0, record.pages(page_size, item)
+        elif record.has_means:
+            record = replace(record, start=start)
+        else:
+            record_tokens = 0
+        schedule = build_schedule(
+            config, page_size, moment_pages, keeps_only_sinks, page_tokens, max(0, record_tokens)
+        )
+        return cls(schedule, record, packed)
+
+
+RECORD_ALIGNMENT = 64
+"""Bytes: where a record begins in a store page."""
 
 
 def record_layout(config: EvictionConfig, head_dim: int) -> RecordLayout:
@@ -25,8 +73,7 @@ def record_layout(config: EvictionConfig, head_dim: int) -> RecordLayout:
 
 def page_schedule(config: EvictionConfig, page_size: int, head_dim: int, dtype: torch.dtype) -> PageSchedule:
     """The page schedule of this configuration for a model's KV heads. Raises ValueError on too small a budget."""
-    moment_pages = record_layout(config, head_dim).pages(page_size, get_dtype_size(dtype))
-    return build_schedule(config, page_size, moment_pages, POLICIES[config.policy].keeps_only_sinks)
+    return StateLayout.of(config, page_size, head_dim, dtype).schedule
 
 
 def expected_schedule(config: EvictionConfig, vllm_config: VllmConfig) -> PageSchedule:
