@@ -3,8 +3,8 @@
 import contextlib
 import gc
 import random
-from dataclasses import fields
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from momentkv_vllm.block_manager.spec import page_schedule, record_layout
+from momentkv_vllm.block_manager.spec import page_schedule
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.vllm_seams.engine_args import SMALL_BUDGET_TOKENS
 
@@ -32,7 +32,13 @@ ABLATION: dict[str, dict[str, Any]] = {
     "paper, zeroth": {"policy": "paper", "correction": "zeroth"},
 }
 """Beside snapkv (none of the two) and paper (both): the paper's ablation of its score (MI) and its correction (NC)."""
-KNOWN = METHODS | ABLATION
+STORES: dict[str, dict[str, Any]] = {
+    "keydiff, int4": {"policy": "keydiff", "store_dtype": "int4", "run_tokens": 8, "window_tokens": 32},
+    "momentkv, int4": {"policy": "momentkv", "store_dtype": "int4", "run_tokens": 8, "window_tokens": 32},
+    "momentkv, int8": {"policy": "momentkv", "store_dtype": "int8", "run_tokens": 8, "window_tokens": 32},
+}
+"""Quantised stores."""
+KNOWN = METHODS | ABLATION | STORES
 
 DTYPE = torch.bfloat16
 
@@ -101,8 +107,8 @@ def cells(
         for prefill in prefills:
             for method in [m for m in methods if m in KNOWN]:
                 cell = Cell(method, prefill, budget)
-                record = record_layout(EvictionConfig.from_dict(cell.eviction), head_dim)
-                state = record.pages(cell.page_size, DTYPE.itemsize) * cell.page_size
+                config = EvictionConfig.from_dict(cell.eviction)
+                state = page_schedule(config, cell.page_size, head_dim, DTYPE).moment_pages * cell.page_size
                 both = [cell, Cell(method, prefill, budget, "tokens", state)] if state else [cell]
                 yield from (c for c in both if _fits(c, head_dim))
 

@@ -1,0 +1,163 @@
+"""Quantised stores: the bytes of a tile, and sequences played token by token through every kernel family."""
+
+import math
+from dataclasses import fields
+
+import pytest
+import torch
+
+from momentkv_vllm.kernels import select
+from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.observed import Observed
+from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
+from momentkv_vllm.packed_store import GROUP, Packed, PackedLayout, PackedPages, quantised, rotated, rounded_up
+from momentkv_vllm.page_layout import RecordLayout
+from momentkv_vllm.policies import POLICIES
+
+HEADS = 2
+DIMS = [16, 64, 80, 96, 128, 256]
+
+
+def test_rotation_is_orthonormal_and_its_own_inverse():
+    x = torch.randn(7, 96)
+    torch.testing.assert_close(rotated(rotated(x)), x, atol=1e-5, rtol=0)
+    torch.testing.assert_close(rotated(x).norm(dim=-1), x.norm(dim=-1))
+    one = rotated(torch.eye(64)[3])
+    torch.testing.assert_close(one.abs(), torch.full((64,), 1 / 8), msg="one channel is spread over all")
+
+
+def test_scales_are_never_rounded_down():
+    x = torch.rand(1000) * 10 ** torch.linspace(-30, 30, 1000)
+    up = rounded_up(x)
+    assert (up.float() >= x).all() and (up.float() <= x * (1 + 2**-7)).all()
+    assert rounded_up(torch.tensor([0.0, math.inf])).tolist() == [0.0, math.inf]
+    assert rounded_up(torch.tensor([math.nan])).isnan().all()
+
+
+@pytest.mark.parametrize("levels", [16, 254])
+def test_an_error_is_at_most_half_a_step(levels):
+    x = torch.randn(500, GROUP) * torch.rand(500, 1)
+    codes, scales = quantised(x, levels)
+    assert codes.min() >= -levels // 2 and codes.max() <= levels // 2 - 1
+    error = ((codes + 0.5) * scales.float().unsqueeze(-1) - x).abs()
+    assert (error <= 0.5001 * scales.float().unsqueeze(-1)).all()
+    assert not quantised(torch.zeros(1, GROUP), levels)[1].any(), "a zero vector has scale zero, not a division by it"
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("head_dim", DIMS)
+def test_tiles_hold_what_was_written(dtype, head_dim):
+    layout = PackedLayout(dtype, head_dim)
+    raw = torch.full((6, HEADS, 32 * 2 * head_dim * 2), 255, dtype=torch.uint8)
+    cache = PackedPages(raw, layout)
+    pages, slots = torch.tensor([[1, 3], [4, 2]]), 2 * cache.page_tokens
+    keys, values = torch.randn(2, 2, HEADS, slots, head_dim)
+    written = Packed.of(keys, values, layout)
+    cache.write(pages, written)
+    read = cache.read(pages)
+    assert all(torch.equal(getattr(read, f.name), getattr(written, f.name)) for f in fields(Packed))
+    worst = {"int8": 0.01, "int4": 0.13}[dtype]
+    for numbers, x in zip(read.numbers(layout), (keys, values), strict=True):
+        assert (rotated(numbers)[..., :head_dim] - x).norm() < worst * x.norm()
+    assert (raw[0] == 255).all() and (raw[5] == 255).all()
+    assert (raw[..., cache.page_tiles * layout.tile_bytes :] == 255).all(), "what lies behind the tiles stays"
+
+
+def play(
+    family, dtype, run, policy, store_pages, head_dim, page_size, cache_dtype=torch.bfloat16, outliers=False, total=0
+):
+    """A sequence of `total` tokens, or of 25 pages: (outputs, logsumexps; bytes of the store after every event; the moments; how many)."""
+    torch.manual_seed(0)
+    total = total or 25 * page_size
+    kernels, policy = select(family), POLICIES[policy]()
+    packed, part = PackedLayout(dtype, head_dim), page_size * 2 * head_dim * cache_dtype.itemsize
+    record = RecordLayout(head_dim, has_covariance=False, start=(part - 8 * head_dim - 4) // 64 * 64)
+    kv = torch.full((64, HEADS, page_size, 2 * head_dim), math.nan, dtype=cache_dtype)
+    cache = CacheView.of_vllm_cpu(kv, record, packed)
+    last_tiles = min(cache.packed.page_tiles, record.start // packed.tile_bytes)
+    capacity = ((store_pages - 1) * cache.packed.page_tokens + last_tiles * 8) // run * run
+    budget_pages, scale = 2 * store_pages + 2, head_dim**-0.5
+    keys, values = torch.randn(2, total, HEADS, head_dim)
+    if outliers:
+        keys[..., 3] += 30
+    keys, values = keys.to(cache_dtype), values.to(cache_dtype)
+    observed = Observed.of(cache, "mass") if policy.needs_attention else None
+    outputs, stores, stored, boundary, evicted = [], [], 0, 0, 0
+    for t in range(total):
+        page = 1 + t // page_size
+        kernels.write(
+            cache, keys[t : t + 1], values[t : t + 1], torch.tensor([page * page_size + t % page_size]), observed
+        )
+        columns = [*range(store_pages)] * (boundary > 0) + [*range(boundary, page)]
+        attend = AttendWork(
+            first_token=torch.tensor([0]), num_queries=torch.tensor([1]), pages=torch.tensor([columns]) + 1,
+            last_slot=torch.tensor([t - boundary * page_size]), moment_pages=torch.tensor([[store_pages]]),
+            num_evicted=torch.tensor([float(evicted)]), stored=torch.tensor([stored]), store_pages=store_pages,
+        )  # fmt: skip
+        if observed is not None:
+            attend.observe_from, attend.restart = torch.tensor([0]), torch.tensor([t == 0])
+        query = torch.randn(1, 2 * HEADS, head_dim).to(cache_dtype)
+        output, lse = torch.full_like(query, math.nan), torch.full((1, 2 * HEADS), math.nan)
+        kernels.attend(cache, query, output, lse, attend, scale, True)
+        if observed is not None:
+            kernels.observe(cache, observed, query, lse, attend, scale)
+        outputs.append((output.float(), lse))
+        if t + 1 >= budget_pages * page_size and (t + 1) % page_size == 0:
+            first = boundary or store_pages
+            retire = RetireWork(
+                store_pages=torch.arange(store_pages)[None] + 1, retiring_pages=torch.tensor([[1 + first]]),
+                moment_pages=torch.tensor([[store_pages]]), num_evicted=torch.tensor([float(evicted)]), run_tokens=run,
+                stored=torch.tensor([stored]), store_tokens=capacity,
+            )  # fmt: skip
+            kernels.consolidate(cache, observed, retire, policy, 4, scale)
+            boundary = first + 1
+            stored, evicted = min(capacity, boundary * page_size), max(0, boundary * page_size - capacity)
+            whole, rest = divmod(stored, cache.packed.page_tokens)
+            stores.append(cache.raw[1 : 1 + whole, :, : cache.packed.page_tiles * packed.tile_bytes].clone())
+            stores.append(cache.raw[1 + whole, :, : rest // 8 * packed.tile_bytes].clone())
+            kv[1 + first] = math.nan
+    moments = cache.read_moments(torch.tensor([[store_pages]]), torch.tensor([float(evicted)]))
+    return outputs, stores, moments, evicted
+
+
+CASES = [
+    ("int4", 1, "keydiff", 2, 64, 16), ("int4", 8, "h2o", 4, 64, 16), ("int4", 16, "keydiff", 3, 128, 16),
+    ("int4", 8, "random", 3, 80, 32), ("int8", 1, "h2o", 2, 64, 16), ("int8", 8, "keydiff", 3, 32, 16),
+    ("int8", 16, "keydiff", 4, 128, 16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_cpu_kernels_store_the_same_bytes_and_answer_alike(case):
+    want, got = play("reference", *case), play("cpu", *case)
+    assert want[3] > 0, "something must have been evicted"
+    for (a, a_lse), (b, b_lse) in zip(want[0], got[0], strict=True):
+        torch.testing.assert_close(b, a, atol=1e-2, rtol=2e-2)
+        torch.testing.assert_close(b_lse, a_lse, atol=1e-3, rtol=0)
+    for number, (a, b) in enumerate(zip(want[1], got[1], strict=True)):
+        assert torch.equal(a, b), f"store {number} differs in {(a != b).float().mean():.1%} of its bytes"
+    torch.testing.assert_close(got[2].mean_key, want[2].mean_key, atol=1e-5, rtol=0)
+    torch.testing.assert_close(got[2].mean_value, want[2].mean_value, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("dtype", "worst"), [("int8", 0.02), ("int4", 0.2)])
+@pytest.mark.parametrize("outliers", [False, True])
+def test_cpu_answers_until_the_store_is_full_are_nearly_exact(dtype, worst, outliers):
+    """Nothing is evicted until then; an outlier channel in the keys (as Qwen2.5's biases make them) costs no accuracy."""
+    budget = 14 * 16
+    outputs, *_, evicted = play("cpu", dtype, 8, "keydiff", 6, 64, 16, torch.float32, outliers, total=240)
+    assert not evicted
+    want = exact_attention(len(outputs), outliers)
+    errors = torch.stack([(out - exact).norm() / exact.norm() for (out, _), exact in zip(outputs, want, strict=True)])
+    assert errors[:budget].max() < 1e-3 and errors[budget:].mean() < worst
+
+
+def exact_attention(total, outliers):
+    """What `play` would answer with everything kept: the same numbers, drawn in the same order."""
+    torch.manual_seed(0)
+    keys, values = torch.randn(2, total, HEADS, 64)
+    keys[..., 3] += 30 * outliers
+    for t in range(total):
+        k, v = (x[: t + 1].repeat_interleave(2, 1) for x in (keys, values))
+        weight = (torch.einsum("hd,thd->ht", torch.randn(1, 2 * HEADS, 64)[0], k) / 8).softmax(-1)
+        yield torch.einsum("ht,thd->hd", weight, v)[None]
