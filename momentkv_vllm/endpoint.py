@@ -15,8 +15,8 @@ from fastapi.responses import JSONResponse
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
-from momentkv_vllm.block_manager.spec import expected_schedule
 from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.kv_spec import expected_schedule
 from momentkv_vllm.metrics import read_metrics
 
 PATH = "/kv_eviction"

@@ -64,10 +64,10 @@ class MomentKVSpec(FullAttentionSpec):
     layers: int = 0
 
     def __post_init__(self) -> None:
-        """vLLM gives all layers of a model pages of as many bytes, by copies of the spec with more tokens a page
-        (vllm/v1/core/kv_cache_utils.py, unify_kv_cache_spec_page_size): these get a schedule of their own, the same on both
-        sides, which take the spec from the KVCacheConfig. Raises ValueError on a budget too small for it, and on padded pages,
-        whose heads do not lie side by side."""
+        """vLLM gives all layers of a model pages of as many bytes, by copies of the spec with more tokens per page
+        (vllm/v1/core/kv_cache_utils.py, unify_kv_cache_spec_page_size: copy_with_new_block_size). These get a schedule of their
+        own, the same on both sides, which take the spec from the KVCacheConfig. Raises ValueError on a budget too small for
+        it, and on padded pages, whose heads do not lie side by side."""
         super().__post_init__()
         if self.page_size_padded not in (None, self.real_page_size_bytes):
             raise ValueError(

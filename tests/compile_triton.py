@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
-from momentkv_vllm.attention.decode_plan import DecodePlan
+from momentkv_vllm.attention.step_plan_on_device import DecodePlan
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import triton as family
 from momentkv_vllm.page_schedule import build_schedule

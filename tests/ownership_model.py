@@ -16,8 +16,8 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
 from momentkv_vllm.block_manager.scheduler import StopsAtEvents
-from momentkv_vllm.block_manager.spec import MomentKVSpec
 from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.kv_spec import MomentKVSpec
 from momentkv_vllm.page_schedule import PageSchedule, cdiv
 
 MAX_TOKENS = 64

@@ -10,8 +10,8 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 
-from momentkv_vllm.attention import backend as cpu_backend
-from momentkv_vllm.attention.backend import MomentKVBackend, MomentKVImpl, MomentKVMetadataBuilder
+from momentkv_vllm.attention import cpu_backend
+from momentkv_vllm.attention.cpu_backend import MomentKVBackend, MomentKVImpl, MomentKVMetadataBuilder
 from momentkv_vllm.attention.cuda_backend import CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder
 from momentkv_vllm.kernels import reference
 from momentkv_vllm.kernels.cache_view import CacheView

@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
-from momentkv_vllm.attention.decode_plan import DecodePlan
-from momentkv_vllm.attention.metadata import WorkBuilder
+from momentkv_vllm.attention.step_plan import WorkBuilder
+from momentkv_vllm.attention.step_plan_on_device import DecodePlan
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.page_schedule import build_schedule
 from momentkv_vllm.policies import POLICIES

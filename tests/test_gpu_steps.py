@@ -10,9 +10,9 @@ from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8StaticTensorSym
 
 from momentkv_vllm.attention import upload
-from momentkv_vllm.attention.backend import MomentKVImpl
+from momentkv_vllm.attention.cpu_backend import MomentKVImpl
 from momentkv_vllm.attention.cuda_backend import CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder
-from momentkv_vllm.attention.metadata import EvictionMetadata
+from momentkv_vllm.attention.step_plan import EvictionMetadata
 from momentkv_vllm.kernels import triton as family
 from momentkv_vllm.plugin import register
 

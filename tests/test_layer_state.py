@@ -7,8 +7,8 @@ import torch
 from layer_sides import COLUMNS, Side, common_of, config_of, new_cache, new_tokens
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 
-from momentkv_vllm.attention import backend as cpu_backend
-from momentkv_vllm.attention.backend import MomentKVBackend, MomentKVImpl, MomentKVMetadataBuilder
+from momentkv_vllm.attention import cpu_backend
+from momentkv_vllm.attention.cpu_backend import MomentKVBackend, MomentKVImpl, MomentKVMetadataBuilder
 from momentkv_vllm.attention.cuda_backend import CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder
 from momentkv_vllm.plugin import register
 

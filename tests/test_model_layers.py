@@ -11,7 +11,7 @@ from vllm.config import set_current_vllm_config
 from vllm.v1.core.kv_cache_utils import unify_kv_cache_spec_page_size
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
-from momentkv_vllm.attention.backend import MomentKVImpl
+from momentkv_vllm.attention.cpu_backend import MomentKVImpl
 from momentkv_vllm.endpoint import describe
 from momentkv_vllm.kernels import cpu, dispatch
 from momentkv_vllm.kernels.limits import CacheShape

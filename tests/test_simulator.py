@@ -5,8 +5,8 @@ import torch
 from engine import random_prompt
 from quality.simulate import Eviction, SimulatedModel
 
-from momentkv_vllm.block_manager.spec import page_schedule
 from momentkv_vllm.config import POLICY_DEFAULTS, EvictionConfig
+from momentkv_vllm.kv_spec import page_schedule
 
 pytestmark = pytest.mark.engine
 

@@ -3,7 +3,7 @@
 import torch
 from shape import SINKS
 
-from momentkv_vllm.attention.decode_plan import DecodePlan
+from momentkv_vllm.attention.step_plan_on_device import DecodePlan
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.page_layout import RecordLayout

@@ -30,8 +30,8 @@ from real_model import folder
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
-from momentkv_vllm.block_manager.spec import page_schedule
 from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.kv_spec import page_schedule
 
 BACKENDS = ("engine", "simulator")
 Shelves = dict[str, tuple[Shelf, list[Item]]]

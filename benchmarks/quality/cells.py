@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from momentkv_vllm.block_manager.spec import page_schedule, record_layout
 from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.kv_spec import page_schedule, record_layout
 from momentkv_vllm.vllm_seams.engine_args import SMALL_BUDGET_TOKENS
 
 FULL = "full cache"

@@ -17,24 +17,18 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from momentkv_vllm.attention.eviction import (
-    WINDOW_SPECS,
-    EvictingBackend,
-    EvictingImpl,
-    StockPart,
-    leave_to_vllm,
-    require_bounded_spec,
-    stock_part,
-)
-from momentkv_vllm.attention.metadata import EvictionMetadata, WorkBuilder
+from momentkv_vllm.attention.layer import EvictingImpl
 from momentkv_vllm.attention.monitor import Monitor
 from momentkv_vllm.attention.self_check import check_cache_layout
-from momentkv_vllm.block_manager.spec import MomentKVSpec
+from momentkv_vllm.attention.spec_hook import WINDOW_SPECS, EvictingBackend, leave_to_vllm, require_bounded_spec
+from momentkv_vllm.attention.step_plan import EvictionMetadata, WorkBuilder
+from momentkv_vllm.attention.stock_rows import StockPart, stock_part
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import dispatch
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.limits import CacheShape
 from momentkv_vllm.kernels.worklists import StockRows
+from momentkv_vllm.kv_spec import MomentKVSpec
 from momentkv_vllm.policies import POLICIES
 
 logger = init_logger(__name__)

@@ -2,7 +2,7 @@
 
 Registered at AttentionBackendEnum.CUSTOM (vllm/v1/attention/backends/triton_attn.py, vLLM 0.32.0). Two kinds of steps:
 
-* every request has one query: work lists made on the device in persistent buffers (decode_plan.py), all requests in one
+* every request has one query: work lists made on the device in persistent buffers (step_plan_on_device.py), all requests in one
   launch of each kernel. Nothing waits for the device; a FULL CUDA graph replays it, also where pages retire.
 * any other step: work lists made on the host from lengths that it knows, page numbers looked up on the device. Runs between
   the pieces of piecewise graphs. Rows below their budget are vLLM's own kernel's.
@@ -24,15 +24,11 @@ from vllm.v1.attention.backends.triton_attn import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from momentkv_vllm.attention.decode_plan import DecodePlan
-from momentkv_vllm.attention.eviction import (
-    EvictingBackend,
-    EvictingImpl,
-    StockPart,
-    require_bounded_spec,
-    stock_part,
-)
-from momentkv_vllm.attention.metadata import EvictionMetadata, Round, WorkBuilder
+from momentkv_vllm.attention.layer import EvictingImpl
+from momentkv_vllm.attention.spec_hook import EvictingBackend, require_bounded_spec
+from momentkv_vllm.attention.step_plan import EvictionMetadata, Round, WorkBuilder
+from momentkv_vllm.attention.step_plan_on_device import DecodePlan
+from momentkv_vllm.attention.stock_rows import StockPart, stock_part
 from momentkv_vllm.attention.upload import uploaded
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import dispatch

@@ -1,142 +1,33 @@
-"""What the CPU and the CUDA backend share: the bounded spec, the batch of rows below their budget, and the layer's hot path.
+"""One layer that evicts: store the new tokens, attend, observe, consolidate. `EvictingImpl.forward` is the hot path.
 
-Each class goes before vLLM's own in the bases; without --kv-eviction every method behaves as vLLM's.
+What runs when is decided once per step for all layers (step_plan.py); what runs is a kernel family (kernels/reference.py is its
+specification).
 """
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
-from vllm.model_executor.layers.attention import Attention
+from vllm.config import get_current_vllm_config
 from vllm.utils.torch_utils import is_quantized_kv_cache
-from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import AttentionSpec, ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
-from momentkv_vllm.attention.metadata import EvictionMetadata
 from momentkv_vllm.attention.monitor import Monitor
-from momentkv_vllm.block_manager.spec import MomentKVSpec, record_layout
+from momentkv_vllm.attention.spec_hook import EvictingBackend
+from momentkv_vllm.attention.step_plan import EvictionMetadata
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import dispatch
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.limits import CacheShape
 from momentkv_vllm.kernels.sinks import add_sinks
-from momentkv_vllm.kernels.worklists import AttendWork, StockRows, fresh_pages
+from momentkv_vllm.kernels.worklists import AttendWork, fresh_pages
+from momentkv_vllm.kv_spec import record_layout
 from momentkv_vllm.model_layers import hides_tokens
 from momentkv_vllm.policies import POLICIES
 
 
-@dataclass
-class StockPart:
-    """Rows below their budget, as a batch of their own for vLLM's kernel; `tokens` indexes the flat token list."""
-
-    tokens: torch.Tensor
-    metadata: Any
-
-
-class EvictingBackend:
-    """For an AttentionBackend."""
-
-    loading: ClassVar[VllmConfig | None] = None
-    """Config of the model whose layers were built last in this process. vLLM calls `customize_spec` after loading, with
-    no config in reach (vllm/v1/worker/gpu_model_runner.py, get_kv_cache_spec)."""
-
-    @classmethod
-    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Called for every layer's spec by both model runners; full attention layers get the bounded one, layers with a
-        window hold no more than that anyway. A layer that asks what one token takes (a page of one) is told."""
-        loading = EvictingBackend.loading
-        config = EvictionConfig.from_vllm(loading) if loading else EvictionConfig()
-        full = _full_spec(spec, loading) if config.active and spec.block_size > 1 else None
-        return spec if full is None else MomentKVSpec.of(full, config, loading, layers_of_all_stages(loading))
-
-
-def _full_spec(spec: AttentionSpec, vllm_config: VllmConfig) -> FullAttentionSpec | None:
-    """The spec of a layer that attends to all tokens of a sequence, as one with a window that hides none does; else None."""
-    if type(spec) is FullAttentionSpec:
-        return spec
-    if type(spec) is not SlidingWindowSpec or hides_tokens(spec.sliding_window, vllm_config.model_config):
-        return None
-    common = {f.name: getattr(spec, f.name) for f in fields(AttentionSpec) if f.init}
-    # Layers with windows choose pages of their own (vllm/model_executor/layers/attention/attention.py).
-    return FullAttentionSpec(**common | {"block_size": vllm_config.cache_config.block_size})
-
-
-WINDOW_SPECS = (SlidingWindowSpec, ChunkedLocalAttentionSpec)
-"""Specs of layers that vLLM serves, in our pool: they attend to a part of a sequence and hold no more than that."""
-
-
-def require_bounded_spec(spec: AttentionSpec, config: EvictionConfig, layer_names: list[str]) -> None:
-    """Raises RuntimeError if layers would be served without eviction."""
-    if not isinstance(spec, MomentKVSpec):
-        raise RuntimeError(
-            f"--kv-eviction {config.policy} is on, but layers {layer_names[:2]}... have the KV cache spec "
-            f"{type(spec).__name__} instead of MomentKVSpec: they would be served without eviction"
-        )
-
-
-def evicting_layers(vllm_config: VllmConfig) -> int:
-    """How many layers of the loaded model evict."""
-    layers = get_layers_from_vllm_config(vllm_config, Attention).values()
-    specs = (layer.get_kv_cache_spec(vllm_config) for layer in layers if isinstance(layer.impl, EvictingImpl))
-    return sum(_full_spec(spec, vllm_config) is not None for spec in specs)
-
-
-def leave_to_vllm(vllm_config: VllmConfig, config: EvictionConfig, layer_names: list[str]) -> None:
-    """Layers with one of WINDOW_SPECS do not evict; the part of a layer that is ours does not see all kinds of windows.
-    Raises ValueError for a model none of whose layers evicts."""
-    for layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).values():
-        layer.impl.config = None
-    require_evicting_layers(vllm_config, config)
-
-
-def layers_of_all_stages(vllm_config: VllmConfig) -> int:
-    """How many layers evict over all pipeline stages, of which a process loads one; with several, every layer of the model
-    does (validate.py)."""
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        return vllm_config.model_config.get_total_num_hidden_layers()
-    return evicting_layers(vllm_config)
-
-
-def require_evicting_layers(vllm_config: VllmConfig, config: EvictionConfig) -> None:
-    """Raises ValueError for a model none of whose layers evicts."""
-    if not evicting_layers(vllm_config):
-        raise ValueError(
-            f"--kv-eviction {config.policy}: every layer of this model has a sliding window and holds no more than that; "
-            f"there is nothing to evict; serve without --kv-eviction"
-        )
-
-
-def stock_part(
-    rows: StockRows,
-    query_start_cpu: torch.Tensor,
-    common: CommonAttentionMetadata,
-    build: Callable[[int, CommonAttentionMetadata], Any],
-) -> StockPart:
-    """The rows `rows` of a step as a batch of their own, its metadata made by vLLM's `build`.
-
-    Args:
-        rows: on the step's device.
-        query_start_cpu: its `query_start` on the host.
-    """
-    batch = replace(
-        common,
-        query_start_loc=rows.query_start,
-        query_start_loc_cpu=query_start_cpu,
-        seq_lens=common.seq_lens[rows.index],
-        num_reqs=len(rows.index),
-        num_actual_tokens=len(rows.tokens),
-        max_query_len=int(query_start_cpu.diff().max()),
-        block_table_tensor=common.block_table_tensor[rows.index],
-        slot_mapping=common.slot_mapping[rows.tokens],
-    )
-    return StockPart(rows.tokens, build(0, batch))
-
-
 class EvictingImpl:
-    """For an AttentionImpl: one layer."""
+    """For an AttentionImpl; stands before vLLM's class in the bases. With eviction off, every method calls vLLM's."""
 
     device_type: ClassVar[str]
     view: ClassVar[Callable[..., CacheView]]

@@ -7,8 +7,8 @@ vLLM's own operator come back through `CacheView`.
 import torch
 from vllm import _custom_ops as ops
 
-from momentkv_vllm.block_manager.spec import MomentKVSpec
 from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kv_spec import MomentKVSpec
 from momentkv_vllm.page_layout import RecordLayout
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from momentkv_vllm.attention.metadata import EvictionMetadata, Round
+from momentkv_vllm.attention.step_plan import EvictionMetadata, Round
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork, mapped
 from momentkv_vllm.page_schedule import PageSchedule

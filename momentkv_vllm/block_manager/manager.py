@@ -8,7 +8,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
 from momentkv_vllm.block_manager.metrics import PageMetrics
-from momentkv_vllm.block_manager.spec import MomentKVSpec
+from momentkv_vllm.kv_spec import MomentKVSpec
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -219,6 +219,7 @@ class MomentKVManager(FullAttentionManager):
         self.block_pool.evict_blocks({page.block_id for page in cached[len(copies) :]})
 
     def _copy_before_step(self, source: KVCacheBlock, copy: KVCacheBlock) -> None:
+        """Put a copy on the list that vLLM hands to the worker with the step (take_pending_cow_copies)."""
         source.ref_cnt += 1
         self._pending_cow_copies.append((source, copy))
 

@@ -10,7 +10,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request, StreamingUpdate
 
-from momentkv_vllm.block_manager.spec import MomentKVSpec
+from momentkv_vllm.kv_spec import MomentKVSpec
 
 
 class StopsAtEvents:

@@ -144,7 +144,7 @@ def _refuse_drafts(vllm_config: "VllmConfig", config: EvictionConfig) -> None:
 
 def _refuse_budget(vllm_config: "VllmConfig", config: EvictionConfig) -> None:
     """The budget must hold state and window; said here because here the user still sees it."""
-    from momentkv_vllm.block_manager.spec import expected_schedule
+    from momentkv_vllm.kv_spec import expected_schedule
 
     plan = expected_schedule(config, vllm_config)
     pool = vllm_config.cache_config.num_gpu_blocks_override
