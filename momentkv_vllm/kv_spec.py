@@ -13,6 +13,7 @@ from momentkv_vllm.model_layers import full_layers
 from momentkv_vllm.page_layout import RecordLayout
 from momentkv_vllm.page_schedule import PageSchedule, build_schedule, cdiv
 from momentkv_vllm.policies import POLICIES
+from momentkv_vllm.refuse import refuse
 
 
 def record_layout(config: EvictionConfig, head_dim: int) -> RecordLayout:
@@ -70,10 +71,9 @@ class MomentKVSpec(FullAttentionSpec):
         it, and on padded pages, whose heads do not lie side by side."""
         super().__post_init__()
         if self.page_size_padded not in (None, self.real_page_size_bytes):
-            raise ValueError(
+            refuse(
                 f"--kv-eviction cannot read padded pages: those of this model's full-attention layers have "
-                f"{self.real_page_size_bytes} bytes, and vLLM pads them to {self.page_size_padded}, those of its other layers; "
-                f"serve without --kv-eviction"
+                f"{self.real_page_size_bytes} bytes, and vLLM pads them to {self.page_size_padded}, those of its other layers"
             )
         if self.block_size != self.schedule.page_size:
             schedule = page_schedule(self.config, self.block_size, self.head_size, self.dtype)
@@ -83,9 +83,8 @@ class MomentKVSpec(FullAttentionSpec):
     def of(cls, spec: FullAttentionSpec, config: EvictionConfig, vllm_config: VllmConfig, layers: int) -> Self:
         """Bound a layer's spec; `layers` evict. Raises ValueError on what eviction does not model."""
         if spec.head_size != spec.head_size_v:
-            raise ValueError(
-                f"--kv-eviction needs key and value heads of one size, this model has {spec.head_size} and "
-                f"{spec.head_size_v}; serve without --kv-eviction"
+            refuse(
+                f"--kv-eviction needs key and value heads of one size, this model has {spec.head_size} and {spec.head_size_v}"
             )
         known = {f.name: getattr(spec, f.name) for f in fields(spec) if f.init}
         model = vllm_config.model_config.served_model_name
@@ -107,7 +106,7 @@ class MomentKVSpec(FullAttentionSpec):
         assert all(isinstance(s, cls) for s in specs), "layers with and without eviction share no group"
         base = FullAttentionSpec.merge([FullAttentionSpec(**_base_fields(s)) for s in specs])
         if any(s.schedule != specs[0].schedule for s in specs):
-            raise ValueError("--kv-eviction needs the same KV head size in all layers; serve without --kv-eviction")
+            refuse("--kv-eviction needs the same KV head size in all layers")
         return replace(specs[0], **_base_fields(base))
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:

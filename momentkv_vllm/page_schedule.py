@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.refuse import refuse
 
 DEFAULT_RETIRE_SHARE = 32
 """An event retires budget / 32: 5 % of decode attention at 1,024 tokens on 2 CPU cores (make bench-kernels)."""
@@ -112,6 +113,10 @@ class PageSchedule:
         """Most pages a sequence can own when at most `step_tokens` of its tokens are scheduled and not yet settled."""
         return self.budget_pages + cdiv(max(0, step_tokens - 1), self.page_size)
 
+    def least_pool_pages(self, step_tokens: int) -> int:
+        """Pages that a pool must have for one sequence; in "full" prefill a prompt may need more, as in stock vLLM."""
+        return self.peak_pages(step_tokens) if self.evict_in_prefill else self.budget_pages
+
 
 def build_schedule(config: EvictionConfig, page_size: int, moment_pages: int, keeps_only_sinks: bool) -> PageSchedule:
     """Lay out the budget. Raises ValueError with the smallest legal budget when it does not fit.
@@ -131,11 +136,14 @@ def build_schedule(config: EvictionConfig, page_size: int, moment_pages: int, ke
     least_pages = least_store + moment_pages + window_pages
     budget_pages = config.budget_tokens // page_size
     if budget_pages < least_pages:
-        raise ValueError(
+        refuse(
             f"kv_eviction.budget_tokens={config.budget_tokens} is too small: with pages of {page_size} tokens the least "
             f"is {least_pages * page_size} (store {least_store} + moments {moment_pages} + window {window_pages} pages "
-            f"for window_tokens={config.window_tokens}, retire_tokens={retire_pages * page_size}); raise --kv-budget, "
-            f"or lower window_tokens, use a smaller --block-size, or correction 'zeroth' or 'off' for a smaller state"
+            f"for window_tokens={config.window_tokens}, retire_tokens={retire_pages * page_size})",
+            "raise --kv-budget",
+            "lower window_tokens",
+            "use a smaller --block-size",
+            "take correction 'zeroth' or 'off' for a smaller state",
         )
     if keeps_only_sinks:
         window_pages = budget_pages - least_store - moment_pages

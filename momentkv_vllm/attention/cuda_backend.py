@@ -68,7 +68,7 @@ class CudaMomentKVBackend(EvictingBackend, TritonAttentionBackend):
         """vLLM's reasons, and ours, why this backend cannot serve a layer."""
         reasons = super().validate_configuration(head_size, dtype, kv_cache_dtype, *args, **kwargs)
         if kv_cache_dtype not in (None, "auto", "float16", "bfloat16", "float32"):
-            reasons.append(f"--kv-eviction with kv_cache_dtype {kv_cache_dtype}; use auto")
+            reasons.append(f"--kv-eviction does not support kv_cache_dtype {kv_cache_dtype}; use auto")
         for feature in ("has_sliding_window", "has_sink", "use_mm_prefix", "use_kv_connector", "use_dcp", "use_pcp"):
             if kwargs.get(feature):
                 reasons.append(f"--kv-eviction does not support {feature}")
@@ -141,7 +141,7 @@ class CudaMomentKVMetadataBuilder(TritonAttentionMetadataBuilder):
         self, common: CommonAttentionMetadata, starts: list[int]
     ) -> tuple[EvictionMetadata, torch.Tensor]:
         """(lists on the host that name places instead of pages, which only the device knows; the pages by place)"""
-        # Exact without speculative decoding, which a GPU does not get (vllm_seams/validate.py).
+        # Exact without speculative decoding, which a GPU does not get (vllm_seams/refusals.py).
         lens = common.seq_lens_cpu_upper_bound if common.seq_lens_cpu_upper_bound is not None else common.seq_lens
         # Padding requests come last and have no query.
         n = sum(b > a for a, b in zip(starts, starts[1:], strict=False))

@@ -24,6 +24,7 @@ from momentkv_vllm.kernels.worklists import AttendWork, fresh_pages
 from momentkv_vllm.kv_spec import record_layout
 from momentkv_vllm.model_layers import hides_tokens
 from momentkv_vllm.policies import POLICIES
+from momentkv_vllm.refuse import Unsupported, refuse_first
 
 
 class EvictingImpl:
@@ -137,16 +138,14 @@ def _zero_fresh_pages(kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> Non
 def _refuse_layer(impl: EvictingImpl, slides: bool) -> None:
     """Layer features that eviction does not model. Raises ValueError; the model cannot be loaded then."""
     # Clearing pages and adding sinks wait for the device, which a captured step cannot.
-    on_gpu = impl.device_type == "cuda"
-    reasons = {
-        "sliding-window attention on a GPU": slides and on_gpu,
-        "ALiBi": impl.alibi_slopes is not None,
-        "logits soft-capping": bool(impl.logits_soft_cap),
-        "attention sinks on a GPU": impl.sinks is not None and on_gpu,
-        f"attention type {impl.attn_type!r}": impl.attn_type != "decoder",
-        f"a KV cache of {impl.kv_cache_dtype}, not of the model's dtype": is_quantized_kv_cache(impl.kv_cache_dtype),
-        "KV sharing between layers": impl.kv_sharing_target_layer_name is not None,
-    }
-    for feature, present in reasons.items():
-        if present:
-            raise ValueError(f"--kv-eviction does not support models with {feature}; serve without --kv-eviction")
+    on_gpu, cache_dtype = impl.device_type == "cuda", impl.kv_cache_dtype
+    rows = [
+        Unsupported("sliding-window attention on a GPU", slides and on_gpu),
+        Unsupported("ALiBi", impl.alibi_slopes is not None),
+        Unsupported("logits soft-capping", impl.logits_soft_cap),
+        Unsupported("attention sinks on a GPU", impl.sinks is not None and on_gpu),
+        Unsupported(f"attention type {impl.attn_type!r}", impl.attn_type != "decoder"),
+        Unsupported(f"a KV cache of {cache_dtype}, not of the model's dtype", is_quantized_kv_cache(cache_dtype)),
+        Unsupported("KV sharing between layers", impl.kv_sharing_target_layer_name is not None),
+    ]
+    refuse_first(rows, what="models with ")

@@ -10,6 +10,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, ChunkedLocalAttentionSpec,
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kv_spec import MomentKVSpec
 from momentkv_vllm.model_layers import hides_tokens
+from momentkv_vllm.refuse import WITHOUT, refuse
 
 WINDOW_SPECS = (SlidingWindowSpec, ChunkedLocalAttentionSpec)
 """Specs of layers that vLLM serves, in our pool: they attend to a part of a sequence and hold no more than that."""
@@ -38,9 +39,12 @@ class EvictingBackend:
 def require_bounded_spec(spec: AttentionSpec, config: EvictionConfig, layer_names: list[str]) -> None:
     """Raises RuntimeError if layers would be served without eviction."""
     if not isinstance(spec, MomentKVSpec):
-        raise RuntimeError(
+        refuse(
             f"--kv-eviction {config.policy} is on, but layers {layer_names[:2]}... have the KV cache spec "
-            f"{type(spec).__name__} instead of MomentKVSpec: they would be served without eviction"
+            f"{type(spec).__name__} instead of MomentKVSpec: they would be served without eviction",
+            "remove the plugin that replaced it",
+            WITHOUT,
+            error=RuntimeError,
         )
 
 
@@ -50,9 +54,9 @@ def leave_to_vllm(vllm_config: VllmConfig, config: EvictionConfig, layer_names: 
     for layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).values():
         layer.impl.config = None
     if not _evicting_layers(vllm_config):
-        raise ValueError(
-            f"--kv-eviction {config.policy}: every layer of this model has a sliding window and holds no more than that; "
-            f"there is nothing to evict; serve without --kv-eviction"
+        refuse(
+            f"--kv-eviction {config.policy}: every layer of this model has a sliding window and holds no more than that: "
+            f"there is nothing to evict"
         )
 
 

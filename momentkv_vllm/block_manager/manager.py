@@ -9,6 +9,7 @@ from vllm.v1.request import Request
 
 from momentkv_vllm.block_manager.metrics import PageMetrics
 from momentkv_vllm.kv_spec import MomentKVSpec
+from momentkv_vllm.refuse import WITHOUT, refuse
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -237,12 +238,15 @@ def _announce(spec: MomentKVSpec, pool_pages: int) -> None:
     """The start-up line, and the refusal of a pool that cannot hold one sequence while it is prefilled."""
     plan = spec.schedule
     budget = plan.budget_pages
-    need = plan.peak_pages(spec.step_tokens) if plan.evict_in_prefill else budget
+    need = plan.least_pool_pages(spec.step_tokens)
     if need > pool_pages:
-        raise ValueError(
+        refuse(
             f"the KV pool has {pool_pages} pages of {plan.page_size} tokens, but a sequence needs up to {need}: {budget} "
             f"for --kv-budget {spec.config.budget_tokens} and {need - budget} for a prefill step of {spec.step_tokens} "
-            f"tokens; lower --max-num-batched-tokens or --kv-budget, or give the KV cache more memory"
+            f"tokens",
+            "lower --max-num-batched-tokens or --kv-budget",
+            "give the KV cache more memory",
+            WITHOUT,
         )
     logger.info(
         "momentkv: policy %s, budget %d tokens = %d pages of %d (store %d, moments %d, window %d), state %d bytes a "

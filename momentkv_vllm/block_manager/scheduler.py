@@ -11,6 +11,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request, StreamingUpdate
 
 from momentkv_vllm.kv_spec import MomentKVSpec
+from momentkv_vllm.refuse import refuse
 
 
 class StopsAtEvents:
@@ -88,9 +89,9 @@ def _evicting_spec(kv_cache_config: KVCacheConfig) -> MomentKVSpec:
     makes several of it if most layers evict, which the metrics' one set of books cannot tell apart."""
     specs = [g.kv_cache_spec for g in kv_cache_config.kv_cache_groups if isinstance(g.kv_cache_spec, MomentKVSpec)]
     if len(specs) != 1:
-        raise ValueError(
+        refuse(
             f"--kv-eviction: vLLM makes {len(specs)} KV cache groups of this model's full-attention layers, supported is 1 "
-            f"(at most 1.5 times as many full-attention layers as sliding-window layers); serve without --kv-eviction"
+            f"(fewer than 1.5 times as many full-attention layers as sliding-window layers)"
         )
     return specs[0]
 

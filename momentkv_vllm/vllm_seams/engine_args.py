@@ -12,8 +12,9 @@ from typing import Any
 from momentkv_vllm.config import CONFIG_KEY, POLICY_DEFAULTS, EvictionConfig
 from momentkv_vllm.model_layers import has_windows, hides_tokens, named_windows
 from momentkv_vllm.policies import POLICIES
+from momentkv_vllm.refuse import refuse
 from momentkv_vllm.vllm_seams.gpu import choose_backend
-from momentkv_vllm.vllm_seams.validate import WINDOW_PAGE_TOKENS, refuse_unsupported, refuse_untested_vllm
+from momentkv_vllm.vllm_seams.refusals import WINDOW_PAGE_TOKENS, refuse_unsupported, refuse_untested_vllm
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -96,7 +97,7 @@ def _carry_options(engine_args: Any, args: argparse.Namespace) -> None:
     """Move our three options into additional_config, vLLM's carrier to every process."""
     given = getattr(args, "kv_eviction_config", None) or {}
     if not isinstance(given, dict):
-        raise ValueError(f"--kv-eviction-config {given!r} is not a JSON object; write e.g. '{{\"window_tokens\": 64}}'")
+        refuse(f"--kv-eviction-config {given!r} is not a JSON object", "write e.g. '{\"window_tokens\": 64}'")
     options: dict[str, Any] = dict(given)
     for key, value in (
         ("policy", getattr(args, "kv_eviction", None)),
@@ -105,7 +106,7 @@ def _carry_options(engine_args: Any, args: argparse.Namespace) -> None:
         if value is None:
             continue
         if options.get(key, value) != value:
-            raise ValueError(f"--kv-eviction-config.{key}={options[key]!r} contradicts the flag's {value!r}; give one")
+            refuse(f"--kv-eviction-config.{key}={options[key]!r} contradicts the flag's {value!r}", "give one")
         options[key] = value
     if not options:
         return
@@ -150,7 +151,7 @@ def _keep_windows(vllm_config: Any, disable_hybrid_manager: bool | None) -> None
 
 
 def _choose_scheduler(vllm_config: Any) -> None:
-    """The scheduler that knows the page schedule; a user's own one stays (validate.py says what that rules out)."""
+    """The scheduler that knows the page schedule; a user's own one stays (refusals.py says what that rules out)."""
     scheduler = vllm_config.scheduler_config
     if scheduler.scheduler_cls is None:
         name = "AsyncMomentKVScheduler" if scheduler.async_scheduling else "MomentKVScheduler"
