@@ -13,8 +13,9 @@ from kernels.cases import Case, Shape
 
 from momentkv_vllm.attention.monitor import SAMPLE_EVERY, Monitor
 from momentkv_vllm.block_manager.metrics import PageMetrics
+from momentkv_vllm.environment import METRICS_DIR
 from momentkv_vllm.kernels import cpu
-from momentkv_vllm.metrics import CONSOLIDATE_SECONDS, DIRECTORY_VARIABLE
+from momentkv_vllm.metrics import CONSOLIDATE_SECONDS
 from momentkv_vllm.page_schedule import PageSchedule
 
 PLAN = PageSchedule(page_size=16, store_pages=31, moment_pages=1, window_pages=32, retire_pages=2)
@@ -38,7 +39,7 @@ def main() -> None:
     torch.set_num_threads(1)
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
     with tempfile.TemporaryDirectory() as folder:
-        os.environ[DIRECTORY_VARIABLE] = folder
+        METRICS_DIR.set(folder)
         spec = SimpleNamespace(model_name="m", engine=0, schedule=PLAN, page_bytes=1 << 20)
         monitor, pages, case = Monitor(spec), PageMetrics(spec, 4096), Case(Shape(slots=PLAN.first_event, kv_heads=8))
         live = iter(range(1 << 30))

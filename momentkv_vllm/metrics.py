@@ -23,8 +23,7 @@ from prometheus_client import REGISTRY
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.multiprocess import MultiProcessCollector
 
-DIRECTORY_VARIABLE = "MOMENTKV_METRICS_DIR"
-"""Environment variable through which engine core and workers inherit the API server's directory."""
+from momentkv_vllm.environment import METRICS_DIR
 
 _served: str | None = None
 """The directory that this process shows on /metrics."""
@@ -138,7 +137,7 @@ class MetricWriter:
         self.add(metric, value, len(metric.bounds) + 1)
 
     def _open(self, kind: str) -> None:
-        directory = os.environ.get("PROMETHEUS_MULTIPROC_DIR") or os.environ.get(DIRECTORY_VARIABLE)
+        directory = os.environ.get("PROMETHEUS_MULTIPROC_DIR") or METRICS_DIR.get()
         if kind in self._files or not directory or not os.path.isdir(directory):
             return
         # Of a gauge the newest writer counts: a directory of the user's may still hold files of an earlier run.
@@ -161,7 +160,7 @@ def serve_metrics() -> None:
         return
     directory = _served = tempfile.mkdtemp(prefix="momentkv-metrics-")
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    os.environ[DIRECTORY_VARIABLE] = directory
+    METRICS_DIR.set(directory)  # engine core and workers inherit it
     MultiProcessCollector(REGISTRY, directory)
 
 

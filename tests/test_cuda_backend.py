@@ -107,13 +107,13 @@ def test_layers_that_it_cannot_serve(change, word):
 
 @pytest.mark.parametrize("insists", [False, True])
 def test_a_gpu_is_refused_unless_the_user_insists(monkeypatch, caplog, insists):
-    monkeypatch.setenv(gpu.ALLOW_UNTESTED_GPU, "1" if insists else "0")
+    monkeypatch.setenv(gpu.ALLOW_UNTESTED_GPU.name, "1" if insists else "0")
     platform = SimpleNamespace(device_type="cuda", is_cpu=lambda: False, is_cuda=lambda: True)
     config = SimpleNamespace(prefill="chunked")
     found = gpu.gpu_rows(platform, SimpleNamespace(speculative_config=None), config)
     refused = [f"{row.feature}; {row.way_out}" for row in found if row.present]
     assert bool(refused) is not insists
-    assert insists or "not been run on a GPU yet" in refused[0] and gpu.ALLOW_UNTESTED_GPU in refused[0]
+    assert insists or "not been run on a GPU yet" in refused[0] and gpu.ALLOW_UNTESTED_GPU.name in refused[0]
     other = SimpleNamespace(device_type="xpu", is_cpu=lambda: False, is_cuda=lambda: False)
     assert any(row.present for row in gpu.gpu_rows(other, SimpleNamespace(speculative_config=None), config))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "momentkv_vllm"
-ROOT = {"config", "refuse", "page_schedule", "page_layout", "model_layers", "versions", "metrics"}
+ROOT = {"config", "environment", "refuse", "page_schedule", "page_layout", "model_layers", "versions", "metrics"}
 LAYERS = [
     ROOT,
     {"triton_kernels"},

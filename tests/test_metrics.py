@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from momentkv_vllm.attention.monitor import measure
+from momentkv_vllm.environment import METRICS_DIR
 from momentkv_vllm.kernels import reference
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.worklists import AttendWork
@@ -14,7 +15,6 @@ from momentkv_vllm.metrics import (
     BUDGET_PAGES,
     CONSOLIDATE_SECONDS,
     CORRECTION,
-    DIRECTORY_VARIABLE,
     EVICTED_MASS,
     EVICTED_TOKENS,
     FREED_BYTES,
@@ -33,7 +33,7 @@ from momentkv_vllm.page_layout import RecordLayout
 @pytest.fixture
 def directory(tmp_path, monkeypatch):
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
-    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(METRICS_DIR.name, str(tmp_path))
     return tmp_path
 
 

@@ -11,7 +11,7 @@ from vllm import EngineArgs
 
 from momentkv_vllm.block_manager.scheduler import AsyncMomentKVScheduler, MomentKVScheduler
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.versions import ALLOW_UNTESTED_VARIABLE
+from momentkv_vllm.environment import ALLOW_UNTESTED_VLLM
 from momentkv_vllm.vllm_seams import refusals
 
 EVICT = {"kv_eviction": {"policy": "momentkv", "budget_tokens": 256}}
@@ -141,8 +141,8 @@ def test_untested_vllm(models, monkeypatch):
     monkeypatch.setattr(refusals, "installed_vllm", lambda: "0.99.0")
     with pytest.raises(ValueError, match=r"0\.32\.0.*0\.99\.0") as error:
         config_of(models())
-    assert ALLOW_UNTESTED_VARIABLE in str(error.value)
-    monkeypatch.setenv(ALLOW_UNTESTED_VARIABLE, "1")
+    assert ALLOW_UNTESTED_VLLM.name in str(error.value)
+    monkeypatch.setenv(ALLOW_UNTESTED_VLLM.name, "1")
     assert config_of(models()).additional_config["kv_eviction"]["policy"] == "momentkv"
 
 

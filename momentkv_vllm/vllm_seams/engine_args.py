@@ -10,6 +10,7 @@ import logging
 from typing import Any
 
 from momentkv_vllm.config import CONFIG_KEY, POLICY_DEFAULTS, EvictionConfig
+from momentkv_vllm.environment import unknown_variables
 from momentkv_vllm.model_layers import has_windows, hides_tokens, named_windows
 from momentkv_vllm.policies import POLICIES
 from momentkv_vllm.refuse import refuse
@@ -45,6 +46,8 @@ def patch_engine_args() -> None:
         config = EvictionConfig.from_dict((self.additional_config or {}).get(CONFIG_KEY))
         if not config.active:
             return create(self, *args, **kwargs)
+        for name in unknown_variables():
+            logger.warning("momentkv: the environment variable %s is unknown, docs/operations.md lists ours", name)
         refuse_untested_vllm()
         backend, chose_page_size = choose_backend(self), _set_defaults(self, config)
         vllm_config = create(self, *args, **kwargs)

@@ -1,10 +1,10 @@
 """What serving on a GPU needs and refuses. Its kernels are checked in Triton's interpreter; none of it has run on a GPU yet."""
 
 import logging
-import os
 from typing import TYPE_CHECKING, Any
 
 from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.environment import ALLOW_UNTESTED_GPU
 from momentkv_vllm.refuse import Unsupported
 
 if TYPE_CHECKING:
@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
-ALLOW_UNTESTED_GPU = "MOMENTKV_ALLOW_UNTESTED_GPU"
 BACKEND_NAMES = {"cpu": "CPU_ATTN", "cuda": "CUSTOM"}
 """vLLM's name of our attention backend by device type."""
 
@@ -37,16 +36,16 @@ def gpu_rows(platform: Any, vllm_config: "VllmConfig", config: EvictionConfig) -
     device = f"the device {platform.device_type!r}"
     if not platform.is_cuda():
         return [Unsupported(f"{device} (only CPUs, and CUDA untested)", True)]
-    insists = os.environ.get(ALLOW_UNTESTED_GPU) == "1"
+    insists = ALLOW_UNTESTED_GPU.is_on()
     if insists:
         logger.warning(
             "momentkv: %s=1: the CUDA backend has not been run on a GPU yet; its kernels were checked in Triton's interpreter",
-            ALLOW_UNTESTED_GPU,
+            ALLOW_UNTESTED_GPU.name,
         )
     untested = f"{device}: the CUDA backend has not been run on a GPU yet, only in Triton's interpreter"
     drafts = vllm_config.speculative_config is not None
     return [
-        Unsupported(untested, not insists, f"insist with {ALLOW_UNTESTED_GPU}=1"),
+        Unsupported(untested, not insists, f"insist with {ALLOW_UNTESTED_GPU.name}=1"),
         Unsupported("prefill 'full' on a GPU", config.prefill == "full", "use --kv-eviction-config.prefill chunked"),
         Unsupported("speculative decoding on a GPU", drafts, "leave --speculative-config out"),
     ]

@@ -3,14 +3,14 @@
 One table: what, whether it is asked for, the way out. What only a layer knows is refused when it is built (attention/layer.py).
 """
 
-import os
 from typing import TYPE_CHECKING, Any
 
 from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.environment import ALLOW_UNTESTED_VLLM
 from momentkv_vllm.model_layers import full_layers, has_windows
 from momentkv_vllm.policies import POLICIES
 from momentkv_vllm.refuse import WITHOUT, Unsupported, refuse, refuse_first
-from momentkv_vllm.versions import ALLOW_UNTESTED_VARIABLE, TESTED_VLLM, installed_vllm
+from momentkv_vllm.versions import TESTED_VLLM, installed_vllm
 from momentkv_vllm.vllm_seams.gpu import BACKEND_NAMES, gpu_rows
 
 if TYPE_CHECKING:
@@ -23,10 +23,10 @@ WINDOW_PAGE_TOKENS = 32
 def refuse_untested_vllm() -> None:
     """Raises ValueError unless the installed vLLM is a tested one or the user insists."""
     version = installed_vllm()
-    if version not in TESTED_VLLM and os.environ.get(ALLOW_UNTESTED_VARIABLE) != "1":
+    if version not in TESTED_VLLM and not ALLOW_UNTESTED_VLLM.is_on():
         refuse(
             f"--kv-eviction was tested with vLLM {', '.join(TESTED_VLLM)}, but {version} is installed",
-            "install a tested one", f"set {ALLOW_UNTESTED_VARIABLE}=1 to run it untested", WITHOUT,
+            "install a tested one", f"set {ALLOW_UNTESTED_VLLM.name}=1 to run it untested", WITHOUT,
         )  # fmt: skip
 
 
