@@ -1,8 +1,10 @@
 """Every place where we hold on to vLLM: a renamed method, parameter or field fails here by name, before it fails anywhere else."""
 
+import ast
 import dataclasses
 import importlib
 import inspect
+import re
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -302,6 +304,54 @@ def test_the_runner_still_rewinds_the_generators_of_unfinished_prompts():
     """What vllm_seams/cpu_runner.py works around; without it that patch can go."""
     text = source("vllm.v1.worker.gpu_model_runner:GPUModelRunner._bookkeeping_sync")
     assert "self.discard_request_mask.np[:num_reqs]" in text and "gen.set_offset(gen.get_offset() - 4)" in text
+
+
+PATCHES = {
+    "EngineArgs.add_cli_args": "vllm_seams/engine_args.py",
+    "EngineArgs.from_cli_args": "vllm_seams/engine_args.py",
+    "EngineArgs.create_engine_config": "vllm_seams/engine_args.py",
+    "CPUModelRunner.sample_tokens": "vllm_seams/cpu_runner.py",
+    "model_arch_config.rswa_window": "attention/cpu_backend.py",
+}
+"""Everything of vLLM's that we overwrite, and where. The other ledger, with reasons: vllm_seams/__init__.py."""
+
+OPTIONS = {"cache_config.prefix_cache_retention_interval", "scheduler_config.disable_hybrid_kv_cache_manager"}
+"""A user could have given them; we set what was left open."""
+
+
+def overwritten(path: Path) -> set[str]:
+    """`Class.name` and `config.name` that a file assigns to, of classes imported from vLLM and of its configurations."""
+    tree = ast.parse(path.read_text())
+    froms = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("vllm")]
+    theirs = {alias.asname or alias.name for n in froms for alias in n.names}
+    assigned = [t for n in ast.walk(tree) if isinstance(n, ast.Assign) for t in n.targets]
+    found = set()
+    for target in (t for t in assigned if isinstance(t, ast.Attribute)):
+        owner = target.value
+        name = owner.id if isinstance(owner, ast.Name) else getattr(owner, "attr", "")
+        if (isinstance(owner, ast.Name) and name in theirs) or (isinstance(owner, ast.Attribute) and "_config" in name):
+            found.add(f"{name}.{target.attr}")
+    return found
+
+
+def test_every_patch_is_in_both_ledgers():
+    files = {path: str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py")}
+    found = {name: where for path, where in files.items() for name in overwritten(path)}
+    ours = {name: where for name, where in found.items() if not name.endswith("._momentkv_patched")}
+    assert ours.keys() - PATCHES.keys() == OPTIONS
+    assert {name: where for name, where in ours.items() if name not in OPTIONS} == PATCHES
+    rows = re.findall(r"^\| (\w+\.\w+) \| (\S+) \|", (PACKAGE / "vllm_seams/__init__.py").read_text(), re.M)
+    assert {name: where if "/" in where else f"vllm_seams/{where}" for name, where in rows} == PATCHES
+    methods = sum(name[0].isupper() for name in PATCHES)
+    said = {4: "four", 5: "five"}[methods] + " patched methods and " + {1: "one value"}[len(PATCHES) - methods]
+    assert said in (PACKAGE.parent / "README.md").read_text()
+
+
+def test_the_runner_gives_prompt_lengths_to_builders_where_a_model_asks():
+    """What setting rswa_window is for, and that nothing else on a CPU worker reads it."""
+    assert "rswa_window" in {f.name for f in dataclasses.fields(find("vllm.config.model_arch:ModelArchitectureConfig"))}
+    assert "rswa_prefix_lens" in source("vllm.v1.worker.gpu_model_runner:GPUModelRunner._build_attention_metadata")
+    assert "rswa" not in source("vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.build")
 
 
 def test_page_copies_run_before_the_step_and_read_before_they_write():
