@@ -15,7 +15,7 @@ from momentkv_vllm.model_layers import has_windows, hides_tokens, named_windows
 from momentkv_vllm.policies import POLICIES
 from momentkv_vllm.refuse import refuse
 from momentkv_vllm.vllm_seams.gpu import choose_backend
-from momentkv_vllm.vllm_seams.refusals import WINDOW_PAGE_TOKENS, refuse_unsupported, refuse_untested_vllm
+from momentkv_vllm.vllm_seams.refusals import SLIDING_PAGE_TOKENS, refuse_unsupported, refuse_untested_vllm
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -53,8 +53,8 @@ def patch_engine_args() -> None:
         vllm_config = create(self, *args, **kwargs)
         _say_which_windows_are_none(vllm_config.model_config)
         if has_windows(vllm_config.model_config):
-            if chose_page_size and self.block_size % WINDOW_PAGE_TOKENS:
-                self.block_size = WINDOW_PAGE_TOKENS
+            if chose_page_size and self.block_size % SLIDING_PAGE_TOKENS:
+                self.block_size = SLIDING_PAGE_TOKENS
                 logger.info("momentkv: the model has layers with a window, --block-size is %d", self.block_size)
                 vllm_config = create(self, *args, **kwargs)
             _keep_windows(vllm_config, self.disable_hybrid_kv_cache_manager)

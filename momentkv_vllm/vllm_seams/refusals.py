@@ -16,7 +16,7 @@ from momentkv_vllm.vllm_seams.gpu import BACKEND_NAMES, gpu_rows
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-WINDOW_PAGE_TOKENS = 32
+SLIDING_PAGE_TOKENS = 32
 """vLLM's CPU attention takes pages of multiples of it, and all layers of a model have pages of one size."""
 
 
@@ -210,9 +210,9 @@ def _refuse_page_size(vllm_config: "VllmConfig") -> None:
     page_size, leave_out = vllm_config.cache_config.block_size, "leave it out"
     if page_size % 16:
         refuse(f"--block-size {page_size} is not a multiple of 16, which --kv-eviction needs", leave_out, WITHOUT)
-    if page_size % WINDOW_PAGE_TOKENS and has_windows(vllm_config.model_config):
+    if page_size % SLIDING_PAGE_TOKENS and has_windows(vllm_config.model_config):
         refuse(
-            f"--block-size {page_size} is not a multiple of {WINDOW_PAGE_TOKENS}, which the sliding-window layers of this model "
+            f"--block-size {page_size} is not a multiple of {SLIDING_PAGE_TOKENS}, which the sliding-window layers of this model "
             f"need on a CPU",
             "change it", leave_out, WITHOUT,
         )  # fmt: skip
