@@ -24,7 +24,7 @@ def record_layout(config: EvictionConfig, head_dim: int) -> RecordLayout:
     return RecordLayout(head_dim, config.moment_dtype, has_means=means, has_covariance=covariance)
 
 
-def page_schedule(config: EvictionConfig, page_size: int, head_dim: int, dtype: torch.dtype) -> PageSchedule:
+def schedule_of(config: EvictionConfig, page_size: int, head_dim: int, dtype: torch.dtype) -> PageSchedule:
     """The page schedule of this configuration for a model's KV heads. Raises ValueError on too small a budget."""
     moment_pages = record_layout(config, head_dim).pages(page_size, get_dtype_size(dtype))
     return build_schedule(config, page_size, moment_pages, POLICIES[config.policy].keeps_only_sinks)
@@ -35,7 +35,7 @@ def expected_schedule(config: EvictionConfig, vllm_config: VllmConfig) -> PageSc
     model, block_size, layers = vllm_config.model_config, vllm_config.cache_config.block_size, full_layers(vllm_config)
     page_size = int(block_size * layers.page_ratio)
     try:
-        return page_schedule(config, page_size, layers.head_size, model.dtype)
+        return schedule_of(config, page_size, layers.head_size, model.dtype)
     except ValueError as error:
         if page_size == block_size:
             raise
@@ -76,7 +76,7 @@ class MomentKVSpec(FullAttentionSpec):
                 f"{self.real_page_size_bytes} bytes, and vLLM pads them to {self.page_size_padded}, those of its other layers"
             )
         if self.block_size != self.schedule.page_size:
-            schedule = page_schedule(self.config, self.block_size, self.head_size, self.dtype)
+            schedule = schedule_of(self.config, self.block_size, self.head_size, self.dtype)
             object.__setattr__(self, "schedule", schedule)
 
     @classmethod
@@ -91,7 +91,7 @@ class MomentKVSpec(FullAttentionSpec):
         parallel = vllm_config.parallel_config
         return cls(
             **known,
-            schedule=page_schedule(config, spec.block_size, spec.head_size, spec.dtype),
+            schedule=schedule_of(config, spec.block_size, spec.head_size, spec.dtype),
             config=config,
             step_tokens=vllm_config.max_in_flight_tokens,
             model_name=model[0] if isinstance(model, list) else model,
