@@ -40,13 +40,13 @@ class KVEvictionEndpoint:
             engine: EngineClient = request.app.state.momentkv_engine
             healthy = await _is_healthy(engine)
             status = HTTPStatus.OK if healthy else HTTPStatus.SERVICE_UNAVAILABLE
-            return JSONResponse({**describe(engine.vllm_config), "healthy": healthy, "totals": read_metrics()}, status)
+            return JSONResponse({**summary(engine.vllm_config), "healthy": healthy, "totals": read_metrics()}, status)
 
     async def init_state(self, engine_client: EngineClient | None, state: Any, args: Namespace) -> None:
         state.momentkv_engine = engine_client
 
 
-def describe(vllm_config: Any) -> dict[str, Any]:
+def summary(vllm_config: Any) -> dict[str, Any]:
     """`config` (keys as in README, "Flags") and, with eviction on, `schedule` (pages, and the token counts of events)."""
     config = EvictionConfig.from_vllm(vllm_config)
     found: dict[str, Any] = {"active": config.active, "config": config.to_dict()}

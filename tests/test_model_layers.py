@@ -12,7 +12,7 @@ from vllm.v1.core.kv_cache_utils import unify_kv_cache_spec_page_size
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from momentkv_vllm.attention.cpu_backend import MomentKVImpl
-from momentkv_vllm.endpoint import describe
+from momentkv_vllm.endpoint import summary
 from momentkv_vllm.kernels import cpu, dispatch
 from momentkv_vllm.kernels.limits import CacheShape
 from momentkv_vllm.model_layers import full_layers, has_windows
@@ -81,7 +81,7 @@ def test_pages_of_layers_that_evict(engine, tmp_path, name, page_size, page_byte
     e = engine(make_model(name, tmp_path), policy="momentkv", budget_tokens=256, max_model_len=2048)
     spec = e.manager.kv_cache_spec
     assert (spec.block_size, spec.schedule.page_size, spec.page_bytes) == (page_size, page_size, page_bytes)
-    told = describe(e.vllm.vllm_config)["schedule"]
+    told = summary(e.vllm.vllm_config)["schedule"]
     assert told["page_size"] == page_size and told["first_event"] == 256
     assert told["store_pages"] == spec.schedule.store_pages and told["moment_pages"] == spec.schedule.moment_pages
 
