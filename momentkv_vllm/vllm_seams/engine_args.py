@@ -59,7 +59,7 @@ def patch_engine_args() -> None:
                 vllm_config = create(self, *args, **kwargs)
             _keep_windows(vllm_config, self.disable_hybrid_kv_cache_manager)
         refuse_unsupported(vllm_config, config, backend)
-        _choose_scheduler(vllm_config)
+        choose_scheduler(vllm_config)
         # Imported late: prometheus must not be touched by processes that only parse options.
         from momentkv_vllm.metrics import serve_metrics
 
@@ -153,7 +153,7 @@ def _keep_windows(vllm_config: Any, disable_hybrid_manager: bool | None) -> None
         vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = False
 
 
-def _choose_scheduler(vllm_config: Any) -> None:
+def choose_scheduler(vllm_config: Any) -> None:
     """The scheduler that knows the page schedule; a user's own one stays (refusals.py says what that rules out)."""
     scheduler = vllm_config.scheduler_config
     if scheduler.scheduler_cls is None:
