@@ -51,13 +51,13 @@ def summary(vllm_config: Any) -> dict[str, Any]:
     config = EvictionConfig.from_vllm(vllm_config)
     found: dict[str, Any] = {"active": config.active, "config": config.to_dict()}
     if config.active:
-        plan = expected_schedule(config, vllm_config)
+        schedule = expected_schedule(config, vllm_config)
         sizes = {
-            "budget_pages": plan.budget_pages,
-            "first_event": plan.first_event,
-            "retire_tokens": plan.retire_tokens,
+            "budget_pages": schedule.budget_pages,
+            "first_event": schedule.first_event,
+            "retire_tokens": schedule.retire_tokens,
         }
-        found["schedule"] = {**asdict(plan), **sizes}
+        found["schedule"] = {**asdict(schedule), **sizes}
     return found
 
 

@@ -108,8 +108,8 @@ class WorkBuilder:
         return replace(s, first_token=s.first_token + start - s.start, start=start, observe_only=True)
 
     def _segments(self, row: int, first_token: int, start: int, end: int, prompt: int) -> Iterator[Segment]:
-        plan = self.schedule
-        events = set(plan.events(start, end, prompt))
+        schedule = self.schedule
+        events = set(schedule.events(start, end, prompt))
         first_cut = (start // MAX_QUERIES + 1) * MAX_QUERIES
         position = start
         for stop in sorted(events | {end} | set(range(first_cut, end, MAX_QUERIES))):
@@ -118,8 +118,8 @@ class WorkBuilder:
                 first_token=first_token + position - start,
                 start=position,
                 end=stop,
-                boundary=plan.boundary(position, prompt),
-                retire_to=plan.boundary(stop, prompt) if stop in events else 0,
+                boundary=schedule.boundary(position, prompt),
+                retire_to=schedule.boundary(stop, prompt) if stop in events else 0,
                 observe_from=self._observe_from(position, prompt),
             )
             position = stop
@@ -155,8 +155,8 @@ class WorkBuilder:
             yield segments[i : i + size]
 
     def _attend(self, segments: list[Segment], table: np.ndarray) -> AttendWork:
-        plan = self.schedule
-        num_pages = max(plan.retained_pages(s.end, s.boundary) for s in segments)
+        schedule = self.schedule
+        num_pages = max(schedule.retained_pages(s.end, s.boundary) for s in segments)
         n = len(segments)
         pages = np.zeros((n, num_pages), np.int64)
         for i, s in enumerate(segments):
@@ -165,7 +165,7 @@ class WorkBuilder:
         start = _column(segments, "start")
         queries = _column(segments, "end") - start
         boundary = _column(segments, "boundary")
-        skipped = np.where(boundary > 0, boundary - plan.store_pages, 0) * plan.page_size
+        skipped = np.where(boundary > 0, boundary - schedule.store_pages, 0) * schedule.page_size
         observe_from = restart = None
         if self.observe:
             zone = _column(segments, "observe_from")
@@ -205,8 +205,8 @@ class WorkBuilder:
         return s.boundary or self.schedule.store_pages
 
     def _moment_pages(self, segments: list[Segment], table: np.ndarray) -> torch.Tensor:
-        plan = self.schedule
-        columns = slice(plan.store_pages, plan.store_pages + plan.moment_pages)
+        schedule = self.schedule
+        columns = slice(schedule.store_pages, schedule.store_pages + schedule.moment_pages)
         return torch.from_numpy(table[[s.row for s in segments], columns].astype(np.int64))
 
     def _count(self, segments: list[Segment]) -> torch.Tensor:

@@ -236,12 +236,12 @@ class MomentKVManager(FullAttentionManager):
 
 def _announce(spec: MomentKVSpec, pool_pages: int) -> None:
     """The start-up line, and the refusal of a pool that cannot hold one sequence while it is prefilled."""
-    plan = spec.schedule
-    budget = plan.budget_pages
-    need = plan.least_pool_pages(spec.step_tokens)
+    schedule = spec.schedule
+    budget = schedule.budget_pages
+    need = schedule.least_pool_pages(spec.step_tokens)
     if need > pool_pages:
         refuse(
-            f"the KV pool has {pool_pages} pages of {plan.page_size} tokens, but a sequence needs up to {need}: {budget} "
+            f"the KV pool has {pool_pages} pages of {schedule.page_size} tokens, but a sequence needs up to {need}: {budget} "
             f"for --kv-budget {spec.config.budget_tokens} and {need - budget} for a prefill step of {spec.step_tokens} "
             f"tokens",
             "lower --max-num-batched-tokens or --kv-budget",
@@ -251,12 +251,12 @@ def _announce(spec: MomentKVSpec, pool_pages: int) -> None:
     logger.info(
         "momentkv: policy %s, budget %d tokens = %d pages of %d (store %d, moments %d, window %d), state %d bytes a "
         "sequence and layer (%.0f %% of the budget), pool %d pages: about %d sequences at full budget",
-        spec.config.policy, plan.first_event, budget, plan.page_size, plan.store_pages, plan.moment_pages,
-        plan.window_pages, spec.state_bytes, 100 * plan.moment_pages / budget, pool_pages, pool_pages // budget,
+        spec.config.policy, schedule.first_event, budget, schedule.page_size, schedule.store_pages, schedule.moment_pages,
+        schedule.window_pages, spec.state_bytes, 100 * schedule.moment_pages / budget, pool_pages, pool_pages // budget,
     )  # fmt: skip
-    if 3 * plan.moment_pages > budget:
+    if 3 * schedule.moment_pages > budget:
         logger.warning(
             "momentkv: the moment state takes %d of %d budget pages, more than a third; a larger --kv-budget, a smaller "
             "--block-size, or --kv-eviction-config.correction zeroth leaves more room for tokens",
-            plan.moment_pages, budget,
+            schedule.moment_pages, budget,
         )  # fmt: skip
