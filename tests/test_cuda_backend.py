@@ -48,7 +48,7 @@ def test_the_layer_answers_as_the_cpu_backend(models, monkeypatch, policy):
     config = config_of(models(), policy=policy)
     cpu = Side(config, MomentKVBackend, MomentKVImpl, MomentKVMetadataBuilder)
     cuda = Side(config, CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder)
-    assert (cuda.builder.decode is not None) == (policy == "momentkv")
+    assert (cuda.builder.decode_planner is not None) == (policy == "momentkv")
     generator = torch.Generator().manual_seed(2)
     lens = [0, 0, 0]
     steps = [[40, 7, 90], [50, 1, 30], [1, 1, 1], [20, 1, 1], *[[1, 1, 1]] * 14]
@@ -58,7 +58,7 @@ def test_the_layer_answers_as_the_cpu_backend(models, monkeypatch, policy):
         want = cpu.step(common_of(lens, new), *tokens)
         output = cuda.step(common_of(lens, new), *tokens)
         torch.testing.assert_close(output, want, rtol=1e-4, atol=1e-4)
-    assert cpu.builder.work.schedule.boundary(lens[0]) > 0 and cpu.builder.work.schedule.boundary(lens[1]) == 0
+    assert cpu.builder.planner.schedule.boundary(lens[0]) > 0 and cpu.builder.planner.schedule.boundary(lens[1]) == 0
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="run by test_interpreter.py")
@@ -67,7 +67,7 @@ def test_decode_steps_reuse_their_buffers(models):
     register()
     cuda = Side(config_of(models()), CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder)
     captured = cuda.builder.build_for_cudagraph_capture(common_of([1, 1, 1], [1, 1, 1])).eviction.rounds[0]
-    schedule = cuda.builder.work.schedule
+    schedule = cuda.builder.planner.schedule
     due = [schedule.first_event, schedule.first_event + schedule.retire_tokens, 5]
     replayed = cuda.builder.build(0, common_of(due, [1, 1, 1])).eviction.rounds[0]
     for before, now in ((captured.attends[0], replayed.attends[0]), (captured.retires[0], replayed.retires[0])):

@@ -14,7 +14,7 @@ from vllm.utils.torch_utils import is_quantized_kv_cache
 
 from momentkv_vllm.attention.monitor import Monitor
 from momentkv_vllm.attention.spec_hook import EvictingBackend
-from momentkv_vllm.attention.step_plan import EvictionMetadata
+from momentkv_vllm.attention.step_plan import StepPlan
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import dispatch
 from momentkv_vllm.kernels.cache_view import CacheView
@@ -70,8 +70,8 @@ class EvictingImpl:
         self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None
     ) -> torch.Tensor:
         """As vLLM's, see there for shapes. The hot path of eviction."""
-        plan: EvictionMetadata | None = getattr(attn_metadata, "eviction", None)
-        if plan is None:
+        step: StepPlan | None = getattr(attn_metadata, "eviction", None)
+        if step is None:
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
@@ -82,11 +82,11 @@ class EvictingImpl:
                 layer, rows, key, value, kv_cache, part.metadata, torch.empty_like(rows)
             )
         cache, monitor = self.view(kv_cache, self.record), getattr(attn_metadata, "monitor", None)
-        for work in plan.rounds:
-            sampling = monitor if monitor and monitor.due(work) else None
-            for attend in work.attends:
+        for round_ in step.rounds:
+            sampling = monitor if monitor and monitor.due(round_) else None
+            for attend in round_.attends:
                 self._attend(cache, query, output, attend, sampling)
-            for retire in work.retires:
+            for retire in round_.retires:
                 with monitor.timed() if monitor else nullcontext():
                     self.kernels.consolidate(
                         cache, self._mass_of(cache), retire, self.policy, self.config.sink_tokens, self.scale
@@ -94,28 +94,28 @@ class EvictingImpl:
         return output
 
     def _attend(
-        self, cache: CacheView, query: torch.Tensor, output: torch.Tensor, work: AttendWork, sampling: Monitor | None
+        self, cache: CacheView, query: torch.Tensor, output: torch.Tensor, attend: AttendWork, sampling: Monitor | None
     ) -> None:
-        observed, corrected = work.observe_from is not None, self.config.correction != "off"
+        observed, corrected = attend.observe_from is not None, self.config.correction != "off"
         needs_lse = observed or sampling or self.sinks is not None
         lse = query.new_empty(query.shape[:2], dtype=torch.float32) if needs_lse else None
-        target = torch.empty_like(query) if work.observe_only else output
-        self.kernels.attend(cache, query, target, lse, work, self.scale, corrected)
+        target = torch.empty_like(query) if attend.observe_only else output
+        self.kernels.attend(cache, query, target, lse, attend, self.scale, corrected)
         if sampling:
-            sampling.sample(cache, query, target, lse, work, self.scale, corrected)
+            sampling.sample(cache, query, target, lse, attend, self.scale, corrected)
         if self.sinks is not None:
-            add_sinks(target, lse, work, self.sinks)
+            add_sinks(target, lse, attend, self.sinks)
         if observed:
-            self._observe(cache, query, lse, work)
+            self._observe(cache, query, lse, attend)
 
-    def _observe(self, cache: CacheView, query: torch.Tensor, lse: torch.Tensor, work: AttendWork) -> None:
+    def _observe(self, cache: CacheView, query: torch.Tensor, lse: torch.Tensor, attend: AttendWork) -> None:
         mass = self._mass_of(cache)
         if mass is None:
             # A captured memset would run at every replay; observation begins by clearing what it will read.
             capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
             shape = [*cache.keys.shape[:3], *[3] * self.policy.observes_logits]
             mass = self.slot_mass = (torch.empty if capturing else torch.zeros)(shape, device=query.device)
-        self.kernels.observe(cache, mass, query, lse, work, self.scale)
+        self.kernels.observe(cache, mass, query, lse, attend, self.scale)
 
     def _mass_of(self, cache: CacheView) -> torch.Tensor | None:
         """What was observed in this cache, None before the first time.

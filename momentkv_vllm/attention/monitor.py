@@ -30,9 +30,9 @@ class Monitor:
         self.metrics = MetricWriter(WORKER_METRICS, spec.model_name, spec.engine)
         self._visits = 0
 
-    def due(self, work: Round) -> bool:
-        """Whether this layer's attention of `work` is to be sampled: every `SAMPLE_EVERY`-th visit with an event."""
-        if not work.retires:
+    def due(self, round_: Round) -> bool:
+        """Whether this layer's attention of a round is to be sampled: every `SAMPLE_EVERY`-th visit with an event."""
+        if not round_.retires:
             return False
         self._visits += 1
         return self._visits % SAMPLE_EVERY == 0

@@ -53,8 +53,8 @@ class Round:
 
 
 @dataclass
-class EvictionMetadata:
-    """A step's work beyond stock attention.
+class StepPlan:
+    """What a step does beyond stock attention.
 
     stock_rows: rows still below their budget, served by vLLM's own kernel.
     rounds: the rest.
@@ -64,8 +64,8 @@ class EvictionMetadata:
     rounds: list[Round]
 
 
-class WorkBuilder:
-    """Builds `EvictionMetadata`; pure index arithmetic on the CPU, no model data."""
+class StepPlanner:
+    """Builds `StepPlan`; pure index arithmetic on the CPU, no model data."""
 
     def __init__(self, schedule: PageSchedule, config: EvictionConfig, policy: type[Policy]) -> None:
         self.schedule = schedule
@@ -75,7 +75,7 @@ class WorkBuilder:
 
     def build(
         self, query_start: list[int], seq_lens: list[int], prompt_lens: list[int], block_table: torch.Tensor
-    ) -> EvictionMetadata:
+    ) -> StepPlan:
         """Plan one step.
 
         Args:
@@ -99,7 +99,7 @@ class WorkBuilder:
                 if number == len(rounds):
                     rounds.append([])
                 rounds[number].append(segment)
-        return EvictionMetadata(stock_rows, [self._round(segments, table) for segments in rounds])
+        return StepPlan(stock_rows, [self._round(segments, table) for segments in rounds])
 
     @staticmethod
     def _only_observed(s: Segment) -> Segment:
@@ -134,18 +134,18 @@ class WorkBuilder:
         return max(event - self.config.observation_tokens, self.schedule.last_event(position, prompt))
 
     def _round(self, segments: list[Segment], table: np.ndarray) -> Round:
-        work = Round()
+        round_ = Round()
         # Decode rows would pay for the padding of chunks beside them: they get a list of their own.
         groups: dict[tuple[bool, bool], list[Segment]] = {}
         for s in segments:
             groups.setdefault((s.observe_only, s.end - s.start > 1), []).append(s)
         for group in groups.values():
-            work.attends += [self._attend(part, table) for part in self._split(group)]
+            round_.attends += [self._attend(part, table) for part in self._split(group)]
         due = [s for s in segments if s.retire_to]
         # A first event retires more pages than later ones: grouping by their number avoids padding.
         for pages in sorted({s.retire_to - self._retire_from(s) for s in due}):
-            work.retires.append(self._retire([s for s in due if s.retire_to - self._retire_from(s) == pages], table))
-        return work
+            round_.retires.append(self._retire([s for s in due if s.retire_to - self._retire_from(s) == pages], table))
+        return round_
 
     def _split(self, segments: list[Segment]) -> Iterator[list[Segment]]:
         """Parts of at most MAX_SLOTS_PER_WORK gathered slots."""
