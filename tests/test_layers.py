@@ -71,3 +71,13 @@ def test_no_function_is_longer_than_fifty_lines():
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lines = node.end_lineno - node.lineno + 1
                 assert lines <= 50, f"{path.name}: {node.name} has {lines} lines"
+
+
+def test_the_hot_path_is_on_one_screen():
+    """What a layer does with a step's tokens: store, forward, attend, observe, one after the other in layer.py."""
+    (layer,) = (n for n in ast.parse((PACKAGE / "attention/layer.py").read_text()).body if isinstance(n, ast.ClassDef))
+    methods = [n for n in layer.body if isinstance(n, ast.FunctionDef)]
+    names = [n.name for n in methods]
+    first = names.index("do_kv_cache_update")
+    assert names[first : first + 4] == ["do_kv_cache_update", "forward", "_attend", "_observe"]
+    assert methods[first + 3].end_lineno - methods[first].lineno + 1 <= 60

@@ -54,6 +54,10 @@ class EvictingImpl:
         self.kernels = dispatch.select(config.kernels, self.device_type, shape)
         self.slot_mass: torch.Tensor | None = None
 
+    def fused_output_quant_supported(self, quant_key) -> bool:
+        """Ours write no quantized output: `forward` ignores `output_scale` where rows are evicted."""
+        return self.config is None and super().fused_output_quant_supported(quant_key)
+
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
         if self.config is None:
             if self.shares_pool:
@@ -61,10 +65,6 @@ class EvictingImpl:
             return super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         cache = self.view(kv_cache, self.record)
         self.kernels.store(cache, key, value, slot_mapping, self._mass_of(cache))
-
-    def fused_output_quant_supported(self, quant_key) -> bool:
-        """Ours write no quantized output: `forward` ignores `output_scale` where rows are evicted."""
-        return self.config is None and super().fused_output_quant_supported(quant_key)
 
     def forward(
         self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None
