@@ -41,7 +41,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         METRICS_DIR.set(folder)
         spec = SimpleNamespace(model_name="m", engine=0, schedule=PLAN, page_bytes=1 << 20)
-        monitor, pages, case = Monitor(spec), PageMetrics(spec, 4096), Case(Shape(slots=PLAN.first_event, kv_heads=8))
+        monitor, pages, case = (
+            Monitor(spec),
+            PageMetrics(spec, 4096),
+            Case(Shape(slots=PLAN.first_event_tokens, kv_heads=8)),
+        )
         live = iter(range(1 << 30))
         lse = torch.empty(case.query.shape[:2])
         cpu.attend(case.cache, case.query, case.output, lse, case.work, case.scale, True)

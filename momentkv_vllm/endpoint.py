@@ -54,7 +54,7 @@ def summary(vllm_config: Any) -> dict[str, Any]:
         schedule = expected_schedule(config, vllm_config)
         sizes = {
             "budget_pages": schedule.budget_pages,
-            "first_event": schedule.first_event,
+            "first_event": schedule.first_event_tokens,
             "retire_tokens": schedule.retire_tokens,
         }
         found["schedule"] = {**asdict(schedule), **sizes}

@@ -129,7 +129,7 @@ class MomentKVSpec(FullAttentionSpec):
         """
         if POLICIES[self.config.policy].observes_all_queries:
             return 0
-        return max(0, self.schedule.first_event - self.own_tokens) // self.block_size * self.block_size
+        return max(0, self.schedule.first_event_tokens - self.own_tokens) // self.block_size * self.block_size
 
     @property
     def own_tokens(self) -> int:

@@ -10,7 +10,7 @@ A block-table row by column, once the sequence evicts (column j = logical page j
     [ S+M .. b )   retired         really freed to vLLM's pool
     [ b .. end )   window pages    the newest tokens, exact, in order
 
-Eviction events happen at fixed token counts: first when the budget is full (`first_event`), then every `retire_tokens`.
+Eviction events happen at fixed token counts: first when the budget is full (`first_event_tokens`), then every `retire_tokens`.
 The event at count e retires every page before `boundary(e)`.
 """
 
@@ -60,7 +60,7 @@ class PageSchedule:
         return self.retire_pages * self.page_size
 
     @property
-    def first_event(self) -> int:
+    def first_event_tokens(self) -> int:
         """Committed tokens at which the budget is full: below it the run is stock attention."""
         return self.budget_pages * self.page_size
 
@@ -71,7 +71,7 @@ class PageSchedule:
         """
         if committed_tokens < self._eviction_start(prompt_tokens):
             return 0
-        events_after_first = (committed_tokens - self.first_event) // self.retire_tokens
+        events_after_first = (committed_tokens - self.first_event_tokens) // self.retire_tokens
         return self.store_pages + self.moment_pages + (events_after_first + 1) * self.retire_pages
 
     def events(self, start: int, end: int, prompt_tokens: int = 0) -> Iterator[int]:
@@ -86,19 +86,19 @@ class PageSchedule:
         first = self._eviction_start(prompt_tokens)
         if committed_tokens < first:
             return first
-        done = (committed_tokens - self.first_event) // self.retire_tokens
-        return self.first_event + (done + 1) * self.retire_tokens
+        done = (committed_tokens - self.first_event_tokens) // self.retire_tokens
+        return self.first_event_tokens + (done + 1) * self.retire_tokens
 
     def last_event(self, committed_tokens: int, prompt_tokens: int = 0) -> int:
         """The latest event at or before `committed_tokens`; 0 if none yet."""
         first = self._eviction_start(prompt_tokens)
         if committed_tokens < first:
             return 0
-        done = (committed_tokens - self.first_event) // self.retire_tokens
-        return max(first, self.first_event + done * self.retire_tokens)
+        done = (committed_tokens - self.first_event_tokens) // self.retire_tokens
+        return max(first, self.first_event_tokens + done * self.retire_tokens)
 
     def _eviction_start(self, prompt_tokens: int) -> int:
-        return self.first_event if self.evict_in_prefill else max(self.first_event, prompt_tokens)
+        return self.first_event_tokens if self.evict_in_prefill else max(self.first_event_tokens, prompt_tokens)
 
     def evicted_tokens(self, boundary: int) -> int:
         """n: tokens in the moments once every column before `boundary` is retired; the same for every head."""

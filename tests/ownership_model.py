@@ -141,7 +141,7 @@ class Simulation:
         step_tokens = (self.chunk + self.drafts) * (1 + self.lag)
         spec = MomentKVSpec(
             block_size=size, num_kv_heads=1, head_size=8, dtype=None, schedule=plan, step_tokens=step_tokens,
-            config=EvictionConfig("momentkv", plan.first_event), model_name="", engine=0,
+            config=EvictionConfig("momentkv", plan.first_event_tokens), model_name="", engine=0,
         )  # fmt: skip
         least = plan.peak_pages(step_tokens) if plan.evict_in_prefill else cdiv(MAX_TOKENS + step_tokens, size)
         config = KVCacheConfig(least + rng.randint(1, 20), [], [KVCacheGroupSpec(["layer"], spec)])

@@ -68,7 +68,7 @@ def test_decode_steps_reuse_their_buffers(models):
     cuda = Side(config_of(models()), CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder)
     captured = cuda.builder.build_for_cudagraph_capture(common_of([1, 1, 1], [1, 1, 1])).eviction.rounds[0]
     schedule = cuda.builder.planner.schedule
-    due = [schedule.first_event, schedule.first_event + schedule.retire_tokens, 5]
+    due = [schedule.first_event_tokens, schedule.first_event_tokens + schedule.retire_tokens, 5]
     replayed = cuda.builder.build(0, common_of(due, [1, 1, 1])).eviction.rounds[0]
     for before, now in ((captured.attends[0], replayed.attends[0]), (captured.retires[0], replayed.retires[0])):
         for name, x in vars(before).items():

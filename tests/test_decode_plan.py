@@ -30,7 +30,7 @@ def test_the_device_plans_what_the_host_plans(policy, budget, moment_pages, reti
     events = 0
     period = schedule.retire_tokens
     for step in (0, 1, 2, 3, period + 1, period + 2, period + 3, 2 * period + 2):
-        edge = schedule.first_event - 2
+        edge = schedule.first_event_tokens - 2
         lens = [1 + step, edge + step, edge + 7 + step, 0, edge + 40 + step, schedule.page_size + step]
         made = planner.update(torch.tensor(lens, dtype=torch.int32), query_start, table).rounds[0]
         attend, retire_work = made.attends[0], made.retires[0]

@@ -100,7 +100,7 @@ def test_vllm_may_change_the_page_size_and_the_schedule_follows(engine):
     assert spec.copy_with_new_block_size(32) == beside(spec.num_kv_heads) == spec
     wide = beside(2 * spec.num_kv_heads)
     assert wide == spec.copy_with_new_block_size(64)
-    assert (wide.schedule.page_size, wide.schedule.budget_pages, wide.schedule.first_event) == (64, 6, 384)
+    assert (wide.schedule.page_size, wide.schedule.budget_pages, wide.schedule.first_event_tokens) == (64, 6, 384)
     assert wide.page_bytes == 2 * spec.page_bytes
     assert wide.cacheable_tokens == 320, "384 less the 8 observed queries, in whole pages of 64"
     with pytest.raises(ValueError, match=r"budget_tokens=384 is too small: with pages of 128 tokens the least is 512"):

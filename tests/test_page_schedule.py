@@ -25,11 +25,13 @@ def walk(plan: PageSchedule, total: int, prompt: int) -> list[tuple[int, int]]:
     """(committed, boundary) after every token, by events alone."""
     boundary, out = 0, []
     for p in range(1, total + 1):
-        full = p == plan.first_event or (p > plan.first_event and (p - plan.first_event) % plan.retire_tokens == 0)
+        full = p == plan.first_event_tokens or (
+            p > plan.first_event_tokens and (p - plan.first_event_tokens) % plan.retire_tokens == 0
+        )
         late = not plan.evict_in_prefill and p < prompt
-        at_prompt_end = not plan.evict_in_prefill and p == prompt and prompt > plan.first_event
+        at_prompt_end = not plan.evict_in_prefill and p == prompt and prompt > plan.first_event_tokens
         if (full and not late) or at_prompt_end:
-            grown = (max(p, plan.first_event) - plan.first_event) // plan.retire_tokens + 1
+            grown = (max(p, plan.first_event_tokens) - plan.first_event_tokens) // plan.retire_tokens + 1
             boundary = plan.store_pages + plan.moment_pages + grown * plan.retire_pages
         out.append((p, boundary))
     return out

@@ -88,7 +88,7 @@ def plan(seq_lens, query_start, block_table, attend, retire, schedule, observed:
         seq_lens, query_start, block_table, attend.first_token, attend.queries, attend.pages, attend.last,
         attend.moment_pages, attend.count, attend.observe_from, attend.restart, retire.store_pages, retire.retiring_pages,
         block_table.stride(0), block_table.shape[1],
-        PAGE=schedule.page_size, S=s, M=m, FIRST=schedule.first_event, RETIRE_PAGES=schedule.retire_pages,
+        PAGE=schedule.page_size, S=s, M=m, FIRST=schedule.first_event_tokens, RETIRE_PAGES=schedule.retire_pages,
         COLUMNS=columns, K=k, OBSERVED=observed, OBSERVE_ALL=observe_all,
         BLOCK=power(columns), BLOCK_S=power(s), BLOCK_M=power(max(1, m)), BLOCK_K=power(k), num_warps=1,
     )  # fmt: skip

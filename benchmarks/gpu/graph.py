@@ -37,7 +37,7 @@ class Layer:
     def prepare(self, step: int) -> None:
         """Inputs of a step; row i is i tokens ahead, so that rows retire in different steps."""
         ahead = torch.arange(self.rows, device=self.device)
-        lens = self.schedule.first_event - 4 + step + ahead
+        lens = self.schedule.first_event_tokens - 4 + step + ahead
         generator = torch.Generator(self.device).manual_seed(step)
         for x in (self.query, self.key, self.value):
             x.copy_(torch.randn(x.shape, generator=generator, device=self.device))

@@ -96,7 +96,7 @@ class MomentKVManager(FullAttentionManager):
         filled = min(num_tokens, request.num_computed_tokens, self.kv_cache_spec.cacheable_tokens)
         super().cache_blocks(request, filled, *args, **kwargs)
         # `num_tokens` leaves out a token that is still in flight (async scheduling), the step does not.
-        if self.step_end[request_id] >= self.schedule.first_event:
+        if self.step_end[request_id] >= self.schedule.first_event_tokens:
             self._seal(request_id)
 
     def remove_skipped_blocks(
@@ -251,7 +251,7 @@ def _announce(spec: MomentKVSpec, pool_pages: int) -> None:
     logger.info(
         "momentkv: policy %s, budget %d tokens = %d pages of %d (store %d, moments %d, window %d), state %d bytes a "
         "sequence and layer (%.0f %% of the budget), pool %d pages: about %d sequences at full budget",
-        spec.config.policy, schedule.first_event, budget, schedule.page_size, schedule.store_pages, schedule.moment_pages,
+        spec.config.policy, schedule.first_event_tokens, budget, schedule.page_size, schedule.store_pages, schedule.moment_pages,
         schedule.window_pages, spec.state_bytes, 100 * schedule.moment_pages / budget, pool_pages, pool_pages // budget,
     )  # fmt: skip
     if 3 * schedule.moment_pages > budget:

@@ -35,7 +35,7 @@ class StopsAtEvents:
         tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         if num_computed_tokens < request.num_tokens - 1:  # it reads known tokens, without drafts
             uncached = self.cacheable_tokens - num_computed_tokens
-            reaches_event = num_computed_tokens + tokens >= self.page_schedule.first_event
+            reaches_event = num_computed_tokens + tokens >= self.page_schedule.first_event_tokens
             return min(tokens, uncached) if uncached > 0 and reaches_event else tokens
         if tokens <= 1:
             return tokens
