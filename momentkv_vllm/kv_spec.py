@@ -129,10 +129,10 @@ class MomentKVSpec(FullAttentionSpec):
         """
         if POLICIES[self.config.policy].observes_all_queries:
             return 0
-        return max(0, self.schedule.first_event_tokens - self.own_tokens) // self.block_size * self.block_size
+        return max(0, self.schedule.first_event_tokens - self.unshared_tokens) // self.block_size * self.block_size
 
     @property
-    def own_tokens(self) -> int:
+    def unshared_tokens(self) -> int:
         """Last tokens before an event that a sequence must compute itself and without drafts: the policy observes them."""
         return self.config.observation_tokens if self.observes_attention else 1
 

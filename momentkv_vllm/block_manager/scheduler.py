@@ -27,7 +27,7 @@ class StopsAtEvents:
     def bind(self, spec: MomentKVSpec, caches_prefixes: bool) -> None:
         """Take over what the spec says; `caches_prefixes` False: there is no prefix to stop at."""
         self.page_schedule = spec.schedule
-        self.own_tokens = spec.own_tokens
+        self.unshared_tokens = spec.unshared_tokens
         self.cacheable_tokens = spec.cacheable_tokens if caches_prefixes else 0
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
@@ -40,7 +40,7 @@ class StopsAtEvents:
         if tokens <= 1:
             return tokens
         event = self.page_schedule.next_event(num_computed_tokens, request.num_prompt_tokens)
-        return min(tokens, max(1, event - self.own_tokens - num_computed_tokens))
+        return min(tokens, max(1, event - self.unshared_tokens - num_computed_tokens))
 
 
 class RestartsSessions(StopsAtEvents):
@@ -61,7 +61,7 @@ class RestartsSessions(StopsAtEvents):
     def _handle_stopped_request(self, request: Request) -> bool:
         settled = request.num_computed_tokens - request.num_output_placeholders
         event = self.page_schedule.next_event(settled, request.num_prompt_tokens)
-        if settled < request.num_computed_tokens and event - self.own_tokens < request.num_computed_tokens:
+        if settled < request.num_computed_tokens and event - self.unshared_tokens < request.num_computed_tokens:
             self.overtaken.add(request)
         return super()._handle_stopped_request(request)
 
