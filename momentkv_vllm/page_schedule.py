@@ -11,7 +11,7 @@ A block-table row by column, once the sequence evicts (column j = logical page j
     [ b .. end )   window pages    the newest tokens, exact, in order
 
 Eviction events happen at fixed token counts: first when the budget is full (`first_event_tokens`), then every `retire_tokens`.
-The event at count e retires every page before `boundary(e)`.
+The event at count e retires every page before `boundary_column(e)`.
 """
 
 from collections.abc import Iterator
@@ -64,7 +64,7 @@ class PageSchedule:
         """Committed tokens at which the budget is full: below it the run is stock attention."""
         return self.budget_pages * self.page_size
 
-    def boundary(self, committed_tokens: int, prompt_tokens: int = 0) -> int:
+    def boundary_column(self, committed_tokens: int, prompt_tokens: int = 0) -> int:
         """First column still exact once `committed_tokens` are in; 0 while nothing was ever evicted.
 
         `prompt_tokens` matters only in "full" prefill mode.
@@ -100,14 +100,14 @@ class PageSchedule:
     def _eviction_start(self, prompt_tokens: int) -> int:
         return self.first_event_tokens if self.evict_in_prefill else max(self.first_event_tokens, prompt_tokens)
 
-    def evicted_tokens(self, boundary: int) -> int:
-        """n: tokens in the moments once every column before `boundary` is retired; the same for every head."""
-        return max(0, boundary * self.page_size - self.store_tokens)
+    def evicted_tokens(self, boundary_column: int) -> int:
+        """n: tokens in the moments once every column before `boundary_column` is retired; the same for every head."""
+        return max(0, boundary_column * self.page_size - self.store_tokens)
 
-    def retained_pages(self, committed_tokens: int, boundary: int) -> int:
+    def retained_pages(self, committed_tokens: int, boundary_column: int) -> int:
         """Store + window pages that attention reads after `committed_tokens`."""
         pages = cdiv(committed_tokens, self.page_size)
-        return pages if boundary == 0 else self.store_pages + pages - boundary
+        return pages if boundary_column == 0 else self.store_pages + pages - boundary_column
 
     def peak_pages(self, step_tokens: int) -> int:
         """Most pages a sequence can own when at most `step_tokens` of its tokens are scheduled and not yet settled."""

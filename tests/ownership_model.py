@@ -95,7 +95,7 @@ class Worker:
         self.pages[w.table[column]][place] = slot
 
     def slot(self, w: Work, position: int):
-        boundary = self.plan.boundary(position, w.sequence.request.num_prompt_tokens)
+        boundary = self.plan.boundary_column(position, w.sequence.request.num_prompt_tokens)
         return (w.sequence.hash(position), boundary) if boundary else w.sequence.hash(position)
 
     def state(self, w: Work, event: int, column: int) -> list:
@@ -116,7 +116,7 @@ class Worker:
 
     def read(self, w: Work, position: int, end: int) -> None:
         plan, prompt = self.plan, w.sequence.request.num_prompt_tokens
-        boundary = plan.boundary(position, prompt)
+        boundary = plan.boundary_column(position, prompt)
         if boundary:
             event = plan.last_event(position, prompt)
             for column in range(plan.store_pages + plan.moment_pages):

@@ -58,7 +58,10 @@ def test_the_layer_answers_as_the_cpu_backend(models, monkeypatch, policy):
         want = cpu.step(common_of(lens, new), *tokens)
         output = cuda.step(common_of(lens, new), *tokens)
         torch.testing.assert_close(output, want, rtol=1e-4, atol=1e-4)
-    assert cpu.builder.planner.schedule.boundary(lens[0]) > 0 and cpu.builder.planner.schedule.boundary(lens[1]) == 0
+    assert (
+        cpu.builder.planner.schedule.boundary_column(lens[0]) > 0
+        and cpu.builder.planner.schedule.boundary_column(lens[1]) == 0
+    )
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="run by test_interpreter.py")

@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def _boundary(committed, FIRST: tl.constexpr, RETIRE: tl.constexpr, RETIRE_PAGES: tl.constexpr, S_M: tl.constexpr):
-    """PageSchedule.boundary for chunked prefill."""
+    """PageSchedule.boundary_column for chunked prefill."""
     after_first = (committed - FIRST) // RETIRE
     return tl.where(committed < FIRST, 0, S_M + (after_first + 1) * RETIRE_PAGES)
 

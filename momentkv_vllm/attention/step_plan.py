@@ -29,7 +29,7 @@ class Segment:
     """Consecutive new tokens of one request that see the same store and moments.
 
     row: request's row in the batch; first_token: index of its first token in the flat token list; start, end: token
-    positions; boundary: first exact column while the segment attends; retire_to: boundary after its event, 0 if none.
+    positions; boundary_column: first exact column while the segment attends; retire_to: boundary after its event, 0 if none.
     observe_from: position of the first query whose attention is observed for the coming event.
     observe_only: the row is below its budget and attended by vLLM's kernel.
     """
@@ -38,7 +38,7 @@ class Segment:
     first_token: int
     start: int
     end: int
-    boundary: int
+    boundary_column: int
     retire_to: int
     observe_from: int
     observe_only: bool = False
@@ -91,7 +91,7 @@ class StepPlanner:
             first_token = query_start[row]
             start = end - (query_start[row + 1] - first_token)
             segments = list(self._segments(row, first_token, start, end, prompt_lens[row]))
-            if all(s.boundary == 0 and s.retire_to == 0 for s in segments):
+            if all(s.boundary_column == 0 and s.retire_to == 0 for s in segments):
                 # Nothing evicted, nothing to evict: vLLM's own kernel, bit for bit.
                 stock_rows.append(row)
                 segments = [self._only_observed(s) for s in segments if s.observe_from < s.end]
@@ -118,8 +118,8 @@ class StepPlanner:
                 first_token=first_token + position - start,
                 start=position,
                 end=stop,
-                boundary=schedule.boundary(position, prompt),
-                retire_to=schedule.boundary(stop, prompt) if stop in events else 0,
+                boundary_column=schedule.boundary_column(position, prompt),
+                retire_to=schedule.boundary_column(stop, prompt) if stop in events else 0,
                 observe_from=self._observe_from(position, prompt),
             )
             position = stop
@@ -149,14 +149,14 @@ class StepPlanner:
 
     def _split(self, segments: list[Segment]) -> Iterator[list[Segment]]:
         """Parts of at most MAX_SLOTS_PER_WORK gathered slots."""
-        slots = max(self.schedule.retained_pages(s.end, s.boundary) for s in segments) * self.schedule.page_size
+        slots = max(self.schedule.retained_pages(s.end, s.boundary_column) for s in segments) * self.schedule.page_size
         size = max(1, MAX_SLOTS_PER_WORK // slots)
         for i in range(0, len(segments), size):
             yield segments[i : i + size]
 
     def _attend(self, segments: list[Segment], table: np.ndarray) -> AttendWork:
         schedule = self.schedule
-        num_pages = max(schedule.retained_pages(s.end, s.boundary) for s in segments)
+        num_pages = max(schedule.retained_pages(s.end, s.boundary_column) for s in segments)
         n = len(segments)
         pages = np.zeros((n, num_pages), np.int64)
         for i, s in enumerate(segments):
@@ -164,7 +164,7 @@ class StepPlanner:
             pages[i, : len(columns)] = table[s.row, columns]
         start = _column(segments, "start")
         queries = _column(segments, "end") - start
-        boundary = _column(segments, "boundary")
+        boundary = _column(segments, "boundary_column")
         skipped = np.where(boundary > 0, boundary - schedule.store_pages, 0) * schedule.page_size
         observe_from = restart = None
         if self.observe:
@@ -197,12 +197,12 @@ class StepPlanner:
 
     def _retained_columns(self, s: Segment) -> list[int]:
         end = cdiv(s.end, self.schedule.page_size)
-        if s.boundary == 0:
+        if s.boundary_column == 0:
             return list(range(end))
-        return [*range(self.schedule.store_pages), *range(s.boundary, end)]
+        return [*range(self.schedule.store_pages), *range(s.boundary_column, end)]
 
     def _retire_from(self, s: Segment) -> int:
-        return s.boundary or self.schedule.store_pages
+        return s.boundary_column or self.schedule.store_pages
 
     def _moment_pages(self, segments: list[Segment], table: np.ndarray) -> torch.Tensor:
         schedule = self.schedule
@@ -210,7 +210,7 @@ class StepPlanner:
         return torch.from_numpy(table[[s.row for s in segments], columns].astype(np.int64))
 
     def _count(self, segments: list[Segment]) -> torch.Tensor:
-        return torch.tensor([self.schedule.evicted_tokens(s.boundary) for s in segments], dtype=torch.float32)
+        return torch.tensor([self.schedule.evicted_tokens(s.boundary_column) for s in segments], dtype=torch.float32)
 
 
 def _column(segments: list[Segment], name: str) -> np.ndarray:

@@ -103,7 +103,7 @@ class MomentKVManager(FullAttentionManager):
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
         """Free what the schedule has retired at `processed_computed_tokens` settled tokens."""
-        boundary = self.schedule.boundary(processed_computed_tokens, num_prompt_tokens or 0)
+        boundary = self.schedule.boundary_column(processed_computed_tokens, num_prompt_tokens or 0)
         before = self.evicting.get(request_id, 0)
         # A request that was preempted starts again at zero; its pages were all freed.
         if boundary <= before or request_id not in self.req_to_blocks:
@@ -162,7 +162,7 @@ class MomentKVManager(FullAttentionManager):
     def _check_schedule(self, request: Request) -> None:
         """What was retired, the schedule must have retired too: a prompt that grew would move it back in `full` prefill."""
         retired = self.evicting.get(request.request_id, 0)
-        scheduled = self.schedule.boundary(request.num_computed_tokens, request.num_prompt_tokens)
+        scheduled = self.schedule.boundary_column(request.num_computed_tokens, request.num_prompt_tokens)
         assert retired <= scheduled, (
             f"{request.request_id}: retired up to column {retired}, but the schedule says {scheduled} at "
             f"{request.num_computed_tokens} tokens of a prompt of {request.num_prompt_tokens}"

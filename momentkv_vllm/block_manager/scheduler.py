@@ -66,9 +66,9 @@ class RestartsSessions(StopsAtEvents):
         return super()._handle_stopped_request(request)
 
     def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
-        boundary = self.page_schedule.boundary(session.num_computed_tokens, session.num_prompt_tokens)
+        boundary = self.page_schedule.boundary_column(session.num_computed_tokens, session.num_prompt_tokens)
         super()._update_request_as_session(session, update)
-        longer = self.page_schedule.boundary(session.num_computed_tokens, session.num_prompt_tokens)
+        longer = self.page_schedule.boundary_column(session.num_computed_tokens, session.num_prompt_tokens)
         if boundary != longer or session in self.overtaken:
             self.overtaken.discard(session)
             self._read_again(session)
