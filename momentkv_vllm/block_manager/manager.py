@@ -1,12 +1,14 @@
 """The scheduler's side: frees retired pages to vLLM's pool, bounds admission, keeps shared prefixes out of harm's way, counts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
+from momentkv_vllm.block_manager.integrity import ChecksIntegrity
 from momentkv_vllm.block_manager.metrics import PageMetrics
 from momentkv_vllm.kv_spec import MomentKVSpec
 from momentkv_vllm.refuse import WITHOUT, refuse
@@ -14,7 +16,21 @@ from momentkv_vllm.refuse import WITHOUT, refuse
 logger = init_logger(f"vllm.{__name__}")
 
 
-class MomentKVManager(FullAttentionManager):
+@dataclass
+class PrefixState:
+    """Where a request that has pages stands with the prefix cache.
+
+    step_end_tokens: tokens at the end of the step it was scheduled for last.
+    uncached: the request, while it may have filled pages that are not in the cache; None before the first and once sealed.
+    sealed: its pages that will be rewritten have left the cache, and none come in.
+    """
+
+    step_end_tokens: int
+    uncached: Request | None = None
+    sealed: bool = False
+
+
+class MomentKVManager(ChecksIntegrity, FullAttentionManager):
     """Block manager of a group of evicting layers (vllm/v1/core/single_type_kv_cache_manager.py).
 
     It frees columns [S+M, boundary) of a request once the tokens that made the worker retire them are settled; the
@@ -39,9 +55,7 @@ class MomentKVManager(FullAttentionManager):
             self.max_admission_blocks_per_request = self.schedule.peak_pages(kv_cache_spec.step_tokens)
         self.evicting: dict[str, int] = {}
         self.live_pages: dict[str, int] = {}
-        self.sealed: set[str] = set()
-        self.step_end: dict[str, int] = {}
-        self.uncached: dict[str, Request] = {}
+        self.prefixes: dict[str, PrefixState] = {}
         # Sums over requests, so that counting costs the same for one sequence and for a thousand.
         self.total_live = self.total_retired = 0
         self.metrics = PageMetrics(kv_cache_spec, self.block_pool.num_gpu_blocks - 1)
@@ -82,22 +96,23 @@ class MomentKVManager(FullAttentionManager):
         self._count_live(request_id, len(new_computed_blocks))
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
-        self.step_end[request_id] = num_tokens_main_model
+        self.prefixes.setdefault(request_id, PrefixState(0)).step_end_tokens = num_tokens_main_model
         blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
         self._count_live(request_id, len(blocks))
         return blocks
 
     def cache_blocks(self, request: Request, num_tokens: int, *args, **kwargs) -> None:
         """Cache the pages that earlier steps have filled, until the request's last chance before its first event."""
-        request_id = request.request_id
-        if request_id in self.sealed:
+        state = self.prefixes[request.request_id]
+        if state.sealed:
             return
-        self.uncached[request_id] = request
+        state.uncached = request
         filled = min(num_tokens, request.num_computed_tokens, self.kv_cache_spec.cacheable_tokens)
         super().cache_blocks(request, filled, *args, **kwargs)
         # `num_tokens` leaves out a token that is still in flight (async scheduling), the step does not.
-        if self.step_end[request_id] >= self.schedule.first_event_tokens:
-            self._seal(request_id)
+        if state.step_end_tokens >= self.schedule.first_event_tokens:
+            state.sealed, state.uncached = True, None
+            self._seal(request.request_id)
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
@@ -119,11 +134,9 @@ class MomentKVManager(FullAttentionManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """As vLLM's, for a request that ends or is preempted. What its last step has filled is cached first."""
-        self._cache_last_step(request_id)
+        self._cache_last_step(self.prefixes.pop(request_id, None))
         blocks = super().pop_blocks_for_free(request_id)
-        self.step_end.pop(request_id, None)
         self.total_retired -= max(0, self.evicting.pop(request_id, 0) - self.rewritten_pages)
-        self.sealed.discard(request_id)
         self.total_live -= self.live_pages.pop(request_id, 0)
         self._publish()
         return blocks
@@ -132,64 +145,10 @@ class MomentKVManager(FullAttentionManager):
         """No cascade attention: store pages are private."""
         return 0
 
-    def check_integrity(self, other_pages: int = 0, requests: Mapping[str, Request] | None = None) -> None:
-        """Assert the bookkeeping between two steps. Raises AssertionError naming the request and the numbers.
-
-        Args:
-            other_pages: pages of the pool that layers without eviction own.
-            requests: the scheduler's, whose schedule is compared with what was retired.
-        """
-        for request in (requests or {}).values():
-            self._check_schedule(request)
-        owners: dict[int, int] = {}
-        for request_id, blocks in self.req_to_blocks.items():
-            for block in blocks:
-                if not block.is_null:
-                    owners[block.block_id] = owners.get(block.block_id, 0) + 1
-            self._check_request(request_id, blocks)
-        for number, count in owners.items():
-            found = self.block_pool.blocks[number].ref_cnt
-            assert found == count, f"page {number} has {count} owners, but is referenced {found} times"
-        free = self.block_pool.get_num_free_blocks()
-        total = self.block_pool.num_gpu_blocks - 1
-        assert len(owners) + other_pages + free == total, (
-            f"{len(owners)} owned + {other_pages} of other layers + {free} free pages != {total}"
-        )
-        columns = sum(map(len, self.req_to_blocks.values()))
-        counted = self.total_live + self.total_retired
-        assert columns == counted, f"stock would hold {columns} pages, the metrics say {counted}"
-
-    def _check_schedule(self, request: Request) -> None:
-        """What was retired, the schedule must have retired too: a prompt that grew would move it back in `full` prefill."""
-        retired = self.evicting.get(request.request_id, 0)
-        scheduled = self.schedule.boundary_column(request.num_computed_tokens, request.num_prompt_tokens)
-        assert retired <= scheduled, (
-            f"{request.request_id}: retired up to column {retired}, but the schedule says {scheduled} at "
-            f"{request.num_computed_tokens} tokens of a prompt of {request.num_prompt_tokens}"
-        )
-
-    def _check_request(self, request_id: str, blocks: list[KVCacheBlock]) -> None:
-        boundary = self.evicting.get(request_id, 0)
-        assert not boundary or not self.enable_caching or request_id in self.sealed, f"{request_id} evicts unsealed"
-        for column, block in enumerate(blocks):
-            rewritten = column < self.rewritten_pages
-            retired = not rewritten and column < boundary
-            assert block.is_null == retired, f"{request_id}: column {column} null={block.is_null}, boundary {boundary}"
-            if column < self.private_pages and not retired:
-                assert block.ref_cnt == 1, f"{request_id}: page {column} has {block.ref_cnt} owners"
-            if rewritten:
-                assert block.block_hash is None or request_id not in self.sealed, (
-                    f"{request_id}: page {column} may be rewritten and is cached"
-                )
-        live = sum(not b.is_null for b in blocks)
-        assert live == self.live_pages.get(request_id, 0), f"{request_id}: {live} live pages, counted otherwise"
-        cap = self.max_admission_blocks_per_request
-        assert cap is None or live <= cap, f"{request_id}: {live} live pages exceed the admission bound {cap}"
-
-    def _cache_last_step(self, request_id: str) -> None:
-        request = self.uncached.pop(request_id, None)
-        if request is None:
+    def _cache_last_step(self, state: PrefixState | None) -> None:
+        if state is None or state.uncached is None:
             return
+        request = state.uncached
         filled = min(request.num_tokens, request.num_computed_tokens, self.kv_cache_spec.cacheable_tokens)
         super().cache_blocks(request, filled, replay_boundaries=())
 
@@ -207,8 +166,6 @@ class MomentKVManager(FullAttentionManager):
 
     def _seal(self, request_id: str) -> None:
         """Take the request's pages that will be rewritten out of the prefix cache, leaving copies there."""
-        self.sealed.add(request_id)
-        self.uncached.pop(request_id, None)
         cached = [b for b in self.req_to_blocks[request_id][: self.rewritten_pages] if b.block_hash is not None]
         # Only pages that this step cannot need: a copy must never be the reason for a preemption.
         step_pages = self.kv_cache_spec.step_tokens // self.block_size + len(self.req_to_blocks)
