@@ -7,6 +7,7 @@ import argparse
 import functools
 import json
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from momentkv_vllm.config import CONFIG_KEY, POLICY_DEFAULTS, EvictionConfig
@@ -46,30 +47,35 @@ def patch_engine_args() -> None:
         config = EvictionConfig.from_dict((self.additional_config or {}).get(CONFIG_KEY))
         if not config.active:
             return create(self, *args, **kwargs)
-        for name in unknown_variables():
-            logger.warning("momentkv: the environment variable %s is unknown, docs/operations.md lists ours", name)
-        refuse_untested_vllm()
-        backend, chose_page_size = choose_backend(self), _set_defaults(self, config)
-        vllm_config = create(self, *args, **kwargs)
-        _say_which_windows_are_none(vllm_config.model_config)
-        if has_windows(vllm_config.model_config):
-            if chose_page_size and self.block_size % SLIDING_PAGE_TOKENS:
-                self.block_size = SLIDING_PAGE_TOKENS
-                logger.info("momentkv: the model has layers with a window, --block-size is %d", self.block_size)
-                vllm_config = create(self, *args, **kwargs)
-            _keep_windows(vllm_config, self.disable_hybrid_kv_cache_manager)
-        refuse_unsupported(vllm_config, config, backend)
-        choose_scheduler(vllm_config)
-        # Imported late: prometheus must not be touched by processes that only parse options.
-        from momentkv_vllm.metrics import serve_metrics
-
-        serve_metrics()
-        return vllm_config
+        return _evicting_config(self, config, functools.partial(create, self, *args, **kwargs))
 
     EngineArgs.add_cli_args = staticmethod(add_cli_args)
     EngineArgs.from_cli_args = classmethod(from_cli_args)
     EngineArgs.create_engine_config = create_engine_config
     EngineArgs._momentkv_patched = True
+
+
+def _evicting_config(engine_args: Any, config: EvictionConfig, create: Callable[[], Any]) -> Any:
+    """vLLM's configuration for a server that evicts; `create` makes it of `engine_args`. Raises ValueError on what cannot."""
+    for name in unknown_variables():
+        logger.warning("momentkv: the environment variable %s is unknown, docs/operations.md lists ours", name)
+    refuse_untested_vllm()
+    backend, chose_page_size = choose_backend(engine_args), _set_defaults(engine_args, config)
+    vllm_config = create()
+    _say_which_windows_are_none(vllm_config.model_config)
+    if has_windows(vllm_config.model_config):
+        if chose_page_size and engine_args.block_size % SLIDING_PAGE_TOKENS:
+            engine_args.block_size = SLIDING_PAGE_TOKENS
+            logger.info("momentkv: the model has layers with a window, --block-size is %d", engine_args.block_size)
+            vllm_config = create()
+        _keep_windows(vllm_config, engine_args.disable_hybrid_kv_cache_manager)
+    refuse_unsupported(vllm_config, config, backend)
+    choose_scheduler(vllm_config)
+    # Imported late: prometheus must not be touched by processes that only parse options.
+    from momentkv_vllm.metrics import serve_metrics
+
+    serve_metrics()
+    return vllm_config
 
 
 def _add_options(parser: Any) -> Any:
