@@ -11,7 +11,7 @@ import report
 import torch
 from kernels.cases import Case, Shape
 
-from momentkv_vllm.attention.monitor import SAMPLE_EVERY, Monitor
+from momentkv_vllm.attention.monitor import SAMPLE_EVERY, Attended, Monitor
 from momentkv_vllm.block_manager.metrics import PageMetrics
 from momentkv_vllm.environment import METRICS_DIR
 from momentkv_vllm.kernels import cpu
@@ -49,13 +49,12 @@ def main() -> None:
         live = iter(range(1 << 30))
         lse = torch.empty(case.query.shape[:2])
         cpu.attend(case.cache, case.query, case.output, lse, case.work, case.scale, True)
+        attended = Attended(case.cache, case.query, case.output, lse, case.work, case.scale, True)
         cost = {
             "pages_changed": microseconds(lambda: pages.holdings(next(live), 9, 8, 4), 5000),
             "pages_retired": microseconds(lambda: pages.retired(2, 32), 5000),
             "consolidation_timed": microseconds(lambda: monitor.metrics.observe(CONSOLIDATE_SECONDS, 1e-3), 5000),
-            "sample": microseconds(
-                lambda: monitor.sample(case.cache, case.query, case.output, lse, case.work, case.scale, True), 50
-            ),
+            "sample": microseconds(lambda: monitor.sample(attended), 50),
             "attention_a_token": microseconds(lambda: case.attend(True), 50) / case.shape.rows,
         }
     visit = cost["consolidation_timed"] + cost["sample"] / SAMPLE_EVERY

@@ -101,8 +101,8 @@ class MomentKVSpec(FullAttentionSpec):
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
-        """One spec for the layers of a group; they must be equal. vLLM tries it on the layers of hybrid models too, and
-        takes an AssertionError for a no."""
+        """One spec for the layers of a group, which must be equal. vLLM tries layers of different kinds as well: an
+        AssertionError tells it that these share no group."""
         assert all(isinstance(s, cls) for s in specs), "layers with and without eviction share no group"
         base = FullAttentionSpec.merge([FullAttentionSpec(**_base_fields(s)) for s in specs])
         if any(s.schedule != specs[0].schedule for s in specs):

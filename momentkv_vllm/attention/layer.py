@@ -12,7 +12,7 @@ import torch
 from vllm.config import get_current_vllm_config
 from vllm.utils.torch_utils import is_quantized_kv_cache
 
-from momentkv_vllm.attention.monitor import Monitor
+from momentkv_vllm.attention.monitor import Attended, Monitor
 from momentkv_vllm.attention.spec_hook import EvictingBackend
 from momentkv_vllm.attention.step_plan import StepPlan
 from momentkv_vllm.config import EvictionConfig
@@ -102,7 +102,7 @@ class EvictingImpl:
         target = torch.empty_like(query) if attend.observe_only else output
         self.kernels.attend(cache, query, target, lse, attend, self.scale, corrected)
         if sampling:
-            sampling.sample(cache, query, target, lse, attend, self.scale, corrected)
+            sampling.sample(Attended(cache, query, target, lse, attend, self.scale, corrected))
         if self.sinks is not None:
             add_sinks(target, lse, attend, self.sinks)
         if observed:

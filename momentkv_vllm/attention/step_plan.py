@@ -28,10 +28,13 @@ MAX_QUERIES = 128
 class Segment:
     """Consecutive new tokens of one request that see the same store and moments.
 
-    row: request's row in the batch; first_token: index of its first token in the flat token list; start, end: token
-    positions; boundary_column: first exact column while the segment attends; retire_to: boundary after its event, 0 if none.
-    observe_from: position of the first query whose attention is observed for the coming event.
-    observe_only: the row is below its budget and attended by vLLM's kernel.
+    row:             the request's row in the batch.
+    first_token:     index of its first token in the flat token list.
+    start, end:      token positions [start, end).
+    boundary_column: first exact column while the segment attends.
+    retire_to:       boundary column after the event at `end`, 0 if there is none.
+    observe_from:    position of the first query whose attention is observed for the coming event.
+    observe_only:    the row is below its budget and attended by vLLM's kernel.
     """
 
     row: int

@@ -36,8 +36,9 @@ class MomentKVManager(ChecksIntegrity, FullAttentionManager):
     It frees columns [S+M, boundary) of a request once the tokens that made the worker retire them are settled; the
     worker, which runs the same schedule, retired them at the end of the step that computed those tokens.
 
-    Prefix caching: the worker rewrites columns [0, S+M) from the first event on, so a page there never has two owners, and
-    leaves the prefix cache before it is first rewritten. With a policy that observes attention no page of the budget has.
+    Prefix caching: the worker rewrites columns [0, S+M) from the first event on. Such a page must have a single owner, and must
+    leave the prefix cache before it is rewritten. If the policy observes attention, all pages of the budget have a single
+    owner, because observations are stored per page.
 
     * A hit page that somebody else owns is copied for the new request; one that nobody owns is taken as it is. So a hit
       never needs more free pages than the same request without one.

@@ -15,7 +15,7 @@ from momentkv_vllm.refuse import refuse
 
 
 class StopsAtEvents:
-    """Shortens what vLLM would schedule of a request, never to nothing.
+    """Shortens what vLLM would schedule of a request; at least one token is left.
 
     * A step that would reach the first event stops at the end of the cacheable prefix. The manager caches pages one step after
       they were filled, and the step that reaches the first event rewrites them: without the stop, a prompt whose first chunk is
