@@ -183,7 +183,7 @@ def test_a_named_family_is_refused_before_loading_and_auto_takes_another(models,
 def test_layers_ask_too(engine, tmp_path, monkeypatch, kernels):
     """A configuration need not tell the head size of the layers that evict."""
     monkeypatch.setattr(cpu, "LIMITS", type(cpu.LIMITS)(range(16, 33, 16)))
-    monkeypatch.setattr("momentkv_vllm.vllm_seams.refusals._refuse_kernels", lambda *given: None)
+    monkeypatch.setattr("momentkv_vllm.vllm_seams.refusals.refuse_kernels", lambda *given: None)
     model = make_model("Gemma 4", tmp_path)
     options = {"policy": "momentkv", "budget_tokens": 256, "max_model_len": 2048, "kernels": kernels}
     if kernels == "cpu":

@@ -46,7 +46,7 @@ def refuse_unsupported(vllm_config: "VllmConfig", config: EvictionConfig, backen
     ]
     refuse_first(rows, f"--kv-eviction {config.policy}")
     _refuse_page_size(vllm_config)
-    _refuse_kernels(vllm_config, config)
+    refuse_kernels(vllm_config, config)
     _refuse_budget(vllm_config, config)
 
 
@@ -195,7 +195,7 @@ def _draft_rows(vllm_config: "VllmConfig", config: EvictionConfig) -> list[Unsup
     ]
 
 
-def _refuse_kernels(vllm_config: "VllmConfig", config: EvictionConfig) -> None:
+def refuse_kernels(vllm_config: "VllmConfig", config: EvictionConfig) -> None:
     from vllm.platforms import current_platform
 
     from momentkv_vllm.kernels import dispatch
