@@ -4,6 +4,8 @@ import os
 import re
 from dataclasses import dataclass
 
+from momentkv_vllm.refuse import refuse
+
 PREFIX = "MOMENTKV_"
 
 
@@ -36,7 +38,7 @@ class Switch(Variable):
         """Raises ValueError for anything else: "true" must not mean no."""
         value = self.get()
         if value not in ("0", "1"):
-            raise ValueError(f"{self.name}={value!r} is not 0 or 1; set one of them, or unset it")
+            refuse(f"{self.name}={value!r} is not 0 or 1", "set one of them", "unset it")
         return value == "1"
 
 
