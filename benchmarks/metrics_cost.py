@@ -14,7 +14,7 @@ from kernels.cases import Case, Shape
 from momentkv_vllm.attention.monitor import SAMPLE_EVERY, Attended, Monitor
 from momentkv_vllm.block_manager.metrics import PageMetrics
 from momentkv_vllm.environment import METRICS_DIR
-from momentkv_vllm.kernels import cpu
+from momentkv_vllm.kernels import select
 from momentkv_vllm.metrics import CONSOLIDATE_SECONDS
 from momentkv_vllm.page_schedule import PageSchedule
 
@@ -48,7 +48,7 @@ def main() -> None:
         )
         live = iter(range(1 << 30))
         lse = torch.empty(case.query.shape[:2])
-        cpu.attend(case.cache, case.query, case.output, lse, case.work, case.scale, True)
+        select("cpu").attend(case.cache, case.query, case.output, lse, case.work, case.scale, True)
         attended = Attended(case.cache, case.query, case.output, lse, case.work, case.scale, True)
         cost = {
             "pages_changed": microseconds(lambda: pages.holdings(next(live), 9, 8, 4), 5000),

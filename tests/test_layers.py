@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "momentkv_vllm"
-ROOT = {"config", "environment", "refuse", "page_schedule", "page_layout", "model_layers", "versions", "metrics"}
 LAYERS = [
-    ROOT,
+    {"refuse", "environment", "moments", "page_layout", "model_layers", "versions", "metrics", "records"},
+    {"policies"},
+    {"config"},
+    {"page_schedule", "testing"},
     {"triton_kernels"},
-    {"kernels", "policies"},
+    {"kernels"},
     {"kv_spec"},
     {"block_manager", "attention"},
     {"vllm_seams"},

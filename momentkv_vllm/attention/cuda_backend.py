@@ -28,12 +28,11 @@ from momentkv_vllm.attention.layer import EvictingImpl
 from momentkv_vllm.attention.spec_hook import EvictingBackend, require_bounded_spec
 from momentkv_vllm.attention.step_plan import Round, StepPlan, StepPlanner
 from momentkv_vllm.attention.step_plan_on_device import DecodePlanner
-from momentkv_vllm.attention.stock_rows import StockPart, stock_part
+from momentkv_vllm.attention.stock_rows import StockPart, StockRows, stock_part
 from momentkv_vllm.attention.upload import uploaded
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.kernels import dispatch
+from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
-from momentkv_vllm.kernels.worklists import StockRows
 from momentkv_vllm.policies import POLICIES
 
 logger = init_logger(__name__)
@@ -107,8 +106,8 @@ class CudaMomentKVMetadataBuilder(TritonAttentionMetadataBuilder):
             return
         require_bounded_spec(kv_cache_spec, config, layer_names)
         policy, schedule = POLICIES[config.policy], kv_cache_spec.schedule
-        kernels = dispatch.select(config.kernels, CudaMomentKVImpl.device_type)
-        logger.info_once("--kv-eviction %s: kernels %s", config.policy, dispatch.describe(kernels))
+        kernels = select(config.kernels, CudaMomentKVImpl.device_type)
+        logger.info_once("--kv-eviction %s: kernels %s", config.policy, kernels.label())
         self.planner = StepPlanner(schedule, config, policy)
         if _plans_on_device(config):
             sizes = vllm_config.compilation_config.cudagraph_capture_sizes or [0]

@@ -13,13 +13,14 @@ from vllm.config import get_current_vllm_config
 from vllm.utils.torch_utils import is_quantized_kv_cache
 
 from momentkv_vllm.attention.monitor import Attended, Monitor
+from momentkv_vllm.attention.sinks import add_sinks
 from momentkv_vllm.attention.spec_hook import EvictingBackend
 from momentkv_vllm.attention.step_plan import StepPlan
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.kernels import dispatch
+from momentkv_vllm.kernels import KernelFamily, select
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.limits import CacheShape
-from momentkv_vllm.kernels.sinks import add_sinks
+from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.worklists import AttendWork, fresh_pages
 from momentkv_vllm.kv_spec import record_layout
 from momentkv_vllm.model_layers import hides_tokens
@@ -49,10 +50,10 @@ class EvictingImpl:
         if self.config is None:
             return
         self.policy = POLICIES[config.policy]()
-        self.record = record_layout(config, self.head_size)
+        self.record_layout = record_layout(config, self.head_size)
         shape = CacheShape(head_size, vllm_config.cache_config.block_size, vllm_config.model_config.dtype)
-        self.kernels = dispatch.select(config.kernels, self.device_type, shape)
-        self.slot_mass: torch.Tensor | None = None
+        self.kernels: KernelFamily = select(config.kernels, self.device_type, shape)
+        self.observed: Observed | None = None
 
     def fused_output_quant_supported(self, quant_key) -> bool:
         """Ours write no quantized output: `forward` ignores `output_scale` where rows are evicted."""
@@ -63,8 +64,8 @@ class EvictingImpl:
             if self.shares_pool:
                 _zero_fresh_pages(kv_cache, slot_mapping)
             return super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        cache = self.view(kv_cache, self.record)
-        self.kernels.store(cache, key, value, slot_mapping, self._mass_of(cache))
+        cache = self.view(kv_cache, self.record_layout)
+        self.kernels.write(cache, key, value, slot_mapping, self._observed_in(cache))
 
     def forward(
         self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None
@@ -81,7 +82,7 @@ class EvictingImpl:
             output[part.tokens] = super().forward(
                 layer, rows, key, value, kv_cache, part.metadata, torch.empty_like(rows)
             )
-        cache, monitor = self.view(kv_cache, self.record), getattr(attn_metadata, "monitor", None)
+        cache, monitor = self.view(kv_cache, self.record_layout), getattr(attn_metadata, "monitor", None)
         for round_ in step.rounds:
             sampling = monitor if monitor and monitor.due(round_) else None
             for attend in round_.attends:
@@ -89,7 +90,7 @@ class EvictingImpl:
             for retire in round_.retires:
                 with monitor.timed() if monitor else nullcontext():
                     self.kernels.consolidate(
-                        cache, self._mass_of(cache), retire, self.policy, self.config.sink_tokens, self.scale
+                        cache, self._observed_in(cache), retire, self.policy, self.config.sink_tokens, self.scale
                     )
         return output
 
@@ -109,29 +110,28 @@ class EvictingImpl:
             self._observe(cache, query, lse, attend)
 
     def _observe(self, cache: CacheView, query: torch.Tensor, lse: torch.Tensor, attend: AttendWork) -> None:
-        mass = self._mass_of(cache)
-        if mass is None:
+        observed = self._observed_in(cache)
+        if observed is None:
             # A captured memset would run at every replay; observation begins by clearing what it will read.
             capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
-            shape = [*cache.keys.shape[:3], *[3] * self.policy.observes_logits]
-            mass = self.slot_mass = (torch.empty if capturing else torch.zeros)(shape, device=query.device)
-        self.kernels.observe(cache, mass, query, lse, attend, self.scale)
+            what = "logits" if self.policy.observes_logits else "mass"
+            observed = self.observed = Observed.of(cache, what, cleared=not capturing)
+        self.kernels.observe(cache, observed, query, lse, attend, self.scale)
 
-    def _mass_of(self, cache: CacheView) -> torch.Tensor | None:
+    def _observed_in(self, cache: CacheView) -> Observed | None:
         """What was observed in this cache, None before the first time.
 
         vLLM's KV cache may be another one than before: CUDA graphs are first captured on a small one to measure them, then
         thrown away (vllm/v1/worker/gpu_model_runner.py, profile_cudagraph_memory). While a cache stays, so does the address.
         """
-        mass = self.slot_mass
-        if mass is not None and (mass.shape[:3] != cache.keys.shape[:3] or mass.device != cache.keys.device):
-            self.slot_mass = None
-        return self.slot_mass
+        if self.observed is not None and not self.observed.fits(cache):
+            self.observed = None
+        return self.observed
 
 
 def _zero_fresh_pages(kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
     """Zero pages whose first slot is about to be written, in a layer that does not evict but shares the pool with layers that
-    do: such a page may have been a moment page there (kernels/reference.py, `store`)."""
+    do: such a page may have been a moment page there (kernels/base.py, `write`)."""
     kv_cache[fresh_pages(slot_mapping, kv_cache.shape[2])] = 0
 
 

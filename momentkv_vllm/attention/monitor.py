@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from momentkv_vllm import moments as mo
 from momentkv_vllm.attention.step_plan import Round
-from momentkv_vllm.kernels import moments as mo
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.worklists import AttendWork
 from momentkv_vllm.kv_spec import MomentKVSpec
@@ -61,8 +61,8 @@ class Monitor:
     def sample(self, seen: Attended) -> None:
         """Look at the last query of the first rows that have evicted."""
         attend = seen.attend
-        rows = (attend.count > 0).nonzero().flatten()[:SAMPLE_ROWS]
-        if attend.observe_only or not len(rows) or not seen.cache.record.has_means:
+        rows = (attend.num_evicted > 0).nonzero().flatten()[:SAMPLE_ROWS]
+        if attend.observe_only or not len(rows) or not seen.cache.record_layout.has_means:
             return
         mass, change = measure(seen, rows)
         for value in mass.tolist():
@@ -80,9 +80,9 @@ def measure(seen: Attended, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
         o - o_r = m / (1 - m) (e - o).
     """
     cache, attend = seen.cache, seen.attend
-    token = (attend.first_token + attend.queries - 1)[rows]
+    token = (attend.first_token + attend.num_queries - 1)[rows]
     query, output, lse = seen.query[token], seen.output[token], seen.lse[token]
-    record = cache.read_moments(attend.moment_pages[rows], attend.count[rows])
+    record = cache.read_moments(attend.moment_pages[rows], attend.num_evicted[rows])
     heads = record.mean_key.shape[1]
     grouped = query.float().unflatten(1, (heads, -1))
     evicted, log_mass = mo.partial(record, grouped, seen.scale)

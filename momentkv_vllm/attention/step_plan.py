@@ -176,11 +176,11 @@ class StepPlanner:
             restart = torch.from_numpy((start <= zone) & (zone < start + queries))
         return AttendWork(
             first_token=torch.from_numpy(_column(segments, "first_token")),
-            queries=torch.from_numpy(queries),
+            num_queries=torch.from_numpy(queries),
             pages=torch.from_numpy(pages),
-            last=torch.from_numpy(start - skipped),
+            last_slot=torch.from_numpy(start - skipped),
             moment_pages=self._moment_pages(segments, table),
-            count=self._count(segments),
+            num_evicted=self._count(segments),
             observe_from=observe_from,
             restart=restart,
             observe_only=segments[0].observe_only,
@@ -195,7 +195,7 @@ class StepPlanner:
             store_pages=torch.from_numpy(table[rows, : self.schedule.store_pages].astype(np.int64)),
             retiring_pages=torch.from_numpy(np.stack(retiring).astype(np.int64)),
             moment_pages=self._moment_pages(segments, table),
-            count=self._count(segments),
+            num_evicted=self._count(segments),
         )
 
     def _retained_columns(self, s: Segment) -> list[int]:

@@ -7,7 +7,28 @@ from typing import Any
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from momentkv_vllm.kernels.worklists import StockRows
+
+@dataclass
+class StockRows:
+    """Rows below their budget, which vLLM's own kernel serves.
+
+    index:       [rows] int64 their numbers in the step.
+    tokens:      [their tokens] int64 indices in the step's flat token list.
+    query_start: [rows + 1] int32 where each row begins in `tokens`.
+    """
+
+    index: torch.Tensor
+    tokens: torch.Tensor
+    query_start: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: list[int], starts: list[int]) -> "StockRows":
+        """On the host. starts: [num_requests + 1] of each request in the flat token list."""
+        index = torch.tensor(rows)
+        lens = torch.tensor([starts[r + 1] - starts[r] for r in rows])
+        tokens = torch.cat([torch.arange(starts[r], starts[r + 1]) for r in rows])
+        query_start = torch.cat([lens.new_zeros(1), lens.cumsum(0)]).int()
+        return cls(index, tokens, query_start)
 
 
 @dataclass
