@@ -7,10 +7,10 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "momentkv_vllm"
 LAYERS = [
-    {"refuse", "environment", "moments", "page_layout", "model_layers", "versions", "metrics", "records"},
+    {"refuse", "environment", "moments", "model_layers", "versions", "metrics", "_cpu", "_cuda"},
     {"policies"},
     {"config"},
-    {"page_schedule", "testing"},
+    {"page_schedule", "page_layout", "records", "testing"},
     {"triton_kernels"},
     {"kernels"},
     {"kv_spec"},
