@@ -10,14 +10,15 @@ A block-table row by column, once the sequence evicts (column j = logical page j
     [ S+M .. b )   retired         really freed to vLLM's pool
     [ b .. end )   window pages    the newest tokens, exact, in order
 
-Eviction events happen at fixed token counts: first when the budget is full (`first_event`), then every `retire_tokens`.
-The event at count e retires every page before `boundary(e)`.
+Eviction events happen at fixed token counts: first when the budget is full (`first_event_tokens`), then every `retire_tokens`.
+The event at count e retires every page before `boundary_column(e)`.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.refuse import refuse
 
 DEFAULT_RETIRE_SHARE = 32
 """An event retires budget / 32: 5 % of decode attention at 1,024 tokens on 2 CPU cores (make bench-kernels)."""
@@ -37,7 +38,8 @@ class PageSchedule:
         store_pages, moment_pages, window_pages: S, M, W above; S + M + W = `budget_pages`.
         retire_pages: pages leaving the window at an event (the window shrinks by so many, then grows again).
         store_page_tokens: tokens of a store page; more than `page_size` where the store is quantised, 0 for `page_size`.
-        record_tokens: slots at the end of the store that the moment record takes, where it needs no pages of its own.
+        record_in_store: the moment record lies at the end of the last store page and needs no pages of its own;
+            `record_tokens`: slots that this takes from the store.
         run_tokens: neighbours that stay or leave together.
         evict_in_prefill: False defers every event to the end of the prompt ("full" prefill mode).
     """
@@ -49,6 +51,7 @@ class PageSchedule:
     retire_pages: int = 1
     evict_in_prefill: bool = True
     store_page_tokens: int = 0
+    record_in_store: bool = False
     record_tokens: int = 0
     run_tokens: int = 1
 
@@ -69,7 +72,7 @@ class PageSchedule:
     @property
     def record_pages(self) -> slice:
         """Columns of the pages that hold the moment record, if there is one."""
-        if self.record_tokens:
+        if self.record_in_store:
             return slice(self.store_pages - 1, self.store_pages)
         return slice(self.store_pages, self.store_pages + self.moment_pages)
 
@@ -83,18 +86,18 @@ class PageSchedule:
         return self.retire_pages * self.page_size
 
     @property
-    def first_event(self) -> int:
+    def first_event_tokens(self) -> int:
         """Committed tokens at which the budget is full: below it the run is stock attention."""
         return self.budget_pages * self.page_size
 
-    def boundary(self, committed_tokens: int, prompt_tokens: int = 0) -> int:
+    def boundary_column(self, committed_tokens: int, prompt_tokens: int = 0) -> int:
         """First column still exact once `committed_tokens` are in; 0 while nothing was ever evicted.
 
         `prompt_tokens` matters only in "full" prefill mode.
         """
         if committed_tokens < self._eviction_start(prompt_tokens):
             return 0
-        events_after_first = (committed_tokens - self.first_event) // self.retire_tokens
+        events_after_first = (committed_tokens - self.first_event_tokens) // self.retire_tokens
         return self.store_pages + self.moment_pages + (events_after_first + 1) * self.retire_pages
 
     def events(self, start: int, end: int, prompt_tokens: int = 0) -> Iterator[int]:
@@ -109,37 +112,41 @@ class PageSchedule:
         first = self._eviction_start(prompt_tokens)
         if committed_tokens < first:
             return first
-        done = (committed_tokens - self.first_event) // self.retire_tokens
-        return self.first_event + (done + 1) * self.retire_tokens
+        done = (committed_tokens - self.first_event_tokens) // self.retire_tokens
+        return self.first_event_tokens + (done + 1) * self.retire_tokens
 
     def last_event(self, committed_tokens: int, prompt_tokens: int = 0) -> int:
         """The latest event at or before `committed_tokens`; 0 if none yet."""
         first = self._eviction_start(prompt_tokens)
         if committed_tokens < first:
             return 0
-        done = (committed_tokens - self.first_event) // self.retire_tokens
-        return max(first, self.first_event + done * self.retire_tokens)
+        done = (committed_tokens - self.first_event_tokens) // self.retire_tokens
+        return max(first, self.first_event_tokens + done * self.retire_tokens)
 
     def _eviction_start(self, prompt_tokens: int) -> int:
-        return self.first_event if self.evict_in_prefill else max(self.first_event, prompt_tokens)
+        return self.first_event_tokens if self.evict_in_prefill else max(self.first_event_tokens, prompt_tokens)
 
-    def evicted_tokens(self, boundary: int) -> int:
-        """n: tokens in the moments once every column before `boundary` is retired; the same for every head."""
-        return max(0, boundary * self.page_size - self.store_tokens)
+    def evicted_tokens(self, boundary_column: int) -> int:
+        """n: tokens in the moments once every column before `boundary_column` is retired; the same for every head."""
+        return max(0, boundary_column * self.page_size - self.store_tokens)
 
-    def retained_pages(self, committed_tokens: int, boundary: int) -> int:
+    def retained_pages(self, committed_tokens: int, boundary_column: int) -> int:
         """Store + window pages that attention reads after `committed_tokens`."""
         pages = cdiv(committed_tokens, self.page_size)
-        return pages if boundary == 0 else self.store_pages + pages - boundary
+        return pages if boundary_column == 0 else self.store_pages + pages - boundary_column
 
     def peak_pages(self, step_tokens: int) -> int:
         """Most pages a sequence can own when at most `step_tokens` of its tokens are scheduled and not yet settled."""
         return self.budget_pages + cdiv(max(0, step_tokens - 1), self.page_size)
 
+    def least_pool_pages(self, step_tokens: int) -> int:
+        """Pages that a pool must have for one sequence; in "full" prefill a prompt may need more, as in stock vLLM."""
+        return self.peak_pages(step_tokens) if self.evict_in_prefill else self.budget_pages
+
 
 def build_schedule(
     config: EvictionConfig, page_size: int, moment_pages: int, keeps_only_sinks: bool, store_page_tokens: int = 0,
-    record_tokens: int = 0,
+    record_tokens: int | None = None,
 ) -> PageSchedule:  # fmt: skip
     """Lay out the budget. Raises ValueError with the smallest legal budget when it does not fit.
 
@@ -147,7 +154,8 @@ def build_schedule(
         config: the user's settings.
         page_size: tokens a page (vLLM: block_size).
         moment_pages: pages that the moment records of a sequence need (page_layout.py), 0 for none.
-        store_page_tokens, record_tokens: of a quantised store, as in `PageSchedule`.
+        store_page_tokens: of a quantised store, as in `PageSchedule`.
+        record_tokens: likewise; None: the record does not lie in the store.
         keeps_only_sinks: the policy never keeps a retired token besides the sinks: all else is window (StreamingLLM).
     """
     # Scoring reads every key of the budget: retiring a fixed share of it keeps that cost a fixed share of decode attention.
@@ -159,11 +167,14 @@ def build_schedule(
     least_pages = least_store + moment_pages + window_pages
     budget_pages = config.budget_tokens // page_size
     if budget_pages < least_pages:
-        raise ValueError(
+        refuse(
             f"kv_eviction.budget_tokens={config.budget_tokens} is too small: with pages of {page_size} tokens the least "
             f"is {least_pages * page_size} (store {least_store} + moments {moment_pages} + window {window_pages} pages "
-            f"for window_tokens={config.window_tokens}, retire_tokens={retire_pages * page_size}); raise --kv-budget, "
-            f"or lower window_tokens, use a smaller --block-size, or correction 'zeroth' or 'off' for a smaller state"
+            f"for window_tokens={config.window_tokens}, retire_tokens={retire_pages * page_size})",
+            "raise --kv-budget",
+            "lower window_tokens",
+            "use a smaller --block-size",
+            "take correction 'zeroth' or 'off' for a smaller state",
         )
     if keeps_only_sinks:
         window_pages = budget_pages - least_store - moment_pages
@@ -177,6 +188,7 @@ def build_schedule(
         retire_pages=retire_pages,
         evict_in_prefill=config.prefill == "chunked",
         store_page_tokens=store_page_tokens,
-        record_tokens=record_tokens,
+        record_in_store=record_tokens is not None,
+        record_tokens=record_tokens or 0,
         run_tokens=config.run_tokens,
     )

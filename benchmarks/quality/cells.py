@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from momentkv_vllm.block_manager.spec import page_schedule
 from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.kv_spec import schedule_of
 from momentkv_vllm.vllm_seams.engine_args import SMALL_BUDGET_TOKENS
 
 FULL = "full cache"
@@ -108,14 +108,14 @@ def cells(
             for method in [m for m in methods if m in KNOWN]:
                 cell = Cell(method, prefill, budget)
                 config = EvictionConfig.from_dict(cell.eviction)
-                state = page_schedule(config, cell.page_size, head_dim, DTYPE).moment_pages * cell.page_size
+                state = schedule_of(config, cell.page_size, head_dim, DTYPE).moment_pages * cell.page_size
                 both = [cell, Cell(method, prefill, budget, "tokens", state)] if state else [cell]
                 yield from (c for c in both if _fits(c, head_dim))
 
 
 def _fits(cell: Cell, head_dim: int) -> bool:
     try:
-        page_schedule(EvictionConfig.from_dict(cell.eviction), cell.page_size, head_dim, DTYPE)
+        schedule_of(EvictionConfig.from_dict(cell.eviction), cell.page_size, head_dim, DTYPE)
     except ValueError as error:
         print(f"left out: {cell.name}: {error}")
         return False

@@ -138,7 +138,7 @@ class _Layer:
     def _retire(self, event: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """The event: tokens before the new boundary compete for the store, losers join the moments."""
         how, plan, policy = self.how, self.how.schedule, self.how.policy
-        boundary = plan.boundary(event, how.prompt_tokens) * plan.page_size
+        boundary = plan.boundary_column(event, how.prompt_tokens) * plan.page_size
         num = self.stored_k.shape[2] + boundary - self.window
         keys, values = self._entering(k[:, :, :num], v[:, :, :num])
         if num <= plan.store_tokens:

@@ -8,7 +8,7 @@ from momentkv_vllm.kernels.limits import Limits
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
 
 try:
-    import momentkv_vllm._cpu  # noqa: F401  registers torch.ops.momentkv_cpu
+    from momentkv_vllm import _cpu  # type: ignore[attr-defined]  # noqa: F401  registers torch.ops.momentkv_cpu
 except ImportError as error:
     _why_missing = str(error)
 else:

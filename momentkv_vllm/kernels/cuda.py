@@ -13,7 +13,7 @@ from momentkv_vllm.kernels.limits import Limits
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
 
 try:
-    import momentkv_vllm._cuda  # noqa: F401  registers torch.ops.momentkv_cuda
+    from momentkv_vllm import _cuda  # type: ignore[attr-defined]  # noqa: F401  registers torch.ops.momentkv_cuda
 except ImportError as error:
     _why_missing = str(error)
 else:
