@@ -10,14 +10,18 @@ from momentkv_vllm.page_schedule import PageSchedule, build_schedule, cdiv
 
 @st.composite
 def schedules(draw):
-    retire = draw(st.integers(1, 4))
+    retire, page_size, store_pages = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 4, 16])), draw(st.integers(1, 6))
+    packed, run_tokens = draw(st.booleans()), draw(st.sampled_from([1, page_size]))
     return PageSchedule(
-        page_size=draw(st.sampled_from([1, 2, 4, 16])),
-        store_pages=draw(st.integers(1, 6)),
+        page_size=page_size,
+        store_pages=store_pages,
         moment_pages=draw(st.integers(0, 3)),
         window_pages=retire + draw(st.integers(1, 4)),
         retire_pages=retire,
         evict_in_prefill=draw(st.booleans()),
+        store_page_tokens=draw(st.integers(page_size + 1, 4 * page_size)) if packed else 0,
+        record_tokens=draw(st.integers(0, page_size)) if packed else 0,
+        run_tokens=run_tokens,
     )
 
 
@@ -72,7 +76,10 @@ def test_live_pages_never_exceed_the_budget_in_decode(plan, total):
         after = plan.boundary_column(p, 0)
         window = p - after * plan.page_size
         if after:
-            assert plan.evicted_tokens(after) + plan.store_tokens + window == p  # n + store + window = committed
+            stored = plan.stored_tokens(after)
+            assert plan.evicted_tokens(after) + stored + window == p  # n + store + window = committed
+            assert stored == plan.store_tokens or not plan.evicted_tokens(after), "nothing is evicted until the store is full"
+            assert stored % plan.run_tokens == 0 and stored <= plan.store_pages * (plan.store_page_tokens or plan.page_size)
             assert window >= (plan.window_pages - plan.retire_pages) * plan.page_size
 
 

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.kv_spec import schedule_of
+from momentkv_vllm.kv_spec import StateLayout
 
 BACKENDS = ("engine", "simulator")
 Shelves = dict[str, tuple[Shelf, list[Item]]]
@@ -70,7 +70,8 @@ def simulated(cell: Cell, dtype: str, head_dim: int, prompt: int) -> Eviction | 
     if not cell.prefill:
         return None
     config = EvictionConfig.from_dict(cell.eviction)
-    return Eviction.of(config, schedule_of(config, cell.page_size, head_dim, getattr(torch, dtype)), prompt)
+    layout = StateLayout.of(config, cell.page_size, head_dim, getattr(torch, dtype))
+    return Eviction.of(config, layout.schedule, prompt, layout.packed)
 
 
 def play(cell: Cell, job: Job, shelves: Shelves, simulator: Any = None) -> None:

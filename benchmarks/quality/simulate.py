@@ -45,14 +45,16 @@ class Eviction:
     store: PackedLayout | None = None
 
     @classmethod
-    def of(cls, config: EvictionConfig, schedule: PageSchedule, prompt_tokens: int = 0) -> "Eviction":
+    def of(
+        cls, config: EvictionConfig, schedule: PageSchedule, prompt_tokens: int = 0, store: PackedLayout | None = None
+    ) -> "Eviction":
         """What the engine does with this configuration and the schedule that it makes of it."""
         state = None
         if config.correction != "off":
             order = int(config.correction == "first")
             state = lambda: MomentState(order, *COVARIANCES[config.moment_dtype])  # noqa: E731
         policy = POLICIES[config.policy]()
-        return cls(policy, schedule, state, config.sink_tokens, config.observation_tokens, prompt_tokens)
+        return cls(policy, schedule, state, config.sink_tokens, config.observation_tokens, prompt_tokens, store)
 
 
 class _Layer:

@@ -90,7 +90,7 @@ class CacheView:
 
     @property
     def packed_arguments(self) -> list[int]:
-        """What operators in C++ are told of quantised store pages (csrc/common/params.h, PackedLayout); empty if there are none."""
+        """What operators in C++ are told of quantised store pages (csrc/common/params.h); empty if there are none."""
         layout = self.packed_layout
         if layout is None or self.packed is None:
             return []

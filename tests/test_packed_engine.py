@@ -1,0 +1,82 @@
+"""Quantised stores in a real vLLM engine: the simulator's answers, tokens independent of scheduling, what is refused."""
+
+import pytest
+import torch
+from engine import random_prompt
+from quality.simulate import Eviction, SimulatedModel
+
+from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.kv_spec import StateLayout
+
+pytestmark = pytest.mark.engine
+
+PAGE, PROMPT, NEW = 16, 600, 40
+INT4 = {"policy": "momentkv", "budget_tokens": 256, "store_dtype": "int4", "run_tokens": 8, "window_tokens": 64}
+SETTINGS = {
+    "keydiff, runs of 8": {"policy": "keydiff", "store_dtype": "int4", "run_tokens": 8},
+    "momentkv, small window": {"policy": "momentkv", "store_dtype": "int4", "run_tokens": 8, "window_tokens": 32},
+    "momentkv, int8": {"policy": "momentkv", "store_dtype": "int8"},
+    "first order, full": {
+        "policy": "snapkv", "store_dtype": "int4", "run_tokens": 16, "correction": "first", "moment_dtype": "int8",
+    },
+    "every query observed": {"policy": "h2o", "store_dtype": "int4"},
+    "16 bit in runs": {"policy": "momentkv", "run_tokens": 8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize(("kernels", "atol"), [("reference", 1e-3), ("cpu", 3e-2)])
+def test_log_probabilities_are_the_simulators(engine, models, kind, kernels, atol):
+    """The CPU kernels round queries and weights to 16 bits, which may change a rank between near equals."""
+    values = {"budget_tokens": 128, **SETTINGS[kind], "kernels": kernels}
+    e = engine(models(seed=1), **values, block_size=PAGE)
+    prompts = [random_prompt(PROMPT, seed) for seed in (1, 2)]
+    names = [e.add(prompt, NEW, logprobs=1) for prompt in prompts]
+    said, log_probs = {}, {}
+    while e.vllm.has_unfinished_requests():
+        for output in (o for o in e.step() if o.finished):
+            answer = output.outputs[0]
+            said[output.request_id] = list(answer.token_ids)
+            log_probs[output.request_id] = [p[t].logprob for t, p in zip(answer.token_ids, answer.logprobs)]
+    config, model = EvictionConfig.from_dict(values), SimulatedModel(models(seed=1))
+    layout = StateLayout.of(config, PAGE, model.model.config.head_dim, torch.float32)
+    how = Eviction.of(config, layout.schedule, PROMPT, layout.packed)
+    ids = torch.tensor([prompt + said[name] for prompt, name in zip(prompts, names)])
+
+    def answers(how):
+        found = model.log_probs(ids, slice(PROMPT - 1, PROMPT + NEW - 1), how)
+        return found.gather(-1, ids[:, PROMPT:, None]).squeeze(-1)
+
+    mine = answers(how)
+    torch.testing.assert_close(mine, torch.tensor([log_probs[name] for name in names]), atol=atol, rtol=0)
+    assert (mine - answers(None)).abs().max() > 3 * atol, "eviction must matter here"
+
+
+def test_tokens_do_not_depend_on_chunk_size_batch_or_preemption(engine):
+    prompts = [random_prompt(n) for n in (900, 1100, 700)]
+    alone = [engine(**INT4, block_size=PAGE).generate([p], max_tokens=48)[0] for p in prompts]
+    assert engine(**INT4, block_size=PAGE, max_num_batched_tokens=96).generate(prompts, max_tokens=48) == alone
+    tight = engine(**INT4, block_size=PAGE, num_gpu_blocks_override=40, max_num_batched_tokens=128)
+    assert tight.generate(prompts, max_tokens=48) == alone
+    assert tight.preemptions
+
+
+def test_a_prefix_is_cached_and_the_store_is_private(engine):
+    shared = random_prompt(160)
+    prompts = [shared + random_prompt(700, seed) for seed in (1, 2, 3)]
+    plain = engine(**INT4, block_size=PAGE, enable_prefix_caching=False).generate(prompts, max_tokens=24)
+    cached = engine(**INT4, block_size=PAGE, enable_prefix_caching=True)
+    assert [cached.generate([p], max_tokens=24)[0] for p in prompts] == plain
+    assert cached.cached_tokens["r2"] == 160
+
+
+def test_below_the_budget_it_is_stock(engine):
+    prompts = [random_prompt(n) for n in (40, 180)]
+    stock = engine(block_size=PAGE).generate(prompts)
+    assert engine(**INT4, block_size=PAGE).generate(prompts) == stock
+
+
+def test_a_store_that_would_hold_no_more_is_refused():
+    config = EvictionConfig.from_dict({"policy": "keydiff", "store_dtype": "int8"})
+    with pytest.raises(ValueError, match="store_dtype='int8' would hold 8 tokens in a page of 16 .* use 'model'"):
+        StateLayout.of(config, 16, 16, torch.bfloat16)
