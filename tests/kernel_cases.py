@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from momentkv_vllm.kernels import moments
+from momentkv_vllm import moments
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.worklists import AttendWork
 from momentkv_vllm.page_layout import RecordLayout

@@ -6,7 +6,8 @@ import pytest
 import torch
 from kernel_cases import HEADS, WIDEST, observed, poisoned_cache
 
-from momentkv_vllm.kernels import moments, reference
+from momentkv_vllm import moments
+from momentkv_vllm.kernels import reference
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.worklists import RetireWork
 from momentkv_vllm.page_layout import RecordLayout

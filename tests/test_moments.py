@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from momentkv_vllm.kernels.moments import Moments, merge, of_tokens, partial
+from momentkv_vllm.moments import Moments, merge, of_tokens, partial
 
 
 def exact(keys, values):

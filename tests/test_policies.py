@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from momentkv_vllm.kernels import moments
+from momentkv_vllm import moments
 from momentkv_vllm.policies import POLICIES, Candidates
 
 ROWS, HEADS, TOKENS, DIM = 2, 3, 32, 16

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import shape
 import torch
 
-from momentkv_vllm.kernels import moments
+from momentkv_vllm import moments
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
 

@@ -12,8 +12,8 @@ import torch
 from quality.states import MomentState, Rounding, State, to_bfloat16, to_int8
 from transformers import AttentionInterface, AutoModelForCausalLM
 
+from momentkv_vllm import moments as mo
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.kernels import moments as mo
 from momentkv_vllm.kernels.reference import _fill_holes
 from momentkv_vllm.page_schedule import PageSchedule
 from momentkv_vllm.policies import POLICIES, Candidates, Policy

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from momentkv_vllm.kernels import moments as mo
+from momentkv_vllm import moments as mo
 
 Partial = tuple[torch.Tensor, torch.Tensor]
 """(output [rows, heads, queries, d], logsumexp [rows, heads, queries]) of the evicted tokens."""
@@ -71,7 +71,7 @@ class MomentState(State):
         order: 0 (means only) or 1.
         covariance_bytes: a number of the covariance; `rounding`: what storing it does to it.
         rank: keep only so many singular directions of the covariance (16-bit factors); None = all.
-        limit: the trust region of kernels/moments.py.
+        limit: the trust region of momentkv_vllm/moments.py.
         key_variance: add half the logits' variance to the log mass, from the diagonal of the key covariance, at most 1/2.
     """
 

@@ -1,5 +1,5 @@
 // The moment record as one more split: what attention over the evicted tokens would have returned (paper eqs. 9 and 11; see
-// moments.partial in momentkv_vllm/kernels/moments.py).
+// moments.partial in momentkv_vllm/moments.py).
 #pragma once
 
 #include "attend_slots.cuh"

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 
 import torch
 
+from momentkv_vllm import moments as mo
 from momentkv_vllm.attention.metadata import Round
 from momentkv_vllm.block_manager.spec import MomentKVSpec
-from momentkv_vllm.kernels import moments as mo
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.worklists import AttendWork
 from momentkv_vllm.metrics import CONSOLIDATE_SECONDS, CORRECTION, EVICTED_MASS, WORKER_METRICS, MetricWriter

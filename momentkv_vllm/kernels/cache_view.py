@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from momentkv_vllm.kernels.moments import Moments
+from momentkv_vllm.moments import Moments
 from momentkv_vllm.page_layout import RecordLayout
 
 

@@ -6,7 +6,7 @@ tensors of page numbers index vLLM's block pool.
 
 import torch
 
-from momentkv_vllm.kernels import moments as mo
+from momentkv_vllm import moments as mo
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.limits import Limits
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork, fresh_pages

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from momentkv_vllm.kernels.moments import Moments
+from momentkv_vllm.moments import Moments
 
 
 @dataclass
