@@ -21,7 +21,7 @@ from momentkv_vllm.attention.decode_plan import DecodePlan
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import triton as family
 from momentkv_vllm.page_schedule import build_schedule
-from momentkv_vllm.policies import POLICIES
+from momentkv_vllm.policies import find
 
 
 class Target(DriverBase):
@@ -66,7 +66,7 @@ def main(capability: int, shapes: list[Shape]) -> None:
             print(json.dumps(row | {"cubin_bytes": len(made.asm["cubin"])}), flush=True)
 
     JITFunction.run = compile_only
-    policy = POLICIES["momentkv"]
+    policy = find("momentkv")
     for shape in shapes:
         case = Case(shape, "cpu")
         case.attend(family, True, lse=True)

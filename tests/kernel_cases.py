@@ -9,7 +9,7 @@ from momentkv_vllm import moments
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.worklists import AttendWork
 from momentkv_vllm.page_layout import RecordLayout
-from momentkv_vllm.policies import POLICIES
+from momentkv_vllm.policies import find
 
 HEADS = 2
 
@@ -97,6 +97,6 @@ BATCHES = [
 
 def observed(policy, shape, generator):
     """What a policy may have observed of every slot; None if it observes nothing."""
-    if not POLICIES[policy].needs_attention:
+    if not find(policy).observes:
         return None
-    return torch.rand(*shape, *[3] * POLICIES[policy].observes_logits, generator=generator)
+    return torch.rand(*shape, *find(policy).observes.numbers, generator=generator)

@@ -7,10 +7,10 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "momentkv_vllm"
 LAYERS = [
-    {"moments", "page_layout", "model_layers", "versions", "metrics"},
+    {"moments", "model_layers", "versions", "metrics"},
     {"policies"},
     {"config"},
-    {"page_schedule", "testing"},
+    {"page_schedule", "page_layout", "testing"},
     {"triton_kernels"},
     {"kernels"},
     {"block_manager"},

@@ -1,4 +1,4 @@
-"""What each policy's score says, on cases small enough to know the answer."""
+"""What each policy's score says, on cases small enough to know the answer, and the contract that every policy keeps to."""
 
 from dataclasses import replace
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from momentkv_vllm import moments
-from momentkv_vllm.policies import POLICIES, Candidates
+from momentkv_vllm.policies import Candidates, Observation, Policy, find, names
+from momentkv_vllm.testing import check_policy
 
 ROWS, HEADS, TOKENS, DIM = 2, 3, 32, 16
 
@@ -23,17 +24,23 @@ def candidates(count=0.0, **changes):
 
 def score(policy, tokens):
     """A policy that observes logits gets their count, sum and sum of squares made from the attention."""
-    if POLICIES[policy].observes_logits and tokens.attention.dim() == 3:
+    observes = find(policy).observes
+    if observes and observes.what == "logits" and tokens.attention.dim() == 3:
         x = tokens.attention
         tokens = replace(tokens, attention=torch.stack([torch.full_like(x, 4.0), 4 * x, 4 * x.square() + 1], -1))
-    return POLICIES[policy]().score(tokens)
+    return find(policy)().score(tokens)
 
 
 def order(policy, tokens):
     return score(policy, tokens).argsort(-1, descending=True)
 
 
-@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("policy", names())
+def test_every_policy_keeps_the_contract(policy):
+    check_policy(find(policy))
+
+
+@pytest.mark.parametrize("policy", names())
 @pytest.mark.parametrize("count", [0.0, 100.0])
 def test_scores_are_finite_and_leave_the_candidates_alone(policy, count):
     tokens = candidates(count)
@@ -45,18 +52,170 @@ def test_scores_are_finite_and_leave_the_candidates_alone(policy, count):
         assert torch.equal(was, now)
 
 
-@pytest.mark.parametrize("policy", sorted(set(POLICIES) - {"streamingllm", "snapkv", "paper", "random"}))
-def test_a_score_belongs_to_the_token_not_to_its_place(policy):
-    tokens = candidates(100.0)
-    mixed = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(1))
-    moved = candidates(
-        100.0, keys=tokens.keys[:, :, mixed], values=tokens.values[:, :, mixed], attention=tokens.attention[:, :, mixed]
-    )
-    torch.testing.assert_close(score(policy, moved), score(policy, tokens)[:, :, mixed])
+def test_a_policy_that_does_not_say_so_does_not_read_the_order():
+    """Only these may: what lies in order at a first event, what is in the store, and random's place in its sequence."""
+    assert {name for name in names() if "order" in find(name).reads} == {"streamingllm", "snapkv", "paper", "random"}
+    assert {name for name in names() if "head" in find(name).reads} == {"random"}
 
 
-@pytest.mark.parametrize("policy", ["momentkv", *sorted(p for p, c in POLICIES.items() if not c.needs_attention)])
-def test_padding_does_not_change_a_score(policy):
+class Good(Policy):
+    """The mean absolute key: what the bad ones below are made from, each by one fault."""
+
+    name, summary = "good", "mean absolute key"
+
+    def score(self, tokens):
+        return tokens.keys.abs().mean(-1)
+
+
+class Nameless(Good):
+    name = None
+
+
+class Strange(Good):
+    reads = ("mean",)
+
+
+class Misled(Good):
+    defaults = {"window": 3}
+
+
+class Illegal(Good):
+    defaults = {"prefill": "lazy"}
+
+
+class Boolean(Good):
+    observes = True
+
+
+class Infinite(Good):
+    def score(self, tokens):
+        return super().score(tokens).masked_fill(tokens.keys[..., 0] > 0, torch.inf)
+
+
+class Undeclared(Good):
+    """Reads a mean that only exists by luck: the correction keeps a record too."""
+
+    def score(self, tokens):
+        return (tokens.keys - tokens.moments.mean_key.unsqueeze(2)).norm(dim=-1)
+
+
+class TooEarly(Undeclared):
+    """Declares it, but reads it before the first event."""
+
+    reads = ("means",)
+
+
+class Unobserved(Good):
+    def score(self, tokens):
+        return tokens.attention.clone()
+
+
+class Flat(Good):
+    def score(self, tokens):
+        return tokens.keys.abs().mean((1, -1))
+
+
+class Double(Good):
+    def score(self, tokens):
+        return super().score(tokens).double()
+
+
+class Writes(Good):
+    def score(self, tokens):
+        return tokens.keys.abs_().mean(-1)
+
+
+class Lends(Good):
+    observes = Observation()
+
+    def score(self, tokens):
+        return tokens.attention
+
+
+class Fickle(Good):
+    def score(self, tokens):
+        return torch.rand(tokens.keys.shape[:3])
+
+
+class BatchMean(Good):
+    def score(self, tokens):
+        return super().score(tokens) / super().score(tokens).mean((0, 2), keepdim=True)
+
+
+class PaddedMean(Good):
+    def score(self, tokens):
+        return super().score(tokens) / super().score(tokens).mean(2, keepdim=True)
+
+
+class HeadMean(Good):
+    def score(self, tokens):
+        return super().score(tokens) / super().score(tokens).sum(1, keepdim=True)
+
+
+class ByPlace(Good):
+    def score(self, tokens):
+        return super().score(tokens) + torch.arange(tokens.keys.shape[2])
+
+
+class OnlySinks(Good):
+    keeps_only_sinks = True
+
+
+class Native(Good):
+    observes, reads, native = Observation(), ("means",), "moment_distance"
+
+
+class Metal(Good):
+    native = "metal"
+
+
+BAD = {
+    Nameless: "declares no name",
+    Strange: "reads is ('mean',)",
+    Misled: "'window'",
+    Illegal: "'lazy'",
+    Boolean: "not an Observation",
+    Metal: "no kernel computes",
+    Infinite: "not finite",
+    Undeclared: "not finite",
+    TooEarly: "count is 0",
+    Flat: "is not [rows, heads, tokens]",
+    Double: "float64",
+    Writes: "changes its candidates",
+    Lends: "changes its candidates",
+    Fickle: "asked again",
+    BatchMean: "others of its batch",
+    PaddedMean: "padding",
+    HeadMean: "other heads",
+    ByPlace: "changes with its place",
+    OnlySinks: "keeps_only_sinks",
+    Native: "native",
+}
+
+
+def test_the_contract_lets_a_good_policy_pass():
+    check_policy(Good)
+
+
+@pytest.mark.parametrize("policy", BAD, ids=lambda p: p.__name__)
+def test_the_contract_finds_each_fault(policy):
+    with pytest.raises(AssertionError) as error:
+        check_policy(policy)
+    assert BAD[policy] in str(error.value)
+
+
+def test_the_contract_gives_no_attention_to_a_policy_that_observes_none():
+    with pytest.raises(AttributeError, match="NoneType"):
+        check_policy(Unobserved)
+
+
+@pytest.mark.parametrize(("queries", "what"), [("all", "logits"), ("some", "mass"), ("last", "weights")])
+def test_an_observation_that_nobody_makes_is_refused(queries, what):
+    with pytest.raises(ValueError, match=f"queries='{queries}', what='{what}'"):
+        Observation(queries, what)
+
+
+def test_observed_padding_does_not_change_the_default_score():
     tokens = candidates()
     pad = torch.zeros(ROWS, HEADS, 16, DIM)
     padded = candidates(
@@ -64,7 +223,7 @@ def test_padding_does_not_change_a_score(policy):
         valid=torch.cat([tokens.valid, torch.zeros(ROWS, 16, dtype=torch.bool)], 1),
         attention=torch.cat([tokens.attention, torch.ones(ROWS, HEADS, 16)], 2),
     )  # fmt: skip
-    torch.testing.assert_close(POLICIES[policy]().score(padded)[..., :TOKENS], POLICIES[policy]().score(tokens))
+    torch.testing.assert_close(score("momentkv", padded)[..., :TOKENS], score("momentkv", tokens))
 
 
 def test_knorm_keeps_short_keys():
@@ -103,7 +262,7 @@ def test_random_keeps_a_uniform_sample_of_the_past():
             torch.tensor([float(retire * event)]), keys[:, :, 0], keys[:, :, 0], keys[:, :, 0, 0], None
         )
         tokens = candidates(keys=keys, moments=gone, store_tokens=store)
-        held = all_of.gather(1, POLICIES["random"]().score(tokens)[0].topk(store, -1).indices)
+        held = all_of.gather(1, find("random")().score(tokens)[0].topk(store, -1).indices)
     total = store + retire * events
     assert abs(held.float().mean() / total - 0.5) < 0.02  # standard error 0.0045
     assert abs(held.float().std() / total - 12**-0.5) < 0.02

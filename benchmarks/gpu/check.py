@@ -7,9 +7,9 @@ from cases import Case, Shape
 from shape import SINKS
 
 from momentkv_vllm.kernels import dispatch, reference
-from momentkv_vllm.policies import POLICIES
+from momentkv_vllm.policies import find
 
-POLICY = POLICIES["momentkv"]()
+POLICY = find("momentkv")()
 SHAPES = [
     *(
         Shape(head_dim=d, groups=g, dtype=t, rows=9, slots=700, odd=True)

@@ -11,7 +11,7 @@ from vllm import _custom_ops as ops
 from momentkv_vllm.kernels import cpu, moments
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
-from momentkv_vllm.policies import POLICIES
+from momentkv_vllm.policies import find
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Case:
         return RetireWork(store, retiring, self.moment_pages[one], self.work.count[one])
 
     def retire(self, work: RetireWork, family=cpu) -> None:
-        family.consolidate(self.cache, self.slot_mass, work, POLICIES["momentkv"](), SINKS, self.scale)
+        family.consolidate(self.cache, self.slot_mass, work, find("momentkv")(), SINKS, self.scale)
 
     def observe_work(self) -> AttendWork:
         """A step of which the policy wants to know the attention of every row."""
