@@ -85,7 +85,7 @@ def record_partial(
     HAS_COVARIANCE: tl.constexpr, HAS_SCALES: tl.constexpr, HEADER: tl.constexpr,
     FLOATS: tl.constexpr, COVARIANCES: tl.constexpr,
 ):  # fmt: skip
-    """What attention over the evicted tokens would have returned (momentkv_vllm/moments.py, `partial`): (out [M, D], log mass [M]).
+    """What attention over the evicted tokens would have returned (moments.partial): (out [M, D], log mass [M]).
 
     q [M, D], read again in parts from the pointers q_at [M, 1] where asks [M]; floats, covariance: pointers to a head's slice
     of page 0 as float32 and as the covariance's type; HEADER: numbers of that type before the covariance; FLOATS,

@@ -12,7 +12,7 @@ import torch
 from momentkv_vllm.kernels import reference
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.limits import Limits
-from momentkv_vllm.kernels.native import given_score, mass_to_clear
+from momentkv_vllm.kernels.native import given_score, mass_to_clear, mass_to_move
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
 from momentkv_vllm.policies.base import Policy
 
@@ -123,7 +123,7 @@ def consolidate(
         work.moment_pages,
         work.count,
         given_score(cache, slot_mass, work, policy, scale),
-        None if policy.observes_logits else slot_mass,
+        mass_to_move(slot_mass, policy),
         sink_tokens,
         cache.record.has_means,
         *cache.covariance,

@@ -13,9 +13,14 @@ def given_score(
 ) -> torch.Tensor | None:
     """The candidates' scores [rows, heads, candidates] float32, from float32 copies of them; None for the default's, which
     kernels compute in place."""
-    if policy.is_moment_distance:
+    if policy.native == "moment_distance":
         return None
     return policy.score(reference.candidates(cache, slot_mass, work, scale)).contiguous()
+
+
+def mass_to_move(slot_mass: torch.Tensor | None, policy: Policy) -> torch.Tensor | None:
+    """The observed attention that a kernel's `consolidate` moves with the tokens that stay; statistics of logits do not move."""
+    return None if slot_mass is None or policy.observes.what == "logits" else slot_mass
 
 
 def mass_to_clear(cache: CacheView, slot_mass: torch.Tensor | None, slots: torch.Tensor) -> torch.Tensor | None:

@@ -150,7 +150,7 @@ def consolidate(
     source = _fill_holes(kept, store_tokens).unsqueeze(-1)
     pick = source.expand(-1, -1, -1, keys.shape[-1])
     cache.write_tokens(work.store_pages, keys.gather(2, pick), values.gather(2, pick))
-    if slot_mass is not None and not policy.observes_logits:
+    if slot_mass is not None and policy.observes.what == "mass":
         moved = tokens.attention.gather(2, source.squeeze(-1))
         slot_mass[work.store_pages] = moved.unflatten(2, (-1, cache.page_size)).permute(0, 2, 1, 3)
 
@@ -163,7 +163,10 @@ def candidates(cache: CacheView, slot_mass: torch.Tensor | None, work: RetireWor
     # Padding reads the null page, which may hold anything: 0 * NaN would be NaN.
     keys, values = (torch.where(valid[:, None, :, None], x, 0.0) for x in cache.read_tokens(pages))
     moments = cache.read_moments(work.moment_pages, work.count)
-    attention = None if slot_mass is None else _slots_of(slot_mass, pages)
+    attention = None
+    if slot_mass is not None:
+        seen = _slots_of(slot_mass, pages)
+        attention = torch.where(valid.view(len(valid), 1, -1, *[1] * (seen.dim() - 3)), seen, 0.0)
     store_tokens = work.store_pages.shape[1] * cache.page_size
     return Candidates(keys, values, valid, store_tokens, moments, attention, scale)
 

@@ -11,7 +11,7 @@ import torch
 from momentkv_vllm.kernels import reference
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.limits import Limits
-from momentkv_vllm.kernels.native import given_score, mass_to_clear
+from momentkv_vllm.kernels.native import given_score, mass_to_clear, mass_to_move
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
 from momentkv_vllm.policies.base import Policy
 from momentkv_vllm.policies.momentkv import ATTENTION_WEIGHT
@@ -81,5 +81,5 @@ def consolidate(
     scale: float,
 ) -> None:
     score = given_score(cache, slot_mass, work, policy, scale)
-    moves_mass = slot_mass is not None and not policy.observes_logits
+    moves_mass = mass_to_move(slot_mass, policy) is not None
     _consolidate.consolidate(cache, slot_mass, score, work, sink_tokens, ATTENTION_WEIGHT, moves_mass)
