@@ -38,7 +38,6 @@ from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import dispatch
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.worklists import StockRows
-from momentkv_vllm.policies import POLICIES
 
 logger = init_logger(__name__)
 
@@ -110,7 +109,7 @@ class CudaMomentKVMetadataBuilder(TritonAttentionMetadataBuilder):
         if not config.active:
             return
         require_bounded_spec(kv_cache_spec, config, layer_names)
-        policy, schedule = POLICIES[config.policy], kv_cache_spec.schedule
+        policy, schedule = config.policy_class, kv_cache_spec.schedule
         kernels = dispatch.select(config.kernels, CudaMomentKVImpl.device_type)
         logger.info_once("--kv-eviction %s: kernels %s", config.policy, dispatch.describe(kernels))
         self.work = WorkBuilder(schedule, config, policy)
@@ -164,4 +163,8 @@ class CudaMomentKVImpl(EvictingImpl, TritonAttentionImpl):
 
 
 def _plans_on_device(config: EvictionConfig) -> bool:
-    return POLICIES[config.policy].is_moment_distance and config.prefill == "chunked" and config.kernels != "reference"
+    return (
+        config.policy_class.native == "moment_distance"
+        and config.prefill == "chunked"
+        and config.kernels != "reference"
+    )

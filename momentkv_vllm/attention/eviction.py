@@ -25,7 +25,6 @@ from momentkv_vllm.kernels.limits import CacheShape
 from momentkv_vllm.kernels.sinks import add_sinks
 from momentkv_vllm.kernels.worklists import AttendWork, StockRows, fresh_pages
 from momentkv_vllm.model_layers import hides_tokens
-from momentkv_vllm.policies import POLICIES
 
 
 @dataclass
@@ -156,7 +155,7 @@ class EvictingImpl:
             _refuse_layer(self, slides)
         if self.config is None:
             return
-        self.policy = POLICIES[config.policy]()
+        self.policy = config.policy_class()
         self.record = record_layout(config, self.head_size)
         shape = CacheShape(head_size, vllm_config.cache_config.block_size, vllm_config.model_config.dtype)
         self.kernels = dispatch.select(config.kernels, self.device_type, shape)
@@ -221,7 +220,7 @@ class EvictingImpl:
         if mass is None:
             # A captured memset would run at every replay; observation begins by clearing what it will read.
             capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
-            shape = [*cache.keys.shape[:3], *[3] * self.policy.observes_logits]
+            shape = [*cache.keys.shape[:3], *self.policy.observes.numbers]
             mass = self.slot_mass = (torch.empty if capturing else torch.zeros)(shape, device=query.device)
         self.kernels.observe(cache, mass, query, lse, work, self.scale)
 

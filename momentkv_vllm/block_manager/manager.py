@@ -9,6 +9,7 @@ from vllm.v1.request import Request
 
 from momentkv_vllm.block_manager.metrics import PageMetrics
 from momentkv_vllm.block_manager.spec import MomentKVSpec
+from momentkv_vllm.policies import origin
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -244,9 +245,9 @@ def _announce(spec: MomentKVSpec, pool_pages: int) -> None:
             f"tokens; lower --max-num-batched-tokens or --kv-budget, or give the KV cache more memory"
         )
     logger.info(
-        "momentkv: policy %s, budget %d tokens = %d pages of %d (store %d, moments %d, window %d), state %d bytes a "
+        "momentkv: policy %s (%s), budget %d tokens = %d pages of %d (store %d, moments %d, window %d), state %d bytes a "
         "sequence and layer (%.0f %% of the budget), pool %d pages: about %d sequences at full budget",
-        spec.config.policy, plan.first_event, budget, plan.page_size, plan.store_pages, plan.moment_pages,
+        spec.config.policy, origin(spec.config.policy), plan.first_event, budget, plan.page_size, plan.store_pages, plan.moment_pages,
         plan.window_pages, spec.state_bytes, 100 * plan.moment_pages / budget, pool_pages, pool_pages // budget,
     )  # fmt: skip
     if 3 * plan.moment_pages > budget:

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.model_layers import full_layers, has_windows
-from momentkv_vllm.policies import POLICIES
 from momentkv_vllm.versions import ALLOW_UNTESTED_VARIABLE, TESTED_VLLM, installed_vllm
 from momentkv_vllm.vllm_seams.gpu import BACKEND_NAMES, gpu_objections
 
@@ -64,7 +63,7 @@ def _objections(vllm_config: "VllmConfig", config: EvictionConfig, backend: Any)
         f"--kv-cache-dtype {cache.cache_dtype} (only auto, i.e. the model's dtype)": cache.cache_dtype
         not in ("auto", str(model.dtype).removeprefix("torch.")),
         "--enable-prefix-caching (the policy must observe every query of a sequence)": cache.enable_prefix_caching
-        and POLICIES[config.policy].observes_all_queries,
+        and config.policy_class.observes_every_query(),
         "KV offloading (--kv-offloading-size)": cache.kv_offloading_size,
         "KV connectors (--kv-transfer-config)": vllm_config.kv_transfer_config,
         "KV cache events (--kv-events-config)": getattr(vllm_config.kv_events_config, "enable_kv_cache_events", False),
@@ -132,7 +131,7 @@ def _refuse_drafts(vllm_config: "VllmConfig", config: EvictionConfig) -> None:
         f"num_speculative_tokens {drafts.num_speculative_tokens} above {most}, the page size less 2": (
             drafts.num_speculative_tokens > most
         ),
-        "a policy that observes every query (rejected drafts too)": POLICIES[config.policy].observes_all_queries,
+        "a policy that observes every query (rejected drafts too)": config.policy_class.observes_every_query(),
         "--scheduler-cls (drafts must stop before an eviction)": vllm_config.scheduler_config.scheduler_cls is not None,
     }
     for what, present in objections.items():
