@@ -5,11 +5,12 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+import policy_table
 from load.run import table as load_table
 from model_families import table
 from quality.show import overview
 
-from momentkv_vllm.config import POLICY_DEFAULTS, EvictionConfig
+from momentkv_vllm.config import AUTO, EvictionConfig
 from momentkv_vllm.metrics import METRICS
 
 ROOT = Path(__file__).parent.parent
@@ -27,11 +28,12 @@ def test_config_keys_and_defaults():
     table = rows("key")
     assert list(table) == [f.name for f in fields(EvictionConfig)]
     for f in fields(EvictionConfig):
-        assert table[f.name][0] == f"`{f.default}`"
+        assert table[f.name][0] == f"`{AUTO if f.default is None else f.default}`"
 
 
-def test_flags_name_every_policy():
-    assert f"--kv-eviction {{off,{','.join(POLICY_DEFAULTS)}}}" in README
+def test_flags_and_table_name_every_policy():
+    assert policy_table.table() in README and policy_table.flag() in README
+    assert policy_table.updated(README) == README
 
 
 def test_metrics():

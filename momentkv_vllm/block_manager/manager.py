@@ -247,8 +247,9 @@ def _announce(spec: MomentKVSpec, pool_pages: int) -> None:
     logger.info(
         "momentkv: policy %s (%s), budget %d tokens = %d pages of %d (store %d, moments %d, window %d), state %d bytes a "
         "sequence and layer (%.0f %% of the budget), pool %d pages: about %d sequences at full budget",
-        spec.config.policy, origin(spec.config.policy), plan.first_event, budget, plan.page_size, plan.store_pages, plan.moment_pages,
-        plan.window_pages, spec.state_bytes, 100 * plan.moment_pages / budget, pool_pages, pool_pages // budget,
+        spec.config.policy, origin(spec.config.policy), plan.first_event, budget, plan.page_size,
+        plan.store_pages, plan.moment_pages, plan.window_pages, spec.state_bytes,
+        100 * plan.moment_pages / budget, pool_pages, pool_pages // budget,
     )  # fmt: skip
     if 3 * plan.moment_pages > budget:
         logger.warning(
