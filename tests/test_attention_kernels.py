@@ -7,7 +7,8 @@ import pytest
 import torch
 from kernel_cases import BATCHES, HEADS, INTERPRETED, WIDEST, attend_work, poisoned_cache, run_attend, serving_batch
 
-from momentkv_vllm.kernels import dispatch, moments, reference
+from momentkv_vllm import moments
+from momentkv_vllm.kernels import dispatch, reference
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.worklists import AttendWork
 from momentkv_vllm.page_layout import RecordLayout

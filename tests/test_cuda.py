@@ -11,7 +11,8 @@ import test_consolidation_kernels
 import torch
 from cuda_device import OnDevice
 
-from momentkv_vllm.kernels import cuda, dispatch, moments, reference
+from momentkv_vllm import moments
+from momentkv_vllm.kernels import cuda, dispatch, reference
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.worklists import RetireWork
 from momentkv_vllm.page_layout import RecordLayout

@@ -8,7 +8,8 @@ import torch
 from shape import SINKS
 from vllm import _custom_ops as ops
 
-from momentkv_vllm.kernels import cpu, moments
+from momentkv_vllm import moments
+from momentkv_vllm.kernels import cpu
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
 from momentkv_vllm.policies import find
