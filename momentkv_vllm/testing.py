@@ -22,7 +22,13 @@ def check_policy(policy: type[Policy]) -> None:
     """Raises AssertionError with the first rule that `policy` breaks: what follows, in this order."""
     _check_declarations(policy)
     tokens = candidates(policy)
-    result = policy().score(tokens)
+    try:
+        result = policy().score(tokens)
+    except Exception as error:
+        raise AssertionError(
+            f"{policy.name}: score raises {type(error).__name__}: {error} (attention is None unless `observes` says what it is, "
+            f"the covariance is unless `reads` names it)"
+        ) from error
     _check_result(policy, tokens, result)
     _check_independence(policy, tokens, result)
     if "order" not in policy.reads:

@@ -165,6 +165,15 @@ class Native(Good):
     observes, reads, native = Observation(), ("means",), "moment_distance"
 
 
+class Heir(find("momentkv")):
+    """Its score would never be called."""
+
+    name = "heir"
+
+    def score(self, tokens):
+        return tokens.keys.abs().mean(-1)
+
+
 class Metal(Good):
     native = "metal"
 
@@ -178,6 +187,8 @@ BAD = {
     Metal: "no kernel computes",
     Infinite: "not finite",
     Undeclared: "not finite",
+    Unobserved: "score raises AttributeError: 'NoneType'",
+    Heir: "inherits native 'moment_distance'",
     TooEarly: "count is 0",
     Flat: "is not [rows, heads, tokens]",
     Double: "float64",
@@ -197,16 +208,16 @@ def test_the_contract_lets_a_good_policy_pass():
     check_policy(Good)
 
 
+def test_a_policy_may_inherit_the_default_one_s_score_or_give_up_its_kernel():
+    check_policy(type("Same", (find("momentkv"),), {"name": "same", "defaults": {"sink_tokens": 8}}))
+    check_policy(type("Own", (Heir,), {"native": None}))
+
+
 @pytest.mark.parametrize("policy", BAD, ids=lambda p: p.__name__)
 def test_the_contract_finds_each_fault(policy):
     with pytest.raises(AssertionError) as error:
         check_policy(policy)
     assert BAD[policy] in str(error.value)
-
-
-def test_the_contract_gives_no_attention_to_a_policy_that_observes_none():
-    with pytest.raises(AttributeError, match="NoneType"):
-        check_policy(Unobserved)
 
 
 @pytest.mark.parametrize(("queries", "what"), [("all", "logits"), ("some", "mass"), ("last", "weights")])

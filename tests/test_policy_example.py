@@ -23,7 +23,7 @@ from tiny_models import make_llama
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.metrics import DIRECTORY_VARIABLE
 from momentkv_vllm.page_schedule import build_schedule
-from momentkv_vllm.policies import find
+from momentkv_vllm.policies import Policy, find
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "examples/momentkv-policy-vatp"
@@ -58,6 +58,18 @@ def test_the_guide_is_the_example_and_keeps_the_contract():
     assert tomllib.loads(entry)["project"]["entry-points"] == project["entry-points"]
     assert f"{project['name']} {project['version']}" in GUIDE
     assert len([p for p in PACKAGE.iterdir() if p.is_file()]) == 3
+
+
+def test_the_guide_has_every_declaration_with_its_default():
+    body = GUIDE.split("| attribute | default | meaning |\n|---|---|---|\n")[1].split("\n\n")[0]
+    said = {}
+    for line in body.splitlines():
+        attributes, default, _ = line.strip("| ").split(" | ", 2)
+        said |= {name: default for name in re.findall(r"`(\w+)`", attributes)}
+    absent = object()
+    real = {name: getattr(Policy, name, absent) for name in Policy.__annotations__}
+    shown = {"-": absent, '`""`': "", "`()`": (), "`{}`": {}, "`None`": None, "`False`": False}
+    assert {name: shown[default] for name, default in said.items()} == real
 
 
 @pytest.fixture(scope="module")

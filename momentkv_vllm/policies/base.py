@@ -109,4 +109,13 @@ def objections(policy: Any) -> list[str]:
         found.append(f"reads is {policy.reads!r}, not a tuple of {', '.join(READS)}")
     if policy.native not in (None, *NATIVE_SCORES):
         found.append(f"native is {policy.native!r}; no kernel computes that")
+    elif policy.native and _owner(policy, "native") is not _owner(policy, "score"):
+        found.append(
+            f"it inherits native {policy.native!r}, and kernels would not compute its own score; set native = None"
+        )
     return found
+
+
+def _owner(policy: type[Policy], attribute: str) -> type:
+    """The class that defines what `policy` has under this name."""
+    return next(c for c in policy.__mro__ if attribute in vars(c))
