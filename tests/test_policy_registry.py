@@ -124,7 +124,7 @@ def test_adding_a_policy_touches_one_file(one_more_file):
     config = EvictionConfig.from_dict({"policy": "theirs"})
     assert config.window_tokens == 48 and config.policy_class().score is not None
     assert parser().parse_args(["--kv-eviction", "theirs"]).kv_eviction == "theirs"
-    assert "theirs: a newer token scores higher;" in parser().format_help()
+    assert "theirs: a newer token scores higher." in parser().format_help()
     assert doctor.examine()["policies"]["theirs"]["from"].startswith("momentkv-vllm")
     assert importlib.reload(cells).METHODS["theirs"] == {"policy": "theirs"}
     assert "| `theirs` | a newer token scores higher | a paper | `window_tokens` 48 |" in policy_table.table()

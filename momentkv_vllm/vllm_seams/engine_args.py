@@ -97,7 +97,7 @@ def _policies_help() -> str:
     """What each name of `--kv-eviction` means; code of other packages is not imported for that."""
     known = builtins()
     said = [f"{n}: {known[n].summary}" if n in known else f"{n}: of {origin(n)}" for n in names()]
-    return f"Which tokens stay. {OFF}: stock vLLM; {'; '.join(said)}.".replace("%", "%%")
+    return f"Which tokens stay. {OFF}: stock vLLM. {'. '.join(said)}.".replace("%", "%%")
 
 
 def _carry_options(engine_args: Any, args: argparse.Namespace) -> None:
