@@ -32,7 +32,7 @@ def test_config_keys_and_defaults():
 
 
 def test_flags_and_table_name_every_policy():
-    assert policy_table.table() in README and policy_table.flag() in README
+    assert policy_table.table() in README and policy_table.flag() in README, "run `make policies-table`"
     assert policy_table.updated(README) == README
 
 
