@@ -56,7 +56,7 @@ def cpu_kernels():
     return CppExtension(
         "momentkv_vllm._cpu",
         files("csrc/cpu", ".cpp"),
-        depends=files("csrc/cpu", ".h", ".inc"),
+        depends=files("csrc/common", ".h") + files("csrc/cpu", ".h", ".inc"),
         extra_compile_args=compile_args,
         extra_link_args=link_args,
     )
@@ -82,7 +82,7 @@ def cuda_kernels():
     return CUDAExtension(
         "momentkv_vllm._cuda",
         files("csrc/cuda", ".cu", ".cpp"),
-        depends=files("csrc/cuda", ".h", ".cuh"),
+        depends=files("csrc/common", ".h") + files("csrc/cuda", ".h", ".cuh"),
         extra_compile_args={"cxx": ["-std=c++20", "-O2", "-g0"], "nvcc": ["-std=c++17", "-O3"]},
     )
 

@@ -13,7 +13,7 @@ from kernels.cases import Case, Shape
 
 from momentkv_vllm.attention.monitor import SAMPLE_EVERY, Monitor
 from momentkv_vllm.block_manager.metrics import PageMetrics
-from momentkv_vllm.kernels import cpu
+from momentkv_vllm.kernels import select
 from momentkv_vllm.metrics import CONSOLIDATE_SECONDS, DIRECTORY_VARIABLE
 from momentkv_vllm.page_schedule import PageSchedule
 
@@ -43,7 +43,7 @@ def main() -> None:
         monitor, pages, case = Monitor(spec), PageMetrics(spec, 4096), Case(Shape(slots=PLAN.first_event, kv_heads=8))
         live = iter(range(1 << 30))
         lse = torch.empty(case.query.shape[:2])
-        cpu.attend(case.cache, case.query, case.output, lse, case.work, case.scale, True)
+        select("cpu").attend(case.cache, case.query, case.output, lse, case.work, case.scale, True)
         cost = {
             "pages_changed": microseconds(lambda: pages.holdings(next(live), 9, 8, 4), 5000),
             "pages_retired": microseconds(lambda: pages.retired(2, 32), 5000),

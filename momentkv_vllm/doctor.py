@@ -92,9 +92,9 @@ def _families(problems: list[str]) -> dict[str, list[str]]:
     if importlib.util.find_spec("torch") is None:
         problems.append("torch is not installed")
         return {}
-    from momentkv_vllm.kernels.dispatch import families
+    from momentkv_vllm.kernels import FAMILIES
 
-    found = {f.name: f.objections() for f in families()}
+    found = {f.name: f.objections() for f in FAMILIES}
     if all(found.values()):
         problems.append("no kernel family works here")
     return found
@@ -103,9 +103,9 @@ def _families(problems: list[str]) -> dict[str, list[str]]:
 def _chosen() -> str:
     """The family that `auto` takes here."""
     try:
-        from momentkv_vllm.kernels.dispatch import describe, select
+        from momentkv_vllm.kernels import select
 
-        return describe(select())
+        return select().label()
     except (ImportError, ValueError) as error:
         return f"none: {error}"
 

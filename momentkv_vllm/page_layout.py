@@ -15,10 +15,22 @@ page needs no clearing.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 from momentkv_vllm.page_schedule import cdiv
 
 _DTYPE_BYTES = {"int8": 1, "bfloat16": 2, "float32": 4}
+
+
+class RecordOffsets(NamedTuple):
+    """Where the parts of a record begin, in bytes; a part that the record lacks has no bytes. Kernels get these numbers."""
+
+    mean_key: int
+    mean_value: int
+    spread: int
+    scales: int
+    covariance: int
 
 
 @dataclass(frozen=True)
@@ -30,13 +42,16 @@ class RecordLayout:
     has_means: bool = True
     has_covariance: bool = True
 
-    @property
-    def header_bytes(self) -> int:
-        """Means, spread, scales and padding: where the covariance starts."""
+    @cached_property
+    def offsets(self) -> RecordOffsets:
         if not self.has_means:
-            return 0
-        scales = self.head_dim if self.has_scales else 0
-        return cdiv(4 * (2 * self.head_dim + 1 + scales), self._row_bytes) * self._row_bytes
+            return RecordOffsets(0, 0, 0, 0, 0)
+        means = 4 * self.head_dim
+        scales_end = 2 * means + 4 + (means if self.has_scales else 0)
+        covariance = cdiv(scales_end, self._row_bytes) * self._row_bytes
+        return RecordOffsets(
+            mean_key=0, mean_value=means, spread=2 * means, scales=2 * means + 4, covariance=covariance
+        )
 
     @property
     def has_scales(self) -> bool:
@@ -44,7 +59,7 @@ class RecordLayout:
 
     @property
     def num_bytes(self) -> int:
-        return self.header_bytes + (self.head_dim * self._row_bytes if self.has_covariance else 0)
+        return self.offsets.covariance + (self.head_dim * self._row_bytes if self.has_covariance else 0)
 
     @property
     def _row_bytes(self) -> int:

@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from momentkv_vllm.attention.decode_plan import DecodePlan
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.kernels import triton as family
+from momentkv_vllm.kernels.triton import Triton
 from momentkv_vllm.page_schedule import build_schedule
 from momentkv_vllm.policies import find
 
@@ -66,7 +66,7 @@ def main(capability: int, shapes: list[Shape]) -> None:
             print(json.dumps(row | {"cubin_bytes": len(made.asm["cubin"])}), flush=True)
 
     JITFunction.run = compile_only
-    policy = find("momentkv")
+    policy, family = find("momentkv"), Triton()
     for shape in shapes:
         case = Case(shape, "cpu")
         case.attend(family, True, lse=True)
@@ -74,7 +74,7 @@ def main(capability: int, shapes: list[Shape]) -> None:
             continue
         family.observe(case.cache, case.mass, case.query, case.lse, case.work, case.scale)
         family.consolidate(case.cache, case.mass, case.retire_work(1), policy(), SINKS, case.scale)
-        family.store(case.cache, case.key, case.value, torch.tensor([20]), case.mass)
+        family.write(case.cache, case.key, case.value, torch.tensor([20]), case.mass)
     config = EvictionConfig(policy="momentkv", budget_tokens=256)
     plan = DecodePlan(build_schedule(config, 16, 1, False), config, policy, 2, "cpu")
     table = torch.ones(2, 40, dtype=torch.int32)

@@ -12,12 +12,12 @@ from engine import Engine
 from kernel_cases import FAMILIES
 from tiny_models import make_llama
 
-from momentkv_vllm.kernels import dispatch
+from momentkv_vllm.kernels import select
 
 
 @pytest.fixture(params=FAMILIES)
 def kernels(request):
-    return dispatch.select(request.param)
+    return select(request.param)
 
 
 @pytest.fixture(scope="session")

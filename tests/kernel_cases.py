@@ -7,6 +7,7 @@ import torch
 
 from momentkv_vllm import moments
 from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.worklists import AttendWork
 from momentkv_vllm.page_layout import RecordLayout
 from momentkv_vllm.policies import find
@@ -36,12 +37,12 @@ def attend_work(pages, last, queries, moment_pages=None, count=0.0):
     return AttendWork(first_token, queries, pages, last, moment_pages, torch.full((len(last),), count))
 
 
-def run_attend(kernels, cache, query, work, scale, correct):
+def run_attend(kernels, cache, query, work, scale, corrected):
     """(output, lse); both start as NaN, the query is in the cache's dtype."""
     query = query.to(cache.kv.dtype)
     output = torch.full_like(query, math.nan)
     lse = torch.full(query.shape[:2], math.nan)
-    kernels.attend(cache, query, output, lse, work, scale, correct)
+    kernels.attend(cache, query, output, lse, work, scale, corrected)
     return output, lse
 
 
@@ -59,7 +60,7 @@ def serving_batch(dtype, head_dim, moment_dtype, correction, groups, page_size=1
     cache = poisoned_cache(
         1 + len(last) * (num_pages + num_moments), page_size, head_dim, dtype, moment_dtype=moment_dtype
     )
-    cache.record = record
+    cache.record_layout = record
     order = torch.randperm(len(cache.kv) - 1, generator=generator) + 1
     pages, moment_pages = order.view(len(last), -1).split([num_pages, num_moments], 1)
     pages = pages.clone()
@@ -76,7 +77,7 @@ def serving_batch(dtype, head_dim, moment_dtype, correction, groups, page_size=1
     weight = torch.ones(len(last), HEADS, 64)
     cache.write_moments(moment_pages, moments.of_tokens(*gone, weight, has_covariance))
     work = attend_work(pages, last, queries, moment_pages.contiguous())
-    work.count = torch.tensor(counts, dtype=torch.float32)
+    work.num_evicted = torch.tensor(counts, dtype=torch.float32)
     work.observe_from = torch.tensor([0, 1, 0, 0, 1, 3, 33])
     work.restart = torch.tensor([True, False] * 4)[: len(last)]
     query = 2 * torch.randn(sum(queries), HEADS * groups, head_dim, generator=generator)
@@ -97,6 +98,7 @@ BATCHES = [
 
 def observed(policy, shape, generator):
     """What a policy may have observed of every slot; None if it observes nothing."""
-    if not find(policy).observes:
+    observes = find(policy).observes
+    if observes is None:
         return None
-    return torch.rand(*shape, *find(policy).observes.numbers, generator=generator)
+    return Observed(torch.rand(*shape, *observes.numbers, generator=generator), observes.what)

@@ -8,11 +8,14 @@ import torch
 from kernel_cases import BATCHES, HEADS, INTERPRETED, WIDEST, attend_work, poisoned_cache, run_attend, serving_batch
 
 from momentkv_vllm import moments
-from momentkv_vllm.kernels import dispatch, reference
+from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.worklists import AttendWork
 from momentkv_vllm.page_layout import RecordLayout
 from momentkv_vllm.page_schedule import cdiv
+
+reference = select("reference")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -71,21 +74,21 @@ def test_correction_is_exact_when_the_evicted_keys_are_one_key(kernels):
 
 
 @pytest.mark.parametrize("batch", BATCHES, ids=lambda b: f"{b[0]}-d{b[1]}-{b[2]}-{b[3]}-g{b[4]}")
-@pytest.mark.parametrize("correct", [False, True])
-def test_attend_and_observe_agree_with_the_reference(kernels, batch, correct):
+@pytest.mark.parametrize("corrected", [False, True])
+def test_attend_and_observe_agree_with_the_reference(kernels, batch, corrected):
     cache, work, query = serving_batch(*batch)
     scale = query.shape[-1] ** -0.5
-    want, want_lse = run_attend(reference, cache, query, work, scale, correct)
-    output, lse = run_attend(kernels, cache, query, work, scale, correct)
-    again, _ = run_attend(kernels, cache, query, work, scale, correct)
+    want, want_lse = run_attend(reference, cache, query, work, scale, corrected)
+    output, lse = run_attend(kernels, cache, query, work, scale, corrected)
+    again, _ = run_attend(kernels, cache, query, work, scale, corrected)
     assert torch.equal(output, again)
     assert not output.isnan().any()
     rounding = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-5}[query.dtype]
     torch.testing.assert_close(output, want, rtol=rounding, atol=1e-5)
     torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=2e-5)
     want_mass, mass = (torch.full(cache.keys.shape[:3], 7.0) for _ in range(2))
-    reference.observe(cache, want_mass, query, want_lse, work, scale)
-    kernels.observe(cache, mass, query, want_lse, work, scale)
+    reference.observe(cache, Observed(want_mass), query, want_lse, work, scale)
+    kernels.observe(cache, Observed(mass), query, want_lse, work, scale)
     used = torch.cat([row[row > 0] for row in work.pages])
     torch.testing.assert_close(mass[used], want_mass[used], rtol=1e-4, atol=1e-5)
 
@@ -93,10 +96,10 @@ def test_attend_and_observe_agree_with_the_reference(kernels, batch, correct):
 def test_a_row_does_not_depend_on_its_batch(kernels):
     cache, work, query = serving_batch(torch.bfloat16, 64, "bfloat16", "first", 4)
     together, _ = run_attend(kernels, cache, query, work, 0.125, True)
-    for row in range(len(work.last)):
+    for row in range(len(work.last_slot)):
         alone = AttendWork(*(getattr(work, f)[row : row + 1] for f in list(AttendWork.__dataclass_fields__)[:6]))
         output, _ = run_attend(kernels, cache, query, alone, 0.125, True)
-        tokens = slice(int(alone.first_token), int(alone.first_token) + int(alone.queries))
+        tokens = slice(int(alone.first_token), int(alone.first_token) + int(alone.num_queries))
         if kernels is reference:  # torch's matrix products are not the same for every shape
             torch.testing.assert_close(output[tokens], together[tokens], rtol=2**-7, atol=1e-5)
         else:
@@ -120,21 +123,21 @@ def test_threads_do_not_change_a_bit(kernels, threads):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_store_writes_tokens_and_clears_fresh_pages(kernels, dtype):
+def test_write_stores_tokens_and_clears_fresh_pages(kernels, dtype):
     cache = poisoned_cache(4, 16, 64, dtype)
     packed = torch.randn(21, HEADS * 3, 64).to(dtype)  # as in a model: q, k and v of a token side by side
     key, value = packed[:, HEADS : 2 * HEADS], packed[:, 2 * HEADS :]
     slots = torch.tensor([*range(28, 32), *range(48, 64), -1])  # a page's end, a fresh page, padding
     mass = torch.full(cache.keys.shape[:3], 5.0)
     before = cache.kv.clone()
-    kernels.store(cache, key, value, slots, mass)
+    kernels.write(cache, key, value, slots, Observed(mass))
     for i, slot in enumerate(slots[:-1].tolist()):
         assert torch.equal(cache.keys[slot // 16, :, slot % 16], key[i])
         assert torch.equal(cache.values[slot // 16, :, slot % 16], value[i])
     for untouched in (0, 2):
         assert torch.equal(cache.kv[untouched].view(torch.uint8), before[untouched].view(torch.uint8))
     assert cache.keys[1, :, :12].isnan().all() and not mass[3].any() and mass[1].eq(5).all()
-    kernels.store(cache, key[:1], value[:1], torch.tensor([32]), None)
+    kernels.write(cache, key[:1], value[:1], torch.tensor([32]), None)
     assert (
         torch.equal(cache.keys[2, :, 0], key[0]) and not cache.keys[2, :, 1:].any() and not cache.values[2, :, 1:].any()
     )
@@ -149,7 +152,7 @@ def test_observe_sums_the_attention_of_observed_queries(kernels):
     query = torch.randn(3, HEADS * 2, d)
     _, lse = run_attend(kernels, cache, query, work, 0.2, False)
     mass = torch.full((3, HEADS, page_size), 7.0)
-    kernels.observe(cache, mass, query, lse, work, 0.2)
+    kernels.observe(cache, Observed(mass), query, lse, work, 0.2)
     assert torch.allclose(mass[1:].sum((0, 2)), torch.full((HEADS,), 4.0), atol=1e-4), (
         "2 queries x 2 heads, mass 1 each"
     )
@@ -172,9 +175,9 @@ def test_observe_takes_over_what_attend_has_computed(kernels):
     output, lse = run_attend(kernels, cache, query, work, 0.2, False)
     taken = torch.full((len(cache.keys), HEADS, page_size), 7.0)
     alone, want = taken.clone(), taken.clone()
-    kernels.observe(cache, taken, query, lse, work, 0.2)
-    kernels.observe(cache, alone, query, lse, replace(work, logits=None), 0.2)
-    reference.observe(cache, want, query, lse, work, 0.2)
+    kernels.observe(cache, Observed(taken), query, lse, work, 0.2)
+    kernels.observe(cache, Observed(alone), query, lse, replace(work, logits=None), 0.2)
+    reference.observe(cache, Observed(want), query, lse, work, 0.2)
     assert torch.equal(taken, alone)
     torch.testing.assert_close(taken[used], want[used], rtol=1e-4, atol=1e-5)
 
@@ -183,15 +186,15 @@ def test_observe_takes_over_what_attend_has_computed(kernels):
 @pytest.mark.parametrize("family", ["triton"])
 def test_heads_may_lie_further_apart_than_32_bits_reach(family):
     """vLLM's layout LHBNC in a large pool: all pages of a head, then all of the next."""
-    kernels, d, far = dispatch.select(family), 32, 1 << 30
+    kernels, d, far = select(family), 32, 1 << 30
     # Memory of which little more than the written pages becomes real.
     pool = torch.empty(2 * far + 4 * 16 * 2 * d, dtype=torch.bfloat16)
     kv = pool.as_strided((4, 3, 16, 2 * d), (16 * 2 * d, far, 2 * d, 1))
     near = CacheView.of_vllm_gpu(torch.zeros(kv.shape, dtype=kv.dtype), RecordLayout(d, has_covariance=False))
-    cache = CacheView.of_vllm_gpu(kv, near.record)
+    cache = CacheView.of_vllm_gpu(kv, near.record_layout)
     key, value, slots = *torch.randn(2, 20, 3, d).to(kv.dtype), torch.arange(16, 36)
     for kernel, view in ((reference, near), (kernels, cache)):
-        kernel.store(view, key, value, slots, None)
+        kernel.write(view, key, value, slots, None)
     assert torch.equal(kv[1:3], near.kv[1:3])
     work = attend_work(torch.tensor([[1, 2], [1, 2]]), [19, 15], [1, 3])
     query = torch.randn(4, 3, d).to(kv.dtype)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-KERNELS = {"_store", "_partials", "_reduce", "_chunk", "_observe", "_terms", "_consolidate", "_plan"}
+KERNELS = {"_write", "_partials", "_reduce", "_chunk", "_observe", "_terms", "_consolidate", "_plan"}
 MOST_SHARED_BYTES = 227 << 10  # what a block of an H100 can have
 
 

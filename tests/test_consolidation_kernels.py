@@ -1,14 +1,16 @@
 """Consolidation and records of every kernel family: against a token-by-token model and against the reference on odd sizes."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from kernel_cases import HEADS, WIDEST, observed, poisoned_cache
 
 from momentkv_vllm import moments
-from momentkv_vllm.kernels import reference
+from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.worklists import RetireWork
 from momentkv_vllm.page_layout import RecordLayout
 from momentkv_vllm.policies import find, names
@@ -115,7 +117,7 @@ def test_consolidation_agrees_with_the_reference(kernels, policy, dtype, head_di
     pages = (torch.randperm(rows * (store_pages + retire), generator=generator) + 1).view(rows, -1)
     store, retiring = pages[:, :store_pages].contiguous(), pages[:, store_pages:].contiguous()
     cache = poisoned_cache(rows * (store_pages + retire) + 1, page_size, head_dim, dtype)
-    cache.record = record
+    cache.record_layout = record
     cache.kv[1:] = torch.randn(cache.kv[1:].shape, generator=generator).to(dtype)
     mass = observed(policy, cache.keys.shape[:3], generator)
     counts = torch.tensor([0.0, 0.0, 200.0])
@@ -125,13 +127,13 @@ def test_consolidation_agrees_with_the_reference(kernels, policy, dtype, head_di
     cache.write_moments(moment_pages[2:], _row(moments.of_tokens(*gone, torch.ones(rows, HEADS, 40), True), 2))
     work = RetireWork(store, retiring, moment_pages, counts)
     twin = CacheView.of_vllm_cpu(cache.kv.clone(), record)
-    twin_mass = None if mass is None else mass.clone()
-    reference.consolidate(twin, twin_mass, work, find(policy)(), 4, head_dim**-0.5)
+    twin_mass = None if mass is None else replace(mass, data=mass.data.clone())
+    select("reference").consolidate(twin, twin_mass, work, find(policy)(), 4, head_dim**-0.5)
     kernels.consolidate(cache, mass, work, find(policy)(), 4, head_dim**-0.5)
     for got, want in zip(cache.read_tokens(store), twin.read_tokens(store), strict=True):
         assert torch.equal(got, want), "the same tokens in the same slots"
-    if mass is not None and find(policy).observes.what == "mass":
-        assert torch.equal(mass[store], twin_mass[store]), "a token's observed attention moves with it"
+    if mass is not None and mass.what == "mass":
+        assert torch.equal(mass.data[store], twin_mass.data[store]), "a token's observed attention moves with it"
     after = torch.ones(rows)
     got, want = cache.read_moments(moment_pages, after), twin.read_moments(moment_pages, after)
     rounding = 2**-7 if moment_dtype == "bfloat16" else 1e-4
@@ -166,7 +168,7 @@ def test_equal_and_undefined_scores(kernels):
     cache.write_moments(
         work.moment_pages, moments.of_tokens(*torch.randn(2, 1, HEADS, 9, d), torch.ones(1, HEADS, 9), True)
     )
-    kernels.consolidate(cache, torch.zeros(8, HEADS, page_size), work, find("momentkv")(), 0, 0.2)
+    kernels.consolidate(cache, Observed(torch.zeros(8, HEADS, page_size)), work, find("momentkv")(), 0, 0.2)
     want = torch.ones(page_size)
     want[5] = 2.0
     assert torch.equal(cache.values[1, 0, :, 0], want)
@@ -179,7 +181,7 @@ def test_padding_pages_are_never_kept_nor_folded(kernels):
         cache.keys[page], cache.values[page] = torch.randn(HEADS, page_size, d), torch.randn(HEADS, page_size, d)
     moment_pages = torch.tensor([[6, 7, 8], [9, 10, 11]])
     work = RetireWork(torch.tensor([[1], [5]]), torch.tensor([[2, 3], [3, -1]]), moment_pages, torch.zeros(2))
-    kernels.consolidate(cache, torch.rand(16, HEADS, page_size), work, find("momentkv")(), 0, 0.2)
+    kernels.consolidate(cache, Observed(torch.rand(16, HEADS, page_size)), work, find("momentkv")(), 0, 0.2)
     assert not cache.read_tokens(work.store_pages)[0].isnan().any()
     record = cache.read_moments(moment_pages, torch.tensor([32.0, 16.0]))
     assert not record.covariance.isnan().any() and not record.mean_key.isnan().any()

@@ -12,11 +12,15 @@ import torch
 from cuda_device import OnDevice
 
 from momentkv_vllm import moments
-from momentkv_vllm.kernels import cuda, dispatch, reference
+from momentkv_vllm.kernels import cuda as module
+from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.worklists import RetireWork
 from momentkv_vllm.page_layout import RecordLayout
 from momentkv_vllm.policies import find
+
+cuda, reference = module.Cuda(), select("reference")
 
 
 def gpu_view(kv: torch.Tensor, record: RecordLayout) -> CacheView:
@@ -29,7 +33,7 @@ def nhd(cache: CacheView) -> CacheView:
     """A copy whose slots lie head beside head. The reference cannot write records there (`raw` is a copy)."""
     kv = cache.kv.transpose(1, 2).contiguous().transpose(1, 2)
     d = kv.shape[-1] // 2
-    return CacheView(kv[..., :d], kv[..., d:], kv, cache.raw, cache.record)
+    return CacheView(kv[..., :d], kv[..., d:], kv, cache.raw, cache.record_layout)
 
 
 @pytest.fixture(scope="session")
@@ -37,14 +41,14 @@ def library(tmp_path_factory):
     if cuda_emulated.compiler() is None:
         pytest.skip("g++ is missing")
     torch.ops.load_library(cuda_emulated.build(tmp_path_factory.mktemp("cuda_emulated")))
-    cuda.register_fakes("momentkv_cuda_emulated")
+    module.register_fakes("momentkv_cuda_emulated")
 
 
 @pytest.fixture
 def emulated(library, monkeypatch):
     """The family `cuda` on CPU tensors."""
     monkeypatch.setattr(CacheView, "of_vllm_cpu", staticmethod(gpu_view))
-    monkeypatch.setattr(cuda, "_ops", torch.ops.momentkv_cuda_emulated)
+    monkeypatch.setattr(module, "_ops", torch.ops.momentkv_cuda_emulated)
     return cuda
 
 
@@ -90,17 +94,17 @@ def test_attend_and_observe_agree_with_the_reference(kernels, batch, last_thread
     """Odd lengths, chunks, empty records, 1 to 20 query heads a KV head; all that must not be read is NaN."""
     cache, work, query = shared.serving_batch(*batch)
     scale = query.shape[-1] ** -0.5
-    for correct in (False, True):
-        want, want_lse = shared.run_attend(reference, cache, query, work, scale, correct)
-        got, lse = shared.run_attend(kernels, cache, query, work, scale, correct)
+    for corrected in (False, True):
+        want, want_lse = shared.run_attend(reference, cache, query, work, scale, corrected)
+        got, lse = shared.run_attend(kernels, cache, query, work, scale, corrected)
         assert_close(got, want, ROUNDING[query.dtype])
         torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=2e-5)
     last_thread_first()
     again, _ = shared.run_attend(kernels, nhd(cache), query, work, scale, True)
     assert torch.equal(again, got), "bitwise, whichever thread runs first, and NHD like HND"
     want_mass, mass = (torch.full(cache.keys.shape[:3], 7.0) for _ in range(2))
-    reference.observe(cache, want_mass, query, want_lse, work, scale)
-    kernels.observe(cache, mass, query, want_lse, work, scale)
+    reference.observe(cache, Observed(want_mass), query, want_lse, work, scale)
+    kernels.observe(cache, Observed(mass), query, want_lse, work, scale)
     used = torch.cat([row[row > 0] for row in work.pages])
     torch.testing.assert_close(mass[used], want_mass[used], rtol=1e-4, atol=1e-5)
     assert mass[0].eq(7).all()
@@ -109,10 +113,10 @@ def test_attend_and_observe_agree_with_the_reference(kernels, batch, last_thread
 def test_a_row_does_not_depend_on_its_batch(kernels):
     cache, work, query = shared.serving_batch(torch.bfloat16, 64, "bfloat16", "first", 4)
     together, _ = shared.run_attend(kernels, cache, query, work, 0.125, True)
-    for row in range(len(work.last)):
-        alone = shared.attend_work(work.pages[row : row + 1], [int(work.last[row])], [int(work.queries[row])])
-        alone.moment_pages, alone.count = work.moment_pages[row : row + 1], work.count[row : row + 1]
-        tokens = slice(int(work.first_token[row]), int(work.first_token[row] + work.queries[row]))
+    for row in range(len(work.last_slot)):
+        alone = shared.attend_work(work.pages[row : row + 1], [int(work.last_slot[row])], [int(work.num_queries[row])])
+        alone.moment_pages, alone.num_evicted = work.moment_pages[row : row + 1], work.num_evicted[row : row + 1]
+        tokens = slice(int(work.first_token[row]), int(work.first_token[row] + work.num_queries[row]))
         output, _ = shared.run_attend(kernels, cache, query[tokens], alone, 0.125, True)
         assert torch.equal(output, together[tokens]), row
 
@@ -120,15 +124,15 @@ def test_a_row_does_not_depend_on_its_batch(kernels):
 def test_the_first_order_step_is_limited_to_the_spread(kernels):
     """Values that follow their keys and far queries: without the limit the correction would leave the evicted values."""
     cache, work, query = shared.serving_batch(torch.bfloat16, 64, "float32", "first", 4)
-    gone = torch.randn(len(work.last), shared.HEADS, 64, 64, generator=torch.Generator().manual_seed(5))
+    gone = torch.randn(len(work.last_slot), shared.HEADS, 64, 64, generator=torch.Generator().manual_seed(5))
     weight = torch.ones(gone.shape[:3])
     cache.write_moments(work.moment_pages, moments.of_tokens(gone, 3 * gone, weight, True))
     query = 8 * query
-    unlimited = cache.read_moments(work.moment_pages, work.count)
+    unlimited = cache.read_moments(work.moment_pages, work.num_evicted)
     unlimited.value_spread *= 1e6
-    grouped = query[: len(work.last), None, :1].float().expand(-1, shared.HEADS, -1, -1)
+    grouped = query[: len(work.last_slot), None, :1].float().expand(-1, shared.HEADS, -1, -1)
     far, _ = moments.partial(unlimited, grouped, 0.125)
-    near, _ = moments.partial(cache.read_moments(work.moment_pages, work.count), grouped, 0.125)
+    near, _ = moments.partial(cache.read_moments(work.moment_pages, work.num_evicted), grouped, 0.125)
     assert (far - near).abs().max() > 1, "the limit acts here"
     want, _ = shared.run_attend(reference, cache, query, work, 0.125, True)
     got, _ = shared.run_attend(kernels, cache, query, work, 0.125, True)
@@ -138,7 +142,7 @@ def test_the_first_order_step_is_limited_to_the_spread(kernels):
 def test_padding_rows_are_not_touched(kernels):
     """A captured launch covers the largest batch: rows without queries are skipped, whatever their pages say."""
     cache, work, query = shared.serving_batch(torch.bfloat16, 64, "bfloat16", "zeroth", 4)
-    work.queries[[1, *range(3, len(work.queries))]] = 0
+    work.num_queries[[1, *range(3, len(work.num_queries))]] = 0
     work.pages[3:] = 1 << 40
     output = torch.full_like(query, math.nan)
     kernels.attend(cache, query, output, None, work, 0.125, True)
@@ -146,11 +150,11 @@ def test_padding_rows_are_not_touched(kernels):
     assert untouched.all(1).tolist() == [False, True, False] + [True] * (len(query) - 3)
     assert not untouched[[0, 2]].any()
     retire = RetireWork(
-        work.pages[:5, :1].contiguous(), work.pages[:5, 1:3].contiguous(), work.moment_pages[:5], work.count[:5]
+        work.pages[:5, :1].contiguous(), work.pages[:5, 1:3].contiguous(), work.moment_pages[:5], work.num_evicted[:5]
     )
     retire.retiring_pages[:] = -1
     before = cache.kv.clone()
-    kernels.consolidate(cache, torch.zeros(cache.keys.shape[:3]), retire, find("momentkv")(), 0, 0.1)
+    kernels.consolidate(cache, Observed(torch.zeros(cache.keys.shape[:3])), retire, find("momentkv")(), 0, 0.1)
     assert torch.equal(before.view(torch.int16), cache.kv.view(torch.int16))
 
 
@@ -188,9 +192,9 @@ def test_consolidation_repeats_to_the_bit_in_both_layouts(kernels, has_covarianc
         torch.tensor([[4, 7, 5], [11, 12, 10]]),
         torch.zeros(2),
     )
-    twins = [(gpu_view(cache.kv.clone(), cache.record), mass.clone()), (nhd(cache), mass.clone())]
+    twins = [(gpu_view(cache.kv.clone(), cache.record_layout), mass.clone()), (nhd(cache), mass.clone())]
     for twin, twin_mass in twins:
-        kernels.consolidate(twin, twin_mass, work, find("momentkv")(), 4, 0.1)
+        kernels.consolidate(twin, Observed(twin_mass), work, find("momentkv")(), 4, 0.1)
         last_thread_first()
     (one, one_mass), (two, two_mass) = twins
     assert torch.equal(one.kv[1:].view(torch.int16), two.kv[1:].contiguous().view(torch.int16))
@@ -210,19 +214,19 @@ def test_equal_and_undefined_scores(kernels):
     zeros = torch.zeros(1, shared.HEADS, 64)
     cache.write_moments(
         work.moment_pages,
-        moments.Moments(work.count, zeros, zeros, zeros[..., 0], torch.zeros(1, shared.HEADS, 64, 64)),
+        moments.Moments(work.num_evicted, zeros, zeros, zeros[..., 0], torch.zeros(1, shared.HEADS, 64, 64)),
     )
     mass = torch.zeros(cache.keys.shape[:3])
-    twin = gpu_view(cache.kv.clone(), cache.record)
-    reference.consolidate(twin, mass.clone(), work, find("momentkv")(), 4, 0.1)
-    kernels.consolidate(cache, mass, work, find("momentkv")(), 4, 0.1)
+    twin = gpu_view(cache.kv.clone(), cache.record_layout)
+    reference.consolidate(twin, Observed(mass.clone()), work, find("momentkv")(), 4, 0.1)
+    kernels.consolidate(cache, Observed(mass), work, find("momentkv")(), 4, 0.1)
     for got, want in zip(cache.read_tokens(work.store_pages), twin.read_tokens(work.store_pages), strict=True):
         assert torch.equal(got, want) and not got.isnan().any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_store_writes_tokens_and_clears_fresh_pages(kernels, dtype):
-    test_attention_kernels.test_store_writes_tokens_and_clears_fresh_pages(kernels, dtype)
+def test_write_stores_tokens_and_clears_fresh_pages(kernels, dtype):
+    test_attention_kernels.test_write_stores_tokens_and_clears_fresh_pages(kernels, dtype)
 
 
 def test_operators_check_what_they_are_given(emulated):
@@ -233,22 +237,22 @@ def test_operators_check_what_they_are_given(emulated):
         (dict(output=output[:, :4]), r"output has shape \[.*, 4, 64\]"),
         (dict(query=query.float()), r"query is Float .* BFloat16 on cpu"),
         (dict(query=query[..., ::2].repeat(1, 1, 2).transpose(0, 1)), "query has shape .* strides"),
-        (dict(cache=gpu_view(cache.kv.float(), cache.record)), "keys is Float; the CUDA kernels know bfloat16 and float16"),
-        (dict(cache=gpu_view(cache.kv[..., :64].contiguous(), cache.record)), "head dimension 32 is none of 64, 128, 256"),
-        (dict(cache=gpu_view(cache.kv[:, :, :8].contiguous(), cache.record)), "page size 8 is not a multiple of 16"),
+        (dict(cache=gpu_view(cache.kv.float(), cache.record_layout)), "keys is Float; the CUDA kernels know bfloat16 and float16"),
+        (dict(cache=gpu_view(cache.kv[..., :64].contiguous(), cache.record_layout)), "head dimension 32 is none of 64, 128, 256"),
+        (dict(cache=gpu_view(cache.kv[:, :, :8].contiguous(), cache.record_layout)), "page size 8 is not a multiple of 16"),
     ]  # fmt: skip
     for change, message in cases:
-        given = dict(cache=cache, query=query, output=output, lse=None, work=work, scale=0.1, correct=True) | change
+        given = dict(cache=cache, query=query, output=output, lse=None, work=work, scale=0.1, corrected=True) | change
         with pytest.raises(RuntimeError, match=message):
             emulated.attend(**given)
     moment_pages, work.moment_pages = work.moment_pages, work.moment_pages[:, :1].contiguous()
     with pytest.raises(RuntimeError, match="moment_pages has 1 pages of 4096 bytes a head; its record needs 8832"):
         emulated.attend(cache, query, output, None, work, 0.1, True)
-    work.count = work.count.double()
+    work.num_evicted = work.num_evicted.double()
     with pytest.raises(RuntimeError, match="expected scalar type Float but found Double"):
         emulated.attend(cache, query, output, None, work, 0.1, False)
     retire = RetireWork(
-        work.pages[:, :1].contiguous(), work.pages[:, 1:2].contiguous(), moment_pages, work.last.float()
+        work.pages[:, :1].contiguous(), work.pages[:, 1:2].contiguous(), moment_pages, work.last_slot.float()
     )
     with pytest.raises(RuntimeError, match="needs the means and the observed attention"):
         emulated.consolidate(cache, None, retire, find("momentkv")(), 0, 0.1)
@@ -271,27 +275,29 @@ def test_operators_declare_what_they_write(emulated):
     checks = ("test_schema", "test_faketensor")
     calls = []
     recorder = type("Recorder", (), {"__getattr__": lambda _, name: lambda *a: calls.append((name, a))})()
-    cuda._ops = recorder  # undone by the fixture
+    module._ops = recorder  # undone by the fixture
     lse = torch.zeros(query.shape[:2])
     mass = torch.zeros(cache.keys.shape[:3])
     emulated.attend(cache, query, torch.empty_like(query), lse, work, 0.1, True)
-    emulated.observe(cache, mass, query, lse, work, 0.1)
-    retire = RetireWork(work.pages[:, :1].contiguous(), work.pages[:, 1:2].contiguous(), work.moment_pages, work.count)
-    emulated.consolidate(cache, mass, retire, find("momentkv")(), 0, 0.1)
-    emulated.store(cache, query[:3, :2], query[:3, 2:], torch.tensor([16, 17, 18]), mass)
-    assert [name for name, _ in calls] == ["attend", "observe", "consolidate", "store"]
+    emulated.observe(cache, Observed(mass), query, lse, work, 0.1)
+    retire = RetireWork(
+        work.pages[:, :1].contiguous(), work.pages[:, 1:2].contiguous(), work.moment_pages, work.num_evicted
+    )
+    emulated.consolidate(cache, Observed(mass), retire, find("momentkv")(), 0, 0.1)
+    emulated.write(cache, query[:3, :2], query[:3, 2:], torch.tensor([16, 17, 18]), Observed(mass))
+    assert [name for name, _ in calls] == ["attend", "observe", "consolidate", "write"]
     for name, arguments in calls:
         operator = getattr(torch.ops.momentkv_cuda_emulated, name).default
         torch.library.opcheck(operator, arguments, test_utils=checks)
 
 
 def test_the_family_says_why_it_cannot_run(monkeypatch):
-    monkeypatch.setattr(cuda, "_why_missing", "No module named 'momentkv_vllm._cuda'")
+    monkeypatch.setattr(module, "_why_missing", "No module named 'momentkv_vllm._cuda'")
     with pytest.raises(ValueError, match="'cuda' cannot run here: .*not built.*MOMENTKV_BUILD_CUDA=1"):
-        dispatch.select("cuda", "cuda")
+        select("cuda", "cuda")
     with pytest.raises(ValueError, match="does not run on 'cpu' tensors"):
-        dispatch.select("cuda", "cpu")
-    monkeypatch.setattr(cuda, "_why_missing", "")
+        select("cuda", "cpu")
+    monkeypatch.setattr(module, "_why_missing", "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cuda.objections() == ["no CUDA device"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -13,7 +13,7 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 from momentkv_vllm.attention import backend as cpu_backend
 from momentkv_vllm.attention.backend import MomentKVBackend, MomentKVImpl, MomentKVMetadataBuilder
 from momentkv_vllm.attention.cuda_backend import CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder
-from momentkv_vllm.kernels import reference
+from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.worklists import AttendWork
 from momentkv_vllm.plugin import register
@@ -35,7 +35,8 @@ def stock_attention(self, layer, query, key, value, kv_cache, metadata, output, 
     last = metadata.seq_lens.long() - queries
     none = torch.zeros(len(last), 0, dtype=torch.long)
     work = AttendWork(starts[:-1], queries, metadata.block_table.long(), last, none, torch.zeros(len(last)))
-    reference.attend(CacheView.of_vllm_gpu(kv_cache, self.record), query, output, None, work, self.scale, False)
+    cache = CacheView.of_vllm_gpu(kv_cache, self.record_layout)
+    select("reference").attend(cache, query, output, None, work, self.scale, False)
     return output
 
 

@@ -37,7 +37,7 @@ def test_the_device_plans_what_the_host_plans(policy, budget, moment_pages, reti
         assert [x.data_ptr() for x in vars(attend).values() if isinstance(x, torch.Tensor)] == places[
             : 6 if attend.restart is None else 8
         ]
-        assert attend.queries.tolist() == [1, 1, 1, 0, 1, 1] and (retire_work.retiring_pages[3] == -1).all()
+        assert attend.num_queries.tolist() == [1, 1, 1, 0, 1, 1] and (retire_work.retiring_pages[3] == -1).all()
         events += int((retire_work.retiring_pages >= 0).any(1).sum())
         for row in (0, 1, 2, 4, 5):
             check_row(host, attend, retire_work, row, int(query_start[row]), lens[row], table)
@@ -49,9 +49,9 @@ def check_row(host, attend, retire, row, token, end, table):
     want = host._attend([segment], table.numpy())
     pages = want.pages.shape[1]
     assert attend.pages[row, :pages].tolist() == want.pages[0].tolist() and not attend.pages[row, pages:].any()
-    for name in ("first_token", "queries", "last", "count"):
+    for name in ("first_token", "num_queries", "last_slot", "num_evicted"):
         assert getattr(attend, name)[row] == getattr(want, name)[0], (name, row, end)
-    if want.count[0] > 0:
+    if want.num_evicted[0] > 0:
         assert attend.moment_pages[row].tolist() == want.moment_pages[0].tolist()
     if host.observe:
         assert attend.observe_from[row] == want.observe_from[0] and attend.restart[row] == want.restart[0], (row, end)
@@ -63,4 +63,4 @@ def check_row(host, attend, retire, row, token, end, table):
     assert retired == due.retiring_pages[0].tolist()
     assert retire.store_pages[row].tolist() == due.store_pages[0].tolist()
     assert retire.moment_pages[row].tolist() == due.moment_pages[0].tolist()
-    assert retire.count[row] == due.count[0]
+    assert retire.num_evicted[row] == due.num_evicted[0]

@@ -10,7 +10,8 @@ import pytest
 import torch
 from kernel_cases import serving_batch
 
-from momentkv_vllm.kernels import dispatch, reference
+from momentkv_vllm.config import KERNELS
+from momentkv_vllm.kernels import FAMILIES, select
 
 HERE = Path(__file__).parent
 
@@ -28,7 +29,7 @@ def test_the_other_instruction_sets(isa):
 
 def test_operators_check_what_they_are_given():
     """A wrong tensor is an error that names it, never memory of someone else."""
-    cpu = dispatch.select("cpu")
+    cpu = select("cpu")
     cache, work, query = serving_batch(torch.bfloat16, 64, "bfloat16", "first", 4)
     output = torch.empty_like(query)
     with pytest.raises(RuntimeError, match="output"):
@@ -40,20 +41,25 @@ def test_operators_check_what_they_are_given():
         cpu.attend(cache, query, output, None, narrow, 0.1, True)
     with pytest.raises(RuntimeError, match="logits are left for one query a row"):
         cpu.attend(cache, query, output, None, replace(work, most_queries=1), 0.1, True)
-    work.last[3] = 10_000
+    work.last_slot[3] = 10_000
     with pytest.raises(RuntimeError, match="row 3 sees more slots"):
         cpu.attend(cache, query, output, None, work, 0.1, True)
 
 
 def test_a_named_family_never_falls_back(monkeypatch):
-    monkeypatch.setattr(dispatch.select("cpu"), "objections", lambda: ["no compiler"])
-    assert dispatch.select("auto") is reference
+    monkeypatch.setattr(select("cpu"), "objections", lambda: ["no compiler"])
+    assert select("auto") is select("reference")
     with pytest.raises(ValueError, match="'cpu' cannot run here: no compiler"):
-        dispatch.select("cpu")
+        select("cpu")
 
 
 @pytest.mark.parametrize(("name", "device"), [("cpu", "cuda"), ("triton", "cpu")])
 def test_a_named_family_must_run_on_the_device(name, device, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=f"does not run on '{device}' tensors"):
-        dispatch.select(name, device)
+        select(name, device)
+
+
+def test_the_setting_names_the_families():
+    """Stated in config.py too, which must not import kernels."""
+    assert sorted(KERNELS) == sorted(["auto", *(family.name for family in FAMILIES)])

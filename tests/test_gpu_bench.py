@@ -29,7 +29,8 @@ def test_a_wrong_kernel_stops_it_before_any_figure(tmp_path):
     broken = (
         "import os, sys; os.environ['TRITON_INTERPRET'] = '1'; sys.path[:0] = {folders!r}\n"
         "import check, torch\n"
-        "from momentkv_vllm.kernels import triton\n"
+        "from momentkv_vllm.kernels import FAMILIES\n"
+        "triton = FAMILIES[0]\n"
         "right = triton.attend\n"
         "def wrong(cache, query, output, *rest):\n"
         "    right(cache, query, output, *rest)\n"

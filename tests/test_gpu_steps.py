@@ -13,7 +13,7 @@ from momentkv_vllm.attention import upload
 from momentkv_vllm.attention.backend import MomentKVImpl
 from momentkv_vllm.attention.cuda_backend import CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder
 from momentkv_vllm.attention.metadata import EvictionMetadata
-from momentkv_vllm.kernels import triton as family
+from momentkv_vllm.kernels import triton
 from momentkv_vllm.plugin import register
 
 
@@ -97,17 +97,17 @@ class Launches:
 
 def test_chunks_and_decode_rows_launch_their_own_kernels_only(models, monkeypatch):
     seen = []
-    for module, names in ((family._decode, ("_partials", "_reduce")), (family._chunk, ("_chunk",))):
+    for module, names in ((triton._decode, ("_partials", "_reduce")), (triton._chunk, ("_chunk",))):
         for name in names:
             monkeypatch.setattr(module, name, Launches(name, seen))
-    side = side_of(models)
-    cache = side.impl.view(new_cache(TABLE), side.impl.record)
+    side, family = side_of(models), triton.Triton()
+    cache = side.impl.view(new_cache(TABLE), side.impl.record_layout)
     query = torch.zeros(201, 2 * HEADS, D)
     kinds = set()
     for work in side.builder.build(0, mixed_step()).eviction.rounds[0].attends:
         seen.clear()
         family.attend(cache, query, query, None, work, 1.0, True)
-        many = bool((work.queries > 1).all())
+        many = bool((work.num_queries > 1).all())
         assert seen == (["_chunk"] if many else ["_partials", "_reduce"])
         kinds.add(many)
         seen.clear()

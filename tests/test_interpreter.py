@@ -38,7 +38,7 @@ def test_triton_kernels_and_what_stands_on_them():
     for word, least in (
         ("attend", 15),
         ("consolidation", 8),
-        ("store", 3),
+        ("write", 3),
         ("observe", 1),
         ("plans", 6),
         ("answers", 3),

@@ -33,7 +33,7 @@ def live(side, steps):
     for new in steps:
         lens = [a + b for a, b in zip(lens, new)]
         output = side.step(common_of(lens, new), *new_tokens(sum(new), generator))
-        seen.append((output, side.impl.slot_mass.clone()))
+        seen.append((output, side.impl.observed.data.clone()))
     return seen
 
 
@@ -42,7 +42,7 @@ def check_a_cache_replaced(config, classes, first, steps):
     side, fresh = Side(config, *classes), Side(config, *classes)
     large, side.cache = side.cache, new_cache(SMALL)
     side.step(common_of(first, first, SMALL), *new_tokens(sum(first), torch.Generator().manual_seed(4)))
-    assert len(side.impl.slot_mass) == len(side.cache) == 5
+    assert len(side.impl.observed.data) == len(side.cache) == 5
     side.cache = large
     for number, (got, want) in enumerate(zip(live(side, steps), live(fresh, steps), strict=True)):
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]), number
@@ -67,6 +67,6 @@ def test_a_cache_that_stays_keeps_its_mass_at_its_address(models):
     """A captured graph holds on to it."""
     side = Side(config_of(models(), policy="h2o"), *CPU)
     live(side, [[60]])
-    mass = side.impl.slot_mass
+    mass = side.impl.observed.data
     live(side, [[60], [50], [1]])
-    assert side.impl.slot_mass is mass
+    assert side.impl.observed.data is mass

@@ -10,7 +10,7 @@ LAYERS = [
     {"moments", "model_layers", "versions", "metrics"},
     {"policies"},
     {"config"},
-    {"page_schedule", "page_layout", "testing"},
+    {"page_schedule", "page_layout", "records", "testing"},
     {"triton_kernels"},
     {"kernels"},
     {"block_manager"},

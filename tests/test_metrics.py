@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from momentkv_vllm.attention.monitor import measure
-from momentkv_vllm.kernels import reference
+from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.worklists import AttendWork
 from momentkv_vllm.metrics import (
@@ -136,15 +136,15 @@ def test_measured_mass_and_correction_are_those_of_the_reference_kernel(covarian
     cache = CacheView.of_vllm_cpu(kv, record)
     moment_pages = torch.arange(8, 8 + record.pages(page, 4)).expand(2, -1) - torch.tensor([[0], [4]])
     work = AttendWork(
-        first_token=torch.tensor([0, 1]), queries=torch.tensor([1, 1]), pages=torch.tensor([[1, 2], [3, 0]]),
-        last=torch.tensor([31, 9]), moment_pages=moment_pages, count=torch.tensor([40.0, 7.0]),
+        first_token=torch.tensor([0, 1]), num_queries=torch.tensor([1, 1]), pages=torch.tensor([[1, 2], [3, 0]]),
+        last_slot=torch.tensor([31, 9]), moment_pages=moment_pages, num_evicted=torch.tensor([40.0, 7.0]),
     )  # fmt: skip
     query, scale = torch.randn(2, heads * groups, d), d**-0.5
     results = {}
-    for correct in (False, True):
+    for corrected in (False, True):
         output, lse = torch.empty_like(query), torch.empty(2, heads * groups)
-        reference.attend(cache, query, output, lse, work, scale, correct)
-        results[correct] = output, lse
+        select("reference").attend(cache, query, output, lse, work, scale, corrected)
+        results[corrected] = output, lse
     (plain, plain_lse), (merged, merged_lse) = results[False], results[True]
     rows = torch.arange(2)
     mass, change = measure(cache, query, merged, merged_lse, work, rows, scale, True)

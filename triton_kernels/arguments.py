@@ -1,38 +1,90 @@
-"""Kernel arguments that several launches take: a cache by its strides, a record by its layout."""
+"""Kernel arguments that several launches take, bundled: a cache by its strides, a record by its layout.
 
-from typing import Any
+A field must not be called `values`, `type` or `handle`: inside a kernel a tuple has those already.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
 
-def tokens_of(cache) -> tuple:
-    """(keys, values, their strides by page, head, slot, dim)."""
-    return cache.keys, cache.values, *cache.keys.stride(), *cache.values.stride()
+class Tokens(NamedTuple):
+    """Keys `k` and values `v` of a cache, and their strides by page, head, slot and dimension."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    k_page: int
+    k_head: int
+    k_slot: int
+    k_dim: int
+    v_page: int
+    v_head: int
+    v_slot: int
+    v_dim: int
 
 
-def record_of(cache) -> tuple:
-    """(record as float32, as the covariance's type, their strides by page and by head), from page 0, head 0."""
-    record = cache.record
+class Records(NamedTuple):
+    """A cache's memory from page 0, head 0 on, as float32 and as the covariance's type, and strides by page and head."""
+
+    floats: torch.Tensor
+    covariance: torch.Tensor
+    f_page: int
+    f_head: int
+    c_page: int
+    c_head: int
+
+
+class Sizes(NamedTuple):
+    """Compile-time sizes of a head and a page; block_d: dimensions padded to a power of two that a matrix product takes."""
+
+    page: int
+    head_dim: int
+    block_d: int
+
+
+class RecordSizes(NamedTuple):
+    """Compile-time layout of a record (page_layout.py): mean_key to scales count float32 numbers, covariance those of its type;
+    floats, covariances: numbers of either type that a head owns of a page."""
+
+    has_covariance: bool
+    has_scales: bool
+    mean_key: int
+    mean_value: int
+    spread: int
+    scales: int
+    covariance: int
+    floats: int
+    covariances: int
+
+
+def tokens_of(cache: Any) -> Tokens:
+    return Tokens(cache.keys, cache.values, *cache.keys.stride(), *cache.values.stride())
+
+
+def records_of(cache: Any) -> Records:
     floats = cache.raw.view(torch.float32)
-    covariance = cache.raw.view(getattr(torch, record.moment_dtype)) if record.has_covariance else floats
-    return floats, covariance, *floats.stride()[:2], *covariance.stride()[:2]
+    covariance = cache.raw.view(_covariance_type(cache)) if cache.record_layout.has_covariance else floats
+    return Records(floats, covariance, *floats.stride()[:2], *covariance.stride()[:2])
 
 
-def record_sizes(cache) -> dict[str, Any]:
-    """The record's compile-time sizes, see common.record_partial."""
-    record = cache.record
-    item = getattr(torch, record.moment_dtype).itemsize
-    return {
-        "HAS_COVARIANCE": record.has_covariance,
-        "HAS_SCALES": record.has_scales,
-        "HEADER": record.header_bytes // item,
-        "FLOATS": cache.raw.shape[2] // 4,
-        "COVARIANCES": cache.raw.shape[2] // item,
-    }
+def record_sizes(cache: Any) -> RecordSizes:
+    layout, item, head_bytes = cache.record_layout, _covariance_type(cache).itemsize, cache.raw.shape[2]
+    *floats, covariance = layout.offsets
+    return RecordSizes(
+        layout.has_covariance,
+        layout.has_scales,
+        *(at // 4 for at in floats),
+        covariance // item,
+        floats=head_bytes // 4,
+        covariances=head_bytes // item,
+    )
 
 
-def sizes(cache) -> dict[str, int]:
-    """Head and page sizes; dimensions are padded to a power of two, and to what a matrix product needs."""
+def sizes(cache: Any) -> Sizes:
     head_dim = cache.keys.shape[3]
-    return {"PAGE": cache.page_size, "HEAD_DIM": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim))}
+    return Sizes(cache.page_size, head_dim, max(16, triton.next_power_of_2(head_dim)))
+
+
+def _covariance_type(cache: Any) -> torch.dtype:
+    return getattr(torch, cache.record_layout.moment_dtype)

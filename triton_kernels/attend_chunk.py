@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .arguments import record_of, record_sizes, sizes, tokens_of
+from .arguments import record_sizes, records_of, sizes, tokens_of
 from .common import LN2, LOG2E, attend_tile, narrow, program_head, record_partial
 
 BLOCK_M, BLOCK_N = 64, 64
@@ -12,54 +12,52 @@ measured yet (make bench-gpu)."""
 
 
 @triton.jit
+def _with_partial(acc, peak, total, out, log2_mass):
+    """One more update of a running softmax in base 2: by an output [M, D] that is normalised already."""
+    higher = tl.maximum(peak, log2_mass)
+    shrink, weight = tl.exp2(peak - higher), tl.exp2(log2_mass - higher)
+    return acc * shrink[:, None] + out * weight[:, None], higher, total * shrink + weight
+
+
+@triton.jit
 def _chunk(
-    query, output, lse_out, first_token, queries, pages, last, moment_pages, count,
-    keys, values, k_page, k_head, k_slot, k_dim, v_page, v_head, v_slot, v_dim,
-    floats, covariance, f_page, f_head, c_page, c_head,
+    query, output, lse_out, first_token, num_queries, pages, last_slot, moment_pages, num_evicted, tokens, records,
     q_token, q_head, out_token, out_head, lse_token, row_pages, row_moments, scale,
-    GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CORRECT: tl.constexpr, HAS_LSE: tl.constexpr,
-    PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_COVARIANCE: tl.constexpr,
-    HAS_SCALES: tl.constexpr, HEADER: tl.constexpr, FLOATS: tl.constexpr, COVARIANCES: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CORRECTED: tl.constexpr, HAS_LSE: tl.constexpr,
+    SIZES: tl.constexpr, RECORD: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of queries, KV head, row)."""
     TILE: tl.constexpr = BLOCK_M // GROUPS
     first, head, row = tl.program_id(0) * TILE, program_head(), tl.program_id(2)
-    num_queries = tl.load(queries + row).to(tl.int32)
-    if (num_queries <= 1) | (first >= num_queries):
+    queries = tl.load(num_queries + row).to(tl.int32)
+    if (queries <= 1) | (first >= queries):
         return
-    m, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    m, d = tl.arange(0, BLOCK_M), tl.arange(0, SIZES.block_d)
     at = first + m // GROUPS
-    real = (m < TILE * GROUPS) & (at < num_queries)
-    tile = real[:, None] & (d < HEAD_DIM)[None, :]
+    real = (m < TILE * GROUPS) & (at < queries)
+    tile = real[:, None] & (d < SIZES.head_dim)[None, :]
     token = tl.load(first_token + row).to(tl.int64) + at
     query_head = head * GROUPS + m % GROUPS
     q_at = query + (token * q_token + query_head * q_head)[:, None]
     q = tl.load(q_at + d[None, :], mask=tile, other=0.0)
-    first_last = tl.load(last + row).to(tl.int32)
+    first_last = tl.load(last_slot + row).to(tl.int32)
     limit = tl.where(real, first_last + at, -1)
-    end = first_last + tl.minimum(first + TILE, num_queries) - 1
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    end = first_last + tl.minimum(first + TILE, queries) - 1
+    acc = tl.zeros((BLOCK_M, SIZES.block_d), tl.float32)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, end + 1, BLOCK_N):
         acc, peak, total = attend_tile(
-            q, acc, peak, total, start + tl.arange(0, BLOCK_N), limit, end,
-            keys + head * k_head, values + head * v_head, pages + row * row_pages, scale * LOG2E,
-            k_page, k_slot, k_dim, v_page, v_slot, v_dim, PAGE, HEAD_DIM, BLOCK_D,
+            q, acc, peak, total, start + tl.arange(0, BLOCK_N), limit, end, tokens, head, pages + row * row_pages,
+            scale * LOG2E, SIZES,
         )  # fmt: skip
-    if CORRECT:
-        evicted = tl.load(count + row)
+    if CORRECTED:
+        evicted = tl.load(num_evicted + row)
         if evicted != 0:
             out, log_mass = record_partial(
-                q, q_at, real, evicted, floats + head * f_head, covariance + head * c_head, moment_pages + row * row_moments,
-                f_page, c_page, scale, HEAD_DIM, BLOCK_D, HAS_COVARIANCE, HAS_SCALES, HEADER, FLOATS, COVARIANCES,
-            )  # fmt: skip
-            log_mass *= LOG2E
-            higher = tl.maximum(peak, log_mass)
-            shrink, weight = tl.exp2(peak - higher), tl.exp2(log_mass - higher)
-            acc = acc * shrink[:, None] + out * weight[:, None]
-            total = total * shrink + weight
-            peak = higher
+                q, q_at, real, evicted, records, head, moment_pages + row * row_moments, scale, SIZES, RECORD
+            )
+            acc, peak, total = _with_partial(acc, peak, total, out, log_mass * LOG2E)
     out_at = output + (token * out_token + query_head * out_head)[:, None] + d[None, :]
     safe = tl.where(real, total, 1.0)
     tl.store(out_at, narrow(acc / safe[:, None], output.dtype.element_ty), mask=tile)
@@ -67,17 +65,17 @@ def _chunk(
         tl.store(lse_out + token * lse_token + query_head, (peak + tl.log2(safe)) * LN2, mask=real)
 
 
-def attend_chunk(cache, query, output, lse, work, scale: float, correct: bool, most_queries: int) -> None:
-    """Rows of `work` with more than one query. Shapes as in kernels/reference.py; most_queries bounds work.queries."""
-    rows, num_heads, heads = len(work.last), query.shape[1], cache.keys.shape[1]
+def attend_chunk(cache, query, output, lse, work, scale: float, corrected: bool, most_queries: int) -> None:
+    """Rows of `work` with more than one query. Shapes as in kernels/base.py; most_queries bounds work.num_queries."""
+    rows, num_heads, heads = len(work.last_slot), query.shape[1], cache.keys.shape[1]
     groups = num_heads // heads
     block_n = BLOCK_N if query.shape[2] <= 128 else BLOCK_N // 2
     block_m = max(BLOCK_M, triton.next_power_of_2(groups))
     grid = (triton.cdiv(most_queries, block_m // groups), heads, rows)
     _chunk[grid](
-        query, output, lse if lse is not None else output, work.first_token, work.queries, work.pages, work.last,
-        work.moment_pages, work.count, *tokens_of(cache), *record_of(cache), *query.stride()[:2], *output.stride()[:2],
+        query, output, lse if lse is not None else output, work.first_token, work.num_queries, work.pages, work.last_slot,
+        work.moment_pages, work.num_evicted, tokens_of(cache), records_of(cache), *query.stride()[:2], *output.stride()[:2],
         0 if lse is None else lse.stride(0), work.pages.stride(0), work.moment_pages.stride(0), scale,
-        GROUPS=groups, BLOCK_M=block_m, BLOCK_N=block_n, CORRECT=correct, HAS_LSE=lse is not None,
-        **sizes(cache), **record_sizes(cache), num_warps=4,
+        GROUPS=groups, BLOCK_M=block_m, BLOCK_N=block_n, CORRECTED=corrected, HAS_LSE=lse is not None,
+        SIZES=sizes(cache), RECORD=record_sizes(cache), num_warps=4,
     )  # fmt: skip

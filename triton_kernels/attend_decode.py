@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .arguments import record_of, record_sizes, sizes, tokens_of
+from .arguments import record_sizes, records_of, sizes, tokens_of
 from .common import LN2, LOG2E, attend_tile, narrow, program_head, record_partial
 
 SPLIT_SLOTS = 256
@@ -18,63 +18,58 @@ BLOCK_N = 64
 
 @triton.jit
 def _partials(
-    query, part_out, part_lse, first_token, queries, pages, last, moment_pages, count,
-    keys, values, k_page, k_head, k_slot, k_dim, v_page, v_head, v_slot, v_dim,
-    floats, covariance, f_page, f_head, c_page, c_head,
+    query, part_out, part_lse, first_token, num_queries, pages, last_slot, moment_pages, num_evicted, tokens, records,
     q_token, q_head, o_row, o_head, o_split, l_row, l_head, l_split, row_pages, row_moments, scale, num_splits,
     GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr,
-    PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_COVARIANCE: tl.constexpr,
-    HAS_SCALES: tl.constexpr, HEADER: tl.constexpr, FLOATS: tl.constexpr, COVARIANCES: tl.constexpr,
+    SIZES: tl.constexpr, RECORD: tl.constexpr,
 ):  # fmt: skip
     """Program (row, KV head, split): the split's normalised output and logsumexp; -inf where it has nothing."""
     row, head, split = tl.program_id(0), program_head(), tl.program_id(2)
-    if tl.load(queries + row) != 1:
+    if tl.load(num_queries + row) != 1:
         return
-    m, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    m, d = tl.arange(0, BLOCK_M), tl.arange(0, SIZES.block_d)
     lse_at = part_lse + row * l_row + head * l_head + split * l_split + m
-    visible = tl.load(last + row).to(tl.int32) + 1
-    evicted = tl.load(count + row)
+    visible = tl.load(last_slot + row).to(tl.int32) + 1
+    evicted = tl.load(num_evicted + row)
     start = split * SPLIT
     empty = tl.where(split == num_splits, evicted == 0, start >= visible)
     if empty:
         tl.store(lse_at, tl.full((BLOCK_M,), float("-inf"), tl.float32), mask=m < GROUPS)
         return
-    tile = (m < GROUPS)[:, None] & (d < HEAD_DIM)[None, :]
+    tile = (m < GROUPS)[:, None] & (d < SIZES.head_dim)[None, :]
     token = tl.load(first_token + row).to(tl.int64)
     q_at = query + token * q_token + (head * GROUPS + m)[:, None] * q_head
     q = tl.load(q_at + d[None, :], mask=tile, other=0.0)
     if split == num_splits:
         out, lse = record_partial(
-            q, q_at, m < GROUPS, evicted, floats + head * f_head, covariance + head * c_head, moment_pages + row * row_moments,
-            f_page, c_page, scale, HEAD_DIM, BLOCK_D, HAS_COVARIANCE, HAS_SCALES, HEADER, FLOATS, COVARIANCES,
-        )  # fmt: skip
+            q, q_at, m < GROUPS, evicted, records, head, moment_pages + row * row_moments, scale, SIZES, RECORD
+        )
     else:
-        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        acc = tl.zeros((BLOCK_M, SIZES.block_d), tl.float32)
         peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         limit = tl.zeros((BLOCK_M,), tl.int32) + visible - 1
         for first in range(start, tl.minimum(start + SPLIT, visible), BLOCK_N):
             acc, peak, total = attend_tile(
-                q, acc, peak, total, first + tl.arange(0, BLOCK_N), limit, visible - 1,
-                keys + head * k_head, values + head * v_head, pages + row * row_pages, scale * LOG2E,
-                k_page, k_slot, k_dim, v_page, v_slot, v_dim, PAGE, HEAD_DIM, BLOCK_D,
+                q, acc, peak, total, first + tl.arange(0, BLOCK_N), limit, visible - 1, tokens, head,
+                pages + row * row_pages, scale * LOG2E, SIZES,
             )  # fmt: skip
         out = acc / total[:, None]
         lse = (peak + tl.log2(total)) * LN2
     tl.store(lse_at, lse, mask=m < GROUPS)
-    out_at = part_out + row * o_row + head * o_head + split * o_split + m[:, None] * HEAD_DIM + d[None, :]
+    out_at = part_out + row * o_row + head * o_head + split * o_split + m[:, None] * SIZES.head_dim + d[None, :]
     tl.store(out_at, out, mask=tile)
 
 
 @triton.jit
 def _reduce(
-    part_out, part_lse, output, lse_out, first_token, queries,
+    part_out, part_lse, output, lse_out, first_token, num_queries,
     o_row, o_head, o_split, l_row, l_head, l_split, out_token, out_head, lse_token, num_parts,
     GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
     """Program (row, query head): the softmax over the splits, the record among them."""
     row, query_head = tl.program_id(0), tl.program_id(1)
-    if tl.load(queries + row) != 1:
+    if tl.load(num_queries + row) != 1:
         return
     head, m = query_head // GROUPS, query_head % GROUPS
     part, d = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_D)
@@ -94,26 +89,26 @@ def _reduce(
         tl.store(lse_out + token * lse_token + query_head, peak + tl.log(total))
 
 
-def attend_decode(cache, query, output, lse, work, scale: float, correct: bool, split: int = SPLIT_SLOTS) -> None:
-    """Rows of `work` with one query; other rows are left to attend_chunk. Shapes as in kernels/reference.py."""
-    rows, (num_heads, head_dim), heads = len(work.last), query.shape[1:], cache.keys.shape[1]
+def attend_decode(cache, query, output, lse, work, scale: float, corrected: bool, split: int = SPLIT_SLOTS) -> None:
+    """Rows of `work` with one query; other rows are left to attend_chunk. Shapes as in kernels/base.py."""
+    rows, (num_heads, head_dim), heads = len(work.last_slot), query.shape[1:], cache.keys.shape[1]
     groups = num_heads // heads
     num_splits = triton.cdiv(work.pages.shape[1] * cache.page_size, split)
-    parts = num_splits + correct
+    parts = num_splits + corrected
     # Written before they are read; inside a CUDA graph they come from its own pool.
     part_out = torch.empty(rows, heads, parts, groups, head_dim, dtype=torch.float32, device=query.device)
     part_lse = torch.empty(rows, heads, parts, groups, dtype=torch.float32, device=query.device)
     shape = sizes(cache)
     _partials[(rows, heads, parts)](
-        query, part_out, part_lse, work.first_token, work.queries, work.pages, work.last, work.moment_pages, work.count,
-        *tokens_of(cache), *record_of(cache), *query.stride()[:2], *part_out.stride()[:3], *part_lse.stride()[:3],
-        work.pages.stride(0), work.moment_pages.stride(0), scale, num_splits,
+        query, part_out, part_lse, work.first_token, work.num_queries, work.pages, work.last_slot, work.moment_pages,
+        work.num_evicted, tokens_of(cache), records_of(cache), *query.stride()[:2], *part_out.stride()[:3],
+        *part_lse.stride()[:3], work.pages.stride(0), work.moment_pages.stride(0), scale, num_splits,
         GROUPS=groups, BLOCK_M=max(16, triton.next_power_of_2(groups)), SPLIT=split, BLOCK_N=min(BLOCK_N, split),
-        **shape, **record_sizes(cache), num_warps=4,
+        SIZES=shape, RECORD=record_sizes(cache), num_warps=4,
     )  # fmt: skip
     _reduce[(rows, num_heads)](
-        part_out, part_lse, output, lse if lse is not None else part_lse, work.first_token, work.queries,
+        part_out, part_lse, output, lse if lse is not None else part_lse, work.first_token, work.num_queries,
         *part_out.stride()[:3], *part_lse.stride()[:3], *output.stride()[:2], 0 if lse is None else lse.stride(0), parts,
-        GROUPS=groups, HEAD_DIM=head_dim, BLOCK_D=shape["BLOCK_D"], BLOCK_P=triton.next_power_of_2(parts),
+        GROUPS=groups, HEAD_DIM=head_dim, BLOCK_D=shape.block_d, BLOCK_P=triton.next_power_of_2(parts),
         HAS_LSE=lse is not None, num_warps=4,
     )  # fmt: skip

@@ -46,78 +46,87 @@ def record_offset(pages, index, mask, PER_PAGE: tl.constexpr, page_stride):
 
 
 @triton.jit
-def attend_tile(
-    q, acc, peak, total, slots, limit, end, keys, values, pages, scale_log2,
-    k_page, k_slot, k_dim, v_page, v_slot, v_dim,
-    PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+def float_at(records, head, pages, index, mask, RECORD: tl.constexpr):
+    """Pointers to a record's float32 numbers `index`."""
+    return records.floats + head * records.f_head + record_offset(pages, index, mask, RECORD.floats, records.f_page)
+
+
+@triton.jit
+def covariance_rows(records, head, pages, row, mask, SIZES: tl.constexpr, RECORD: tl.constexpr):
+    """Pointers [rows, 1] to where rows of a record's covariance begin."""
+    at = RECORD.covariance + row * SIZES.head_dim
+    base = records.covariance + head * records.c_head
+    return base + record_offset(pages, at, mask, RECORD.covariances, records.c_page)[:, None]
+
+
+@triton.jit
+def attend_tile(q, acc, peak, total, slots, limit, end, tokens, head, pages, scale_log2, SIZES: tl.constexpr):
     """One online-softmax update by the slots `slots` [N]; query m sees those up to limit[m], none is read past `end`.
 
-    q [M, D]; acc [M, D], peak, total [M] float32 in base 2; keys, values: pointers of one head.
+    q [M, D]; acc [M, D], peak, total [M] float32 in base 2; tokens: arguments.Tokens; pages: of the row.
     """
-    d = tl.arange(0, BLOCK_D)
+    d = tl.arange(0, SIZES.block_d)
     real = slots <= end
-    page = tl.load(pages + slots // PAGE, mask=real, other=0).to(tl.int64)
-    slot = slots % PAGE
+    page = tl.load(pages + slots // SIZES.page, mask=real, other=0).to(tl.int64)
+    slot = slots % SIZES.page
     # Beyond `end` a page is unwritten and may hold anything: 0 * NaN would be NaN.
     k = tl.load(
-        keys + (page * k_page + slot * k_slot)[None, :] + (d * k_dim)[:, None],
-        mask=real[None, :] & (d < HEAD_DIM)[:, None],
+        tokens.k + head * tokens.k_head + (page * tokens.k_page + slot * tokens.k_slot)[None, :] + (d * tokens.k_dim)[:, None],
+        mask=real[None, :] & (d < SIZES.head_dim)[:, None],
         other=0.0,
-    )
+    )  # fmt: skip
     logits = tl.where(slots[None, :] <= limit[:, None], dot(q, k) * scale_log2, float("-inf"))
     higher = tl.maximum(peak, tl.max(logits, 1))
     base = tl.where(higher == float("-inf"), 0.0, higher)
     p = tl.exp2(logits - base[:, None])
     shrink = tl.exp2(peak - base)
     v = tl.load(
-        values + (page * v_page + slot * v_slot)[:, None] + (d * v_dim)[None, :],
-        mask=real[:, None] & (d < HEAD_DIM)[None, :],
+        tokens.v + head * tokens.v_head + (page * tokens.v_page + slot * tokens.v_slot)[:, None] + (d * tokens.v_dim)[None, :],
+        mask=real[:, None] & (d < SIZES.head_dim)[None, :],
         other=0.0,
-    )
+    )  # fmt: skip
     return acc * shrink[:, None] + dot(p, v), higher, total * shrink + tl.sum(p, 1)
 
 
 @triton.jit
-def record_partial(
-    q, q_at, asks, count, floats, covariance, pages, float_page, covariance_page, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_COVARIANCE: tl.constexpr, HAS_SCALES: tl.constexpr, HEADER: tl.constexpr,
-    FLOATS: tl.constexpr, COVARIANCES: tl.constexpr,
-):  # fmt: skip
-    """What attention over the evicted tokens would have returned (moments.partial): (out [M, D], log mass [M]).
+def record_partial(q, q_at, asks, num_evicted, records, head, pages, scale, SIZES: tl.constexpr, RECORD: tl.constexpr):
+    """What attention over the evicted tokens would have returned, (out [M, D], log mass [M]): `partial` of moments.py.
 
-    q [M, D], read again in parts from the pointers q_at [M, 1] where asks [M]; floats, covariance: pointers to a head's slice
-    of page 0 as float32 and as the covariance's type; HEADER: numbers of that type before the covariance; FLOATS,
-    COVARIANCES: numbers of either type a head owns of a page.
-    The caller skips records with count 0: their bytes mean nothing.
+    q [M, D], read again in parts from the pointers q_at [M, 1] where asks [M]; pages: the row's moment pages.
+    The caller skips records that hold no token: their bytes mean nothing.
     """
-    BLOCK_R: tl.constexpr = BLOCK_D if BLOCK_D < 64 else 64
-    d = tl.arange(0, BLOCK_D)
-    real = d < HEAD_DIM
+    d = tl.arange(0, SIZES.block_d)
+    real = d < SIZES.head_dim
     x = q.to(tl.float32)
-    mean_key = tl.load(floats + record_offset(pages, d, real, FLOATS, float_page), mask=real, other=0.0)
-    mean_value = tl.load(floats + record_offset(pages, HEAD_DIM + d, real, FLOATS, float_page), mask=real, other=0.0)
-    log_mass = tl.log(count) + scale * tl.sum(x * mean_key[None, :], 1)
+    mean_key = tl.load(float_at(records, head, pages, RECORD.mean_key + d, real, RECORD), mask=real, other=0.0)
+    mean_value = tl.load(float_at(records, head, pages, RECORD.mean_value + d, real, RECORD), mask=real, other=0.0)
+    log_mass = tl.log(num_evicted) + scale * tl.sum(x * mean_key[None, :], 1)
     out = tl.zeros_like(x) + mean_value[None, :]
-    if HAS_COVARIANCE:
-        # C q is a product of the tile of query heads with C [key, value]; in parts, for all of C may not fit shared memory.
-        step = tl.zeros_like(x)
-        for first in range(0, HEAD_DIM, BLOCK_R):
-            i = first + tl.arange(0, BLOCK_R)
-            row = i < HEAD_DIM
-            part = tl.load(q_at + i[None, :], mask=asks[:, None] & row[None, :], other=0.0)
-            at = record_offset(pages, HEADER + i * HEAD_DIM, row, COVARIANCES, covariance_page)
-            c = tl.load(covariance + at[:, None] + d[None, :], mask=row[:, None] & real[None, :], other=0)
-            if HAS_SCALES:
-                c = c.to(tl.float32).to(q.dtype)  # exact; the interpreter cannot cast int8 to bfloat16
-                at = record_offset(pages, 2 * HEAD_DIM + 1 + i, row, FLOATS, float_page)
-                step += dot(part.to(tl.float32) * tl.load(floats + at, mask=row, other=0.0)[None, :], c)
-            else:
-                step += dot(part, c)
-        step *= scale
-        spread = tl.load(floats + record_offset(pages, 2 * HEAD_DIM, True, FLOATS, float_page))
+    if RECORD.has_covariance:
+        step = _times_covariance(q, q_at, asks, records, head, pages, SIZES, RECORD) * scale
+        spread = tl.load(float_at(records, head, pages, RECORD.spread, True, RECORD))
         limit = tl.sqrt(tl.maximum(spread, 0.0))
         length = tl.sqrt(tl.sum(step * step, 1))
         out += step * tl.where(length > limit, limit / tl.maximum(length, 1e-30), 1.0)[:, None]
     return out, log_mass
+
+
+@triton.jit
+def _times_covariance(q, q_at, asks, records, head, pages, SIZES: tl.constexpr, RECORD: tl.constexpr):
+    """C q [M, D], a product of the tile of query heads with C [key, value]; in parts, for all of C may not fit shared memory."""
+    PART: tl.constexpr = SIZES.block_d if SIZES.block_d < 64 else 64
+    d = tl.arange(0, SIZES.block_d)
+    step = tl.zeros_like(q.to(tl.float32))
+    for first in range(0, SIZES.head_dim, PART):
+        i = first + tl.arange(0, PART)
+        row = i < SIZES.head_dim
+        part = tl.load(q_at + i[None, :], mask=asks[:, None] & row[None, :], other=0.0)
+        at = covariance_rows(records, head, pages, i, row, SIZES, RECORD)
+        c = tl.load(at + d[None, :], mask=row[:, None] & (d < SIZES.head_dim)[None, :], other=0)
+        if RECORD.has_scales:
+            c = c.to(tl.float32).to(q.dtype)  # exact; the interpreter cannot cast int8 to bfloat16
+            scales = tl.load(float_at(records, head, pages, RECORD.scales + i, row, RECORD), mask=row, other=0.0)
+            step += dot(part.to(tl.float32) * scales[None, :], c)
+        else:
+            step += dot(part, c)
+    return step

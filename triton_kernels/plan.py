@@ -18,7 +18,7 @@ def _boundary(committed, FIRST: tl.constexpr, RETIRE: tl.constexpr, RETIRE_PAGES
 
 @triton.jit
 def _plan(
-    seq_lens, query_start, table, first_token, queries, pages, last, moment_pages, count, observe_from, restart,
+    seq_lens, query_start, table, first_token, num_queries, pages, last_slot, moment_pages, num_evicted, observe_from, restart,
     store_pages, retiring_pages, table_row, num_columns,
     PAGE: tl.constexpr, S: tl.constexpr, M: tl.constexpr, FIRST: tl.constexpr, RETIRE_PAGES: tl.constexpr,
     COLUMNS: tl.constexpr, K: tl.constexpr, OBSERVED: tl.constexpr, OBSERVE_ALL: tl.constexpr, BLOCK: tl.constexpr,
@@ -28,17 +28,17 @@ def _plan(
     RETIRE: tl.constexpr = RETIRE_PAGES * PAGE
     row = tl.program_id(0)
     first = tl.load(query_start + row).to(tl.int64)
-    num_queries = tl.load(query_start + row + 1).to(tl.int64) - first
+    queries = tl.load(query_start + row + 1).to(tl.int64) - first
     end = tl.load(seq_lens + row).to(tl.int64)
-    num_queries = tl.where(end > 0, num_queries, 0)
-    start = end - num_queries
+    queries = tl.where(end > 0, queries, 0)
+    start = end - queries
     before = _boundary(start, FIRST, RETIRE, RETIRE_PAGES, S + M)
     after = _boundary(end, FIRST, RETIRE, RETIRE_PAGES, S + M)
     table += row * table_row
     tl.store(first_token + row, first)
-    tl.store(queries + row, num_queries)
-    tl.store(last + row, start - tl.where(before > 0, (before - S) * PAGE, 0))
-    tl.store(count + row, (tl.maximum(before - S, 0) * PAGE).to(tl.float32))
+    tl.store(num_queries + row, queries)
+    tl.store(last_slot + row, start - tl.where(before > 0, (before - S) * PAGE, 0))
+    tl.store(num_evicted + row, (tl.maximum(before - S, 0) * PAGE).to(tl.float32))
 
     j = tl.arange(0, BLOCK)
     column = tl.where((j < S) | (before == 0), j, before + j - S)
@@ -63,8 +63,8 @@ def _plan(
             event = tl.where(start < FIRST, FIRST, FIRST + ((start - FIRST) // RETIRE + 1) * RETIRE)
             earlier = tl.where(start < FIRST, 0, FIRST + (start - FIRST) // RETIRE * RETIRE)
             zone = tl.maximum(event - OBSERVED, earlier)
-        tl.store(observe_from + row, tl.minimum(tl.maximum(zone - start, 0), num_queries))
-        tl.store(restart + row, (start <= zone) & (zone < end) & (num_queries > 0))
+        tl.store(observe_from + row, tl.minimum(tl.maximum(zone - start, 0), queries))
+        tl.store(restart + row, (start <= zone) & (zone < end) & (queries > 0))
 
 
 def plan(seq_lens, query_start, block_table, attend, retire, schedule, observed: int, observe_all: bool) -> None:
@@ -85,8 +85,8 @@ def plan(seq_lens, query_start, block_table, attend, retire, schedule, observed:
     )
     power = triton.next_power_of_2
     _plan[(len(seq_lens),)](
-        seq_lens, query_start, block_table, attend.first_token, attend.queries, attend.pages, attend.last,
-        attend.moment_pages, attend.count, attend.observe_from, attend.restart, retire.store_pages, retire.retiring_pages,
+        seq_lens, query_start, block_table, attend.first_token, attend.num_queries, attend.pages, attend.last_slot,
+        attend.moment_pages, attend.num_evicted, attend.observe_from, attend.restart, retire.store_pages, retire.retiring_pages,
         block_table.stride(0), block_table.shape[1],
         PAGE=schedule.page_size, S=s, M=m, FIRST=schedule.first_event, RETIRE_PAGES=schedule.retire_pages,
         COLUMNS=columns, K=k, OBSERVED=observed, OBSERVE_ALL=observe_all,

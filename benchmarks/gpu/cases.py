@@ -8,6 +8,7 @@ import torch
 
 from momentkv_vllm import moments
 from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
 
 
@@ -59,11 +60,11 @@ class Case:
         every = torch.arange(s.rows, device=device)
         self.work = AttendWork(
             first_token=every * s.queries,
-            queries=torch.full_like(every, s.queries),
+            num_queries=torch.full_like(every, s.queries),
             pages=self.pages,
-            last=ends - s.queries,
+            last_slot=ends - s.queries,
             moment_pages=self.moment_pages,
-            count=count,
+            num_evicted=count,
             observe_from=every * 0,
             restart=every % 2 == 0,
             most_queries=s.queries,
@@ -73,22 +74,22 @@ class Case:
         self.key, self.value = (normal(s.rows, s.kv_heads, s.head_dim).to(s.dtype) for _ in range(2))
         self.output = torch.empty_like(self.query)
         self.lse = torch.empty(*self.query.shape[:2], device=device)
-        self.mass = torch.rand(total, s.kv_heads, s.page_size, generator=generator, device=device)
+        self.mass = Observed(torch.rand(total, s.kv_heads, s.page_size, generator=generator, device=device))
         self.scale = s.head_dim**-0.5
 
-    def attend(self, family, correct: bool, lse: bool = False) -> None:
-        family.attend(self.cache, self.query, self.output, self.lse if lse else None, self.work, self.scale, correct)
+    def attend(self, family, corrected: bool, lse: bool = False) -> None:
+        family.attend(self.cache, self.query, self.output, self.lse if lse else None, self.work, self.scale, corrected)
 
     def retire_work(self, retire_pages: int, due: bool = True) -> RetireWork:
         """An event of every row, or of none: all pages but the newest `retire_pages` + 1 are the store."""
         store, retiring, _ = (x.contiguous() for x in self.pages.tensor_split([-1 - retire_pages, -1], 1))
         retiring = retiring if due else torch.full_like(retiring, -1)
-        return RetireWork(store, retiring, self.moment_pages, self.work.count)
+        return RetireWork(store, retiring, self.moment_pages, self.work.num_evicted)
 
     def twin(self) -> "Case":
         """The same case on a copy of the cache and of what was observed."""
         other = object.__new__(Case)
         vars(other).update(vars(self))
         other.cache = CacheView.of_vllm_gpu(self.cache.kv.clone(), self.shape.layout)
-        other.mass, other.output, other.lse = self.mass.clone(), self.output.clone(), self.lse.clone()
+        other.mass, other.output, other.lse = Observed(self.mass.data.clone()), self.output.clone(), self.lse.clone()
         return other

@@ -6,10 +6,10 @@ import torch
 from cases import Case, Shape
 from shape import SINKS
 
-from momentkv_vllm.kernels import dispatch, reference
+from momentkv_vllm.kernels import preferred, select
 from momentkv_vllm.policies import find
 
-POLICY = find("momentkv")()
+POLICY, reference = find("momentkv")(), select("reference")
 SHAPES = [
     *(
         Shape(head_dim=d, groups=g, dtype=t, rows=9, slots=700, odd=True)
@@ -36,8 +36,8 @@ ROUNDING = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 1e-4}
 
 def families(device: str) -> dict:
     """The GPU families that work here, by name."""
-    native = [family for family in dispatch.preferred("cuda") if family.module is not reference]
-    found = {family.name: family.module for family in native if not family.objections()}
+    native = [family for family in preferred("cuda") if family is not reference]
+    found = {family.name: family for family in native if not family.objections()}
     if not found:
         raise SystemExit(f"no GPU kernel family works here: {[family.objections() for family in native]}")
     return found
@@ -54,25 +54,25 @@ def close(got: torch.Tensor, want: torch.Tensor, tolerance: float, what: str) ->
 
 
 def check(shape: Shape, name: str, family, device: str) -> dict:
-    """Attend (with and without correction), observe, consolidate, store of one shape; twice each for equal bits."""
+    """Attend (with and without correction), observe, consolidate, write of one shape; twice each for equal bits."""
     case, tolerance = Case(shape, device), ROUNDING[shape.dtype]
     worst = 0.0
-    for correct in (False, True):
-        case.attend(reference, correct, lse=True)
+    for corrected in (False, True):
+        case.attend(reference, corrected, lse=True)
         want, want_lse = case.output.clone(), case.lse.clone()
         seen = []
         for _ in range(2):
             case.output.fill_(math.nan), case.lse.fill_(math.nan)
-            case.attend(family, correct, lse=True)
+            case.attend(family, corrected, lse=True)
             seen.append((case.output.clone(), case.lse.clone()))
-        label = f"{name}, {shape.label}, correct={correct}"
+        label = f"{name}, {shape.label}, corrected={corrected}"
         assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True)), f"{label}: two runs differ"
         worst = max(worst, close(case.output, want, tolerance, f"{label}, output"))
         close(case.lse, want_lse, max(1e-4, tolerance / 8), f"{label}, logsumexp")
     twin = case.twin()
     for each, kernels in ((case, family), (twin, reference)):
         kernels.observe(each.cache, each.mass, each.query, want_lse, each.work, each.scale)
-    close(case.mass[case.pages], twin.mass[case.pages], tolerance, f"{name}, {shape.label}, observe")
+    close(case.mass.data[case.pages], twin.mass.data[case.pages], tolerance, f"{name}, {shape.label}, observe")
     if case.pages.shape[1] >= 5 and shape.queries == 1:
         check_retire(case, twin, name, family)
     return {"family": name, "shape": shape.label, "worst_relative_difference": worst}
@@ -83,14 +83,14 @@ def check_retire(case: Case, twin: Case, name: str, family) -> None:
     the reference's scores decide for both."""
     shape, label = case.shape, f"{name}, {case.shape.label}, consolidate"
     work = case.retire_work(2)
-    twin.mass.copy_(case.mass)
+    twin.mass.data.copy_(case.mass.data)
     family.consolidate(case.cache, case.mass, work, POLICY, SINKS, case.scale)
     reference.consolidate(twin.cache, twin.mass, work, POLICY, SINKS, case.scale)
     got, want = case.cache.read_tokens(work.store_pages), twin.cache.read_tokens(work.store_pages)
     moved = (got[0] != want[0]).any(-1).float().mean().item()
     assert moved <= 2 / got[0].shape[2], f"{label}: {moved:.1%} of the store's slots hold other tokens"
     if moved == 0:
-        after = torch.ones_like(work.count)
+        after = torch.ones_like(work.num_evicted)
         got, want = (c.cache.read_moments(work.moment_pages, after) for c in (case, twin))
         close(got.mean_key, want.mean_key, 1e-3, f"{label}, mean key")
         close(got.mean_value, want.mean_value, 1e-3, f"{label}, mean value")
@@ -101,8 +101,8 @@ def check_retire(case: Case, twin: Case, name: str, family) -> None:
     same = torch.equal(idle.view(torch.uint8), case.cache.kv.view(torch.uint8))
     assert same, f"{label}: a row without an event was changed"
     slots = work.store_pages[:, 0] * shape.page_size + 1
-    family.store(case.cache, case.key, case.value, slots, case.mass)
-    assert torch.equal(case.cache.keys[work.store_pages[:, 0], :, 1], case.key), f"{label}: store"
+    family.write(case.cache, case.key, case.value, slots, case.mass)
+    assert torch.equal(case.cache.keys[work.store_pages[:, 0], :, 1], case.key), f"{label}: write"
 
 
 def run(device: str, tiny: bool) -> list[dict]:

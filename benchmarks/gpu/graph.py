@@ -6,6 +6,7 @@ from shape import SINKS
 from momentkv_vllm.attention.decode_plan import DecodePlan
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.page_layout import RecordLayout
 from momentkv_vllm.page_schedule import build_schedule
 from momentkv_vllm.policies import find
@@ -27,7 +28,7 @@ class Layer:
         self.table = (torch.randperm(rows * columns, generator=generator, device=device) + 1).view(rows, -1).int()
         shape = (rows * columns + 1, heads, 16, 2 * d)
         kv = torch.randn(shape, generator=generator, device=device).bfloat16()
-        self.cache, self.mass = CacheView.of_vllm_gpu(kv, record), torch.zeros(shape[:3], device=device)
+        self.cache, self.mass = CacheView.of_vllm_gpu(kv, record), Observed(torch.zeros(shape[:3], device=device))
         self.query = torch.zeros(rows, heads * groups, d, dtype=torch.bfloat16, device=device)
         self.key, self.value = (torch.zeros(rows, heads, d, dtype=torch.bfloat16, device=device) for _ in range(2))
         self.output, self.slots = torch.zeros_like(self.query), torch.zeros(rows, dtype=torch.int64, device=device)
@@ -48,7 +49,7 @@ class Layer:
 
     def forward(self) -> None:
         attend, retire = self.work.attends[0], self.work.retires[0]
-        self.family.store(self.cache, self.key, self.value, self.slots, self.mass)
+        self.family.write(self.cache, self.key, self.value, self.slots, self.mass)
         lse = torch.empty(self.query.shape[:2], device=self.device)
         self.family.attend(self.cache, self.query, self.output, lse, attend, self.scale, True)
         self.family.observe(self.cache, self.mass, self.query, lse, attend, self.scale)
@@ -69,7 +70,7 @@ def run(family, device: str, tiny: bool) -> dict:
         with torch.cuda.graph(graph):
             replayed.forward()
     replayed.cache.kv.copy_(kv)
-    replayed.mass.zero_()
+    replayed.mass.data.zero_()
     steps = 6 if tiny else 2 * eager.schedule.retire_tokens + 40
     retired = 0
     for step in range(steps):

@@ -9,10 +9,13 @@ from shape import SINKS
 from vllm import _custom_ops as ops
 
 from momentkv_vllm import moments
-from momentkv_vllm.kernels import cpu
+from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
 from momentkv_vllm.policies import find
+
+CPU = select("cpu")
 
 
 @dataclass(frozen=True)
@@ -44,19 +47,19 @@ class Case:
         self.query = torch.randn(s.rows * s.queries, heads, s.head_dim, generator=generator).to(s.dtype)
         self.output = torch.empty_like(self.query)
         self.lse = torch.full(self.query.shape[:2], 10.0)
-        self.slot_mass = torch.rand(total, s.kv_heads, s.page_size, generator=generator)
+        self.observed = Observed(torch.rand(total, s.kv_heads, s.page_size, generator=generator))
         self.scale = s.head_dim**-0.5
         self.work = AttendWork(
             first_token=torch.arange(s.rows) * s.queries,
-            queries=torch.full((s.rows,), s.queries),
+            num_queries=torch.full((s.rows,), s.queries),
             pages=self.pages,
-            last=torch.full((s.rows,), s.slots - s.queries),
+            last_slot=torch.full((s.rows,), s.slots - s.queries),
             moment_pages=self.moment_pages,
-            count=torch.full((s.rows,), 10_000.0),
+            num_evicted=torch.full((s.rows,), 10_000.0),
         )
 
-    def attend(self, correct: bool, family=cpu) -> None:
-        family.attend(self.cache, self.query, self.output, None, self.work, self.scale, correct)
+    def attend(self, corrected: bool, family=CPU) -> None:
+        family.attend(self.cache, self.query, self.output, None, self.work, self.scale, corrected)
 
     def vllm_attend(self) -> Callable[[], None]:
         """vLLM's own kernel over the same pages; its scheduling is prepared outside the timed call, as in the engine."""
@@ -107,16 +110,16 @@ class Case:
         store, retiring, _ = (
             x.contiguous() for x in self.pages[one].tensor_split([store_pages, store_pages + retire_pages], 1)
         )
-        return RetireWork(store, retiring, self.moment_pages[one], self.work.count[one])
+        return RetireWork(store, retiring, self.moment_pages[one], self.work.num_evicted[one])
 
-    def retire(self, work: RetireWork, family=cpu) -> None:
-        family.consolidate(self.cache, self.slot_mass, work, find("momentkv")(), SINKS, self.scale)
+    def retire(self, work: RetireWork, family=CPU) -> None:
+        family.consolidate(self.cache, self.observed, work, find("momentkv")(), SINKS, self.scale)
 
     def observe_work(self) -> AttendWork:
         """A step of which the policy wants to know the attention of every row."""
-        every = torch.zeros_like(self.work.last)
+        every = torch.zeros_like(self.work.last_slot)
         return replace(self.work, observe_from=every, restart=every.bool())
 
-    def attend_and_observe(self, work: AttendWork, family=cpu) -> None:
+    def attend_and_observe(self, work: AttendWork, family=CPU) -> None:
         family.attend(self.cache, self.query, self.output, self.lse, work, self.scale, True)
-        family.observe(self.cache, self.slot_mass, self.query, self.lse, work, self.scale)
+        family.observe(self.cache, self.observed, self.query, self.lse, work, self.scale)

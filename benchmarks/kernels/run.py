@@ -13,12 +13,12 @@ from typing import Any
 import matplotlib
 import report
 import torch
-from kernels.cases import Case, Shape
+from kernels.cases import CPU, Case, Shape
 from tqdm import tqdm
 from vllm.platforms import current_platform
 
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.kernels import cpu, reference
+from momentkv_vllm.kernels import select
 from momentkv_vllm.page_schedule import DEFAULT_RETIRE_SHARE
 
 matplotlib.use("Agg")
@@ -69,7 +69,7 @@ def check(shape: Shape) -> None:
     torch.testing.assert_close(case.output, want, rtol=2**-5, atol=2**-7)
     case.attend(True)
     ours = case.output.clone()
-    case.attend(True, reference)
+    case.attend(True, select("reference"))
     torch.testing.assert_close(ours, case.output, rtol=2**-6, atol=2**-8)
 
 
@@ -176,7 +176,7 @@ def main() -> None:
     attends = [measure_attend(shape, bandwidth) for shape in tqdm(SHAPES, desc="attend")]
     contexts = [measure_context(context) for context in tqdm(CONTEXTS, desc="context")]
     retires = [measure_retire(budget) for budget in tqdm(BUDGETS, desc="retire")]
-    print(f"instruction set {cpu.isa()}, {torch.get_num_threads()} threads, memory reads {bandwidth / 1e9:.1f} GB/s\n")
+    print(f"instruction set {CPU.isa()}, {torch.get_num_threads()} threads, memory reads {bandwidth / 1e9:.1f} GB/s\n")
     heading = ["attend", "/ vLLM", "correction", "share of bandwidth", "vLLM's share"]
     keys = ["shape", "attend_to_vllm", "corrected_to_attend", "bandwidth_share", "vllm_bandwidth_share"]
     print(report.table([heading, *([a[k] for k in keys] for a in attends)]), "\n")
@@ -198,7 +198,7 @@ def main() -> None:
     )
     plot(report.RESULTS / "kernels.png", attends, contexts)
     results = {
-        "isa": cpu.isa(),
+        "isa": CPU.isa(),
         "threads": torch.get_num_threads(),
         "read_bytes_per_second": bandwidth,
         "attend": attends,

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 
 from momentkv_vllm import moments as mo
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.kernels.reference import _fill_holes
+from momentkv_vllm.kernels.reference import fill_holes
 from momentkv_vllm.page_schedule import PageSchedule
 from momentkv_vllm.policies import Candidates, Policy
 
@@ -145,7 +145,7 @@ class _Layer:
         rank = score.argsort(dim=-1, descending=True, stable=True)
         kept = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, rank[..., : plan.store_tokens], True)
         self._forget(tokens, (~kept).float())
-        source = _fill_holes(kept, plan.store_tokens)
+        source = fill_holes(kept, plan.store_tokens)
         pick = source.unsqueeze(-1).expand(-1, -1, -1, k.shape[-1])
         self.stored_k, self.stored_v, self.window = tokens.keys.gather(2, pick), tokens.values.gather(2, pick), boundary
         if policy.observes_every_query():

@@ -114,7 +114,7 @@ inline void soften(float* logits, int slots, int visible, float& top, float& mas
 
 // Where attend leaves the logits of an item's query heads for observe, [groups, max_pages * page_size]; null if it need not.
 inline float* logits_of(const Attend& a, const AttendItem& item) {
-  if (a.logits == nullptr || a.observe_from[item.row] >= a.queries[item.row]) return nullptr;
+  if (a.logits == nullptr || a.observe_from[item.row] >= a.num_queries[item.row]) return nullptr;
   const int64_t groups = a.query_heads / a.cache.heads;
   return a.logits + (item.row * a.query_heads + item.head * groups) * a.max_pages * a.cache.page_size;
 }
@@ -165,12 +165,12 @@ inline void add_covariance(const RecordView& record, int64_t d, const float* que
 // The first-order partial of the evicted tokens (paper eqs. 9, 11) as one more step of the running softmax.
 // `query` is [head_dim][Rows]; `step` has room for Rows * head_dim floats.
 template <int Rows, class C>
-inline void attend_record(const Attend& a, const RecordView& record, float count, const float* query, float* step,
+inline void attend_record(const Attend& a, const RecordView& record, float num_evicted, const float* query, float* step,
                           Running run) {
   const int64_t d = a.cache.head_dim;
   const float *mean_key = record.mean_key(), *mean_value = record.mean_value();
   const float limit = sqrtf(*record.value_spread() > 0 ? *record.value_spread() : 0);
-  if (a.record.has_covariance)
+  if (a.record_layout.has_covariance)
     add_covariance<Rows, C>(record, d, query, step);
   else
     std::fill_n(step, Rows * d, 0.0f);
@@ -181,7 +181,7 @@ inline void attend_record(const Attend& a, const RecordView& record, float count
     for (int64_t i = 0; i < d; i += kLanes) square += load(step + r * d + i) * load(step + r * d + i);
     const float length = a.scale * sqrtf(sum(square));
     const float shrink = length > limit ? limit / length : 1.0f;
-    const float log_mass = logf(count) + a.scale * dot;
+    const float log_mass = logf(num_evicted) + a.scale * dot;
     const float top = log_mass > run.top[r] ? log_mass : run.top[r];
     const float keep = expf(run.top[r] - top), weight = expf(log_mass - top);
     for (int64_t i = 0; i < d; i += kLanes) {
@@ -208,7 +208,7 @@ inline void finish(const Attend& a, const AttendItem& item, int first_row, int r
     }
     const int64_t token = a.first_token[item.row] + item.first_query + row / groups;
     const int64_t query_head = item.head * groups + row % groups;
-    T* output = static_cast<T*>(a.output) + token * a.output_stride + query_head * d;
+    T* output = reinterpret_cast<T*>(a.output) + token * a.output_stride + query_head * d;
     for (int64_t i = 0; i < d; i += kLanes) store(output + i, load(run.out + r * d + i) * inverse);
     if (a.lse != nullptr) a.lse[token * a.query_heads + query_head] = lse;
   }
@@ -220,7 +220,7 @@ inline void pack_queries(const Attend& a, const AttendItem& item, int first_row,
   const int64_t d = a.cache.head_dim, groups = a.query_heads / a.cache.heads;
   for (int r = 0; r < Rows; ++r) {
     const int64_t row = first_row + r, token = a.first_token[item.row] + item.first_query + row / groups;
-    const T* query = static_cast<const T*>(a.query) + token * a.query_stride + (item.head * groups + row % groups) * d;
+    const T* query = reinterpret_cast<const T*>(a.query) + token * a.query_stride + (item.head * groups + row % groups) * d;
     for (int64_t i = 0; i < d; ++i) packed[i * Rows + r] = to_float(query[i]);
   }
 }
@@ -236,7 +236,7 @@ void attend_rows(const Attend& a, const AttendItem& item, int first_row, float* 
   for (int64_t i = 0; i < Rows * d; ++i) run.out[i] = 0;
 
   int64_t sees[Rows];  // slots that a row sees
-  for (int r = 0; r < Rows; ++r) sees[r] = a.last[item.row] + item.first_query + (first_row + r) / groups + 1;
+  for (int r = 0; r < Rows; ++r) sees[r] = a.last_slot[item.row] + item.first_query + (first_row + r) / groups + 1;
   const int64_t* pages = a.pages + item.row * a.max_pages;
   const int64_t row_slots = a.max_pages * a.cache.page_size, item_end = item.end_page * a.cache.page_size;
   const int64_t end = sees[Rows - 1] < item_end ? sees[Rows - 1] : item_end;
@@ -249,9 +249,9 @@ void attend_rows(const Attend& a, const AttendItem& item, int first_row, float* 
     attend_tile<Rows>(a, tile, packed, visible, logits, left == nullptr ? nullptr : left + first, run);
   }
   if (item.with_record) {
-    const RecordView record{a.cache, a.record, a.record_pages + item.row * a.moment_pages, item.head};
-    with_covariance_type(a.record.covariance_type, [&](auto c) {
-      attend_record<Rows, decltype(c)>(a, record, a.count[item.row], packed, logits, run);
+    const RecordView record{a.cache, a.record_layout, a.moment_pages + item.row * a.num_moment_pages, item.head};
+    with_covariance_type(a.record_layout.covariance_type, [&](auto c) {
+      attend_record<Rows, decltype(c)>(a, record, a.num_evicted[item.row], packed, logits, run);
     });
   }
   finish<T>(a, item, first_row, Rows, run);
@@ -263,7 +263,7 @@ size_t attend_scratch(const Attend& a) {
 }
 
 void attend(const Attend& a, const AttendItem& item, float* scratch) {
-  const int rows = item.queries * int(a.query_heads / a.cache.heads);
+  const int rows = item.num_queries * int(a.query_heads / a.cache.heads);
   with_type(a.cache.type, [&](auto t) {
     using T = decltype(t);
     int row = 0;
@@ -288,7 +288,7 @@ void merge(const Attend& a, const MergeItem& item) {
       Vec out = {};
       for (int s = 0; s < item.splits; ++s) out += load(item.partials + s * size + g * d + i) * lse[s * size];
       with_type(a.cache.type, [&](auto t) {
-        store(static_cast<decltype(t)*>(a.output) + token * a.output_stride + query_head * d + i, out * (1 / mass));
+        store(reinterpret_cast<decltype(t)*>(a.output) + token * a.output_stride + query_head * d + i, out * (1 / mass));
       });
     }
     if (a.lse != nullptr) a.lse[token * a.query_heads + query_head] = top + logf(mass);
@@ -309,7 +309,7 @@ void observe_rows(const Attend& a, const AttendItem& item, int first_row, float*
   for (int r = 0; r < Rows; ++r) {
     const int64_t query = (first_row + r) / groups, query_head = item.head * groups + (first_row + r) % groups;
     lse[r] = a.lse[(a.first_token[item.row] + query) * a.query_heads + query_head];
-    sees[r] = a.last[item.row] + query + 1;
+    sees[r] = a.last_slot[item.row] + query + 1;
   }
   for (int64_t first = 0; first < sees[Rows - 1]; first += kTileSlots) {
     const Tile<T> tile(a.cache, item.head, pages, first, sees[Rows - 1]);
@@ -319,7 +319,7 @@ void observe_rows(const Attend& a, const AttendItem& item, int first_row, float*
       logits = left + first_row * row_slots + first;
     for (int s = 0; s < tile.slots; s += kLanes) {
       const int64_t slot = first + s;
-      float* mass = a.slot_mass + (pages[slot / page_size] * a.cache.heads + item.head) * page_size + slot % page_size;
+      float* mass = a.observed + (pages[slot / page_size] * a.cache.heads + item.head) * page_size + slot % page_size;
       Vec total = load(mass);
       for (int r = 0; r < Rows; ++r) {
         float* row = logits + r * row_slots + s;
@@ -337,13 +337,13 @@ size_t observe_scratch(const Attend& a) { return 8 * (a.cache.head_dim + kTileSl
 void observe(const Attend& a, int64_t item_index, float* scratch) {
   const int64_t page_size = a.cache.page_size, groups = a.query_heads / a.cache.heads;
   const AttendItem item{int32_t(item_index / a.cache.heads), int32_t(item_index % a.cache.heads), 0,
-                        int32_t(a.queries[item_index / a.cache.heads])};
+                        int32_t(a.num_queries[item_index / a.cache.heads])};
   const int64_t* pages = a.pages + item.row * a.max_pages;
   if (a.restart[item.row])
-    for (int64_t slot = 0; slot < a.last[item.row] + item.queries; slot += page_size)
-      std::fill_n(a.slot_mass + (pages[slot / page_size] * a.cache.heads + item.head) * page_size, page_size, 0.0f);
+    for (int64_t slot = 0; slot < a.last_slot[item.row] + item.num_queries; slot += page_size)
+      std::fill_n(a.observed + (pages[slot / page_size] * a.cache.heads + item.head) * page_size, page_size, 0.0f);
   int row = int(a.observe_from[item.row] * groups);
-  const int rows = item.queries * int(groups);
+  const int rows = item.num_queries * int(groups);
   with_type(a.cache.type, [&](auto t) {
     using T = decltype(t);
     for (; row + 8 <= rows; row += 8) observe_rows<8, T>(a, item, row, scratch);

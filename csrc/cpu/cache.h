@@ -1,7 +1,5 @@
 // Addresses inside a layer's cache. Included once per instruction set.
 
-inline size_t bytes_of(Type type) { return type == Type::kFloat32 ? 4 : 2; }
-
 // A head's part of a page: keys [head_dim][page_size], then values [page_size][head_dim].
 template <class T>
 inline T* keys_of(const Cache& c, int64_t page, int64_t head) {
@@ -16,7 +14,7 @@ inline T* values_of(const Cache& c, int64_t page, int64_t head) {
 // One head's moment record, spread over the head's parts of its pages. No field straddles a page (page_layout.py).
 struct RecordView {
   const Cache& cache;
-  const Record& layout;
+  const RecordLayout& layout;
   const int64_t* pages;
   int64_t head;
 
@@ -24,14 +22,15 @@ struct RecordView {
     const int64_t part = cache.page_size * 2 * cache.head_dim * bytes_of(cache.type);
     return cache.data + (pages[offset / part] * cache.heads + head) * part + offset % part;
   }
-  float* mean_key() const { return reinterpret_cast<float*>(at(0)); }
-  float* mean_value() const { return mean_key() + cache.head_dim; }
-  float* value_spread() const { return mean_key() + 2 * cache.head_dim; }
-  float* scales() const { return value_spread() + 1; }  // [head_dim] one per covariance row, int8 only
+  float* floats(int64_t offset) const { return reinterpret_cast<float*>(at(offset)); }
+  float* mean_key() const { return floats(layout.mean_key); }
+  float* mean_value() const { return floats(layout.mean_value); }
+  float* value_spread() const { return floats(layout.spread); }
+  float* scales() const { return floats(layout.scales); }  // [head_dim] one per covariance row, int8 only
   // Row of the covariance for one key dimension, [head_dim] over the value dimensions.
   template <class C>
   C* covariance_row(int64_t key_dim) const {
-    return reinterpret_cast<C*>(at(layout.covariance_offset + key_dim * cache.head_dim * sizeof(C)));
+    return reinterpret_cast<C*>(at(layout.covariance + key_dim * cache.head_dim * sizeof(C)));
   }
 };
 

@@ -1,7 +1,6 @@
 // Retires pages of one (row, head): score, choose, fold the losers into the moments, fill their slots with the winners.
 // Included once per instruction set.
 
-constexpr float kAttentionWeight = 0.5f;  // as policies/momentkv.py
 constexpr int kFoldTokens = 64;  // losers whose centred keys and values are held at a time
 
 // The candidates of one (row, head): the store's slots, then those of the retiring pages.
@@ -21,8 +20,8 @@ struct Event {
     return number < c.store_pages ? c.store[row * c.store_pages + number]
                                   : c.retiring[row * c.retiring_pages + number - c.store_pages];
   }
-  RecordView record() const { return {c.cache, c.record, c.moments + row * c.moment_pages, head}; }
-  float count() const { return c.count[row]; }
+  RecordView record() const { return {c.cache, c.record_layout, c.moments + row * c.moment_pages, head}; }
+  float num_evicted() const { return c.num_evicted[row]; }
 
   template <class T>
   T* key(int64_t candidate) const {
@@ -34,7 +33,7 @@ struct Event {
            candidate % c.cache.page_size * c.cache.head_dim;
   }
   float* mass(int64_t candidate) const {
-    return c.slot_mass + (page(candidate / c.cache.page_size) * c.cache.heads + head) * c.cache.page_size +
+    return c.observed + (page(candidate / c.cache.page_size) * c.cache.heads + head) * c.cache.page_size +
            candidate % c.cache.page_size;
   }
 };
@@ -112,7 +111,7 @@ inline void add_relative(const Event& e, const float* x, float weight, float* sc
 template <class T>
 void score_by_moments(const Event& e, float* means, float* room, float* score) {
   float *mean_key = means, *mean_value = means + e.c.cache.head_dim;
-  if (e.count() == 0)
+  if (e.num_evicted() == 0)
     means_of_candidates<T>(e, mean_key, mean_value);
   else
     mean_key = e.record().mean_key(), mean_value = e.record().mean_value();
@@ -120,7 +119,7 @@ void score_by_moments(const Event& e, float* means, float* room, float* score) {
   distances_of_keys<T>(e, mean_key, room);
   add_relative(e, room, 1, score);
   distances_of_values<T>(e, mean_value, room);
-  add_relative(e, room, kAttentionWeight, score);
+  add_relative(e, room, e.c.attention_weight, score);
 }
 
 // A number that sorts candidates by who goes first: the lower score, of equal scores the later one, NaN before all.
@@ -213,7 +212,7 @@ void fold(const Event& e, const int32_t* losers, Folded& f, float* room) {
   }
   for (int64_t i = 0; i < d; ++i) f.mean_key[i] /= float(n), f.mean_value[i] /= float(n);
 
-  if (e.c.record.has_covariance) std::fill_n(f.covariance, d * d, 0.0f);
+  if (e.c.record_layout.has_covariance) std::fill_n(f.covariance, d * d, 0.0f);
   Vec spread = {};
   for (int64_t first = 0; first < n; first += kFoldTokens) {
     const Batch b = batch(first);
@@ -221,7 +220,7 @@ void fold(const Event& e, const int32_t* losers, Folded& f, float* room) {
     subtract_from_rows(b.keys, b.tokens, d, f.mean_key);
     subtract_from_rows(b.values, b.tokens, d, f.mean_value);
     for (int64_t i = 0; i < b.tokens * d; i += kLanes) spread += load(b.values + i) * load(b.values + i);
-    if (e.c.record.has_covariance) add_products(b, d, f.covariance);
+    if (e.c.record_layout.has_covariance) add_products(b, d, f.covariance);
   }
   f.value_spread = sum(spread) / float(n);
 }
@@ -248,7 +247,7 @@ template <class C>
 void merge_into_record(const Event& e, const Folded& f) {
   const int64_t d = e.c.cache.head_dim;
   const RecordView record = e.record();
-  const float before = e.count(), n = float(e.retiring_tokens());
+  const float before = e.num_evicted(), n = float(e.retiring_tokens());
   const bool empty = before == 0;
   const float share = n / (before + n), between = share * (1 - share);
   float delta_key[kMaxHeadDim], delta_value[kMaxHeadDim], square = 0;
@@ -261,7 +260,7 @@ void merge_into_record(const Event& e, const Folded& f) {
     mean_value[i] = empty ? f.mean_value[i] : mean_value[i] + share * delta_value[i];
   }
   *spread = empty ? f.value_spread : *spread + share * (f.value_spread - *spread) + between * square;
-  if (!e.c.record.has_covariance) return;
+  if (!e.c.record_layout.has_covariance) return;
   for (int64_t i = 0; i < d; ++i) {
     C* row = record.covariance_row<C>(i);
     const float scale = std::is_same_v<C, Int8> ? record.scales()[i] : 1.0f;
@@ -287,7 +286,7 @@ void fill_holes(const Event& e, const int32_t* losers) {
     T* to = e.key<T>(losers[hole]);
     for (int64_t i = 0; i < d; ++i) to[i * e.c.cache.page_size] = from[i * e.c.cache.page_size];
     std::memcpy(e.value<T>(losers[hole]), e.value<T>(winner), d * sizeof(T));
-    if (e.c.slot_mass != nullptr) *e.mass(losers[hole]) = *e.mass(winner);
+    if (e.c.observed != nullptr) *e.mass(losers[hole]) = *e.mass(winner);
   }
 }
 
@@ -312,9 +311,9 @@ void consolidate(const Consolidate& c, int64_t item, float* scratch) {
     if (c.score == nullptr) score_by_moments<T>(e, f.mean_key, scratch, own_score);
     choose_losers(e, c.score == nullptr ? own_score : c.score + item * candidates, ranks, losers);
     // The record may lie in retiring pages: their tokens are read before it is written.
-    if (c.record.has_means) fold<T>(e, losers, f, f.covariance + d * d);
+    if (c.record_layout.has_means) fold<T>(e, losers, f, f.covariance + d * d);
     fill_holes<T>(e, losers);
   });
-  if (c.record.has_means)
-    with_covariance_type(c.record.covariance_type, [&](auto t) { merge_into_record<decltype(t)>(e, f); });
+  if (c.record_layout.has_means)
+    with_covariance_type(c.record_layout.covariance_type, [&](auto t) { merge_into_record<decltype(t)>(e, f); });
 }

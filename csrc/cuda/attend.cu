@@ -24,9 +24,9 @@ __global__ void __launch_bounds__(kAttendThreads) merge_units(const Attend a) {
   const int first = tile == 0 ? 0 : a.max_splits + 1 + 2 * (tile - 1), record = tile == 0 ? a.max_splits : first + 1;
   const Unit unit(a, first, blockIdx.y, blockIdx.z);
   if (!unit.exists) return;
-  const bool with_record = a.correct && a.count[unit.row] > 0;
-  const int sees = int(unit.last) + 1 + unit.query_of(unit.query_rows - 1);
-  const int splits = Unit::splits_of(int(a.work.queries[unit.row]), tile, (sees + kTileSlots - 1) / kTileSlots);
+  const bool with_record = a.corrected && a.num_evicted[unit.row] > 0;
+  const int sees = int(unit.last_slot) + 1 + unit.query_of(unit.query_rows - 1);
+  const int splits = Unit::splits_of(int(a.num_queries[unit.row]), tile, (sees + kTileSlots - 1) / kTileSlots);
   for (int r = threadIdx.x / kLanes; r < unit.query_rows; r += kWarps) {
     auto partial = [&](int i) { return partial_row(a, unit.row, unit.head, i < splits ? first + i : record, r); };
     const int partials = splits + with_record;
@@ -40,27 +40,27 @@ __global__ void __launch_bounds__(kAttendThreads) merge_units(const Attend a) {
       mass += weight;
       for (int j = 0; j < D / kLanes; ++j) out[j] += weight * a.partial_out[partial(i) * D + lane + j * kLanes];
     }
-    const int64_t token = unit.token_of(a.work, r);
+    const int64_t token = unit.token_of(a, r);
     T* to = reinterpret_cast<T*>(a.output) + token * a.output_stride + int64_t(unit.head_of(r)) * D;
     for (int j = 0; j < D / kLanes; ++j) to[lane + j * kLanes] = from_float<T>(out[j] / mass);
-    if (a.lse != nullptr && lane == 0) a.lse[token * a.work.query_heads + unit.head_of(r)] = top + logf(mass);
+    if (a.lse != nullptr && lane == 0) a.lse[token * a.query_heads + unit.head_of(r)] = top + logf(mass);
   }
 }
 
 template <class T, int D>
 const char* launch_attend(const Attend& a, void* stream) {
-  const int rows = a.work.max_queries * (a.work.query_heads / a.work.cache.heads);
+  const int rows = a.max_queries * (a.query_heads / a.cache.heads);
   const int tiles = (rows + kTileRows - 1) / kTileRows;
-  const char* error = launch(attend_units<T, D>, a.units, a.work.cache.heads, a.work.rows, kAttendThreads,
+  const char* error = launch(attend_units<T, D>, a.units, a.cache.heads, a.rows, kAttendThreads,
                              AttendShared<T, D>::kBytes, a, stream);
   if (error != nullptr) return error;
-  return launch(merge_units<T, D>, tiles, a.work.cache.heads, a.work.rows, kAttendThreads, 0, a, stream);
+  return launch(merge_units<T, D>, tiles, a.cache.heads, a.rows, kAttendThreads, 0, a, stream);
 }
 
 }  // namespace
 
 const char* attend(const Attend& a, void* stream) {
-  return with_shape(a.work.cache, [&](auto t, auto d) { return launch_attend<decltype(t), decltype(d)::value>(a, stream); });
+  return with_shape(a.cache, [&](auto t, auto d) { return launch_attend<decltype(t), decltype(d)::value>(a, stream); });
 }
 
 }  // namespace momentkv::cuda

@@ -28,14 +28,29 @@ __device__ inline void times_covariance(const RecordView& record, T* queries, fl
   }
 }
 
+// The record's log mass for every query row: logf(n) + scale * q . mean key. Warps take query rows, lanes dimensions.
+template <class T, int D>
+__device__ inline void write_log_mass(const Attend& a, const Unit& u, const AttendShared<T, D>& s, const RecordView& record) {
+  const int lane = threadIdx.x % kLanes;
+  for (int r = threadIdx.x / kLanes; r < u.query_rows; r += kWarps) {
+    float dot = 0;
+    for (int dim = lane; dim < D; dim += kLanes)
+      dot += *record.mean_key(dim) * to_float(chunk_of<T, D>(s.queries, r, dim / 8)[dim % 8]);
+    dot = warp_sum(dot);
+    if (lane == 0)
+      a.partial_lse[partial_row(a, u.row, u.head, blockIdx.x, r)] = logf(a.num_evicted[u.row]) + a.scale * dot;
+  }
+}
+
+// The record's partial: mean value plus the first-order step C q, no longer than the values' spread.
 template <class T, int D>
 __device__ inline void attend_record(const Attend& a, const Unit& u, const AttendShared<T, D>& s) {
   constexpr int kTiles = D / 8 / kWarps;
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, g = lane / 4, t = lane % 4;
-  const RecordView record{a.work.cache, a.record, a.moment_pages + int64_t(u.row) * a.num_moment_pages, u.head};
+  const RecordView record{a.cache, a.record_layout, a.moment_pages + int64_t(u.row) * a.num_moment_pages, u.head};
   float* squares = s.top(warp);  // [kTileRows] of this warp's columns
   float step[kTiles][4] = {};
-  if (a.record.has_covariance) switch (a.record.covariance_type) {
+  if (a.record_layout.has_covariance) switch (a.record_layout.covariance_type) {
       case Type::kInt8: times_covariance<T, D, Int8>(record, s.queries, step); break;
       case Type::kBFloat16: times_covariance<T, D, BFloat16>(record, s.queries, step); break;
       default: times_covariance<T, D, float>(record, s.queries, step);
@@ -57,7 +72,7 @@ __device__ inline void attend_record(const Attend& a, const Unit& u, const Atten
     const int query_row = g + 8 * r;
     float square = 0;
     for (int w = 0; w < kWarps; ++w) square += s.top(w)[query_row];
-    const float length = a.work.scale * sqrtf(square), factor = a.work.scale * (length > limit ? limit / length : 1.0f);
+    const float length = a.scale * sqrtf(square), factor = a.scale * (length > limit ? limit / length : 1.0f);
     if (query_row >= u.query_rows) continue;
     float* to = a.partial_out + partial_row(a, u.row, u.head, blockIdx.x, query_row) * D;
 #pragma unroll
@@ -67,14 +82,7 @@ __device__ inline void attend_record(const Attend& a, const Unit& u, const Atten
         to[dim] = *record.mean_value(dim) + factor * step[j][2 * r + e];
       }
   }
-  for (int r = warp; r < u.query_rows; r += kWarps) {
-    float dot = 0;
-    for (int dim = lane; dim < D; dim += kLanes)
-      dot += *record.mean_key(dim) * to_float(chunk_of<T, D>(s.queries, r, dim / 8)[dim % 8]);
-    dot = warp_sum(dot);
-    if (lane == 0)
-      a.partial_lse[partial_row(a, u.row, u.head, blockIdx.x, r)] = logf(a.count[u.row]) + a.work.scale * dot;
-  }
+  write_log_mass(a, u, s, record);
 }
 
 }  // namespace momentkv::cuda

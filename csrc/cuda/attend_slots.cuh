@@ -34,7 +34,7 @@ template <class T, int D>
 __device__ inline void load_queries(const Attend& a, const Unit& u, T* tile) {
   for (int i = threadIdx.x; i < kTileRows * D / 8; i += kAttendThreads) {
     const int r = i / (D / 8), chunk = i % (D / 8), real = r < u.query_rows ? r : 0;
-    const T* from = reinterpret_cast<const T*>(a.work.query) + u.token_of(a.work, real) * a.work.query_stride +
+    const T* from = reinterpret_cast<const T*>(a.query) + u.token_of(a, real) * a.query_stride +
                     int64_t(u.head_of(real)) * D + chunk * 8;
     copy_async(chunk_of<T, D>(tile, r, chunk), from, r < u.query_rows);
   }
@@ -62,7 +62,7 @@ struct TileReader {
   __device__ TileReader(const Queries& q, const Unit& u, const AttendShared<T, D>& s)
       : work(q), unit(u), shared(s), warp(threadIdx.x / kLanes) {
     count = (u.tiles - warp + kWarps - 1) / kWarps;
-    end = int(u.last) + 1 + u.query_of(u.query_rows - 1);
+    end = int(u.last_slot) + 1 + u.query_of(u.query_rows - 1);
   }
   __device__ int first_slot(int i) const { return (unit.first_tile + warp + i * kWarps) * kTileSlots; }
 
@@ -196,11 +196,11 @@ template <class T, int D>
 __device__ inline void attend_slots(const Attend& a, const Unit& u, const AttendShared<T, D>& s) {
   constexpr int kStages = AttendShared<T, D>::kStages;
   const int g = threadIdx.x % kLanes / 4;
-  TileReader<T, D> reader(a.work, u, s);
+  TileReader<T, D> reader(a, u, s);
   Running<D> run;
   // Rows beyond the tile's are zeros and see what the last one sees.
   int sees[2];
-  for (int r = 0; r < 2; ++r) sees[r] = int(u.last) + 1 + u.query_of(g + 8 * r < u.query_rows ? g + 8 * r : u.query_rows - 1);
+  for (int r = 0; r < 2; ++r) sees[r] = int(u.last_slot) + 1 + u.query_of(g + 8 * r < u.query_rows ? g + 8 * r : u.query_rows - 1);
   for (int i = 0; i < kStages - 1; ++i) reader.fetch(i);
   for (int i = 0; i < reader.count; ++i) {
     wait_copies<kStages - 2>();
@@ -210,7 +210,7 @@ __device__ inline void attend_slots(const Attend& a, const Unit& u, const Attend
     const int sees_here[2] = {sees[0] - first, sees[1] - first};
     float logits[2][4];
     dot_keys<T, D>(s.queries, s.keys(reader.warp, stage), logits);
-    soften(logits, a.work.scale * kLog2e, sees_here, run);
+    soften(logits, a.scale * kLog2e, sees_here, run);
     add_values<T, D>(logits, s.values(reader.warp, stage), run);
   }
   combine_warps<T, D>(a, u, s, run);

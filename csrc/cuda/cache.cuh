@@ -18,7 +18,7 @@ __device__ inline T* value_of(const Cache& c, int64_t page, int head, int slot) 
 // One head's moment record. Numbers of 4 bytes, and vectors of 16 bytes that start at a multiple of 16, lie in one piece.
 struct RecordView {
   const Cache& cache;
-  const Record& layout;
+  const RecordLayout& layout;
   const int64_t* pages;
   int head;
 
@@ -30,14 +30,16 @@ struct RecordView {
                             slot % cache.page_size * cache.slot_stride;
     return base + numbers * 2 + offset % piece_bytes;
   }
-  __device__ float* number(int index) const { return reinterpret_cast<float*>(at(index * 4)); }
-  __device__ float* mean_key(int dim) const { return number(dim); }
-  __device__ float* mean_value(int dim) const { return number(cache.head_dim + dim); }
-  __device__ float* value_spread() const { return number(2 * cache.head_dim); }
-  __device__ float* scale(int key_dim) const { return number(2 * cache.head_dim + 1 + key_dim); }  // int8 only
+  __device__ float* number(int part, int index) const { return reinterpret_cast<float*>(at(part + index * 4)); }
+  __device__ float* mean_key(int dim) const { return number(layout.mean_key, dim); }
+  __device__ float* mean_value(int dim) const { return number(layout.mean_value, dim); }
+  // Of keys, then of values.
+  __device__ float* mean(int dim) const { return dim < cache.head_dim ? mean_key(dim) : mean_value(dim - cache.head_dim); }
+  __device__ float* value_spread() const { return number(layout.spread, 0); }
+  __device__ float* scale(int key_dim) const { return number(layout.scales, key_dim); }  // int8 only
   template <class C>
   __device__ C* covariance(int key_dim, int value_dim) const {
-    return reinterpret_cast<C*>(at(layout.covariance_offset + (key_dim * cache.head_dim + value_dim) * int(sizeof(C))));
+    return reinterpret_cast<C*>(at(layout.covariance + (key_dim * cache.head_dim + value_dim) * int(sizeof(C))));
   }
 };
 

@@ -10,8 +10,8 @@ template <class T, int D>
 const char* launch_consolidate(const Consolidate& c, void* stream) {
   const int heads = c.cache.heads;
   const char* error = launch(select_losers<T, D>, heads, c.rows, 1, kConsolidateThreads, kSelectBytes<D>, c, stream);
-  if (error == nullptr && c.record.has_means)
-    error = launch(fold_losers<T, D>, c.record.has_covariance ? D / FoldShape<D>::kRows : 1, heads, c.rows,
+  if (error == nullptr && c.record_layout.has_means)
+    error = launch(fold_losers<T, D>, c.record_layout.has_covariance ? D / FoldShape<D>::kRows : 1, heads, c.rows,
                    kConsolidateThreads, FoldShape<D>::kBytes, c, stream);
   if (error == nullptr) error = launch(retire<T, D>, heads, c.rows, 1, kConsolidateThreads, kRetireBytes<D>, c, stream);
   return error;

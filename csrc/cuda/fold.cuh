@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kConsolidateThreads, 2) fold_losers(const Cons
   float* folded = e.folded();
   const int* losers = e.loser_list();
   means_of_losers<T, D>(e, losers, mean, batch);
-  if (c.record.has_covariance)
+  if (c.record_layout.has_covariance)
     covariance_of_losers<T, D>(e, losers, blockIdx.x * FoldShape<D>::kRows, mean, batch,
                                folded + 2 * D + kFoldedSpread);
   if (blockIdx.x > 0) return;

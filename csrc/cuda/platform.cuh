@@ -19,16 +19,6 @@
 
 namespace momentkv::cuda {
 
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-struct Int8 {
-  int8_t number;
-};
-
 constexpr int kLanes = 32;
 constexpr float kLog2e = 1.4426950408889634f;
 

@@ -40,7 +40,7 @@ __device__ inline void fill_holes(const Event& e, const int* losers) {
     const T *key = e.key<T>(from), *value = e.value<T>(from);
     T *new_key = e.key<T>(to), *new_value = e.value<T>(to);
     for (int dim = lane; dim < D; dim += kLanes) new_key[dim] = key[dim], new_value[dim] = value[dim];
-    if (e.c.slot_mass != nullptr && lane == 0) *e.mass(to) = *e.mass(from);
+    if (e.c.observed != nullptr && lane == 0) *e.mass(to) = *e.mass(from);
   }
 }
 
@@ -50,7 +50,7 @@ __device__ inline void merge_means(const Event& e, const float* folded, float sh
   const RecordView record = e.record();
   float square = 0;
   for (int dim = threadIdx.x; dim < 2 * D; dim += kConsolidateThreads) {
-    float* mean = record.number(dim);
+    float* mean = record.mean(dim);
     const float step = empty ? 0 : folded[dim] - *mean;
     delta[dim] = step;
     if (dim >= D) square += step * step;
@@ -104,15 +104,15 @@ __global__ void __launch_bounds__(kConsolidateThreads, 4) retire(const Consolida
   const Event e(c, blockIdx.x, blockIdx.y);
   if (e.losers == 0) return;
   fill_holes<T, D>(e, e.loser_list());
-  if (!c.record.has_means) return;
+  if (!c.record_layout.has_means) return;
   sync_block();  // the record may lie in retiring pages, whose winners have moved now
   float *delta = reinterpret_cast<float*>(shared_memory()), *room = delta + 2 * D;
-  const float before = c.count[e.row], share = float(e.losers) / (before + float(e.losers));
+  const float before = c.num_evicted[e.row], share = float(e.losers) / (before + float(e.losers));
   const bool empty = before == 0;
   merge_means<D>(e, e.folded(), share, empty, delta, room);
   sync_block();
-  if (!c.record.has_covariance) return;
-  switch (c.record.covariance_type) {
+  if (!c.record_layout.has_covariance) return;
+  switch (c.record_layout.covariance_type) {
     case Type::kInt8: return merge_covariance<D, Int8>(e, e.folded(), share, empty, delta);
     case Type::kBFloat16: return merge_covariance<D, BFloat16>(e, e.folded(), share, empty, delta);
     default: return merge_covariance<D, float>(e, e.folded(), share, empty, delta);

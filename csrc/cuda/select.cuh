@@ -7,7 +7,6 @@ namespace momentkv::cuda {
 
 constexpr int kConsolidateThreads = 256;
 constexpr int kConsolidateWarps = kConsolidateThreads / kLanes;
-constexpr float kAttentionWeight = 0.5f;  // as policies/momentkv.py
 
 // The candidates of one (row, head): the store's slots, then those of the retiring pages.
 struct Event {
@@ -32,9 +31,9 @@ struct Event {
   template <class T>
   __device__ T* value(int candidate) const { return value_of<T>(c.cache, page(candidate), head, candidate % c.cache.page_size); }
   __device__ float* mass(int candidate) const {
-    return c.slot_mass + (page(candidate) * c.cache.heads + head) * c.cache.page_size + candidate % c.cache.page_size;
+    return c.observed + (page(candidate) * c.cache.heads + head) * c.cache.page_size + candidate % c.cache.page_size;
   }
-  __device__ RecordView record() const { return {c.cache, c.record, c.moments + int64_t(row) * c.moment_pages, head}; }
+  __device__ RecordView record() const { return {c.cache, c.record_layout, c.moments + int64_t(row) * c.moment_pages, head}; }
   __device__ size_t number() const { return size_t(row) * c.cache.heads + head; }
   __device__ int* loser_list() const { return c.losers + number() * c.retiring_pages * c.cache.page_size; }
   __device__ size_t scores_at() const { return number() * (c.store_pages + c.retiring_pages) * c.cache.page_size; }
@@ -136,14 +135,14 @@ __device__ inline float relative(const Event& e, const float* x, float weight, f
 template <class T, int D>
 __device__ inline void score_by_moments(const Event& e, float* score, size_t n, float* room) {
   float* mean = room + kConsolidateWarps * 2 * D;
-  if (e.c.count[e.row] == 0) {
+  if (e.c.num_evicted[e.row] == 0) {
     means_of_candidates<T, D>(e, mean, room);
   } else {
-    for (int dim = threadIdx.x; dim < 2 * D; dim += kConsolidateThreads) mean[dim] = *e.record().number(dim);
+    for (int dim = threadIdx.x; dim < 2 * D; dim += kConsolidateThreads) mean[dim] = *e.record().mean(dim);
     sync_block();
   }
   distances<T, D>(e, mean, score, n);
-  const float of_keys = relative(e, score, 1, room), of_values = relative(e, score + n, kAttentionWeight, room);
+  const float of_keys = relative(e, score, 1, room), of_values = relative(e, score + n, e.c.attention_weight, room);
   for (int j = threadIdx.x; j < e.candidates; j += kConsolidateThreads)
     score[j] = score[j] * of_keys + score[n + j] * of_values;
   sync_block();

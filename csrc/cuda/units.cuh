@@ -14,24 +14,24 @@ struct Unit {
   int query_rows;         // of this tile
   int groups;             // query heads of a KV head
   int first_tile, tiles;  // tiles of kTileSlots slots that this split reads
-  int64_t last;           // last slot that the row's first query sees
+  int64_t last_slot;           // last slot that the row's first query sees
 
   __device__ Unit(const Attend& a, int number, int head_, int row_) : row(row_), head(head_) {
     const int beyond = number - (a.max_splits + 1);
     tile = beyond < 0 ? 0 : 1 + beyond / 2;
     is_record = beyond < 0 ? number == a.max_splits : beyond % 2 == 1;
     split = beyond < 0 ? number : 0;
-    groups = a.work.query_heads / a.work.cache.heads;
-    const int64_t queries = a.work.queries[row];
+    groups = a.query_heads / a.cache.heads;
+    const int64_t queries = a.num_queries[row];
     const int rows_left = int(queries * groups) - tile * kTileRows;
     query_rows = rows_left < kTileRows ? rows_left : kTileRows;
     exists = rows_left > 0;
     if (!exists) return;
-    last = a.work.last[row];
-    const int64_t sees = last + 1 + query_of(query_rows - 1);
+    last_slot = a.last_slot[row];
+    const int64_t sees = last_slot + 1 + query_of(query_rows - 1);
     const int all = int((sees + kTileSlots - 1) / kTileSlots);
     const int splits = splits_of(int(queries), tile, all);
-    exists = is_record ? a.correct && a.count[row] > 0 : split < splits;
+    exists = is_record ? a.corrected && a.num_evicted[row] > 0 : split < splits;
     first_tile = int(int64_t(all) * split / splits);
     tiles = int(int64_t(all) * (split + 1) / splits) - first_tile;
   }
@@ -50,7 +50,7 @@ struct Unit {
 };
 
 __device__ inline size_t partial_row(const Attend& a, int row, int head, int unit, int query_row) {
-  return ((size_t(row) * a.work.cache.heads + head) * a.units + unit) * a.tile_rows + query_row;
+  return ((size_t(row) * a.cache.heads + head) * a.units + unit) * a.tile_rows + query_row;
 }
 
 }  // namespace momentkv::cuda

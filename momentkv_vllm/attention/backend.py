@@ -1,4 +1,4 @@
-"""The CPU attention backend: vLLM's own below the budget, store -> attend -> observe -> consolidate above it.
+"""The CPU attention backend: vLLM's own below the budget, write -> attend -> observe -> consolidate above it.
 
 Registered in place of vLLM's CPU_ATTN (its platform always returns that one); without --kv-eviction every method behaves
 as the class it derives from (vllm/v1/attention/backends/cpu_attn.py, vLLM 0.32.0).
@@ -26,15 +26,14 @@ from momentkv_vllm.attention.eviction import (
     require_bounded_spec,
     stock_part,
 )
-from momentkv_vllm.attention.metadata import EvictionMetadata, WorkBuilder
+from momentkv_vllm.attention.metadata import EvictionMetadata, StockRows, WorkBuilder
 from momentkv_vllm.attention.monitor import Monitor
 from momentkv_vllm.attention.self_check import check_cache_layout
 from momentkv_vllm.block_manager.spec import MomentKVSpec
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.kernels import dispatch
+from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.limits import CacheShape
-from momentkv_vllm.kernels.worklists import StockRows
 
 logger = init_logger(__name__)
 
@@ -86,8 +85,8 @@ class MomentKVMetadataBuilder(CPUAttentionMetadataBuilder):
             self._set_isa_to_layers(layer_names)
         check_cache_layout(self.isa, kv_cache_spec)
         shape = CacheShape(kv_cache_spec.head_size, kv_cache_spec.block_size, kv_cache_spec.dtype)
-        kernels = dispatch.select(config.kernels, shape=shape)
-        logger.info_once("--kv-eviction %s: kernels %s", config.policy, dispatch.describe(kernels))
+        kernels = select(config.kernels, shape=shape)
+        logger.info_once("--kv-eviction %s: kernels %s", config.policy, kernels.label())
         self.work = WorkBuilder(kv_cache_spec.schedule, config, config.policy_class)
         if get_tensor_model_parallel_rank() == 0:
             self.monitor = Monitor(kv_cache_spec)

@@ -32,12 +32,11 @@ from momentkv_vllm.attention.eviction import (
     require_bounded_spec,
     stock_part,
 )
-from momentkv_vllm.attention.metadata import EvictionMetadata, Round, WorkBuilder
+from momentkv_vllm.attention.metadata import EvictionMetadata, Round, StockRows, WorkBuilder
 from momentkv_vllm.attention.upload import uploaded
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.kernels import dispatch
+from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
-from momentkv_vllm.kernels.worklists import StockRows
 
 logger = init_logger(__name__)
 
@@ -110,8 +109,8 @@ class CudaMomentKVMetadataBuilder(TritonAttentionMetadataBuilder):
             return
         require_bounded_spec(kv_cache_spec, config, layer_names)
         policy, schedule = config.policy_class, kv_cache_spec.schedule
-        kernels = dispatch.select(config.kernels, CudaMomentKVImpl.device_type)
-        logger.info_once("--kv-eviction %s: kernels %s", config.policy, dispatch.describe(kernels))
+        kernels = select(config.kernels, CudaMomentKVImpl.device_type)
+        logger.info_once("--kv-eviction %s: kernels %s", config.policy, kernels.label())
         self.work = WorkBuilder(schedule, config, policy)
         if _plans_on_device(config):
             sizes = vllm_config.compilation_config.cudagraph_capture_sizes or [0]

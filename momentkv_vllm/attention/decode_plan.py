@@ -34,11 +34,11 @@ class DecodePlan:
 
         self.attend = AttendWork(
             first_token=buffer(),
-            queries=buffer(),
+            num_queries=buffer(),
             pages=buffer(schedule.budget_pages),
-            last=buffer(),
+            last_slot=buffer(),
             moment_pages=buffer(schedule.moment_pages),
-            count=buffer(dtype=torch.float32),
+            num_evicted=buffer(dtype=torch.float32),
             observe_from=buffer(),
             restart=buffer(dtype=torch.bool),
             most_queries=1,
@@ -47,7 +47,7 @@ class DecodePlan:
             store_pages=buffer(schedule.store_pages),
             retiring_pages=buffer(most_retired) - 1,
             moment_pages=self.attend.moment_pages,
-            count=self.attend.count,
+            num_evicted=self.attend.num_evicted,
         )
 
     def update(self, seq_lens: torch.Tensor, query_start: torch.Tensor, block_table: torch.Tensor) -> EvictionMetadata:

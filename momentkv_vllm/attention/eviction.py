@@ -15,15 +15,16 @@ from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec, ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
-from momentkv_vllm.attention.metadata import EvictionMetadata
+from momentkv_vllm.attention.metadata import EvictionMetadata, StockRows
 from momentkv_vllm.attention.monitor import Monitor
+from momentkv_vllm.attention.sinks import add_sinks
 from momentkv_vllm.block_manager.spec import MomentKVSpec, record_layout
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.kernels import dispatch
+from momentkv_vllm.kernels import KernelFamily, select
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.limits import CacheShape
-from momentkv_vllm.kernels.sinks import add_sinks
-from momentkv_vllm.kernels.worklists import AttendWork, StockRows, fresh_pages
+from momentkv_vllm.kernels.observed import Observed
+from momentkv_vllm.kernels.worklists import AttendWork, fresh_pages
 from momentkv_vllm.model_layers import hides_tokens
 
 
@@ -156,18 +157,18 @@ class EvictingImpl:
         if self.config is None:
             return
         self.policy = config.policy_class()
-        self.record = record_layout(config, self.head_size)
+        self.record_layout = record_layout(config, self.head_size)
         shape = CacheShape(head_size, vllm_config.cache_config.block_size, vllm_config.model_config.dtype)
-        self.kernels = dispatch.select(config.kernels, self.device_type, shape)
-        self.slot_mass: torch.Tensor | None = None
+        self.kernels: KernelFamily = select(config.kernels, self.device_type, shape)
+        self.observed: Observed | None = None
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
         if self.config is None:
             if self.shares_pool:
                 _zero_fresh_pages(kv_cache, slot_mapping)
             return super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        cache = self.view(kv_cache, self.record)
-        self.kernels.store(cache, key, value, slot_mapping, self._mass_of(cache))
+        cache = self.view(kv_cache, self.record_layout)
+        self.kernels.write(cache, key, value, slot_mapping, self._observed_in(cache))
 
     def fused_output_quant_supported(self, quant_key) -> bool:
         """Ours write no quantized output: `forward` ignores `output_scale` where rows are evicted."""
@@ -188,7 +189,7 @@ class EvictingImpl:
             output[part.tokens] = super().forward(
                 layer, rows, key, value, kv_cache, part.metadata, torch.empty_like(rows)
             )
-        cache, monitor = self.view(kv_cache, self.record), getattr(attn_metadata, "monitor", None)
+        cache, monitor = self.view(kv_cache, self.record_layout), getattr(attn_metadata, "monitor", None)
         for work in plan.rounds:
             sampling = monitor if monitor and monitor.due(work) else None
             for attend in work.attends:
@@ -196,7 +197,7 @@ class EvictingImpl:
             for retire in work.retires:
                 with monitor.timed() if monitor else nullcontext():
                     self.kernels.consolidate(
-                        cache, self._mass_of(cache), retire, self.policy, self.config.sink_tokens, self.scale
+                        cache, self._observed_in(cache), retire, self.policy, self.config.sink_tokens, self.scale
                     )
         return output
 
@@ -216,29 +217,27 @@ class EvictingImpl:
             self._observe(cache, query, lse, work)
 
     def _observe(self, cache: CacheView, query: torch.Tensor, lse: torch.Tensor, work: AttendWork) -> None:
-        mass = self._mass_of(cache)
-        if mass is None:
+        observed = self._observed_in(cache)
+        if observed is None:
             # A captured memset would run at every replay; observation begins by clearing what it will read.
             capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
-            shape = [*cache.keys.shape[:3], *self.policy.observes.numbers]
-            mass = self.slot_mass = (torch.empty if capturing else torch.zeros)(shape, device=query.device)
-        self.kernels.observe(cache, mass, query, lse, work, self.scale)
+            observed = self.observed = Observed.of(cache, self.policy.observes.what, cleared=not capturing)
+        self.kernels.observe(cache, observed, query, lse, work, self.scale)
 
-    def _mass_of(self, cache: CacheView) -> torch.Tensor | None:
+    def _observed_in(self, cache: CacheView) -> Observed | None:
         """What was observed in this cache, None before the first time.
 
         vLLM's KV cache may be another one than before: CUDA graphs are first captured on a small one to measure them, then
         thrown away (vllm/v1/worker/gpu_model_runner.py, profile_cudagraph_memory). While a cache stays, so does the address.
         """
-        mass = self.slot_mass
-        if mass is not None and (mass.shape[:3] != cache.keys.shape[:3] or mass.device != cache.keys.device):
-            self.slot_mass = None
-        return self.slot_mass
+        if self.observed is not None and not self.observed.fits(cache):
+            self.observed = None
+        return self.observed
 
 
 def _zero_fresh_pages(kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
     """Zero pages whose first slot is about to be written, in a layer that does not evict but shares the pool with layers that
-    do: such a page may have been a moment page there (kernels/reference.py, `store`)."""
+    do: such a page may have been a moment page there (kernels/base.py, `write`)."""
     kv_cache[fresh_pages(slot_mapping, kv_cache.shape[2])] = 0
 
 

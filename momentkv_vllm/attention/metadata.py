@@ -173,11 +173,11 @@ class WorkBuilder:
             restart = torch.from_numpy((start <= zone) & (zone < start + queries))
         return AttendWork(
             first_token=torch.from_numpy(_column(segments, "first_token")),
-            queries=torch.from_numpy(queries),
+            num_queries=torch.from_numpy(queries),
             pages=torch.from_numpy(pages),
-            last=torch.from_numpy(start - skipped),
+            last_slot=torch.from_numpy(start - skipped),
             moment_pages=self._moment_pages(segments, table),
-            count=self._count(segments),
+            num_evicted=self._count(segments),
             observe_from=observe_from,
             restart=restart,
             observe_only=segments[0].observe_only,
@@ -192,7 +192,7 @@ class WorkBuilder:
             store_pages=torch.from_numpy(table[rows, : self.schedule.store_pages].astype(np.int64)),
             retiring_pages=torch.from_numpy(np.stack(retiring).astype(np.int64)),
             moment_pages=self._moment_pages(segments, table),
-            count=self._count(segments),
+            num_evicted=self._count(segments),
         )
 
     def _retained_columns(self, s: Segment) -> list[int]:
@@ -215,3 +215,26 @@ class WorkBuilder:
 
 def _column(segments: list[Segment], name: str) -> np.ndarray:
     return np.array([getattr(s, name) for s in segments], np.int64)
+
+
+@dataclass
+class StockRows:
+    """Rows below their budget, which vLLM's own kernel serves.
+
+    index:       [rows] int64 their numbers in the step.
+    tokens:      [their tokens] int64 indices in the step's flat token list.
+    query_start: [rows + 1] int32 where each row begins in `tokens`.
+    """
+
+    index: torch.Tensor
+    tokens: torch.Tensor
+    query_start: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: list[int], starts: list[int]) -> "StockRows":
+        """On the host. starts: [num_requests + 1] of each request in the flat token list."""
+        index = torch.tensor(rows)
+        lens = torch.tensor([starts[r + 1] - starts[r] for r in rows])
+        tokens = torch.cat([torch.arange(starts[r], starts[r + 1]) for r in rows])
+        query_start = torch.cat([lens.new_zeros(1), lens.cumsum(0)]).int()
+        return cls(index, tokens, query_start)

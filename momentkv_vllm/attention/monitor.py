@@ -51,13 +51,13 @@ class Monitor:
         """Look at the last query of the first rows of `work` that have evicted.
 
         Args:
-            query, output, lse: as given to and written by the kernels' `attend` (kernels/reference.py).
+            query, output, lse: as given to and written by the kernels' `attend` (kernels/base.py).
             corrected: `output` and `lse` contain the moments.
         """
-        rows = (work.count > 0).nonzero().flatten()[:SAMPLE_ROWS]
-        if work.observe_only or not len(rows) or not cache.record.has_means:
+        rows = (work.num_evicted > 0).nonzero().flatten()[:SAMPLE_ROWS]
+        if work.observe_only or not len(rows) or not cache.record_layout.has_means:
             return
-        token = (work.first_token + work.queries - 1)[rows]
+        token = (work.first_token + work.num_queries - 1)[rows]
         mass, change = measure(cache, query[token], output[token], lse[token], work, rows, scale, corrected)
         for value in mass.tolist():
             self.metrics.observe(EVICTED_MASS, value)
@@ -79,7 +79,7 @@ def measure(
         o = (1 - m) o_r + m e, with e the moments' part and o_r what the retained tokens alone give, so
         o - o_r = m / (1 - m) (e - o).
     """
-    record = cache.read_moments(work.moment_pages[rows], work.count[rows])
+    record = cache.read_moments(work.moment_pages[rows], work.num_evicted[rows])
     heads = record.mean_key.shape[1]
     grouped = query.float().unflatten(1, (heads, -1))
     evicted, log_mass = mo.partial(record, grouped, scale)

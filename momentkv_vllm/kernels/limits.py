@@ -1,5 +1,6 @@
 """What of a layer's cache decides whether kernels can serve it, and how a family declares its limits."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -30,16 +31,12 @@ class Limits:
         if shape.page_size % self.page_step:
             found.append(f"it serves pages of multiples of {self.page_step} tokens, not of {shape.page_size}")
         if self.dtypes is not None and shape.dtype not in self.dtypes:
-            found.append(f"it serves {_listed(map(_name, self.dtypes))}, the KV cache is {_name(shape.dtype)}")
+            found.append(f"it serves {_listed(self.dtypes)}, the KV cache is {_listed([shape.dtype])}")
         return found
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _listed(values) -> str:
+def _listed(values: Iterable) -> str:
     if not isinstance(values, range):
-        return ", ".join(map(str, values))
+        return ", ".join(str(value).removeprefix("torch.") for value in values)
     step = f"that are multiples of {values.step} " if values.step > 1 else ""
     return f"{step}up to {values[-1]}"

@@ -5,16 +5,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
-def fresh_pages(slots: torch.Tensor, page_size: int) -> torch.Tensor:
+def fresh_pages(slots: Tensor, page_size: int) -> Tensor:
     """Pages whose first slot is among `slots` [tokens] (page * page_size + slot; negative = padding)."""
     return slots[(slots >= 0) & (slots % page_size == 0)] // page_size
 
 
-def mapped(work: Any, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Any:
+def mapped(work: Any, change: Callable[[str, Tensor], Tensor]) -> Any:
     """A copy of a work list, its tensors replaced by change(name, tensor)."""
-    return replace(work, **{name: change(name, x) for name, x in vars(work).items() if isinstance(x, torch.Tensor)})
+    return replace(work, **{name: change(name, x) for name, x in vars(work).items() if isinstance(x, Tensor)})
 
 
 @dataclass
@@ -22,43 +23,50 @@ class AttendWork:
     """Consecutive queries of some rows against the pages that each row retains.
 
     first_token:  [rows] int64 index of a row's first query in the step's flat token list; its others follow.
-    queries:      [rows] int64 number of queries, at least 1.
+    num_queries:  [rows] int64 number of queries, at least 1.
     pages:        [rows, n] int64, store pages then window pages in order; padded with the null page 0.
-    last:         [rows] int64, last slot of `pages` that the first query sees; every next query sees one more (causality
+    last_slot:    [rows] int64, last slot of `pages` that the first query sees; every next query sees one more (causality
                   of the shortened sequence).
     moment_pages: [rows, M] int64.
-    count:        [rows] float32, n of the moments; 0 = no record.
+    num_evicted:  [rows] float32, n of the moments; 0 = no record.
     observe_from: [rows] int64, first query (0 = the row's first) whose attention the policy wants; None: no policy asks.
     restart:      [rows] bool, the observation before the row's next event begins in this work list; None likewise.
     observe_only: the rows are below their budget: only their attention is wanted, their output is vLLM's.
     logits:       [rows, num_heads, slots of `pages`] float32 of one query a row, which one layer's attend may leave to its
                   observe; made by a family that does, at the first layer of a step.
-    most_queries: the largest of `queries` where the host knows it, else 0: on a GPU, asking `queries` waits for the device.
+    most_queries: the largest of `num_queries` where the host knows it, else 0: on a GPU, asking it waits for the device.
     only_chunks:  the host knows that every row has several queries.
     """
 
-    first_token: torch.Tensor
-    queries: torch.Tensor
-    pages: torch.Tensor
-    last: torch.Tensor
-    moment_pages: torch.Tensor
-    count: torch.Tensor
-    observe_from: torch.Tensor | None = None
-    restart: torch.Tensor | None = None
+    first_token: Tensor
+    num_queries: Tensor
+    pages: Tensor
+    last_slot: Tensor
+    moment_pages: Tensor
+    num_evicted: Tensor
+    observe_from: Tensor | None = None
+    restart: Tensor | None = None
     observe_only: bool = False
     most_queries: int = 0
     only_chunks: bool = False
-    logits: torch.Tensor | None = None
+    logits: Tensor | None = None
+
+    def arguments(self) -> list[Tensor | None]:
+        """The tensors that operators in C++ and CUDA take, in their order."""
+        rows = [self.first_token, self.num_queries, self.pages, self.last_slot, self.moment_pages, self.num_evicted]
+        return [*rows, self.observe_from, self.restart]
 
     def query_bound(self) -> int:
         """No row has more queries. Waits for the device unless `most_queries` is given."""
-        return self.most_queries or int(self.queries.max())
+        return self.most_queries or int(self.num_queries.max())
 
-    def tokens(self) -> torch.Tensor:
+    def tokens(self) -> Tensor:
         """[queries of all rows] int64 flat token indices."""
-        ends = self.queries.cumsum(0)
-        inside = torch.arange(int(ends[-1]), device=ends.device) - (ends - self.queries).repeat_interleave(self.queries)
-        return self.first_token.repeat_interleave(self.queries) + inside
+        ends = self.num_queries.cumsum(0)
+        inside = torch.arange(int(ends[-1]), device=ends.device) - (ends - self.num_queries).repeat_interleave(
+            self.num_queries
+        )
+        return self.first_token.repeat_interleave(self.num_queries) + inside
 
 
 @dataclass
@@ -68,33 +76,14 @@ class RetireWork:
     store_pages:    [rows, S] int64.
     retiring_pages: [rows, K] int64 pages leaving the window, in order; -1 pads rows that retire fewer.
     moment_pages:   [rows, M] int64; at a row's first event some of the retiring pages themselves.
-    count:          [rows] float32, n before the event.
+    num_evicted:    [rows] float32, n before the event.
     """
 
-    store_pages: torch.Tensor
-    retiring_pages: torch.Tensor
-    moment_pages: torch.Tensor
-    count: torch.Tensor
+    store_pages: Tensor
+    retiring_pages: Tensor
+    moment_pages: Tensor
+    num_evicted: Tensor
 
-
-@dataclass
-class StockRows:
-    """Rows below their budget, which vLLM's own kernel serves.
-
-    index:       [rows] int64 their numbers in the step.
-    tokens:      [their tokens] int64 indices in the step's flat token list.
-    query_start: [rows + 1] int32 where each row begins in `tokens`.
-    """
-
-    index: torch.Tensor
-    tokens: torch.Tensor
-    query_start: torch.Tensor
-
-    @classmethod
-    def of(cls, rows: list[int], starts: list[int]) -> "StockRows":
-        """On the host. starts: [num_requests + 1] of each request in the flat token list."""
-        index = torch.tensor(rows)
-        lens = torch.tensor([starts[r + 1] - starts[r] for r in rows])
-        tokens = torch.cat([torch.arange(starts[r], starts[r + 1]) for r in rows])
-        query_start = torch.cat([lens.new_zeros(1), lens.cumsum(0)]).int()
-        return cls(index, tokens, query_start)
+    def arguments(self) -> list[Tensor | None]:
+        """The tensors that operators in C++ and CUDA take, in their order."""
+        return [self.store_pages, self.retiring_pages, self.moment_pages, self.num_evicted]

@@ -5,8 +5,8 @@ import torch
 from momentkv_vllm.policies.base import Candidates, Observation, Policy
 
 ATTENTION_WEIGHT = 0.5
-"""w: more keeps running text closer to the full cache, less keeps more needles (make bench-states). csrc/cpu and
-csrc/cuda have it too."""
+"""w: more keeps running text closer to the full cache, less keeps more needles (make bench-states). Kernels
+are given it."""
 
 
 class MomentKV(Policy):

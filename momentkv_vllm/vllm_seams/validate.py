@@ -100,12 +100,11 @@ def model_objections(vllm_config: "VllmConfig") -> dict[str, object]:
 def _refuse_kernels(vllm_config: "VllmConfig", config: EvictionConfig) -> None:
     from vllm.platforms import current_platform
 
-    from momentkv_vllm.kernels import dispatch
-    from momentkv_vllm.kernels.limits import CacheShape
+    from momentkv_vllm.kernels import CacheShape, select
 
     layers, model = full_layers(vllm_config), vllm_config.model_config
     shape = CacheShape(layers.head_size, int(vllm_config.cache_config.block_size * layers.page_ratio), model.dtype)
-    dispatch.select(config.kernels, current_platform.device_type, shape)
+    select(config.kernels, current_platform.device_type, shape)
 
 
 def _refuse_page_size(vllm_config: "VllmConfig") -> None:

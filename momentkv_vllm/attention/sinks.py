@@ -1,11 +1,12 @@
 """Attention sinks of a model (GPT-OSS): a learned logit per head that takes softmax mass and adds no value."""
 
 import torch
+from torch import Tensor
 
 from momentkv_vllm.kernels.worklists import AttendWork
 
 
-def add_sinks(output: torch.Tensor, lse: torch.Tensor, work: AttendWork, sinks: torch.Tensor) -> None:
+def add_sinks(output: Tensor, lse: Tensor, work: AttendWork, sinks: Tensor) -> None:
     """Scale the attention that `attend` wrote by the mass that the sink leaves to it, in place.
 
     exp(lse) is all mass of the softmax without the sink, so the share left is exp(lse) / (exp(lse) + exp(sink))

@@ -6,7 +6,7 @@
 namespace momentkv::cuda {
 namespace {
 
-constexpr int kStoreThreads = 128;
+constexpr int kWriteThreads = 128;
 
 // A 16-byte part of a token's key or value.
 struct alignas(16) Chunk {
@@ -21,22 +21,22 @@ __device__ inline Chunk* value_chunks(const Cache& c, int64_t page, int head, in
 }
 
 // Block: a token and head.
-__global__ void __launch_bounds__(kStoreThreads) zero_fresh_pages(const Store s) {
+__global__ void __launch_bounds__(kWriteThreads) zero_fresh_pages(const Write s) {
   const Cache& c = s.cache;
   const int slot = int(s.slots[blockIdx.x]), page = slot / c.page_size;
   const int head = blockIdx.y, chunks = c.head_dim / 8;
   if (slot < 0 || slot % c.page_size != 0) return;
-  for (int i = threadIdx.x; i < c.page_size * chunks; i += kStoreThreads) {
+  for (int i = threadIdx.x; i < c.page_size * chunks; i += kWriteThreads) {
     key_chunks(c, page, head, i / chunks)[i % chunks] = Chunk{};
     value_chunks(c, page, head, i / chunks)[i % chunks] = Chunk{};
   }
-  if (s.slot_mass == nullptr) return;
-  for (int i = threadIdx.x; i < c.page_size; i += kStoreThreads)
-    s.slot_mass[(int64_t(page) * c.heads + head) * c.page_size + i] = 0;
+  if (s.observed == nullptr) return;
+  for (int i = threadIdx.x; i < c.page_size; i += kWriteThreads)
+    s.observed[(int64_t(page) * c.heads + head) * c.page_size + i] = 0;
 }
 
 // Block: a token.
-__global__ void __launch_bounds__(kStoreThreads) store_tokens(const Store s) {
+__global__ void __launch_bounds__(kWriteThreads) write_tokens(const Write s) {
   const Cache& c = s.cache;
   const int64_t token = blockIdx.x;
   const int slot = int(s.slots[token]);
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kStoreThreads) store_tokens(const Store s) {
   const int chunks = c.head_dim / 8;
   const Chunk* key = reinterpret_cast<const Chunk*>(s.key + token * s.key_stride * 2);
   const Chunk* value = reinterpret_cast<const Chunk*>(s.value + token * s.value_stride * 2);
-  for (int i = threadIdx.x; i < c.heads * chunks; i += kStoreThreads) {
+  for (int i = threadIdx.x; i < c.heads * chunks; i += kWriteThreads) {
     const int head = i / chunks;
     key_chunks(c, slot / c.page_size, head, slot % c.page_size)[i % chunks] = key[i];
     value_chunks(c, slot / c.page_size, head, slot % c.page_size)[i % chunks] = value[i];
@@ -53,9 +53,9 @@ __global__ void __launch_bounds__(kStoreThreads) store_tokens(const Store s) {
 
 }  // namespace
 
-const char* store(const Store& s, void* stream) {
-  const char* error = launch(zero_fresh_pages, s.tokens, s.cache.heads, 1, kStoreThreads, 0, s, stream);
-  return error != nullptr ? error : launch(store_tokens, s.tokens, 1, 1, kStoreThreads, 0, s, stream);
+const char* write(const Write& s, void* stream) {
+  const char* error = launch(zero_fresh_pages, s.tokens, s.cache.heads, 1, kWriteThreads, 0, s, stream);
+  return error != nullptr ? error : launch(write_tokens, s.tokens, 1, 1, kWriteThreads, 0, s, stream);
 }
 
 }  // namespace momentkv::cuda

@@ -1,0 +1,81 @@
+// What the operations of csrc/cpu and csrc/cuda are told: number formats, a record's layout, the params that both share.
+// `Cache` is a family's own view of vLLM's KV cache; counts have the type of its sizes. Same operations as
+// momentkv_vllm/kernels/base.py; bindings check the tensors and fill the structs (checks.h).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace momentkv {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+struct Int8 {
+  int8_t number;
+};
+enum class Type { kFloat32, kBFloat16, kFloat16, kInt8 };
+
+constexpr int bytes_of(Type type) { return type == Type::kFloat32 ? 4 : type == Type::kInt8 ? 1 : 2; }
+
+// Where the parts of a moment record lie, in bytes from its start: momentkv_vllm/page_layout.py says so.
+struct RecordLayout {
+  bool has_means, has_covariance;
+  Type covariance_type;  // bfloat16, float32, or int8 with a scale per row
+  int mean_key, mean_value, spread, scales, covariance;
+};
+
+template <class Cache>
+struct WriteParams {
+  Cache cache;
+  const char *key, *value;  // [tokens, heads, head_dim] of cache.type, tokens `*_stride` numbers apart
+  int64_t key_stride, value_stride;
+  const int64_t* slots;  // [tokens] page * page_size + slot; negative = not written
+  float* observed;       // [num_pages, heads, page_size], zeroed on fresh pages; may be null
+  decltype(Cache::heads) tokens;
+};
+
+// What attend and observe read: some queries of every row against the pages that the row retains.
+template <class Cache>
+struct QueryParams {
+  using Int = decltype(Cache::heads);
+  Cache cache;
+  const char* query;  // [tokens, query_heads, head_dim] of cache.type, tokens `query_stride` numbers apart
+  int64_t query_stride;
+  Int query_heads, rows, max_pages;
+  const int64_t *first_token, *num_queries, *last_slot;  // [rows]; the i-th query of a row sees slots 0 .. last_slot + i
+  const int64_t* pages;                                  // [rows, max_pages]
+  float scale;
+};
+
+template <class Cache>
+struct AttendParams : QueryParams<Cache> {
+  RecordLayout record_layout;
+  char* output;  // [tokens, query_heads, head_dim], tokens `output_stride` numbers apart
+  int64_t output_stride;
+  float* lse;                   // [tokens, query_heads] with the moments; may be null
+  const int64_t* moment_pages;  // [rows, num_moment_pages]
+  const float* num_evicted;     // [rows]; 0 = no record
+  decltype(Cache::heads) num_moment_pages;
+  bool corrected;
+};
+
+template <class Cache>
+struct ConsolidateParams {
+  using Int = decltype(Cache::heads);
+  Cache cache;
+  RecordLayout record_layout;
+  Int rows, store_pages, retiring_pages, moment_pages, sink_tokens;
+  const int64_t* store;       // [rows, store_pages]
+  const int64_t* retiring;    // [rows, retiring_pages], -1 pads at the end; a row of padding is skipped
+  const int64_t* moments;     // [rows, moment_pages]
+  const float* num_evicted;   // [rows] before the event
+  const float* score;         // [rows, heads, (store_pages + retiring_pages) * page_size]; null: policies/momentkv.py
+  float* observed;            // [num_pages, heads, page_size], moved along with the tokens; may be null if score is given
+  float attention_weight;     // of that policy's second term; unused if score is given
+};
+
+}  // namespace momentkv
