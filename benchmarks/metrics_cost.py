@@ -11,10 +11,11 @@ import report
 import torch
 from kernels.cases import Case, Shape
 
-from momentkv_vllm.attention.monitor import SAMPLE_EVERY, Monitor
+from momentkv_vllm.attention.monitor import SAMPLE_EVERY, Attended, Monitor
 from momentkv_vllm.block_manager.metrics import PageMetrics
+from momentkv_vllm.environment import METRICS_DIR
 from momentkv_vllm.kernels import select
-from momentkv_vllm.metrics import CONSOLIDATE_SECONDS, DIRECTORY_VARIABLE
+from momentkv_vllm.metrics import CONSOLIDATE_SECONDS
 from momentkv_vllm.page_schedule import PageSchedule
 
 PLAN = PageSchedule(page_size=16, store_pages=31, moment_pages=1, window_pages=32, retire_pages=2)
@@ -38,19 +39,22 @@ def main() -> None:
     torch.set_num_threads(1)
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
     with tempfile.TemporaryDirectory() as folder:
-        os.environ[DIRECTORY_VARIABLE] = folder
+        METRICS_DIR.set(folder)
         spec = SimpleNamespace(model_name="m", engine=0, schedule=PLAN, page_bytes=1 << 20)
-        monitor, pages, case = Monitor(spec), PageMetrics(spec, 4096), Case(Shape(slots=PLAN.first_event, kv_heads=8))
+        monitor, pages, case = (
+            Monitor(spec),
+            PageMetrics(spec, 4096),
+            Case(Shape(slots=PLAN.first_event_tokens, kv_heads=8)),
+        )
         live = iter(range(1 << 30))
         lse = torch.empty(case.query.shape[:2])
         select("cpu").attend(case.cache, case.query, case.output, lse, case.work, case.scale, True)
+        attended = Attended(case.cache, case.query, case.output, lse, case.work, case.scale, True)
         cost = {
             "pages_changed": microseconds(lambda: pages.holdings(next(live), 9, 8, 4), 5000),
             "pages_retired": microseconds(lambda: pages.retired(2, 32), 5000),
             "consolidation_timed": microseconds(lambda: monitor.metrics.observe(CONSOLIDATE_SECONDS, 1e-3), 5000),
-            "sample": microseconds(
-                lambda: monitor.sample(case.cache, case.query, case.output, lse, case.work, case.scale, True), 50
-            ),
+            "sample": microseconds(lambda: monitor.sample(attended), 50),
             "attention_a_token": microseconds(lambda: case.attend(True), 50) / case.shape.rows,
         }
     visit = cost["consolidation_timed"] + cost["sample"] / SAMPLE_EVERY

@@ -15,8 +15,8 @@ from fastapi.responses import JSONResponse
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
-from momentkv_vllm.block_manager.spec import expected_schedule
 from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.kv_spec import expected_schedule
 from momentkv_vllm.metrics import read_metrics
 
 PATH = "/kv_eviction"
@@ -40,24 +40,24 @@ class KVEvictionEndpoint:
             engine: EngineClient = request.app.state.momentkv_engine
             healthy = await _is_healthy(engine)
             status = HTTPStatus.OK if healthy else HTTPStatus.SERVICE_UNAVAILABLE
-            return JSONResponse({**describe(engine.vllm_config), "healthy": healthy, "totals": read_metrics()}, status)
+            return JSONResponse({**summary(engine.vllm_config), "healthy": healthy, "totals": read_metrics()}, status)
 
     async def init_state(self, engine_client: EngineClient | None, state: Any, args: Namespace) -> None:
         state.momentkv_engine = engine_client
 
 
-def describe(vllm_config: Any) -> dict[str, Any]:
+def summary(vllm_config: Any) -> dict[str, Any]:
     """`config` (keys as in README, "Flags") and, with eviction on, `schedule` (pages, and the token counts of events)."""
     config = EvictionConfig.from_vllm(vllm_config)
     found: dict[str, Any] = {"active": config.active, "config": config.to_dict()}
     if config.active:
-        plan = expected_schedule(config, vllm_config)
+        schedule = expected_schedule(config, vllm_config)
         sizes = {
-            "budget_pages": plan.budget_pages,
-            "first_event": plan.first_event,
-            "retire_tokens": plan.retire_tokens,
+            "budget_pages": schedule.budget_pages,
+            "first_event": schedule.first_event_tokens,
+            "retire_tokens": schedule.retire_tokens,
         }
-        found["schedule"] = {**asdict(plan), **sizes}
+        found["schedule"] = {**asdict(schedule), **sizes}
     return found
 
 

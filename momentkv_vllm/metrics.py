@@ -23,8 +23,7 @@ from prometheus_client import REGISTRY
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.multiprocess import MultiProcessCollector
 
-DIRECTORY_VARIABLE = "MOMENTKV_METRICS_DIR"
-"""Environment variable through which engine core and workers inherit the API server's directory."""
+from momentkv_vllm.environment import METRICS_DIR
 
 _served: str | None = None
 """The directory that this process shows on /metrics."""
@@ -59,8 +58,8 @@ class Metric:
 
 RATIO_BOUNDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 SECONDS_BOUNDS = (1e-5, 3e-5, 1e-4, 3e-4, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
-KINDS = ("store", "moments", "window")
-STATES = ("below_budget", "evicting")
+PAGE_KINDS = ("store", "moments", "window")
+SEQUENCE_STATES = ("below_budget", "evicting")
 
 RETIRED_PAGES = Metric("momentkv:retired_pages", "counter", "KV pages freed to the pool by eviction.")
 EVICTED_TOKENS = Metric("momentkv:evicted_tokens", "counter", "Tokens folded into moments, per KV head.")
@@ -68,10 +67,14 @@ FREED_BYTES = Metric("momentkv:freed_bytes", "counter", "Bytes of those pages, o
 LIVE_PAGES = Metric(
     "momentkv:live_pages", "gauge",
     "KV pages that sequences own now, by `kind` (store, moments, window); window counts all exact pages, also below the budget.",
-    "kind", KINDS,
+    "kind", PAGE_KINDS,
 )  # fmt: skip
 SEQUENCES = Metric(
-    "momentkv:sequences", "gauge", "Sequences that own pages now, by `state` (below_budget, evicting).", "state", STATES
+    "momentkv:sequences",
+    "gauge",
+    "Sequences that own pages now, by `state` (below_budget, evicting).",
+    "state",
+    SEQUENCE_STATES,
 )
 STOCK_PAGES = Metric("momentkv:stock_pages", "gauge", "Pages that stock vLLM would hold for the same sequences now.")
 POOL_PAGES = Metric("momentkv:pool_pages", "gauge", "Pages of the KV pool, free ones included.")
@@ -138,7 +141,7 @@ class MetricWriter:
         self.add(metric, value, len(metric.bounds) + 1)
 
     def _open(self, kind: str) -> None:
-        directory = os.environ.get("PROMETHEUS_MULTIPROC_DIR") or os.environ.get(DIRECTORY_VARIABLE)
+        directory = os.environ.get("PROMETHEUS_MULTIPROC_DIR") or METRICS_DIR.get()
         if kind in self._files or not directory or not os.path.isdir(directory):
             return
         # Of a gauge the newest writer counts: a directory of the user's may still hold files of an earlier run.
@@ -161,7 +164,7 @@ def serve_metrics() -> None:
         return
     directory = _served = tempfile.mkdtemp(prefix="momentkv-metrics-")
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    os.environ[DIRECTORY_VARIABLE] = directory
+    METRICS_DIR.set(directory)  # engine core and workers inherit it
     MultiProcessCollector(REGISTRY, directory)
 
 

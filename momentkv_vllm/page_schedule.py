@@ -10,14 +10,15 @@ A block-table row by column, once the sequence evicts (column j = logical page j
     [ S+M .. b )   retired         really freed to vLLM's pool
     [ b .. end )   window pages    the newest tokens, exact, in order
 
-Eviction events happen at fixed token counts: first when the budget is full (`first_event`), then every `retire_tokens`.
-The event at count e retires every page before `boundary(e)`.
+Eviction events happen at fixed token counts: first when the budget is full (`first_event_tokens`), then every `retire_tokens`.
+The event at count e retires every page before `boundary_column(e)`.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from momentkv_vllm.config import AUTO, EvictionConfig
+from momentkv_vllm.refuse import refuse
 
 DEFAULT_RETIRE_SHARE = 32
 """An event retires budget / 32: 5 % of decode attention at 1,024 tokens on 2 CPU cores (make bench-kernels)."""
@@ -59,18 +60,18 @@ class PageSchedule:
         return self.retire_pages * self.page_size
 
     @property
-    def first_event(self) -> int:
+    def first_event_tokens(self) -> int:
         """Committed tokens at which the budget is full: below it the run is stock attention."""
         return self.budget_pages * self.page_size
 
-    def boundary(self, committed_tokens: int, prompt_tokens: int = 0) -> int:
+    def boundary_column(self, committed_tokens: int, prompt_tokens: int = 0) -> int:
         """First column still exact once `committed_tokens` are in; 0 while nothing was ever evicted.
 
         `prompt_tokens` matters only in "full" prefill mode.
         """
         if committed_tokens < self._eviction_start(prompt_tokens):
             return 0
-        events_after_first = (committed_tokens - self.first_event) // self.retire_tokens
+        events_after_first = (committed_tokens - self.first_event_tokens) // self.retire_tokens
         return self.store_pages + self.moment_pages + (events_after_first + 1) * self.retire_pages
 
     def events(self, start: int, end: int, prompt_tokens: int = 0) -> Iterator[int]:
@@ -85,32 +86,36 @@ class PageSchedule:
         first = self._eviction_start(prompt_tokens)
         if committed_tokens < first:
             return first
-        done = (committed_tokens - self.first_event) // self.retire_tokens
-        return self.first_event + (done + 1) * self.retire_tokens
+        done = (committed_tokens - self.first_event_tokens) // self.retire_tokens
+        return self.first_event_tokens + (done + 1) * self.retire_tokens
 
     def last_event(self, committed_tokens: int, prompt_tokens: int = 0) -> int:
         """The latest event at or before `committed_tokens`; 0 if none yet."""
         first = self._eviction_start(prompt_tokens)
         if committed_tokens < first:
             return 0
-        done = (committed_tokens - self.first_event) // self.retire_tokens
-        return max(first, self.first_event + done * self.retire_tokens)
+        done = (committed_tokens - self.first_event_tokens) // self.retire_tokens
+        return max(first, self.first_event_tokens + done * self.retire_tokens)
 
     def _eviction_start(self, prompt_tokens: int) -> int:
-        return self.first_event if self.evict_in_prefill else max(self.first_event, prompt_tokens)
+        return self.first_event_tokens if self.evict_in_prefill else max(self.first_event_tokens, prompt_tokens)
 
-    def evicted_tokens(self, boundary: int) -> int:
-        """n: tokens in the moments once every column before `boundary` is retired; the same for every head."""
-        return max(0, boundary * self.page_size - self.store_tokens)
+    def evicted_tokens(self, boundary_column: int) -> int:
+        """n: tokens in the moments once every column before `boundary_column` is retired; the same for every head."""
+        return max(0, boundary_column * self.page_size - self.store_tokens)
 
-    def retained_pages(self, committed_tokens: int, boundary: int) -> int:
+    def retained_pages(self, committed_tokens: int, boundary_column: int) -> int:
         """Store + window pages that attention reads after `committed_tokens`."""
         pages = cdiv(committed_tokens, self.page_size)
-        return pages if boundary == 0 else self.store_pages + pages - boundary
+        return pages if boundary_column == 0 else self.store_pages + pages - boundary_column
 
     def peak_pages(self, step_tokens: int) -> int:
         """Most pages a sequence can own when at most `step_tokens` of its tokens are scheduled and not yet settled."""
         return self.budget_pages + cdiv(max(0, step_tokens - 1), self.page_size)
+
+    def least_pool_pages(self, step_tokens: int) -> int:
+        """Pages that a pool must have for one sequence; in "full" prefill a prompt may need more, as in stock vLLM."""
+        return self.peak_pages(step_tokens) if self.evict_in_prefill else self.budget_pages
 
 
 def build_schedule(config: EvictionConfig, page_size: int, moment_pages: int, keeps_only_sinks: bool) -> PageSchedule:
@@ -132,11 +137,14 @@ def build_schedule(config: EvictionConfig, page_size: int, moment_pages: int, ke
     least_pages = least_store + moment_pages + window_pages
     budget_pages = config.budget_tokens // page_size
     if budget_pages < least_pages:
-        raise ValueError(
+        refuse(
             f"kv_eviction.budget_tokens={config.budget_tokens} is too small: with pages of {page_size} tokens the least "
             f"is {least_pages * page_size} (store {least_store} + moments {moment_pages} + window {window_pages} pages "
-            f"for window_tokens={config.window_tokens or AUTO}, retire_tokens={retire_pages * page_size}); raise --kv-budget, "
-            f"or lower window_tokens, use a smaller --block-size, or correction 'zeroth' or 'off' for a smaller state"
+            f"for window_tokens={config.window_tokens or AUTO}, retire_tokens={retire_pages * page_size})",
+            "raise --kv-budget",
+            "lower window_tokens",
+            "use a smaller --block-size",
+            "take correction 'zeroth' or 'off' for a smaller state",
         )
     if keeps_only_sinks:
         window_pages = budget_pages - least_store - moment_pages

@@ -7,7 +7,7 @@ Import-light on purpose: vLLM swallows errors raised while this module is import
 def register() -> None:
     """Hook into vLLM: the options always; backend and spec only into a tested vLLM (others refuse the option)."""
     from momentkv_vllm.vllm_seams.engine_args import patch_engine_args
-    from momentkv_vllm.vllm_seams.validate import refuse_untested_vllm
+    from momentkv_vllm.vllm_seams.refusals import refuse_untested_vllm
 
     patch_engine_args()
     try:

@@ -3,7 +3,6 @@
 from importlib import metadata
 
 TESTED_VLLM = ("0.32.0",)
-ALLOW_UNTESTED_VARIABLE = "MOMENTKV_ALLOW_UNTESTED_VLLM"
 
 
 def installed_vllm() -> str | None:

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
-from momentkv_vllm.attention.decode_plan import DecodePlan
+from momentkv_vllm.attention.step_plan_on_device import DecodePlanner
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels.triton import Triton
 from momentkv_vllm.page_schedule import build_schedule
@@ -76,9 +76,9 @@ def main(capability: int, shapes: list[Shape]) -> None:
         family.consolidate(case.cache, case.mass, case.retire_work(1), policy(), SINKS, case.scale)
         family.write(case.cache, case.key, case.value, torch.tensor([20]), case.mass)
     config = EvictionConfig(policy="momentkv", budget_tokens=256)
-    plan = DecodePlan(build_schedule(config, 16, 1, False), config, policy, 2, "cpu")
+    planner = DecodePlanner(build_schedule(config, 16, 1, False), config, policy, 2, "cpu")
     table = torch.ones(2, 40, dtype=torch.int32)
-    plan.update(torch.tensor([5, 6], dtype=torch.int32), torch.arange(3, dtype=torch.int32), table)
+    planner.update(torch.tensor([5, 6], dtype=torch.int32), torch.arange(3, dtype=torch.int32), table)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from vllm.v1.worker.cpu_model_runner import _torch_cuda_wrapper
 
 from momentkv_vllm.block_manager.manager import MomentKVManager
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.vllm_seams.engine_args import _choose_scheduler
+from momentkv_vllm.vllm_seams.engine_args import choose_scheduler
 
 EVICTION_KEYS = tuple(f.name for f in fields(EvictionConfig))
 
@@ -55,7 +55,7 @@ class Engine:
             config.scheduler_config.async_scheduling = True
             config.scheduler_config.scheduler_cls = None
             if eviction:
-                _choose_scheduler(config)
+                choose_scheduler(config)
             self._streams.enter_context(_torch_cuda_wrapper())
         with garbage_left_alone():
             self.vllm = LLMEngine.from_vllm_config(config)

@@ -16,8 +16,8 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
 from momentkv_vllm.block_manager.scheduler import StopsAtEvents
-from momentkv_vllm.block_manager.spec import MomentKVSpec
 from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.kv_spec import MomentKVSpec
 from momentkv_vllm.page_schedule import PageSchedule, cdiv
 
 MAX_TOKENS = 64
@@ -95,7 +95,7 @@ class Worker:
         self.pages[w.table[column]][place] = slot
 
     def slot(self, w: Work, position: int):
-        boundary = self.plan.boundary(position, w.sequence.request.num_prompt_tokens)
+        boundary = self.plan.boundary_column(position, w.sequence.request.num_prompt_tokens)
         return (w.sequence.hash(position), boundary) if boundary else w.sequence.hash(position)
 
     def state(self, w: Work, event: int, column: int) -> list:
@@ -116,7 +116,7 @@ class Worker:
 
     def read(self, w: Work, position: int, end: int) -> None:
         plan, prompt = self.plan, w.sequence.request.num_prompt_tokens
-        boundary = plan.boundary(position, prompt)
+        boundary = plan.boundary_column(position, prompt)
         if boundary:
             event = plan.last_event(position, prompt)
             for column in range(plan.store_pages + plan.moment_pages):
@@ -141,7 +141,7 @@ class Simulation:
         step_tokens = (self.chunk + self.drafts) * (1 + self.lag)
         spec = MomentKVSpec(
             block_size=size, num_kv_heads=1, head_size=8, dtype=None, schedule=plan, step_tokens=step_tokens,
-            config=EvictionConfig("momentkv", plan.first_event), model_name="", engine=0,
+            config=EvictionConfig("momentkv", plan.first_event_tokens), model_name="", engine=0,
         )  # fmt: skip
         least = plan.peak_pages(step_tokens) if plan.evict_in_prefill else cdiv(MAX_TOKENS + step_tokens, size)
         config = KVCacheConfig(least + rng.randint(1, 20), [], [KVCacheGroupSpec(["layer"], spec)])

@@ -10,8 +10,8 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 
-from momentkv_vllm.attention import backend as cpu_backend
-from momentkv_vllm.attention.backend import MomentKVBackend, MomentKVImpl, MomentKVMetadataBuilder
+from momentkv_vllm.attention import cpu_backend
+from momentkv_vllm.attention.cpu_backend import MomentKVBackend, MomentKVImpl, MomentKVMetadataBuilder
 from momentkv_vllm.attention.cuda_backend import CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder
 from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
@@ -49,7 +49,7 @@ def test_the_layer_answers_as_the_cpu_backend(models, monkeypatch, policy):
     config = config_of(models(), policy=policy)
     cpu = Side(config, MomentKVBackend, MomentKVImpl, MomentKVMetadataBuilder)
     cuda = Side(config, CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder)
-    assert (cuda.builder.decode is not None) == (policy == "momentkv")
+    assert (cuda.builder.decode_planner is not None) == (policy == "momentkv")
     generator = torch.Generator().manual_seed(2)
     lens = [0, 0, 0]
     steps = [[40, 7, 90], [50, 1, 30], [1, 1, 1], [20, 1, 1], *[[1, 1, 1]] * 14]
@@ -59,7 +59,10 @@ def test_the_layer_answers_as_the_cpu_backend(models, monkeypatch, policy):
         want = cpu.step(common_of(lens, new), *tokens)
         output = cuda.step(common_of(lens, new), *tokens)
         torch.testing.assert_close(output, want, rtol=1e-4, atol=1e-4)
-    assert cpu.builder.work.schedule.boundary(lens[0]) > 0 and cpu.builder.work.schedule.boundary(lens[1]) == 0
+    assert (
+        cpu.builder.planner.schedule.boundary_column(lens[0]) > 0
+        and cpu.builder.planner.schedule.boundary_column(lens[1]) == 0
+    )
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="run by test_interpreter.py")
@@ -68,8 +71,8 @@ def test_decode_steps_reuse_their_buffers(models):
     register()
     cuda = Side(config_of(models()), CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder)
     captured = cuda.builder.build_for_cudagraph_capture(common_of([1, 1, 1], [1, 1, 1])).eviction.rounds[0]
-    schedule = cuda.builder.work.schedule
-    due = [schedule.first_event, schedule.first_event + schedule.retire_tokens, 5]
+    schedule = cuda.builder.planner.schedule
+    due = [schedule.first_event_tokens, schedule.first_event_tokens + schedule.retire_tokens, 5]
     replayed = cuda.builder.build(0, common_of(due, [1, 1, 1])).eviction.rounds[0]
     for before, now in ((captured.attends[0], replayed.attends[0]), (captured.retires[0], replayed.retires[0])):
         for name, x in vars(before).items():
@@ -108,15 +111,15 @@ def test_layers_that_it_cannot_serve(change, word):
 
 @pytest.mark.parametrize("insists", [False, True])
 def test_a_gpu_is_refused_unless_the_user_insists(monkeypatch, caplog, insists):
-    monkeypatch.setenv(gpu.ALLOW_UNTESTED_GPU, "1" if insists else "0")
+    monkeypatch.setenv(gpu.ALLOW_UNTESTED_GPU.name, "1" if insists else "0")
     platform = SimpleNamespace(device_type="cuda", is_cpu=lambda: False, is_cuda=lambda: True)
     config = SimpleNamespace(prefill="chunked")
-    found = gpu.gpu_objections(platform, SimpleNamespace(speculative_config=None), config)
-    refused = [what for what, present in found.items() if present]
+    found = gpu.gpu_rows(platform, SimpleNamespace(speculative_config=None), config)
+    refused = [f"{row.feature}; {row.way_out}" for row in found if row.present]
     assert bool(refused) is not insists
-    assert insists or "not been run on a GPU yet" in refused[0] and gpu.ALLOW_UNTESTED_GPU in refused[0]
+    assert insists or "not been run on a GPU yet" in refused[0] and gpu.ALLOW_UNTESTED_GPU.name in refused[0]
     other = SimpleNamespace(device_type="xpu", is_cpu=lambda: False, is_cuda=lambda: False)
-    assert any(gpu.gpu_objections(other, SimpleNamespace(speculative_config=None), config).values())
+    assert any(row.present for row in gpu.gpu_rows(other, SimpleNamespace(speculative_config=None), config))
 
 
 def test_the_layout_is_checked():

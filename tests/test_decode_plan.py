@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
-from momentkv_vllm.attention.decode_plan import DecodePlan
-from momentkv_vllm.attention.metadata import WorkBuilder
+from momentkv_vllm.attention.step_plan import StepPlanner
+from momentkv_vllm.attention.step_plan_on_device import DecodePlanner
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.page_schedule import build_schedule
 from momentkv_vllm.policies import find
@@ -21,18 +21,18 @@ needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="run by test_inte
 def test_the_device_plans_what_the_host_plans(policy, budget, moment_pages, retire):
     config = EvictionConfig.from_dict({"policy": policy, "budget_tokens": budget, "retire_tokens": retire})
     schedule = build_schedule(config, 16, moment_pages, find(policy).keeps_only_sinks)
-    host = WorkBuilder(schedule, config, find(policy))
-    plan = DecodePlan(schedule, config, find(policy), 8, "cpu")
+    host = StepPlanner(schedule, config, find(policy))
+    planner = DecodePlanner(schedule, config, find(policy), 8, "cpu")
     generator = torch.Generator().manual_seed(0)
     table = torch.randint(1, 10_000, (6, 40), generator=generator, dtype=torch.int32)
-    places = [x.data_ptr() for x in vars(plan.attend).values() if isinstance(x, torch.Tensor)]
+    places = [x.data_ptr() for x in vars(planner.attend).values() if isinstance(x, torch.Tensor)]
     query_start = torch.tensor([0, 1, 2, 3, 3, 4, 5], dtype=torch.int32)  # row 3 is padding
     events = 0
     period = schedule.retire_tokens
     for step in (0, 1, 2, 3, period + 1, period + 2, period + 3, 2 * period + 2):
-        edge = schedule.first_event - 2
+        edge = schedule.first_event_tokens - 2
         lens = [1 + step, edge + step, edge + 7 + step, 0, edge + 40 + step, schedule.page_size + step]
-        made = plan.update(torch.tensor(lens, dtype=torch.int32), query_start, table).rounds[0]
+        made = planner.update(torch.tensor(lens, dtype=torch.int32), query_start, table).rounds[0]
         attend, retire_work = made.attends[0], made.retires[0]
         assert [x.data_ptr() for x in vars(attend).values() if isinstance(x, torch.Tensor)] == places[
             : 6 if attend.restart is None else 8

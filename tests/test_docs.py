@@ -2,11 +2,10 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
+from named_files import ROOT, missing_files
 
-ROOT = Path(__file__).parent.parent
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
 
 
@@ -24,8 +23,7 @@ def rows(guide: str, heading: str) -> list[list[str]]:
 def test_files_links_and_targets_that_a_guide_names_exist(guide):
     text = guide.read_text()
     assert text.count("\n") < 150
-    for path in re.findall(r"`((?:momentkv_vllm|benchmarks|requirements|docker|tests)/[\w/.]+)`", text):
-        assert (ROOT / path).exists(), path
+    assert missing_files(guide) == []
     for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
         assert (guide.parent / link).exists(), link
     targets = (ROOT / "Makefile").read_text()

@@ -93,7 +93,7 @@ def test_abort_returns_every_page(engine, when):
     other = e.add(random_prompt(500), 40)
     tokens = e.run(lambda step: e.abort(victim) if step == (6 if when == "mid-prefill" else 40) else None)
     assert victim not in tokens and len(tokens[other]) == 40
-    assert not e.manager.live_pages and not e.manager.evicting
+    assert not e.manager.live_pages and not e.manager.evicting and not e.manager.prefixes
     assert e.pool.get_num_free_blocks() == e.free_at_start
 
 

@@ -10,9 +10,9 @@ from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8StaticTensorSym
 
 from momentkv_vllm.attention import upload
-from momentkv_vllm.attention.backend import MomentKVImpl
+from momentkv_vllm.attention.cpu_backend import MomentKVImpl
 from momentkv_vllm.attention.cuda_backend import CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder
-from momentkv_vllm.attention.metadata import EvictionMetadata
+from momentkv_vllm.attention.step_plan import StepPlan
 from momentkv_vllm.kernels import triton
 from momentkv_vllm.plugin import register
 
@@ -64,7 +64,7 @@ def test_lists_arrive_as_they_were_made(models):
     builder, common = side_of(models).builder, mixed_step()
     got = builder.build(0, common)
     starts = common.query_start_loc_cpu.tolist()
-    want = builder.work.build(starts, common.seq_lens.tolist(), [0] * 3, common.block_table_tensor.long())
+    want = builder.planner.build(starts, common.seq_lens.tolist(), [0] * 3, common.block_table_tensor.long())
     assert got.eviction.stock_rows == want.stock_rows == [0]
     checked = 0
     for a, b in zip(lists_of(got.eviction), lists_of(want), strict=True):
@@ -81,8 +81,8 @@ def test_lists_arrive_as_they_were_made(models):
     assert got.stock_part.metadata.max_query_len == 30
 
 
-def lists_of(plan: EvictionMetadata) -> list:
-    return [work for r in plan.rounds for work in (*r.attends, *r.retires)]
+def lists_of(step: StepPlan) -> list:
+    return [work for r in step.rounds for work in (*r.attends, *r.retires)]
 
 
 class Launches:

@@ -7,8 +7,8 @@ import torch
 from layer_sides import COLUMNS, Side, common_of, config_of, new_cache, new_tokens
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 
-from momentkv_vllm.attention import backend as cpu_backend
-from momentkv_vllm.attention.backend import MomentKVBackend, MomentKVImpl, MomentKVMetadataBuilder
+from momentkv_vllm.attention import cpu_backend
+from momentkv_vllm.attention.cpu_backend import MomentKVBackend, MomentKVImpl, MomentKVMetadataBuilder
 from momentkv_vllm.attention.cuda_backend import CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder
 from momentkv_vllm.plugin import register
 
@@ -46,7 +46,7 @@ def check_a_cache_replaced(config, classes, first, steps):
     side.cache = large
     for number, (got, want) in enumerate(zip(live(side, steps), live(fresh, steps), strict=True)):
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]), number
-    assert fresh.builder.work.schedule.boundary(sum(new[0] for new in steps)) > 0
+    assert fresh.builder.planner.schedule.boundary_column(sum(new[0] for new in steps)) > 0
 
 
 @pytest.mark.parametrize("kernels", ["reference", "cpu"])

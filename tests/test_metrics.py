@@ -6,7 +6,8 @@ from engine import random_prompt
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from momentkv_vllm.attention.monitor import measure
+from momentkv_vllm.attention.monitor import Attended, measure
+from momentkv_vllm.environment import METRICS_DIR
 from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.worklists import AttendWork
@@ -14,7 +15,6 @@ from momentkv_vllm.metrics import (
     BUDGET_PAGES,
     CONSOLIDATE_SECONDS,
     CORRECTION,
-    DIRECTORY_VARIABLE,
     EVICTED_MASS,
     EVICTED_TOKENS,
     FREED_BYTES,
@@ -33,7 +33,7 @@ from momentkv_vllm.page_layout import RecordLayout
 @pytest.fixture
 def directory(tmp_path, monkeypatch):
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
-    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(METRICS_DIR.name, str(tmp_path))
     return tmp_path
 
 
@@ -147,10 +147,10 @@ def test_measured_mass_and_correction_are_those_of_the_reference_kernel(covarian
         results[corrected] = output, lse
     (plain, plain_lse), (merged, merged_lse) = results[False], results[True]
     rows = torch.arange(2)
-    mass, change = measure(cache, query, merged, merged_lse, work, rows, scale, True)
+    mass, change = measure(Attended(cache, query, merged, merged_lse, work, scale, True), rows)
     torch.testing.assert_close(mass, (1 - (plain_lse - merged_lse).exp()).mean(1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(
         change, (merged - plain).flatten(1).norm(dim=1) / merged.flatten(1).norm(dim=1), rtol=1e-3, atol=1e-4
     )
-    uncorrected, _ = measure(cache, query, plain, plain_lse, work, rows, scale, False)
+    uncorrected, _ = measure(Attended(cache, query, plain, plain_lse, work, scale, False), rows)
     torch.testing.assert_close(uncorrected, mass, rtol=1e-4, atol=1e-5)

@@ -11,8 +11,8 @@ from vllm.config import set_current_vllm_config
 from vllm.v1.core.kv_cache_utils import unify_kv_cache_spec_page_size
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
-from momentkv_vllm.attention.backend import MomentKVImpl
-from momentkv_vllm.endpoint import describe
+from momentkv_vllm.attention.cpu_backend import MomentKVImpl
+from momentkv_vllm.endpoint import summary
 from momentkv_vllm.kernels import FAMILIES, select
 from momentkv_vllm.kernels.limits import CacheShape, Limits
 from momentkv_vllm.model_layers import full_layers, has_windows
@@ -81,7 +81,7 @@ def test_pages_of_layers_that_evict(engine, tmp_path, name, page_size, page_byte
     e = engine(make_model(name, tmp_path), policy="momentkv", budget_tokens=256, max_model_len=2048)
     spec = e.manager.kv_cache_spec
     assert (spec.block_size, spec.schedule.page_size, spec.page_bytes) == (page_size, page_size, page_bytes)
-    told = describe(e.vllm.vllm_config)["schedule"]
+    told = summary(e.vllm.vllm_config)["schedule"]
     assert told["page_size"] == page_size and told["first_event"] == 256
     assert told["store_pages"] == spec.schedule.store_pages and told["moment_pages"] == spec.schedule.moment_pages
 
@@ -100,7 +100,7 @@ def test_vllm_may_change_the_page_size_and_the_schedule_follows(engine):
     assert spec.copy_with_new_block_size(32) == beside(spec.num_kv_heads) == spec
     wide = beside(2 * spec.num_kv_heads)
     assert wide == spec.copy_with_new_block_size(64)
-    assert (wide.schedule.page_size, wide.schedule.budget_pages, wide.schedule.first_event) == (64, 6, 384)
+    assert (wide.schedule.page_size, wide.schedule.budget_pages, wide.schedule.first_event_tokens) == (64, 6, 384)
     assert wide.page_bytes == 2 * spec.page_bytes
     assert wide.cacheable_tokens == 320, "384 less the 8 observed queries, in whole pages of 64"
     with pytest.raises(ValueError, match=r"budget_tokens=384 is too small: with pages of 128 tokens the least is 512"):
@@ -185,7 +185,7 @@ def test_a_named_family_is_refused_before_loading_and_auto_takes_another(models,
 def test_layers_ask_too(engine, tmp_path, monkeypatch, kernels):
     """A configuration need not tell the head size of the layers that evict."""
     monkeypatch.setattr(select("cpu"), "limits", Limits(range(16, 33, 16)))
-    monkeypatch.setattr("momentkv_vllm.vllm_seams.validate._refuse_kernels", lambda *given: None)
+    monkeypatch.setattr("momentkv_vllm.vllm_seams.refusals.refuse_kernels", lambda *given: None)
     model = make_model("Gemma 4", tmp_path)
     options = {"policy": "momentkv", "budget_tokens": 256, "max_model_len": 2048, "kernels": kernels}
     if kernels == "cpu":

@@ -72,7 +72,7 @@ def test_the_same_tokens_stay(engine, oracle, keys, policy):
         observation_tokens=WINDOW, correction="off", block_size=PAGE, max_num_batched_tokens=1024,
     )  # fmt: skip
     assert schedule_of(e).store_tokens == KEPT
-    assert schedule_of(e).boundary(CANDIDATES + WINDOW, CANDIDATES + WINDOW) * PAGE == CANDIDATES
+    assert schedule_of(e).boundary_column(CANDIDATES + WINDOW, CANDIDATES + WINDOW) * PAGE == CANDIDATES
     ours = kept_positions(e, oracle["ids"].tolist(), keys, range(KEPT // PAGE))
     for layer, heads in enumerate(oracle[policy]):
         for head, score in enumerate(heads):
@@ -92,7 +92,7 @@ def test_streamingllm_differs_by_the_rest_of_the_first_page(engine, oracle, keys
     tokens = CANDIDATES + WINDOW
     budget = 176
     e = engine(CHECKPOINT, policy="streamingllm", budget_tokens=budget, sink_tokens=4, prefill="full", block_size=PAGE)
-    boundary = schedule_of(e).boundary(tokens, tokens)
+    boundary = schedule_of(e).boundary_column(tokens, tokens)
     ours = kept_positions(e, oracle["ids"].tolist(), keys, [0, *range(boundary, tokens // PAGE)])
     for layer in range(len(ours)):
         for head in range(ours.shape[1]):

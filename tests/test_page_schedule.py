@@ -25,11 +25,13 @@ def walk(plan: PageSchedule, total: int, prompt: int) -> list[tuple[int, int]]:
     """(committed, boundary) after every token, by events alone."""
     boundary, out = 0, []
     for p in range(1, total + 1):
-        full = p == plan.first_event or (p > plan.first_event and (p - plan.first_event) % plan.retire_tokens == 0)
+        full = p == plan.first_event_tokens or (
+            p > plan.first_event_tokens and (p - plan.first_event_tokens) % plan.retire_tokens == 0
+        )
         late = not plan.evict_in_prefill and p < prompt
-        at_prompt_end = not plan.evict_in_prefill and p == prompt and prompt > plan.first_event
+        at_prompt_end = not plan.evict_in_prefill and p == prompt and prompt > plan.first_event_tokens
         if (full and not late) or at_prompt_end:
-            grown = (max(p, plan.first_event) - plan.first_event) // plan.retire_tokens + 1
+            grown = (max(p, plan.first_event_tokens) - plan.first_event_tokens) // plan.retire_tokens + 1
             boundary = plan.store_pages + plan.moment_pages + grown * plan.retire_pages
         out.append((p, boundary))
     return out
@@ -39,7 +41,7 @@ def walk(plan: PageSchedule, total: int, prompt: int) -> list[tuple[int, int]]:
 @given(schedules(), st.integers(1, 400), st.integers(0, 300))
 def test_boundary_is_what_the_events_leave(plan, total, prompt):
     for committed, boundary in walk(plan, total, prompt):
-        assert plan.boundary(committed, prompt) == boundary
+        assert plan.boundary_column(committed, prompt) == boundary
     changes = [b for (a, x), (b, y) in zip(walk(plan, total, prompt), walk(plan, total, prompt)[1:]) if x != y]
     assert list(plan.events(1, total, prompt)) == changes
 
@@ -65,9 +67,9 @@ def live_pages(plan, committed_tokens, boundary):
 @given(schedules(), st.integers(1, 400))
 def test_live_pages_never_exceed_the_budget_in_decode(plan, total):
     for p in range(1, total + 1):
-        boundary = plan.boundary(p - 1, 0)  # the next token is stored before its step retires anything
+        boundary = plan.boundary_column(p - 1, 0)  # the next token is stored before its step retires anything
         assert live_pages(plan, p, boundary) <= plan.budget_pages
-        after = plan.boundary(p, 0)
+        after = plan.boundary_column(p, 0)
         window = p - after * plan.page_size
         if after:
             assert plan.evicted_tokens(after) + plan.store_tokens + window == p  # n + store + window = committed
@@ -81,13 +83,13 @@ def test_live_pages_never_exceed_the_peak_in_chunked_prefill(plan, chunk, total)
         return
     for start in range(0, total, chunk):
         end = min(total, start + chunk)
-        assert live_pages(plan, end, plan.boundary(start)) <= plan.peak_pages(chunk)
+        assert live_pages(plan, end, plan.boundary_column(start)) <= plan.peak_pages(chunk)
 
 
 def test_below_the_budget_nothing_happens():
     plan = build_schedule(EvictionConfig("momentkv", 256), 16, 2, False)
     assert plan.budget_pages == 16
-    assert plan.boundary(255) == 0 and plan.boundary(256) > 0
+    assert plan.boundary_column(255) == 0 and plan.boundary_column(256) > 0
     assert list(plan.events(0, 255)) == []
 
 

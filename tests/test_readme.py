@@ -3,17 +3,17 @@
 import json
 import re
 from dataclasses import fields
-from pathlib import Path
 
 import policy_table
+import pytest
 from load.run import table as load_table
 from model_families import table
+from named_files import DOCUMENTS, ROOT, missing_files
 from quality.show import overview
 
 from momentkv_vllm.config import AUTO, EvictionConfig
 from momentkv_vllm.metrics import METRICS
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
@@ -45,9 +45,19 @@ def test_model_families():
     assert table() in README
 
 
-def test_files_that_it_names_exist():
-    for path in re.findall(r"`((?:momentkv_vllm|benchmarks|requirements)/[\w/.]+)`", README):
-        assert (ROOT / path).exists(), path
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_that_a_document_names_exist(document):
+    assert missing_files(document) == []
+
+
+def test_wrong_names_are_seen_in_every_folder(tmp_path):
+    """Paths of the package without its name, of sources, images and tests; no model names, no URLs' paths."""
+    (tmp_path / "a.md").write_text(
+        "`attention/eviction.py` `csrc/cpu/gone.h` `docker/gone.yaml` `tests/gone.py:3` `momentkv_vllm/gone/` "
+        "`attention/layer.py` `tests/` `Qwen/Qwen3-4B` `/metrics`"
+    )
+    gone = ["attention/eviction.py", "csrc/cpu/gone.h", "docker/gone.yaml", "tests/gone.py", "momentkv_vllm/gone/"]
+    assert missing_files(tmp_path / "a.md") == gone
 
 
 def test_measured_figures_are_those_of_the_committed_results():

@@ -9,10 +9,14 @@ from engine import Engine
 from tiny_models import save_tokenizer
 from vllm import EngineArgs
 
-from momentkv_vllm.versions import ALLOW_UNTESTED_VARIABLE
-from momentkv_vllm.vllm_seams import validate
+from momentkv_vllm.block_manager.scheduler import AsyncMomentKVScheduler, MomentKVScheduler
+from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.environment import ALLOW_UNTESTED_VLLM
+from momentkv_vllm.vllm_seams import refusals
 
 EVICT = {"kv_eviction": {"policy": "momentkv", "budget_tokens": 256}}
+FULL = {"kv_eviction": {"policy": "momentkv", "budget_tokens": 256, "prefill": "full"}}
+STOCK_SCHEDULER = "vllm.v1.core.sched.scheduler.Scheduler"
 
 
 def config_of(model, **options):
@@ -43,6 +47,24 @@ def test_options(models, options, words):
         config_of(models(), **options)
     for word in [*words, "--kv-"]:
         assert word in str(error.value)
+
+
+def test_a_scheduler_that_would_not_read_a_session_again(models):
+    """A session that has evicted and whose prompt grows: the schedule of the longer prompt is another one in `full` prefill,
+    and with steps in flight in any (tests/test_sessions.py). One that derives from ours knows."""
+    with pytest.raises(
+        ValueError, match=f"--scheduler-cls {STOCK_SCHEDULER} with prefill 'full'.*use prefill 'chunked'"
+    ):
+        config_of(models(), additional_config=FULL, scheduler_cls=STOCK_SCHEDULER)
+    config = config_of(models(), scheduler_cls=STOCK_SCHEDULER)
+    config.scheduler_config.async_scheduling = True
+    eviction = EvictionConfig.from_vllm(config)
+    with pytest.raises(ValueError, match=f"--scheduler-cls {STOCK_SCHEDULER} with --async-scheduling"):
+        refusals.refuse_unsupported(config, eviction)
+    config.scheduler_config.scheduler_cls = type("Own", (AsyncMomentKVScheduler,), {})
+    refusals.refuse_unsupported(config, eviction)
+    own = type("Own", (MomentKVScheduler,), {})
+    assert config_of(models(), additional_config=FULL, scheduler_cls=own).scheduler_config.scheduler_cls is own
 
 
 def changed_model(folder, source, **changes):
@@ -116,11 +138,11 @@ def test_too_small_a_budget_says_the_least_one(models):
 
 
 def test_untested_vllm(models, monkeypatch):
-    monkeypatch.setattr(validate, "installed_vllm", lambda: "0.99.0")
+    monkeypatch.setattr(refusals, "installed_vllm", lambda: "0.99.0")
     with pytest.raises(ValueError, match=r"0\.32\.0.*0\.99\.0") as error:
         config_of(models())
-    assert ALLOW_UNTESTED_VARIABLE in str(error.value)
-    monkeypatch.setenv(ALLOW_UNTESTED_VARIABLE, "1")
+    assert ALLOW_UNTESTED_VLLM.name in str(error.value)
+    monkeypatch.setenv(ALLOW_UNTESTED_VLLM.name, "1")
     assert config_of(models()).additional_config["kv_eviction"]["policy"] == "momentkv"
 
 

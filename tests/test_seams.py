@@ -1,12 +1,17 @@
 """Every place where we hold on to vLLM: a renamed method, parameter or field fails here by name, before it fails anywhere else."""
 
+import ast
 import dataclasses
 import importlib
 import inspect
+import re
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import pytest
 import torch
+
+PACKAGE = Path(__file__).parent.parent / "momentkv_vllm"
 
 # (object, parameters or fields that we rely on, who relies on it)
 CALLS = [
@@ -20,26 +25,26 @@ CALLS = [
         "vllm_seams/registry.py",
     ),
     ("vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry._ensure_registered", [], "vllm_seams/registry.py"),
-    ("vllm.v1.attention.backend:AttentionBackend.customize_spec", ["spec"], "attention/eviction.py"),
+    ("vllm.v1.attention.backend:AttentionBackend.customize_spec", ["spec"], "attention/spec_hook.py"),
     (
         "vllm.v1.attention.backend:AttentionBackend.get_supported_kernel_block_sizes",
         ["kv_cache_spec"],
-        "attention/backend.py",
+        "attention/cpu_backend.py",
     ),
     (
         "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.build",
         ["common_prefix_len", "common_attn_metadata", "fast_build"],
-        "attention/backend.py",
+        "attention/cpu_backend.py",
     ),
     (
         "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward",
         ["layer", "query", "key", "value", "kv_cache", "attn_metadata", "output", "output_scale", "output_block_scale"],
-        "attention/eviction.py",
+        "attention/layer.py",
     ),
     (
         "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update",
         ["layer", "key", "value", "kv_cache", "slot_mapping"],
-        "attention/eviction.py",
+        "attention/layer.py",
     ),
     (
         "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadataBuilder.build",
@@ -54,12 +59,12 @@ CALLS = [
     (
         "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.forward",
         ["layer", "query", "key", "value", "kv_cache", "attn_metadata", "output", "output_scale", "output_block_scale"],
-        "attention/eviction.py",
+        "attention/layer.py",
     ),
     (
         "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.do_kv_cache_update",
         ["layer", "key", "value", "kv_cache", "slot_mapping"],
-        "attention/eviction.py",
+        "attention/layer.py",
     ),
     (
         "vllm.v1.attention.backends.triton_attn:TritonAttentionBackend.validate_configuration",
@@ -136,30 +141,31 @@ CALLS = [
     (
         "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl",
         ["num_heads", "head_size", "scale", "num_kv_heads", "alibi_slopes", "sliding_window", "kv_cache_dtype"],
-        "attention/eviction.py",
+        "attention/cpu_backend.py",
     ),
     (
         "vllm.model_executor.layers.attention:Attention.get_kv_cache_spec",
         ["vllm_config"],
-        "attention/eviction.py",
+        "attention/spec_hook.py",
     ),
+    ("vllm.model_executor.layers.attention:Attention.get_attn_backend", [], "attention/spec_hook.py"),
     ("vllm.config:AttentionConfig.validate_backend_before", ["value"], "vllm_seams/gpu.py"),
     ("vllm.config:ModelConfig.get_num_kv_heads", ["parallel_config", "arch_config"], "model_layers.py"),
     ("vllm.config:ModelConfig.get_head_size", [], "model_layers.py"),
-    ("vllm.v1.kv_cache_interface:FullAttentionSpec.merge", ["specs"], "block_manager/spec.py"),
+    ("vllm.v1.kv_cache_interface:FullAttentionSpec.merge", ["specs"], "kv_spec.py"),
     (
         "vllm.v1.kv_cache_interface:FullAttentionSpec.copy_with_new_block_size",
         ["block_size"],
-        "block_manager/spec.py",
+        "kv_spec.py",
     ),
     (
         "vllm.v1.kv_cache_interface:FullAttentionSpec.max_memory_usage_bytes",
         ["vllm_config"],
-        "block_manager/spec.py",
+        "kv_spec.py",
     ),
     ("vllm._custom_ops:cpu_attn_reshape_and_cache", ["key", "value", "slot_mapping", "isa"], "attention/self_check.py"),
     ("prometheus_client.mmap_dict:MmapedDict.write_value", ["key", "value"], "metrics.py"),
-    ("vllm.distributed.parallel_state:get_tensor_model_parallel_rank", [], "attention/backend.py"),
+    ("vllm.distributed.parallel_state:get_tensor_model_parallel_rank", [], "attention/cpu_backend.py"),
     ("vllm.plugins.endpoint_plugins.interface:EndpointPlugin.attach_router", ["app"], "endpoint.py"),
     (
         "vllm.plugins.endpoint_plugins.interface:EndpointPlugin.init_state",
@@ -180,7 +186,7 @@ FIELDS = [
         "vllm.v1.attention.backend:CommonAttentionMetadata",
         ["query_start_loc", "query_start_loc_cpu", "seq_lens", "num_reqs", "num_actual_tokens", "max_query_len",
          "block_table_tensor", "slot_mapping", "rswa_prefix_lens", "seq_lens_cpu_upper_bound"],
-        "attention/backend.py",
+        "attention/cpu_backend.py",
     ),
     ("vllm.engine.arg_utils:EngineArgs", ["attention_backend", "attention_config"], "vllm_seams/gpu.py"),
     ("vllm.config:SchedulerConfig", ["scheduler_cls", "async_scheduling", "max_num_batched_tokens"], "vllm_seams"),
@@ -189,10 +195,10 @@ FIELDS = [
     (
         "vllm.v1.kv_cache_interface:FullAttentionSpec",
         ["block_size", "num_kv_heads", "head_size", "head_size_v", "dtype", "sliding_window", "page_size_padded"],
-        "block_manager/spec.py",
+        "kv_spec.py",
     ),
-    ("vllm.v1.kv_cache_interface:SlidingWindowSpec", ["sliding_window"], "attention/eviction.py"),
-    ("vllm.v1.kv_cache_interface:ChunkedLocalAttentionSpec", ["attention_chunk_size"], "attention/eviction.py"),
+    ("vllm.v1.kv_cache_interface:SlidingWindowSpec", ["sliding_window"], "attention/spec_hook.py"),
+    ("vllm.v1.kv_cache_interface:ChunkedLocalAttentionSpec", ["attention_chunk_size"], "attention/spec_hook.py"),
     (
         "vllm.config.model_arch:ModelArchitectureConfig",
         ["head_size", "total_num_kv_heads", "total_num_hidden_layers", "per_layer_overrides"],
@@ -230,6 +236,17 @@ def test_fields(path, names, user):
         assert name in known, f"{path} lost its field {name!r}, which {user} relies on"
 
 
+@pytest.mark.parametrize(("path", "user"), [c[::2] for c in CALLS], ids=[c[0].split(":")[1] for c in CALLS])
+def test_who_relies_on_a_call_names_it(path, user):
+    """A file of ours that moved, or that let go of vLLM's method, is still listed here."""
+    assert path.split(":")[1].split(".")[-1] in (PACKAGE / user).read_text(), f"{user} does not name {path}"
+
+
+@pytest.mark.parametrize(("path", "user"), [f[::2] for f in FIELDS], ids=[f[0].split(":")[1] for f in FIELDS])
+def test_who_relies_on_fields_exists(path, user):
+    assert (PACKAGE / user).exists(), f"{user} is listed for {path}"
+
+
 def source(path: str) -> str:
     return inspect.getsource(find(path))
 
@@ -250,7 +267,7 @@ def test_runners_ask_every_layer_for_its_spec():
 
 
 def test_layers_give_their_window_to_ours_and_ask_what_one_token_takes():
-    """attention/eviction.py takes windows that hide nothing away, and leaves pages of one token as they are."""
+    """attention/layer.py takes windows that hide nothing away, attention/spec_hook.py leaves pages of one token as they are."""
     attention = "vllm.model_executor.layers.attention:Attention"
     call = source(f"{attention}.__init__").split("self.impl = impl_cls(")[1]
     given = [line.split("#")[0].strip(" ,") for line in call.splitlines()[1:]]
@@ -287,6 +304,54 @@ def test_the_runner_still_rewinds_the_generators_of_unfinished_prompts():
     """What vllm_seams/cpu_runner.py works around; without it that patch can go."""
     text = source("vllm.v1.worker.gpu_model_runner:GPUModelRunner._bookkeeping_sync")
     assert "self.discard_request_mask.np[:num_reqs]" in text and "gen.set_offset(gen.get_offset() - 4)" in text
+
+
+PATCHES = {
+    "EngineArgs.add_cli_args": "vllm_seams/engine_args.py",
+    "EngineArgs.from_cli_args": "vllm_seams/engine_args.py",
+    "EngineArgs.create_engine_config": "vllm_seams/engine_args.py",
+    "CPUModelRunner.sample_tokens": "vllm_seams/cpu_runner.py",
+    "model_arch_config.rswa_window": "attention/cpu_backend.py",
+}
+"""Everything of vLLM's that we overwrite, and where. The other ledger, with reasons: vllm_seams/__init__.py."""
+
+OPTIONS = {"cache_config.prefix_cache_retention_interval", "scheduler_config.disable_hybrid_kv_cache_manager"}
+"""A user could have given them; we set what was left open."""
+
+
+def overwritten(path: Path) -> set[str]:
+    """`Class.name` and `config.name` that a file assigns to, of classes imported from vLLM and of its configurations."""
+    tree = ast.parse(path.read_text())
+    froms = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("vllm")]
+    theirs = {alias.asname or alias.name for n in froms for alias in n.names}
+    assigned = [t for n in ast.walk(tree) if isinstance(n, ast.Assign) for t in n.targets]
+    found = set()
+    for target in (t for t in assigned if isinstance(t, ast.Attribute)):
+        owner = target.value
+        name = owner.id if isinstance(owner, ast.Name) else getattr(owner, "attr", "")
+        if (isinstance(owner, ast.Name) and name in theirs) or (isinstance(owner, ast.Attribute) and "_config" in name):
+            found.add(f"{name}.{target.attr}")
+    return found
+
+
+def test_every_patch_is_in_both_ledgers():
+    files = {path: str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py")}
+    found = {name: where for path, where in files.items() for name in overwritten(path)}
+    ours = {name: where for name, where in found.items() if not name.endswith("._momentkv_patched")}
+    assert ours.keys() - PATCHES.keys() == OPTIONS
+    assert {name: where for name, where in ours.items() if name not in OPTIONS} == PATCHES
+    rows = re.findall(r"^\| (\w+\.\w+) \| (\S+) \|", (PACKAGE / "vllm_seams/__init__.py").read_text(), re.M)
+    assert {name: where if "/" in where else f"vllm_seams/{where}" for name, where in rows} == PATCHES
+    methods = sum(name[0].isupper() for name in PATCHES)
+    said = {4: "four", 5: "five"}[methods] + " patched methods and " + {1: "one value"}[len(PATCHES) - methods]
+    assert said in (PACKAGE.parent / "README.md").read_text()
+
+
+def test_the_runner_gives_prompt_lengths_to_builders_where_a_model_asks():
+    """What setting rswa_window is for, and that nothing else on a CPU worker reads it."""
+    assert "rswa_window" in {f.name for f in dataclasses.fields(find("vllm.config.model_arch:ModelArchitectureConfig"))}
+    assert "rswa_prefix_lens" in source("vllm.v1.worker.gpu_model_runner:GPUModelRunner._build_attention_metadata")
+    assert "rswa" not in source("vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.build")
 
 
 def test_page_copies_run_before_the_step_and_read_before_they_write():

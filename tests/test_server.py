@@ -10,7 +10,7 @@ from engine import random_prompt
 from server import Server
 from tiny_models import make_llama
 
-from momentkv_vllm.metrics import DIRECTORY_VARIABLE
+from momentkv_vllm.environment import METRICS_DIR
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 
@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 def server(folder):
     with pytest.MonkeyPatch.context() as environment:
         # A server started from another vLLM process inherits that one's metrics directory, and must not use it.
-        environment.setenv(DIRECTORY_VARIABLE, str(folder))
+        environment.setenv(METRICS_DIR.name, str(folder))
         running = Server(make_llama(folder / "model"), *OPTIONS, folder=folder).wait_ready()
     yield running
     running.stop()

@@ -5,8 +5,8 @@ import torch
 from engine import random_prompt
 from quality.simulate import Eviction, SimulatedModel
 
-from momentkv_vllm.block_manager.spec import page_schedule
 from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.kv_spec import schedule_of
 from momentkv_vllm.policies import names
 
 pytestmark = pytest.mark.engine
@@ -40,7 +40,7 @@ def test_log_probabilities_are_the_engines(engine, models, kind):
     config = EvictionConfig.from_dict(values)
     model = SimulatedModel(models(seed=1))
     head_dim = model.model.config.head_dim
-    how = Eviction.of(config, page_schedule(config, PAGE, head_dim, torch.float32), PROMPT)
+    how = Eviction.of(config, schedule_of(config, PAGE, head_dim, torch.float32), PROMPT)
     ids = torch.tensor([prompt + said[name] for prompt, name in zip(prompts, names)])
     found = model.log_probs(ids, slice(PROMPT - 1, PROMPT + NEW - 1), how)
     mine = found.gather(-1, ids[:, PROMPT:, None]).squeeze(-1)

@@ -2,7 +2,7 @@
 
 The lists lie in buffers that never move and keep their shapes, so a captured CUDA graph reads this step's pages: a row that
 retires nothing has the page -1 throughout, a padding row has no query, and the kernels leave both at once. Nothing waits
-for the device. Checked against attention/metadata.py (tests/test_decode_plan.py).
+for the device. Checked against attention/step_plan.py (tests/test_decode_plan.py).
 """
 
 import triton
@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def _boundary(committed, FIRST: tl.constexpr, RETIRE: tl.constexpr, RETIRE_PAGES: tl.constexpr, S_M: tl.constexpr):
-    """PageSchedule.boundary for chunked prefill."""
+    """PageSchedule.boundary_column for chunked prefill."""
     after_first = (committed - FIRST) // RETIRE
     return tl.where(committed < FIRST, 0, S_M + (after_first + 1) * RETIRE_PAGES)
 
@@ -88,7 +88,7 @@ def plan(seq_lens, query_start, block_table, attend, retire, schedule, observed:
         seq_lens, query_start, block_table, attend.first_token, attend.num_queries, attend.pages, attend.last_slot,
         attend.moment_pages, attend.num_evicted, attend.observe_from, attend.restart, retire.store_pages, retire.retiring_pages,
         block_table.stride(0), block_table.shape[1],
-        PAGE=schedule.page_size, S=s, M=m, FIRST=schedule.first_event, RETIRE_PAGES=schedule.retire_pages,
+        PAGE=schedule.page_size, S=s, M=m, FIRST=schedule.first_event_tokens, RETIRE_PAGES=schedule.retire_pages,
         COLUMNS=columns, K=k, OBSERVED=observed, OBSERVE_ALL=observe_all,
         BLOCK=power(columns), BLOCK_S=power(s), BLOCK_M=power(max(1, m)), BLOCK_K=power(k), num_warps=1,
     )  # fmt: skip

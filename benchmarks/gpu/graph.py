@@ -3,7 +3,7 @@
 import torch
 from shape import SINKS
 
-from momentkv_vllm.attention.decode_plan import DecodePlan
+from momentkv_vllm.attention.step_plan_on_device import DecodePlanner
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.observed import Observed
@@ -22,7 +22,7 @@ class Layer:
         config = EvictionConfig(policy="momentkv", budget_tokens=budget, correction="first")
         record = RecordLayout(d)
         self.schedule = build_schedule(config, 16, record.pages(16, 2), False)
-        self.plan = DecodePlan(self.schedule, config, POLICY, rows, device)
+        self.planner = DecodePlanner(self.schedule, config, POLICY, rows, device)
         columns = 3 * self.schedule.budget_pages
         generator = torch.Generator(device).manual_seed(3)
         self.table = (torch.randperm(rows * columns, generator=generator, device=device) + 1).view(rows, -1).int()
@@ -38,14 +38,14 @@ class Layer:
     def prepare(self, step: int) -> None:
         """Inputs of a step; row i is i tokens ahead, so that rows retire in different steps."""
         ahead = torch.arange(self.rows, device=self.device)
-        lens = self.schedule.first_event - 4 + step + ahead
+        lens = self.schedule.first_event_tokens - 4 + step + ahead
         generator = torch.Generator(self.device).manual_seed(step)
         for x in (self.query, self.key, self.value):
             x.copy_(torch.randn(x.shape, generator=generator, device=self.device))
         position = lens - 1
         page = self.table.long().gather(1, (position // 16).unsqueeze(1)).squeeze(1)
         self.slots.copy_(page * 16 + position % 16)
-        self.work = self.plan.update(lens.int(), self.query_start, self.table).rounds[0]
+        self.work = self.planner.update(lens.int(), self.query_start, self.table).rounds[0]
 
     def forward(self) -> None:
         attend, retire = self.work.attends[0], self.work.retires[0]

@@ -30,8 +30,8 @@ from real_model import folder
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
-from momentkv_vllm.block_manager.spec import page_schedule
 from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.kv_spec import schedule_of
 
 BACKENDS = ("engine", "simulator")
 Shelves = dict[str, tuple[Shelf, list[Item]]]
@@ -70,7 +70,7 @@ def simulated(cell: Cell, dtype: str, head_dim: int, prompt: int) -> Eviction | 
     if not cell.prefill:
         return None
     config = EvictionConfig.from_dict(cell.eviction)
-    return Eviction.of(config, page_schedule(config, cell.page_size, head_dim, getattr(torch, dtype)), prompt)
+    return Eviction.of(config, schedule_of(config, cell.page_size, head_dim, getattr(torch, dtype)), prompt)
 
 
 def play(cell: Cell, job: Job, shelves: Shelves, simulator: Any = None) -> None:

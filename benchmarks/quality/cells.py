@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from momentkv_vllm.block_manager.spec import page_schedule, record_layout
 from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.kv_spec import record_layout, schedule_of
 from momentkv_vllm.policies import DEFAULT, names
 from momentkv_vllm.vllm_seams.engine_args import SMALL_BUDGET_TOKENS
 
@@ -109,7 +109,7 @@ def cells(
 
 def _fits(cell: Cell, head_dim: int) -> bool:
     try:
-        page_schedule(EvictionConfig.from_dict(cell.eviction), cell.page_size, head_dim, DTYPE)
+        schedule_of(EvictionConfig.from_dict(cell.eviction), cell.page_size, head_dim, DTYPE)
     except ValueError as error:
         print(f"left out: {cell.name}: {error}")
         return False

@@ -133,8 +133,8 @@ class _Layer:
     def _retire(self, event: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """The event: tokens before the new boundary compete for the store, losers join the moments."""
         how, plan, policy = self.how, self.how.schedule, self.how.policy
-        boundary = plan.boundary(event, how.prompt_tokens) * plan.page_size
-        num = self.stored_k.shape[2] + boundary - self.window
+        boundary_tokens = plan.boundary_column(event, how.prompt_tokens) * plan.page_size
+        num = self.stored_k.shape[2] + boundary_tokens - self.window
         tokens = Candidates(
             keys=k[:, :, :num], values=v[:, :, :num], valid=torch.ones(k.shape[0], num, dtype=torch.bool),
             store_tokens=plan.store_tokens, moments=self.exact, scale=self.scale,
@@ -147,7 +147,11 @@ class _Layer:
         self._forget(tokens, (~kept).float())
         source = fill_holes(kept, plan.store_tokens)
         pick = source.unsqueeze(-1).expand(-1, -1, -1, k.shape[-1])
-        self.stored_k, self.stored_v, self.window = tokens.keys.gather(2, pick), tokens.values.gather(2, pick), boundary
+        self.stored_k, self.stored_v, self.window = (
+            tokens.keys.gather(2, pick),
+            tokens.values.gather(2, pick),
+            boundary_tokens,
+        )
         if policy.observes_every_query():
             self.mass = torch.cat([self.mass[:, :, :num].gather(2, source), self.mass[:, :, num:]], 2)
         else:

@@ -2,7 +2,7 @@
 
 Registered at AttentionBackendEnum.CUSTOM (vllm/v1/attention/backends/triton_attn.py, vLLM 0.32.0). Two kinds of steps:
 
-* every request has one query: work lists made on the device in persistent buffers (decode_plan.py), all requests in one
+* every request has one query: work lists made on the device in persistent buffers (step_plan_on_device.py), all requests in one
   launch of each kernel. Nothing waits for the device; a FULL CUDA graph replays it, also where pages retire.
 * any other step: work lists made on the host from lengths that it knows, page numbers looked up on the device. Runs between
   the pieces of piecewise graphs. Rows below their budget are vLLM's own kernel's.
@@ -24,15 +24,11 @@ from vllm.v1.attention.backends.triton_attn import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from momentkv_vllm.attention.decode_plan import DecodePlan
-from momentkv_vllm.attention.eviction import (
-    EvictingBackend,
-    EvictingImpl,
-    StockPart,
-    require_bounded_spec,
-    stock_part,
-)
-from momentkv_vllm.attention.metadata import EvictionMetadata, Round, StockRows, WorkBuilder
+from momentkv_vllm.attention.layer import EvictingImpl
+from momentkv_vllm.attention.spec_hook import EvictingBackend, require_bounded_spec
+from momentkv_vllm.attention.step_plan import Round, StepPlan, StepPlanner
+from momentkv_vllm.attention.step_plan_on_device import DecodePlanner
+from momentkv_vllm.attention.stock_rows import StockPart, StockRows, stock_part
 from momentkv_vllm.attention.upload import uploaded
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import select
@@ -45,7 +41,7 @@ logger = init_logger(__name__)
 class CudaMomentKVMetadata(TritonAttentionMetadata):
     """vLLM's metadata plus ours; `eviction` None means the whole step is stock."""
 
-    eviction: EvictionMetadata | None = None
+    eviction: StepPlan | None = None
     stock_part: StockPart | None = None
 
 
@@ -70,7 +66,7 @@ class CudaMomentKVBackend(EvictingBackend, TritonAttentionBackend):
         """vLLM's reasons, and ours, why this backend cannot serve a layer."""
         reasons = super().validate_configuration(head_size, dtype, kv_cache_dtype, *args, **kwargs)
         if kv_cache_dtype not in (None, "auto", "float16", "bfloat16", "float32"):
-            reasons.append(f"--kv-eviction with kv_cache_dtype {kv_cache_dtype}; use auto")
+            reasons.append(f"--kv-eviction does not support kv_cache_dtype {kv_cache_dtype}; use auto")
         for feature in ("has_sliding_window", "has_sink", "use_mm_prefix", "use_kv_connector", "use_dcp", "use_pcp"):
             if kwargs.get(feature):
                 reasons.append(f"--kv-eviction does not support {feature}")
@@ -102,8 +98,8 @@ class CudaMomentKVMetadataBuilder(TritonAttentionMetadataBuilder):
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.work: WorkBuilder | None = None
-        self.decode: DecodePlan | None = None
+        self.planner: StepPlanner | None = None
+        self.decode_planner: DecodePlanner | None = None
         config = EvictionConfig.from_vllm(vllm_config)
         if not config.active:
             return
@@ -111,47 +107,45 @@ class CudaMomentKVMetadataBuilder(TritonAttentionMetadataBuilder):
         policy, schedule = config.policy_class, kv_cache_spec.schedule
         kernels = select(config.kernels, CudaMomentKVImpl.device_type)
         logger.info_once("--kv-eviction %s: kernels %s", config.policy, kernels.label())
-        self.work = WorkBuilder(schedule, config, policy)
+        self.planner = StepPlanner(schedule, config, policy)
         if _plans_on_device(config):
             sizes = vllm_config.compilation_config.cudagraph_capture_sizes or [0]
             rows = max(vllm_config.scheduler_config.max_num_seqs, *sizes, 1)
-            self.decode = DecodePlan(schedule, config, policy, rows, device)
+            self.decode_planner = DecodePlanner(schedule, config, policy, rows, device)
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> TritonAttentionMetadata:
         common: CommonAttentionMetadata = common_attn_metadata
         stock = super().build(common_prefix_len, common, fast_build)
-        if self.work is None:
+        if self.planner is None:
             return stock
-        if self.decode is not None and common.max_query_len == 1:
+        if self.decode_planner is not None and common.max_query_len == 1:
             n = common.num_reqs
-            plan = self.decode.update(
+            step = self.decode_planner.update(
                 common.seq_lens[:n], common.query_start_loc[: n + 1], common.block_table_tensor[:n]
             )
-            return CudaMomentKVMetadata(**vars(stock), eviction=plan)
+            return CudaMomentKVMetadata(**vars(stock), eviction=step)
         starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
-        plan, table = self._plan_on_host(common, starts)
-        if not plan.rounds:
+        step, table = self._step_on_host(common, starts)
+        if not step.rounds:
             return stock
-        rows = [StockRows.of(plan.stock_rows, starts)] if plan.stock_rows else []
-        rounds = [work for r in plan.rounds for work in (*r.attends, *r.retires)]
+        rows = [StockRows.of(step.stock_rows, starts)] if step.stock_rows else []
+        rounds = [one for r in step.rounds for one in (*r.attends, *r.retires)]
         moved = iter(uploaded(rows + rounds, table))
         part = stock_part(next(moved), rows[0].query_start, common, super().build) if rows else None
-        plan.rounds = [Round([next(moved) for _ in r.attends], [next(moved) for _ in r.retires]) for r in plan.rounds]
-        return CudaMomentKVMetadata(**vars(stock), eviction=plan, stock_part=part)
+        step.rounds = [Round([next(moved) for _ in r.attends], [next(moved) for _ in r.retires]) for r in step.rounds]
+        return CudaMomentKVMetadata(**vars(stock), eviction=step, stock_part=part)
 
-    def _plan_on_host(
-        self, common: CommonAttentionMetadata, starts: list[int]
-    ) -> tuple[EvictionMetadata, torch.Tensor]:
+    def _step_on_host(self, common: CommonAttentionMetadata, starts: list[int]) -> tuple[StepPlan, torch.Tensor]:
         """(lists on the host that name places instead of pages, which only the device knows; the pages by place)"""
-        # Exact without speculative decoding, which a GPU does not get (vllm_seams/validate.py).
+        # Exact without speculative decoding, which a GPU does not get (vllm_seams/refusals.py).
         lens = common.seq_lens_cpu_upper_bound if common.seq_lens_cpu_upper_bound is not None else common.seq_lens
         # Padding requests come last and have no query.
         n = sum(b > a for a, b in zip(starts, starts[1:], strict=False))
         table = common.block_table_tensor[:n]
         # Place 0 is the null page, which pads.
         places = torch.arange(1, table.numel() + 1).view(table.shape)
-        plan = self.work.build(starts[: n + 1], lens[:n].tolist(), [0] * n, places)
-        return plan, F.pad(table.flatten().long(), (1, 0))
+        step = self.planner.build(starts[: n + 1], lens[:n].tolist(), [0] * n, places)
+        return step, F.pad(table.flatten().long(), (1, 0))
 
 
 class CudaMomentKVImpl(EvictingImpl, TritonAttentionImpl):

@@ -3,14 +3,15 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
 from momentkv_vllm import moments as mo
-from momentkv_vllm.attention.metadata import Round
-from momentkv_vllm.block_manager.spec import MomentKVSpec
+from momentkv_vllm.attention.step_plan import Round
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.worklists import AttendWork
+from momentkv_vllm.kv_spec import MomentKVSpec
 from momentkv_vllm.metrics import CONSOLIDATE_SECONDS, CORRECTION, EVICTED_MASS, WORKER_METRICS, MetricWriter
 
 SAMPLE_EVERY = 127
@@ -23,6 +24,19 @@ LEAST_RETAINED_MASS = 1e-3
 """Where the moments carry more than all but this, what attention had returned without them is not computable from the output."""
 
 
+@dataclass
+class Attended:
+    """A call of the kernels' `attend` (kernels/reference.py): what it was given, `output` and `lse` as it wrote them."""
+
+    cache: CacheView
+    query: torch.Tensor
+    output: torch.Tensor
+    lse: torch.Tensor
+    attend: AttendWork
+    scale: float
+    corrected: bool
+
+
 class Monitor:
     """The worker's figures of one engine. Sampling reads what attention has computed anyway: it changes no token."""
 
@@ -30,9 +44,9 @@ class Monitor:
         self.metrics = MetricWriter(WORKER_METRICS, spec.model_name, spec.engine)
         self._visits = 0
 
-    def due(self, work: Round) -> bool:
-        """Whether this layer's attention of `work` is to be sampled: every `SAMPLE_EVERY`-th visit with an event."""
-        if not work.retires:
+    def due(self, round_: Round) -> bool:
+        """Whether this layer's attention of a round is to be sampled: every `SAMPLE_EVERY`-th visit with an event."""
+        if not round_.retires:
             return False
         self._visits += 1
         return self._visits % SAMPLE_EVERY == 0
@@ -44,47 +58,36 @@ class Monitor:
         yield
         self.metrics.observe(CONSOLIDATE_SECONDS, time.perf_counter() - start)
 
-    def sample(
-        self, cache: CacheView, query: torch.Tensor, output: torch.Tensor, lse: torch.Tensor, work: AttendWork,
-        scale: float, corrected: bool,
-    ) -> None:  # fmt: skip
-        """Look at the last query of the first rows of `work` that have evicted.
-
-        Args:
-            query, output, lse: as given to and written by the kernels' `attend` (kernels/base.py).
-            corrected: `output` and `lse` contain the moments.
-        """
-        rows = (work.num_evicted > 0).nonzero().flatten()[:SAMPLE_ROWS]
-        if work.observe_only or not len(rows) or not cache.record_layout.has_means:
+    def sample(self, seen: Attended) -> None:
+        """Look at the last query of the first rows that have evicted."""
+        attend = seen.attend
+        rows = (attend.num_evicted > 0).nonzero().flatten()[:SAMPLE_ROWS]
+        if attend.observe_only or not len(rows) or not seen.cache.record_layout.has_means:
             return
-        token = (work.first_token + work.num_queries - 1)[rows]
-        mass, change = measure(cache, query[token], output[token], lse[token], work, rows, scale, corrected)
+        mass, change = measure(seen, rows)
         for value in mass.tolist():
             self.metrics.observe(EVICTED_MASS, value)
-        for value in change.tolist() if corrected else ():
+        for value in change.tolist() if seen.corrected else ():
             self.metrics.observe(CORRECTION, value)
 
 
-def measure(
-    cache: CacheView, query: torch.Tensor, output: torch.Tensor, lse: torch.Tensor, work: AttendWork, rows: torch.Tensor,
-    scale: float, corrected: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Mass that the moments of `rows` carry for one query each, and the relative size of the correction.
-
-    Args:
-        query, output: [rows, num_heads, head_dim]; lse: [rows, num_heads], with the moments if `corrected`.
+def measure(seen: Attended, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mass that the moments of `rows` carry for the last query of each, and the relative size of the correction.
 
     Returns:
         ([rows] mean over heads of the share m of attention, [rows] norm of (o - o_r) over norm of o). Attention merges
         o = (1 - m) o_r + m e, with e the moments' part and o_r what the retained tokens alone give, so
         o - o_r = m / (1 - m) (e - o).
     """
-    record = cache.read_moments(work.moment_pages[rows], work.num_evicted[rows])
+    cache, attend = seen.cache, seen.attend
+    token = (attend.first_token + attend.num_queries - 1)[rows]
+    query, output, lse = seen.query[token], seen.output[token], seen.lse[token]
+    record = cache.read_moments(attend.moment_pages[rows], attend.num_evicted[rows])
     heads = record.mean_key.shape[1]
     grouped = query.float().unflatten(1, (heads, -1))
-    evicted, log_mass = mo.partial(record, grouped, scale)
+    evicted, log_mass = mo.partial(record, grouped, seen.scale)
     total = lse.unflatten(1, (heads, -1))
-    if not corrected:
+    if not seen.corrected:
         total = torch.logaddexp(total, log_mass)
     share = (log_mass - total).exp().clamp(max=1.0)
     merged = output.float().unflatten(1, (heads, -1))

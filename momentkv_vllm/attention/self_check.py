@@ -7,9 +7,10 @@ vLLM's own operator come back through `CacheView`.
 import torch
 from vllm import _custom_ops as ops
 
-from momentkv_vllm.block_manager.spec import MomentKVSpec
 from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kv_spec import MomentKVSpec
 from momentkv_vllm.page_layout import RecordLayout
+from momentkv_vllm.refuse import WITHOUT, refuse
 
 
 def check_cache_layout(isa: str, spec: MomentKVSpec) -> None:
@@ -30,8 +31,11 @@ def check_cache_layout(isa: str, spec: MomentKVSpec) -> None:
     read = view.read_tokens(torch.tensor([[1]]))
     for name, stored, seen in zip(("keys", "values"), (key, value), read, strict=True):
         if not torch.equal(stored.float().transpose(0, 1), seen[0]):
-            raise RuntimeError(
+            refuse(
                 f"--kv-eviction cannot read the KV cache of this machine: vLLM's CPU attention (instruction set {isa!r}, "
                 f"block size {spec.block_size}, {spec.dtype}) stores {name} in a layout that momentkv_vllm does not know; "
-                f"known are 'vec' and 'vec16'. Try --block-size 32, or serve without --kv-eviction"
+                f"known are 'vec' and 'vec16'",
+                "try --block-size 32",
+                WITHOUT,
+                error=RuntimeError,
             )

@@ -10,6 +10,9 @@ from vllm.utils.platform_utils import is_pin_memory_available
 
 from momentkv_vllm.kernels.worklists import mapped
 
+PAGE_FIELDS = {"pages", "moment_pages", "store_pages", "retiring_pages"}
+"""Fields of work lists that hold pages: only the device knows their numbers, so the host gives places in a table of them."""
+
 ALIGNMENT = 16
 """Bytes. Triton compiles a kernel anew for an address that is no multiple of it."""
 
@@ -20,13 +23,13 @@ def uploaded(lists: list[Any], table: torch.Tensor) -> list[Any]:
     A copy from pageable memory waits for the device, so all of them go as one from pinned memory, which does not.
 
     Args:
-        lists: on the host. What is called "...pages" holds places in `table` and comes back as page numbers.
+        lists: on the host. PAGE_FIELDS hold places in `table` and come back as page numbers.
         table: [places] int64.
     """
     columns: dict[tuple[bool, torch.dtype], list[torch.Tensor]] = defaultdict(list)
 
     def sort(name: str, x: torch.Tensor) -> torch.Tensor:
-        columns[name.endswith("pages"), x.dtype].append(x)
+        columns[name in PAGE_FIELDS, x.dtype].append(x)
         return x
 
     for work in lists:
@@ -37,7 +40,7 @@ def uploaded(lists: list[Any], table: torch.Tensor) -> list[Any]:
     for (are_pages, dtype), column in zip(columns, there, strict=True):
         flat = column.view(dtype)
         parts[are_pages, dtype] = _parted(table[flat] if are_pages else flat, columns[are_pages, dtype])
-    return [mapped(work, lambda name, x: next(parts[name.endswith("pages"), x.dtype])) for work in lists]
+    return [mapped(work, lambda name, x: next(parts[name in PAGE_FIELDS, x.dtype])) for work in lists]
 
 
 def _joined(tensors: list[torch.Tensor]) -> np.ndarray:

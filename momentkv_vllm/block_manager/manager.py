@@ -1,27 +1,45 @@
 """The scheduler's side: frees retired pages to vLLM's pool, bounds admission, keeps shared prefixes out of harm's way, counts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
+from momentkv_vllm.block_manager.integrity import ChecksIntegrity
 from momentkv_vllm.block_manager.metrics import PageMetrics
-from momentkv_vllm.block_manager.spec import MomentKVSpec
+from momentkv_vllm.kv_spec import MomentKVSpec
 from momentkv_vllm.policies import origin
+from momentkv_vllm.refuse import WITHOUT, refuse
 
 logger = init_logger(f"vllm.{__name__}")
 
 
-class MomentKVManager(FullAttentionManager):
+@dataclass
+class PrefixState:
+    """Where a request that has pages stands with the prefix cache.
+
+    step_end_tokens: tokens at the end of the step it was scheduled for last.
+    uncached: the request, while it may have filled pages that are not in the cache; None before the first and once sealed.
+    sealed: its pages that will be rewritten have left the cache, and none come in.
+    """
+
+    step_end_tokens: int
+    uncached: Request | None = None
+    sealed: bool = False
+
+
+class MomentKVManager(ChecksIntegrity, FullAttentionManager):
     """Block manager of a group of evicting layers (vllm/v1/core/single_type_kv_cache_manager.py).
 
     It frees columns [S+M, boundary) of a request once the tokens that made the worker retire them are settled; the
     worker, which runs the same schedule, retired them at the end of the step that computed those tokens.
 
-    Prefix caching: the worker rewrites columns [0, S+M) from the first event on, so a page there never has two owners, and
-    leaves the prefix cache before it is first rewritten. With a policy that observes attention no page of the budget has.
+    Prefix caching: the worker rewrites columns [0, S+M) from the first event on. Such a page must have a single owner, and must
+    leave the prefix cache before it is rewritten. If the policy observes attention, all pages of the budget have a single
+    owner, because observations are stored per page.
 
     * A hit page that somebody else owns is copied for the new request; one that nobody owns is taken as it is. So a hit
       never needs more free pages than the same request without one.
@@ -39,9 +57,7 @@ class MomentKVManager(FullAttentionManager):
             self.max_admission_blocks_per_request = self.schedule.peak_pages(kv_cache_spec.step_tokens)
         self.evicting: dict[str, int] = {}
         self.live_pages: dict[str, int] = {}
-        self.sealed: set[str] = set()
-        self.step_end: dict[str, int] = {}
-        self.uncached: dict[str, Request] = {}
+        self.prefixes: dict[str, PrefixState] = {}
         # Sums over requests, so that counting costs the same for one sequence and for a thousand.
         self.total_live = self.total_retired = 0
         self.metrics = PageMetrics(kv_cache_spec, self.block_pool.num_gpu_blocks - 1)
@@ -82,28 +98,29 @@ class MomentKVManager(FullAttentionManager):
         self._count_live(request_id, len(new_computed_blocks))
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
-        self.step_end[request_id] = num_tokens_main_model
+        self.prefixes.setdefault(request_id, PrefixState(0)).step_end_tokens = num_tokens_main_model
         blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
         self._count_live(request_id, len(blocks))
         return blocks
 
     def cache_blocks(self, request: Request, num_tokens: int, *args, **kwargs) -> None:
         """Cache the pages that earlier steps have filled, until the request's last chance before its first event."""
-        request_id = request.request_id
-        if request_id in self.sealed:
+        state = self.prefixes[request.request_id]
+        if state.sealed:
             return
-        self.uncached[request_id] = request
+        state.uncached = request
         filled = min(num_tokens, request.num_computed_tokens, self.kv_cache_spec.cacheable_tokens)
         super().cache_blocks(request, filled, *args, **kwargs)
         # `num_tokens` leaves out a token that is still in flight (async scheduling), the step does not.
-        if self.step_end[request_id] >= self.schedule.first_event:
-            self._seal(request_id)
+        if state.step_end_tokens >= self.schedule.first_event_tokens:
+            state.sealed, state.uncached = True, None
+            self._seal(request.request_id)
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
         """Free what the schedule has retired at `processed_computed_tokens` settled tokens."""
-        boundary = self.schedule.boundary(processed_computed_tokens, num_prompt_tokens or 0)
+        boundary = self.schedule.boundary_column(processed_computed_tokens, num_prompt_tokens or 0)
         before = self.evicting.get(request_id, 0)
         # A request that was preempted starts again at zero; its pages were all freed.
         if boundary <= before or request_id not in self.req_to_blocks:
@@ -119,11 +136,9 @@ class MomentKVManager(FullAttentionManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """As vLLM's, for a request that ends or is preempted. What its last step has filled is cached first."""
-        self._cache_last_step(request_id)
+        self._cache_last_step(self.prefixes.pop(request_id, None))
         blocks = super().pop_blocks_for_free(request_id)
-        self.step_end.pop(request_id, None)
         self.total_retired -= max(0, self.evicting.pop(request_id, 0) - self.rewritten_pages)
-        self.sealed.discard(request_id)
         self.total_live -= self.live_pages.pop(request_id, 0)
         self._publish()
         return blocks
@@ -132,64 +147,10 @@ class MomentKVManager(FullAttentionManager):
         """No cascade attention: store pages are private."""
         return 0
 
-    def check_integrity(self, other_pages: int = 0, requests: Mapping[str, Request] | None = None) -> None:
-        """Assert the bookkeeping between two steps. Raises AssertionError naming the request and the numbers.
-
-        Args:
-            other_pages: pages of the pool that layers without eviction own.
-            requests: the scheduler's, whose schedule is compared with what was retired.
-        """
-        for request in (requests or {}).values():
-            self._check_schedule(request)
-        owners: dict[int, int] = {}
-        for request_id, blocks in self.req_to_blocks.items():
-            for block in blocks:
-                if not block.is_null:
-                    owners[block.block_id] = owners.get(block.block_id, 0) + 1
-            self._check_request(request_id, blocks)
-        for number, count in owners.items():
-            found = self.block_pool.blocks[number].ref_cnt
-            assert found == count, f"page {number} has {count} owners, but is referenced {found} times"
-        free = self.block_pool.get_num_free_blocks()
-        total = self.block_pool.num_gpu_blocks - 1
-        assert len(owners) + other_pages + free == total, (
-            f"{len(owners)} owned + {other_pages} of other layers + {free} free pages != {total}"
-        )
-        columns = sum(map(len, self.req_to_blocks.values()))
-        counted = self.total_live + self.total_retired
-        assert columns == counted, f"stock would hold {columns} pages, the metrics say {counted}"
-
-    def _check_schedule(self, request: Request) -> None:
-        """What was retired, the schedule must have retired too: a prompt that grew would move it back in `full` prefill."""
-        retired = self.evicting.get(request.request_id, 0)
-        scheduled = self.schedule.boundary(request.num_computed_tokens, request.num_prompt_tokens)
-        assert retired <= scheduled, (
-            f"{request.request_id}: retired up to column {retired}, but the schedule says {scheduled} at "
-            f"{request.num_computed_tokens} tokens of a prompt of {request.num_prompt_tokens}"
-        )
-
-    def _check_request(self, request_id: str, blocks: list[KVCacheBlock]) -> None:
-        boundary = self.evicting.get(request_id, 0)
-        assert not boundary or not self.enable_caching or request_id in self.sealed, f"{request_id} evicts unsealed"
-        for column, block in enumerate(blocks):
-            rewritten = column < self.rewritten_pages
-            retired = not rewritten and column < boundary
-            assert block.is_null == retired, f"{request_id}: column {column} null={block.is_null}, boundary {boundary}"
-            if column < self.private_pages and not retired:
-                assert block.ref_cnt == 1, f"{request_id}: page {column} has {block.ref_cnt} owners"
-            if rewritten:
-                assert block.block_hash is None or request_id not in self.sealed, (
-                    f"{request_id}: page {column} may be rewritten and is cached"
-                )
-        live = sum(not b.is_null for b in blocks)
-        assert live == self.live_pages.get(request_id, 0), f"{request_id}: {live} live pages, counted otherwise"
-        cap = self.max_admission_blocks_per_request
-        assert cap is None or live <= cap, f"{request_id}: {live} live pages exceed the admission bound {cap}"
-
-    def _cache_last_step(self, request_id: str) -> None:
-        request = self.uncached.pop(request_id, None)
-        if request is None:
+    def _cache_last_step(self, state: PrefixState | None) -> None:
+        if state is None or state.uncached is None:
             return
+        request = state.uncached
         filled = min(request.num_tokens, request.num_computed_tokens, self.kv_cache_spec.cacheable_tokens)
         super().cache_blocks(request, filled, replay_boundaries=())
 
@@ -207,8 +168,6 @@ class MomentKVManager(FullAttentionManager):
 
     def _seal(self, request_id: str) -> None:
         """Take the request's pages that will be rewritten out of the prefix cache, leaving copies there."""
-        self.sealed.add(request_id)
-        self.uncached.pop(request_id, None)
         cached = [b for b in self.req_to_blocks[request_id][: self.rewritten_pages] if b.block_hash is not None]
         # Only pages that this step cannot need: a copy must never be the reason for a preemption.
         step_pages = self.kv_cache_spec.step_tokens // self.block_size + len(self.req_to_blocks)
@@ -220,6 +179,7 @@ class MomentKVManager(FullAttentionManager):
         self.block_pool.evict_blocks({page.block_id for page in cached[len(copies) :]})
 
     def _copy_before_step(self, source: KVCacheBlock, copy: KVCacheBlock) -> None:
+        """Put a copy on the list that vLLM hands to the worker with the step (take_pending_cow_copies)."""
         source.ref_cnt += 1
         self._pending_cow_copies.append((source, copy))
 
@@ -235,25 +195,28 @@ class MomentKVManager(FullAttentionManager):
 
 def _announce(spec: MomentKVSpec, pool_pages: int) -> None:
     """The start-up line, and the refusal of a pool that cannot hold one sequence while it is prefilled."""
-    plan = spec.schedule
-    budget = plan.budget_pages
-    need = plan.peak_pages(spec.step_tokens) if plan.evict_in_prefill else budget
+    schedule = spec.schedule
+    budget = schedule.budget_pages
+    need = schedule.least_pool_pages(spec.step_tokens)
     if need > pool_pages:
-        raise ValueError(
-            f"the KV pool has {pool_pages} pages of {plan.page_size} tokens, but a sequence needs up to {need}: {budget} "
+        refuse(
+            f"the KV pool has {pool_pages} pages of {schedule.page_size} tokens, but a sequence needs up to {need}: {budget} "
             f"for --kv-budget {spec.config.budget_tokens} and {need - budget} for a prefill step of {spec.step_tokens} "
-            f"tokens; lower --max-num-batched-tokens or --kv-budget, or give the KV cache more memory"
+            f"tokens",
+            "lower --max-num-batched-tokens or --kv-budget",
+            "give the KV cache more memory",
+            WITHOUT,
         )
     logger.info(
         "momentkv: policy %s (%s), budget %d tokens = %d pages of %d (store %d, moments %d, window %d), state %d bytes a "
         "sequence and layer (%.0f %% of the budget), pool %d pages: about %d sequences at full budget",
-        spec.config.policy, origin(spec.config.policy), plan.first_event, budget, plan.page_size,
-        plan.store_pages, plan.moment_pages, plan.window_pages, spec.state_bytes,
-        100 * plan.moment_pages / budget, pool_pages, pool_pages // budget,
+        spec.config.policy, origin(spec.config.policy), schedule.first_event_tokens, budget, schedule.page_size,
+        schedule.store_pages, schedule.moment_pages, schedule.window_pages, spec.state_bytes,
+        100 * schedule.moment_pages / budget, pool_pages, pool_pages // budget,
     )  # fmt: skip
-    if 3 * plan.moment_pages > budget:
+    if 3 * schedule.moment_pages > budget:
         logger.warning(
             "momentkv: the moment state takes %d of %d budget pages, more than a third; a larger --kv-budget, a smaller "
             "--block-size, or --kv-eviction-config.correction zeroth leaves more room for tokens",
-            plan.moment_pages, budget,
+            schedule.moment_pages, budget,
         )  # fmt: skip

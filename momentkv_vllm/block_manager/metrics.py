@@ -1,6 +1,6 @@
 """The engine core's figures: what the block manager's books say, kept as running totals."""
 
-from momentkv_vllm.block_manager.spec import MomentKVSpec
+from momentkv_vllm.kv_spec import MomentKVSpec
 from momentkv_vllm.metrics import (
     BUDGET_PAGES,
     CORE_METRICS,

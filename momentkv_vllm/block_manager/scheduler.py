@@ -10,11 +10,12 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request, StreamingUpdate
 
-from momentkv_vllm.block_manager.spec import MomentKVSpec
+from momentkv_vllm.kv_spec import MomentKVSpec
+from momentkv_vllm.refuse import refuse
 
 
 class StopsAtEvents:
-    """Shortens what vLLM would schedule of a request, never to nothing.
+    """Shortens what vLLM would schedule of a request; at least one token is left.
 
     * A step that would reach the first event stops at the end of the cacheable prefix. The manager caches pages one step after
       they were filled, and the step that reaches the first event rewrites them: without the stop, a prompt whose first chunk is
@@ -26,7 +27,7 @@ class StopsAtEvents:
     def bind(self, spec: MomentKVSpec, caches_prefixes: bool) -> None:
         """Take over what the spec says; `caches_prefixes` False: there is no prefix to stop at."""
         self.page_schedule = spec.schedule
-        self.own_tokens = spec.own_tokens
+        self.unshared_tokens = spec.unshared_tokens
         self.cacheable_tokens = spec.cacheable_tokens if caches_prefixes else 0
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
@@ -34,12 +35,12 @@ class StopsAtEvents:
         tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         if num_computed_tokens < request.num_tokens - 1:  # it reads known tokens, without drafts
             uncached = self.cacheable_tokens - num_computed_tokens
-            reaches_event = num_computed_tokens + tokens >= self.page_schedule.first_event
+            reaches_event = num_computed_tokens + tokens >= self.page_schedule.first_event_tokens
             return min(tokens, uncached) if uncached > 0 and reaches_event else tokens
         if tokens <= 1:
             return tokens
         event = self.page_schedule.next_event(num_computed_tokens, request.num_prompt_tokens)
-        return min(tokens, max(1, event - self.own_tokens - num_computed_tokens))
+        return min(tokens, max(1, event - self.unshared_tokens - num_computed_tokens))
 
 
 class RestartsSessions(StopsAtEvents):
@@ -60,14 +61,14 @@ class RestartsSessions(StopsAtEvents):
     def _handle_stopped_request(self, request: Request) -> bool:
         settled = request.num_computed_tokens - request.num_output_placeholders
         event = self.page_schedule.next_event(settled, request.num_prompt_tokens)
-        if settled < request.num_computed_tokens and event - self.own_tokens < request.num_computed_tokens:
+        if settled < request.num_computed_tokens and event - self.unshared_tokens < request.num_computed_tokens:
             self.overtaken.add(request)
         return super()._handle_stopped_request(request)
 
     def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
-        boundary = self.page_schedule.boundary(session.num_computed_tokens, session.num_prompt_tokens)
+        boundary = self.page_schedule.boundary_column(session.num_computed_tokens, session.num_prompt_tokens)
         super()._update_request_as_session(session, update)
-        longer = self.page_schedule.boundary(session.num_computed_tokens, session.num_prompt_tokens)
+        longer = self.page_schedule.boundary_column(session.num_computed_tokens, session.num_prompt_tokens)
         if boundary != longer or session in self.overtaken:
             self.overtaken.discard(session)
             self._read_again(session)
@@ -88,9 +89,9 @@ def _evicting_spec(kv_cache_config: KVCacheConfig) -> MomentKVSpec:
     makes several of it if most layers evict, which the metrics' one set of books cannot tell apart."""
     specs = [g.kv_cache_spec for g in kv_cache_config.kv_cache_groups if isinstance(g.kv_cache_spec, MomentKVSpec)]
     if len(specs) != 1:
-        raise ValueError(
+        refuse(
             f"--kv-eviction: vLLM makes {len(specs)} KV cache groups of this model's full-attention layers, supported is 1 "
-            f"(at most 1.5 times as many full-attention layers as sliding-window layers); serve without --kv-eviction"
+            f"(fewer than 1.5 times as many full-attention layers as sliding-window layers)"
         )
     return specs[0]
 

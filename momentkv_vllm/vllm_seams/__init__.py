@@ -1,16 +1,17 @@
 """Where this package is joined to vLLM: registration, options, refusals, and the ledger of what it patches.
 
-Classes that vLLM lets us register or name (backend, KV cache spec, block manager, scheduler) are no patches. These are:
+Classes that vLLM lets us register or name (backend, KV cache spec, block manager, scheduler) are no patches, nor are options
+that a user could have given (engine_args.py sets some that were left open). These are:
 
-| patched | symptom without it | removed when |
-|---|---|---|
-| EngineArgs.add_cli_args (1) | `vllm serve --kv-eviction` is an unknown option | vLLM lets plugins add options |
-| EngineArgs.from_cli_args (1) | the parsed options reach no config | same |
-| EngineArgs.create_engine_config (1) | nothing is refused before the engine starts | vLLM has a config hook |
-| CPUModelRunner.sample_tokens (2) | a seed and a prompt of several steps end a CPU engine | vLLM rewinds CPU generators |
-| rswa_window, a value that is set (3) | builders learn no prompt lengths | their metadata has them |
+| patched | where | symptom without it | removed when |
+|---|---|---|---|
+| EngineArgs.add_cli_args | engine_args.py | `vllm serve --kv-eviction` is an unknown option | vLLM lets plugins add options |
+| EngineArgs.from_cli_args | engine_args.py | the parsed options reach no config | same |
+| EngineArgs.create_engine_config | engine_args.py | nothing is refused before the engine starts | vLLM has a config hook |
+| CPUModelRunner.sample_tokens | cpu_runner.py | a seed and a long prompt end a CPU engine | vLLM rewinds CPU generators |
+| model_arch_config.rswa_window | attention/cpu_backend.py | builders learn no prompt lengths | their metadata has them |
 
-(1) engine_args.py; in place before vLLM builds its parser. (2) cpu_runner.py; stock vLLM ends, too. (3) attention/backend.py, in
-the worker's model config, for `full` prefill. A renamed target fails loudly when it is patched (AttributeError), and by name
-in tests/test_seams.py.
+The first three are in place before vLLM builds its parser. The fourth mends stock vLLM as well. The last is a value, no method:
+set in the worker's copy of the model config, for `full` prefill. tests/test_seams.py is the second ledger: it finds every patch
+in our source, wants it in this table, and says by name which target vLLM renamed.
 """

@@ -7,14 +7,17 @@ import argparse
 import functools
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
 from momentkv_vllm.config import CONFIG_KEY, EvictionConfig
+from momentkv_vllm.environment import unknown_variables
 from momentkv_vllm.model_layers import has_windows, hides_tokens, named_windows
 from momentkv_vllm.policies import OFF, builtins, names, origin
+from momentkv_vllm.refuse import refuse
 from momentkv_vllm.vllm_seams.gpu import choose_backend
-from momentkv_vllm.vllm_seams.validate import WINDOW_PAGE_TOKENS, refuse_unsupported, refuse_untested_vllm
+from momentkv_vllm.vllm_seams.refusals import SLIDING_PAGE_TOKENS, refuse_unsupported, refuse_untested_vllm
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -45,28 +48,35 @@ def patch_engine_args() -> None:
         config = EvictionConfig.from_dict((self.additional_config or {}).get(CONFIG_KEY))
         if not config.active:
             return create(self, *args, **kwargs)
-        refuse_untested_vllm()
-        backend, chose_page_size = choose_backend(self), _set_defaults(self, config)
-        vllm_config = create(self, *args, **kwargs)
-        _say_which_windows_are_none(vllm_config.model_config)
-        if has_windows(vllm_config.model_config):
-            if chose_page_size and self.block_size % WINDOW_PAGE_TOKENS:
-                self.block_size = WINDOW_PAGE_TOKENS
-                logger.info("momentkv: the model has layers with a window, --block-size is %d", self.block_size)
-                vllm_config = create(self, *args, **kwargs)
-            _keep_windows(vllm_config, self.disable_hybrid_kv_cache_manager)
-        refuse_unsupported(vllm_config, config, backend)
-        _choose_scheduler(vllm_config)
-        # Imported late: prometheus must not be touched by processes that only parse options.
-        from momentkv_vllm.metrics import serve_metrics
-
-        serve_metrics()
-        return vllm_config
+        return _evicting_config(self, config, functools.partial(create, self, *args, **kwargs))
 
     EngineArgs.add_cli_args = staticmethod(add_cli_args)
     EngineArgs.from_cli_args = classmethod(from_cli_args)
     EngineArgs.create_engine_config = create_engine_config
     EngineArgs._momentkv_patched = True
+
+
+def _evicting_config(engine_args: Any, config: EvictionConfig, create: Callable[[], Any]) -> Any:
+    """vLLM's configuration for a server that evicts; `create` makes it of `engine_args`. Raises ValueError on what cannot."""
+    for name in unknown_variables():
+        logger.warning("momentkv: the environment variable %s is unknown, docs/operations.md lists ours", name)
+    refuse_untested_vllm()
+    backend, chose_page_size = choose_backend(engine_args), _set_defaults(engine_args, config)
+    vllm_config = create()
+    _say_which_windows_are_none(vllm_config.model_config)
+    if has_windows(vllm_config.model_config):
+        if chose_page_size and engine_args.block_size % SLIDING_PAGE_TOKENS:
+            engine_args.block_size = SLIDING_PAGE_TOKENS
+            logger.info("momentkv: the model has layers with a window, --block-size is %d", engine_args.block_size)
+            vllm_config = create()
+        _keep_windows(vllm_config, engine_args.disable_hybrid_kv_cache_manager)
+    refuse_unsupported(vllm_config, config, backend)
+    choose_scheduler(vllm_config)
+    # Imported late: prometheus must not be touched by processes that only parse options.
+    from momentkv_vllm.metrics import serve_metrics
+
+    serve_metrics()
+    return vllm_config
 
 
 def _add_options(parser: Any) -> Any:
@@ -104,7 +114,7 @@ def _carry_options(engine_args: Any, args: argparse.Namespace) -> None:
     """Move our three options into additional_config, vLLM's carrier to every process."""
     given = getattr(args, "kv_eviction_config", None) or {}
     if not isinstance(given, dict):
-        raise ValueError(f"--kv-eviction-config {given!r} is not a JSON object; write e.g. '{{\"window_tokens\": 64}}'")
+        refuse(f"--kv-eviction-config {given!r} is not a JSON object", "write e.g. '{\"window_tokens\": 64}'")
     options: dict[str, Any] = dict(given)
     for key, value in (
         ("policy", getattr(args, "kv_eviction", None)),
@@ -113,7 +123,7 @@ def _carry_options(engine_args: Any, args: argparse.Namespace) -> None:
         if value is None:
             continue
         if options.get(key, value) != value:
-            raise ValueError(f"--kv-eviction-config.{key}={options[key]!r} contradicts the flag's {value!r}; give one")
+            refuse(f"--kv-eviction-config.{key}={options[key]!r} contradicts the flag's {value!r}", "give one")
         options[key] = value
     if not options:
         return
@@ -157,8 +167,8 @@ def _keep_windows(vllm_config: Any, disable_hybrid_manager: bool | None) -> None
         vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = False
 
 
-def _choose_scheduler(vllm_config: Any) -> None:
-    """The scheduler that knows the page schedule; a user's own one stays (validate.py says what that rules out)."""
+def choose_scheduler(vllm_config: Any) -> None:
+    """The scheduler that knows the page schedule; a user's own one stays (refusals.py says what that rules out)."""
     scheduler = vllm_config.scheduler_config
     if scheduler.scheduler_cls is None:
         name = "AsyncMomentKVScheduler" if scheduler.async_scheduling else "MomentKVScheduler"

@@ -1,17 +1,17 @@
 """What serving on a GPU needs and refuses. Its kernels are checked in Triton's interpreter; none of it has run on a GPU yet."""
 
 import logging
-import os
 from typing import TYPE_CHECKING, Any
 
 from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.environment import ALLOW_UNTESTED_GPU
+from momentkv_vllm.refuse import Unsupported
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
-ALLOW_UNTESTED_GPU = "MOMENTKV_ALLOW_UNTESTED_GPU"
 BACKEND_NAMES = {"cpu": "CPU_ATTN", "cuda": "CUSTOM"}
 """vLLM's name of our attention backend by device type."""
 
@@ -29,21 +29,23 @@ def choose_backend(engine_args: Any) -> Any:
     return chosen
 
 
-def gpu_objections(platform: Any, vllm_config: "VllmConfig", config: EvictionConfig) -> dict[str, object]:
-    """What eviction cannot serve on this device, each with whether it is asked for; nothing on a CPU."""
+def gpu_rows(platform: Any, vllm_config: "VllmConfig", config: EvictionConfig) -> list[Unsupported]:
+    """What eviction cannot serve on this device; nothing on a CPU."""
     if platform.is_cpu():
-        return {}
+        return []
     device = f"the device {platform.device_type!r}"
     if not platform.is_cuda():
-        return {f"{device} (only CPUs, and CUDA untested)": True}
-    if os.environ.get(ALLOW_UNTESTED_GPU) == "1":
+        return [Unsupported(f"{device} (only CPUs, and CUDA untested)", True)]
+    insists = ALLOW_UNTESTED_GPU.is_on()
+    if insists:
         logger.warning(
             "momentkv: %s=1: the CUDA backend has not been run on a GPU yet; its kernels were checked in Triton's interpreter",
-            ALLOW_UNTESTED_GPU,
+            ALLOW_UNTESTED_GPU.name,
         )
-    return {
-        f"{device}: the CUDA backend has not been run on a GPU yet, only in Triton's interpreter ({ALLOW_UNTESTED_GPU}=1 "
-        f"insists)": os.environ.get(ALLOW_UNTESTED_GPU) != "1",
-        "prefill 'full' on a GPU (--kv-eviction-config.prefill chunked)": config.prefill == "full",
-        "speculative decoding on a GPU": vllm_config.speculative_config is not None,
-    }
+    untested = f"{device}: the CUDA backend has not been run on a GPU yet, only in Triton's interpreter"
+    drafts = vllm_config.speculative_config is not None
+    return [
+        Unsupported(untested, not insists, f"insist with {ALLOW_UNTESTED_GPU.name}=1"),
+        Unsupported("prefill 'full' on a GPU", config.prefill == "full", "use --kv-eviction-config.prefill chunked"),
+        Unsupported("speculative decoding on a GPU", drafts, "leave --speculative-config out"),
+    ]

@@ -9,11 +9,11 @@ def register_seams() -> None:
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
     from momentkv_vllm.block_manager.manager import MomentKVManager
-    from momentkv_vllm.block_manager.spec import MomentKVSpec
+    from momentkv_vllm.kv_spec import MomentKVSpec
     from momentkv_vllm.vllm_seams.cpu_runner import patch_cpu_runner
 
     # The CPU platform always asks for CPU_ATTN (vllm/platforms/cpu.py), so ours takes its place.
-    register_backend(AttentionBackendEnum.CPU_ATTN, "momentkv_vllm.attention.backend.MomentKVBackend")
+    register_backend(AttentionBackendEnum.CPU_ATTN, "momentkv_vllm.attention.cpu_backend.MomentKVBackend")
     # On CUDA a backend is chosen by name: vllm_seams/gpu.py does, with --kv-eviction.
     register_backend(AttentionBackendEnum.CUSTOM, "momentkv_vllm.attention.cuda_backend.CudaMomentKVBackend")
     # Registering first would make vLLM believe that its own specs are registered already.

@@ -17,23 +17,17 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from momentkv_vllm.attention.eviction import (
-    WINDOW_SPECS,
-    EvictingBackend,
-    EvictingImpl,
-    StockPart,
-    leave_to_vllm,
-    require_bounded_spec,
-    stock_part,
-)
-from momentkv_vllm.attention.metadata import EvictionMetadata, StockRows, WorkBuilder
+from momentkv_vllm.attention.layer import EvictingImpl
 from momentkv_vllm.attention.monitor import Monitor
 from momentkv_vllm.attention.self_check import check_cache_layout
-from momentkv_vllm.block_manager.spec import MomentKVSpec
+from momentkv_vllm.attention.spec_hook import WINDOW_SPECS, EvictingBackend, leave_to_vllm, require_bounded_spec
+from momentkv_vllm.attention.step_plan import StepPlan, StepPlanner
+from momentkv_vllm.attention.stock_rows import StockPart, StockRows, stock_part
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.limits import CacheShape
+from momentkv_vllm.kv_spec import MomentKVSpec
 
 logger = init_logger(__name__)
 
@@ -42,7 +36,7 @@ logger = init_logger(__name__)
 class MomentKVMetadata(CPUAttentionMetadata):
     """vLLM's metadata plus ours; `eviction` None: the whole step is stock. Only the first tensor-parallel rank has a monitor."""
 
-    eviction: EvictionMetadata | None = None
+    eviction: StepPlan | None = None
     stock_part: StockPart | None = None
     monitor: Monitor | None = None
 
@@ -70,7 +64,7 @@ class MomentKVMetadataBuilder(CPUAttentionMetadataBuilder):
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.work: WorkBuilder | None = None
+        self.planner: StepPlanner | None = None
         self.monitor: Monitor | None = None
         config = EvictionConfig.from_vllm(vllm_config)
         if not config.active:
@@ -87,7 +81,7 @@ class MomentKVMetadataBuilder(CPUAttentionMetadataBuilder):
         shape = CacheShape(kv_cache_spec.head_size, kv_cache_spec.block_size, kv_cache_spec.dtype)
         kernels = select(config.kernels, shape=shape)
         logger.info_once("--kv-eviction %s: kernels %s", config.policy, kernels.label())
-        self.work = WorkBuilder(kv_cache_spec.schedule, config, config.policy_class)
+        self.planner = StepPlanner(kv_cache_spec.schedule, config, config.policy_class)
         if get_tensor_model_parallel_rank() == 0:
             self.monitor = Monitor(kv_cache_spec)
         if config.prefill == "full":
@@ -98,21 +92,21 @@ class MomentKVMetadataBuilder(CPUAttentionMetadataBuilder):
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> CPUAttentionMetadata:
         stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        if self.work is None:
+        if self.planner is None:
             return stock
-        plan = self._plan(common_attn_metadata)
-        if not plan.rounds:
+        step = self._step(common_attn_metadata)
+        if not step.rounds:
             return stock
         part = None
-        if plan.stock_rows:
-            rows = StockRows.of(plan.stock_rows, common_attn_metadata.query_start_loc_cpu.tolist())
+        if step.stock_rows:
+            rows = StockRows.of(step.stock_rows, common_attn_metadata.query_start_loc_cpu.tolist())
             part = stock_part(rows, rows.query_start, common_attn_metadata, super().build)
-        return MomentKVMetadata(**vars(stock), eviction=plan, stock_part=part, monitor=self.monitor)
+        return MomentKVMetadata(**vars(stock), eviction=step, stock_part=part, monitor=self.monitor)
 
-    def _plan(self, common: CommonAttentionMetadata) -> EvictionMetadata:
+    def _step(self, common: CommonAttentionMetadata) -> StepPlan:
         n = common.num_reqs
         prompts = [0] * n if common.rswa_prefix_lens is None else common.rswa_prefix_lens[:n].tolist()
-        return self.work.build(
+        return self.planner.build(
             common.query_start_loc_cpu[: n + 1].tolist(),
             common.seq_lens[:n].tolist(),
             prompts,

@@ -2,14 +2,14 @@
 
 import torch
 
-from momentkv_vllm.attention.metadata import EvictionMetadata, Round
+from momentkv_vllm.attention.step_plan import Round, StepPlan
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork, mapped
 from momentkv_vllm.page_schedule import PageSchedule
 from momentkv_vllm.policies import Policy
 
 
-class DecodePlan:
+class DecodePlanner:
     """Steps with one query a request. Every request is in the lists, also below its budget: the graph is one for all.
 
     Only for "chunked" prefill: in "full" mode a prompt's last step may retire any number of pages.
@@ -50,7 +50,7 @@ class DecodePlan:
             num_evicted=self.attend.num_evicted,
         )
 
-    def update(self, seq_lens: torch.Tensor, query_start: torch.Tensor, block_table: torch.Tensor) -> EvictionMetadata:
+    def update(self, seq_lens: torch.Tensor, query_start: torch.Tensor, block_table: torch.Tensor) -> StepPlan:
         """Plan a step. The lists of equal numbers of rows lie at equal addresses in every step.
 
         Args:
@@ -66,4 +66,4 @@ class DecodePlan:
         plan(seq_lens, query_start, block_table, attend, retire, self.schedule, self.observed, self.observe_all)
         if not self.observed:
             attend.observe_from = attend.restart = None
-        return EvictionMetadata([], [Round([attend], [retire])])
+        return StepPlan([], [Round([attend], [retire])])

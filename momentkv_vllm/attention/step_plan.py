@@ -28,17 +28,20 @@ MAX_QUERIES = 128
 class Segment:
     """Consecutive new tokens of one request that see the same store and moments.
 
-    row: request's row in the batch; first_token: index of its first token in the flat token list; start, end: token
-    positions; boundary: first exact column while the segment attends; retire_to: boundary after its event, 0 if none.
-    observe_from: position of the first query whose attention is observed for the coming event.
-    observe_only: the row is below its budget and attended by vLLM's kernel.
+    row:             the request's row in the batch.
+    first_token:     index of its first token in the flat token list.
+    start, end:      token positions [start, end).
+    boundary_column: first exact column while the segment attends.
+    retire_to:       boundary column after the event at `end`, 0 if there is none.
+    observe_from:    position of the first query whose attention is observed for the coming event.
+    observe_only:    the row is below its budget and attended by vLLM's kernel.
     """
 
     row: int
     first_token: int
     start: int
     end: int
-    boundary: int
+    boundary_column: int
     retire_to: int
     observe_from: int
     observe_only: bool = False
@@ -53,8 +56,8 @@ class Round:
 
 
 @dataclass
-class EvictionMetadata:
-    """A step's work beyond stock attention.
+class StepPlan:
+    """What a step does beyond stock attention.
 
     stock_rows: rows still below their budget, served by vLLM's own kernel.
     rounds: the rest.
@@ -64,8 +67,8 @@ class EvictionMetadata:
     rounds: list[Round]
 
 
-class WorkBuilder:
-    """Builds `EvictionMetadata`; pure index arithmetic on the CPU, no model data."""
+class StepPlanner:
+    """Builds `StepPlan`; pure index arithmetic on the CPU, no model data."""
 
     def __init__(self, schedule: PageSchedule, config: EvictionConfig, policy: type[Policy]) -> None:
         self.schedule = schedule
@@ -75,7 +78,7 @@ class WorkBuilder:
 
     def build(
         self, query_start: list[int], seq_lens: list[int], prompt_lens: list[int], block_table: torch.Tensor
-    ) -> EvictionMetadata:
+    ) -> StepPlan:
         """Plan one step.
 
         Args:
@@ -91,7 +94,7 @@ class WorkBuilder:
             first_token = query_start[row]
             start = end - (query_start[row + 1] - first_token)
             segments = list(self._segments(row, first_token, start, end, prompt_lens[row]))
-            if all(s.boundary == 0 and s.retire_to == 0 for s in segments):
+            if all(s.boundary_column == 0 and s.retire_to == 0 for s in segments):
                 # Nothing evicted, nothing to evict: vLLM's own kernel, bit for bit.
                 stock_rows.append(row)
                 segments = [self._only_observed(s) for s in segments if s.observe_from < s.end]
@@ -99,7 +102,7 @@ class WorkBuilder:
                 if number == len(rounds):
                     rounds.append([])
                 rounds[number].append(segment)
-        return EvictionMetadata(stock_rows, [self._round(segments, table) for segments in rounds])
+        return StepPlan(stock_rows, [self._round(segments, table) for segments in rounds])
 
     @staticmethod
     def _only_observed(s: Segment) -> Segment:
@@ -108,8 +111,8 @@ class WorkBuilder:
         return replace(s, first_token=s.first_token + start - s.start, start=start, observe_only=True)
 
     def _segments(self, row: int, first_token: int, start: int, end: int, prompt: int) -> Iterator[Segment]:
-        plan = self.schedule
-        events = set(plan.events(start, end, prompt))
+        schedule = self.schedule
+        events = set(schedule.events(start, end, prompt))
         first_cut = (start // MAX_QUERIES + 1) * MAX_QUERIES
         position = start
         for stop in sorted(events | {end} | set(range(first_cut, end, MAX_QUERIES))):
@@ -118,8 +121,8 @@ class WorkBuilder:
                 first_token=first_token + position - start,
                 start=position,
                 end=stop,
-                boundary=plan.boundary(position, prompt),
-                retire_to=plan.boundary(stop, prompt) if stop in events else 0,
+                boundary_column=schedule.boundary_column(position, prompt),
+                retire_to=schedule.boundary_column(stop, prompt) if stop in events else 0,
                 observe_from=self._observe_from(position, prompt),
             )
             position = stop
@@ -134,29 +137,29 @@ class WorkBuilder:
         return max(event - self.config.observation_tokens, self.schedule.last_event(position, prompt))
 
     def _round(self, segments: list[Segment], table: np.ndarray) -> Round:
-        work = Round()
+        round_ = Round()
         # Decode rows would pay for the padding of chunks beside them: they get a list of their own.
         groups: dict[tuple[bool, bool], list[Segment]] = {}
         for s in segments:
             groups.setdefault((s.observe_only, s.end - s.start > 1), []).append(s)
         for group in groups.values():
-            work.attends += [self._attend(part, table) for part in self._split(group)]
+            round_.attends += [self._attend(part, table) for part in self._split(group)]
         due = [s for s in segments if s.retire_to]
         # A first event retires more pages than later ones: grouping by their number avoids padding.
         for pages in sorted({s.retire_to - self._retire_from(s) for s in due}):
-            work.retires.append(self._retire([s for s in due if s.retire_to - self._retire_from(s) == pages], table))
-        return work
+            round_.retires.append(self._retire([s for s in due if s.retire_to - self._retire_from(s) == pages], table))
+        return round_
 
     def _split(self, segments: list[Segment]) -> Iterator[list[Segment]]:
         """Parts of at most MAX_SLOTS_PER_WORK gathered slots."""
-        slots = max(self.schedule.retained_pages(s.end, s.boundary) for s in segments) * self.schedule.page_size
+        slots = max(self.schedule.retained_pages(s.end, s.boundary_column) for s in segments) * self.schedule.page_size
         size = max(1, MAX_SLOTS_PER_WORK // slots)
         for i in range(0, len(segments), size):
             yield segments[i : i + size]
 
     def _attend(self, segments: list[Segment], table: np.ndarray) -> AttendWork:
-        plan = self.schedule
-        num_pages = max(plan.retained_pages(s.end, s.boundary) for s in segments)
+        schedule = self.schedule
+        num_pages = max(schedule.retained_pages(s.end, s.boundary_column) for s in segments)
         n = len(segments)
         pages = np.zeros((n, num_pages), np.int64)
         for i, s in enumerate(segments):
@@ -164,8 +167,8 @@ class WorkBuilder:
             pages[i, : len(columns)] = table[s.row, columns]
         start = _column(segments, "start")
         queries = _column(segments, "end") - start
-        boundary = _column(segments, "boundary")
-        skipped = np.where(boundary > 0, boundary - plan.store_pages, 0) * plan.page_size
+        boundary = _column(segments, "boundary_column")
+        skipped = np.where(boundary > 0, boundary - schedule.store_pages, 0) * schedule.page_size
         observe_from = restart = None
         if self.observe:
             zone = _column(segments, "observe_from")
@@ -197,44 +200,21 @@ class WorkBuilder:
 
     def _retained_columns(self, s: Segment) -> list[int]:
         end = cdiv(s.end, self.schedule.page_size)
-        if s.boundary == 0:
+        if s.boundary_column == 0:
             return list(range(end))
-        return [*range(self.schedule.store_pages), *range(s.boundary, end)]
+        return [*range(self.schedule.store_pages), *range(s.boundary_column, end)]
 
     def _retire_from(self, s: Segment) -> int:
-        return s.boundary or self.schedule.store_pages
+        return s.boundary_column or self.schedule.store_pages
 
     def _moment_pages(self, segments: list[Segment], table: np.ndarray) -> torch.Tensor:
-        plan = self.schedule
-        columns = slice(plan.store_pages, plan.store_pages + plan.moment_pages)
+        schedule = self.schedule
+        columns = slice(schedule.store_pages, schedule.store_pages + schedule.moment_pages)
         return torch.from_numpy(table[[s.row for s in segments], columns].astype(np.int64))
 
     def _count(self, segments: list[Segment]) -> torch.Tensor:
-        return torch.tensor([self.schedule.evicted_tokens(s.boundary) for s in segments], dtype=torch.float32)
+        return torch.tensor([self.schedule.evicted_tokens(s.boundary_column) for s in segments], dtype=torch.float32)
 
 
 def _column(segments: list[Segment], name: str) -> np.ndarray:
     return np.array([getattr(s, name) for s in segments], np.int64)
-
-
-@dataclass
-class StockRows:
-    """Rows below their budget, which vLLM's own kernel serves.
-
-    index:       [rows] int64 their numbers in the step.
-    tokens:      [their tokens] int64 indices in the step's flat token list.
-    query_start: [rows + 1] int32 where each row begins in `tokens`.
-    """
-
-    index: torch.Tensor
-    tokens: torch.Tensor
-    query_start: torch.Tensor
-
-    @classmethod
-    def of(cls, rows: list[int], starts: list[int]) -> "StockRows":
-        """On the host. starts: [num_requests + 1] of each request in the flat token list."""
-        index = torch.tensor(rows)
-        lens = torch.tensor([starts[r + 1] - starts[r] for r in rows])
-        tokens = torch.cat([torch.arange(starts[r], starts[r + 1]) for r in rows])
-        query_start = torch.cat([lens.new_zeros(1), lens.cumsum(0)]).int()
-        return cls(index, tokens, query_start)

@@ -12,6 +12,7 @@ from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.model_layers import full_layers
 from momentkv_vllm.page_layout import RecordLayout
 from momentkv_vllm.page_schedule import PageSchedule, build_schedule, cdiv
+from momentkv_vllm.refuse import refuse
 
 
 def record_layout(config: EvictionConfig, head_dim: int) -> RecordLayout:
@@ -22,7 +23,7 @@ def record_layout(config: EvictionConfig, head_dim: int) -> RecordLayout:
     return RecordLayout(head_dim, config.moment_dtype, has_means=means, has_covariance=covariance)
 
 
-def page_schedule(config: EvictionConfig, page_size: int, head_dim: int, dtype: torch.dtype) -> PageSchedule:
+def schedule_of(config: EvictionConfig, page_size: int, head_dim: int, dtype: torch.dtype) -> PageSchedule:
     """The page schedule of this configuration for a model's KV heads. Raises ValueError on too small a budget."""
     moment_pages = record_layout(config, head_dim).pages(page_size, get_dtype_size(dtype))
     return build_schedule(config, page_size, moment_pages, config.policy_class.keeps_only_sinks)
@@ -33,7 +34,7 @@ def expected_schedule(config: EvictionConfig, vllm_config: VllmConfig) -> PageSc
     model, block_size, layers = vllm_config.model_config, vllm_config.cache_config.block_size, full_layers(vllm_config)
     page_size = int(block_size * layers.page_ratio)
     try:
-        return page_schedule(config, page_size, layers.head_size, model.dtype)
+        return schedule_of(config, page_size, layers.head_size, model.dtype)
     except ValueError as error:
         if page_size == block_size:
             raise
@@ -63,35 +64,33 @@ class MomentKVSpec(FullAttentionSpec):
     layers: int = 0
 
     def __post_init__(self) -> None:
-        """vLLM gives all layers of a model pages of as many bytes, by copies of the spec with more tokens a page
-        (vllm/v1/core/kv_cache_utils.py, unify_kv_cache_spec_page_size): these get a schedule of their own, the same on both
-        sides, which take the spec from the KVCacheConfig. Raises ValueError on a budget too small for it, and on padded pages,
-        whose heads do not lie side by side."""
+        """vLLM gives all layers of a model pages of as many bytes, by copies of the spec with more tokens per page
+        (vllm/v1/core/kv_cache_utils.py, unify_kv_cache_spec_page_size: copy_with_new_block_size). These get a schedule of their
+        own, the same on both sides, which take the spec from the KVCacheConfig. Raises ValueError on a budget too small for
+        it, and on padded pages, whose heads do not lie side by side."""
         super().__post_init__()
         if self.page_size_padded not in (None, self.real_page_size_bytes):
-            raise ValueError(
+            refuse(
                 f"--kv-eviction cannot read padded pages: those of this model's full-attention layers have "
-                f"{self.real_page_size_bytes} bytes, and vLLM pads them to {self.page_size_padded}, those of its other layers; "
-                f"serve without --kv-eviction"
+                f"{self.real_page_size_bytes} bytes, and vLLM pads them to {self.page_size_padded}, those of its other layers"
             )
         if self.block_size != self.schedule.page_size:
-            schedule = page_schedule(self.config, self.block_size, self.head_size, self.dtype)
+            schedule = schedule_of(self.config, self.block_size, self.head_size, self.dtype)
             object.__setattr__(self, "schedule", schedule)
 
     @classmethod
     def of(cls, spec: FullAttentionSpec, config: EvictionConfig, vllm_config: VllmConfig, layers: int) -> Self:
         """Bound a layer's spec; `layers` evict. Raises ValueError on what eviction does not model."""
         if spec.head_size != spec.head_size_v:
-            raise ValueError(
-                f"--kv-eviction needs key and value heads of one size, this model has {spec.head_size} and "
-                f"{spec.head_size_v}; serve without --kv-eviction"
+            refuse(
+                f"--kv-eviction needs key and value heads of one size, this model has {spec.head_size} and {spec.head_size_v}"
             )
         known = {f.name: getattr(spec, f.name) for f in fields(spec) if f.init}
         model = vllm_config.model_config.served_model_name
         parallel = vllm_config.parallel_config
         return cls(
             **known,
-            schedule=page_schedule(config, spec.block_size, spec.head_size, spec.dtype),
+            schedule=schedule_of(config, spec.block_size, spec.head_size, spec.dtype),
             config=config,
             step_tokens=vllm_config.max_in_flight_tokens,
             model_name=model[0] if isinstance(model, list) else model,
@@ -101,12 +100,12 @@ class MomentKVSpec(FullAttentionSpec):
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
-        """One spec for the layers of a group; they must be equal. vLLM tries it on the layers of hybrid models too, and
-        takes an AssertionError for a no."""
+        """One spec for the layers of a group, which must be equal. vLLM tries layers of different kinds as well: an
+        AssertionError tells it that these share no group."""
         assert all(isinstance(s, cls) for s in specs), "layers with and without eviction share no group"
         base = FullAttentionSpec.merge([FullAttentionSpec(**_base_fields(s)) for s in specs])
         if any(s.schedule != specs[0].schedule for s in specs):
-            raise ValueError("--kv-eviction needs the same KV head size in all layers; serve without --kv-eviction")
+            refuse("--kv-eviction needs the same KV head size in all layers")
         return replace(specs[0], **_base_fields(base))
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
@@ -129,10 +128,10 @@ class MomentKVSpec(FullAttentionSpec):
         """
         if self.config.policy_class.observes_every_query():
             return 0
-        return max(0, self.schedule.first_event - self.own_tokens) // self.block_size * self.block_size
+        return max(0, self.schedule.first_event_tokens - self.unshared_tokens) // self.block_size * self.block_size
 
     @property
-    def own_tokens(self) -> int:
+    def unshared_tokens(self) -> int:
         """Last tokens before an event that a sequence must compute itself and without drafts: the policy observes them."""
         return self.config.observation_tokens if self.observes_attention else 1
 

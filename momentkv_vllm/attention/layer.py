@@ -1,0 +1,149 @@
+"""One layer that evicts: store the new tokens, attend, observe, consolidate. `EvictingImpl.forward` is the hot path.
+
+What runs when is decided once per step for all layers (step_plan.py); what runs is a kernel family (kernels/reference.py is its
+specification).
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import ClassVar
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.utils.torch_utils import is_quantized_kv_cache
+
+from momentkv_vllm.attention.monitor import Attended, Monitor
+from momentkv_vllm.attention.sinks import add_sinks
+from momentkv_vllm.attention.spec_hook import EvictingBackend
+from momentkv_vllm.attention.step_plan import StepPlan
+from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.kernels import KernelFamily, select
+from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.limits import CacheShape
+from momentkv_vllm.kernels.observed import Observed
+from momentkv_vllm.kernels.worklists import AttendWork, fresh_pages
+from momentkv_vllm.kv_spec import record_layout
+from momentkv_vllm.model_layers import hides_tokens
+from momentkv_vllm.refuse import Unsupported, refuse_first
+
+
+class EvictingImpl:
+    """For an AttentionImpl; stands before vLLM's class in the bases. With eviction off, every method calls vLLM's."""
+
+    device_type: ClassVar[str]
+    view: ClassVar[Callable[..., CacheView]]
+
+    def __init__(
+        self, num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, *args, **kwargs
+    ) -> None:
+        vllm_config = EvictingBackend.loading = get_current_vllm_config()
+        config = EvictionConfig.from_vllm(vllm_config)
+        if config.active and not hides_tokens(sliding_window, vllm_config.model_config):
+            sliding_window = None
+        super().__init__(num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, *args, **kwargs)
+        slides = self.sliding_window not in (-1, (-1, -1))
+        self.shares_pool = config.active
+        self.config = config if config.active and not slides else None
+        if config.active:
+            _refuse_layer(self, slides)
+        if self.config is None:
+            return
+        self.policy = config.policy_class()
+        self.record_layout = record_layout(config, self.head_size)
+        shape = CacheShape(head_size, vllm_config.cache_config.block_size, vllm_config.model_config.dtype)
+        self.kernels: KernelFamily = select(config.kernels, self.device_type, shape)
+        self.observed: Observed | None = None
+
+    def fused_output_quant_supported(self, quant_key) -> bool:
+        """Ours write no quantized output: `forward` ignores `output_scale` where rows are evicted."""
+        return self.config is None and super().fused_output_quant_supported(quant_key)
+
+    def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
+        if self.config is None:
+            if self.shares_pool:
+                _zero_fresh_pages(kv_cache, slot_mapping)
+            return super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+        cache = self.view(kv_cache, self.record_layout)
+        self.kernels.write(cache, key, value, slot_mapping, self._observed_in(cache))
+
+    def forward(
+        self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None
+    ) -> torch.Tensor:
+        """As vLLM's, see there for shapes. The hot path of eviction."""
+        step: StepPlan | None = getattr(attn_metadata, "eviction", None)
+        if step is None:
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            )
+        part = attn_metadata.stock_part
+        if part is not None:
+            rows = query[part.tokens]
+            output[part.tokens] = super().forward(
+                layer, rows, key, value, kv_cache, part.metadata, torch.empty_like(rows)
+            )
+        cache, monitor = self.view(kv_cache, self.record_layout), getattr(attn_metadata, "monitor", None)
+        for round_ in step.rounds:
+            sampling = monitor if monitor and monitor.due(round_) else None
+            for attend in round_.attends:
+                self._attend(cache, query, output, attend, sampling)
+            for retire in round_.retires:
+                with monitor.timed() if monitor else nullcontext():
+                    self.kernels.consolidate(
+                        cache, self._observed_in(cache), retire, self.policy, self.config.sink_tokens, self.scale
+                    )
+        return output
+
+    def _attend(
+        self, cache: CacheView, query: torch.Tensor, output: torch.Tensor, attend: AttendWork, sampling: Monitor | None
+    ) -> None:
+        observed, corrected = attend.observe_from is not None, self.config.correction != "off"
+        needs_lse = observed or sampling or self.sinks is not None
+        lse = query.new_empty(query.shape[:2], dtype=torch.float32) if needs_lse else None
+        target = torch.empty_like(query) if attend.observe_only else output
+        self.kernels.attend(cache, query, target, lse, attend, self.scale, corrected)
+        if sampling:
+            sampling.sample(Attended(cache, query, target, lse, attend, self.scale, corrected))
+        if self.sinks is not None:
+            add_sinks(target, lse, attend, self.sinks)
+        if observed:
+            self._observe(cache, query, lse, attend)
+
+    def _observe(self, cache: CacheView, query: torch.Tensor, lse: torch.Tensor, attend: AttendWork) -> None:
+        observed = self._observed_in(cache)
+        if observed is None:
+            # A captured memset would run at every replay; observation begins by clearing what it will read.
+            capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
+            observed = self.observed = Observed.of(cache, self.policy.observes.what, cleared=not capturing)
+        self.kernels.observe(cache, observed, query, lse, attend, self.scale)
+
+    def _observed_in(self, cache: CacheView) -> Observed | None:
+        """What was observed in this cache, None before the first time.
+
+        vLLM's KV cache may be another one than before: CUDA graphs are first captured on a small one to measure them, then
+        thrown away (vllm/v1/worker/gpu_model_runner.py, profile_cudagraph_memory). While a cache stays, so does the address.
+        """
+        if self.observed is not None and not self.observed.fits(cache):
+            self.observed = None
+        return self.observed
+
+
+def _zero_fresh_pages(kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    """Zero pages whose first slot is about to be written, in a layer that does not evict but shares the pool with layers that
+    do: such a page may have been a moment page there (kernels/base.py, `write`)."""
+    kv_cache[fresh_pages(slot_mapping, kv_cache.shape[2])] = 0
+
+
+def _refuse_layer(impl: EvictingImpl, slides: bool) -> None:
+    """Layer features that eviction does not model. Raises ValueError; the model cannot be loaded then."""
+    # Clearing pages and adding sinks wait for the device, which a captured step cannot.
+    on_gpu, cache_dtype = impl.device_type == "cuda", impl.kv_cache_dtype
+    rows = [
+        Unsupported("sliding-window attention on a GPU", slides and on_gpu),
+        Unsupported("ALiBi", impl.alibi_slopes is not None),
+        Unsupported("logits soft-capping", impl.logits_soft_cap),
+        Unsupported("attention sinks on a GPU", impl.sinks is not None and on_gpu),
+        Unsupported(f"attention type {impl.attn_type!r}", impl.attn_type != "decoder"),
+        Unsupported(f"a KV cache of {cache_dtype}, not of the model's dtype", is_quantized_kv_cache(cache_dtype)),
+        Unsupported("KV sharing between layers", impl.kv_sharing_target_layer_name is not None),
+    ]
+    refuse_first(rows, what="models with ")

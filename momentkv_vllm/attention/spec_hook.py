@@ -1,0 +1,86 @@
+"""The bounded KV cache spec, given to every layer that attends to all tokens of a sequence; layers with a window keep vLLM's."""
+
+from dataclasses import fields
+from typing import ClassVar
+
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.kv_cache_interface import AttentionSpec, ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
+
+from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.kv_spec import MomentKVSpec
+from momentkv_vllm.model_layers import hides_tokens
+from momentkv_vllm.refuse import WITHOUT, refuse
+
+WINDOW_SPECS = (SlidingWindowSpec, ChunkedLocalAttentionSpec)
+"""Specs of layers that vLLM serves, in our pool: they attend to a part of a sequence and hold no more than that."""
+
+
+class EvictingBackend:
+    """For an AttentionBackend; stands before vLLM's class in the bases. With eviction off, specs stay vLLM's."""
+
+    loading: ClassVar[VllmConfig | None] = None
+    """Config of the model whose layers were built last in this process: a mailbox between two of vLLM's calls.
+
+    Written by `EvictingImpl.__init__` (layer.py) for every layer, while the model is built. Read by `customize_spec` alone,
+    which vLLM calls for every layer after loading, with no config in reach (vllm/v1/worker/gpu_model_runner.py,
+    get_kv_cache_spec). A process that builds two models builds and asks for them one after the other."""
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Called for every layer's spec by both model runners; full attention layers get the bounded one, layers with a
+        window hold no more than that anyway. A layer that asks what one token takes (a page of one) is told."""
+        loading = EvictingBackend.loading
+        config = EvictionConfig.from_vllm(loading) if loading else EvictionConfig()
+        full = _full_spec(spec, loading) if config.active and spec.block_size > 1 else None
+        return spec if full is None else MomentKVSpec.of(full, config, loading, _layers_of_all_stages(loading))
+
+
+def require_bounded_spec(spec: AttentionSpec, config: EvictionConfig, layer_names: list[str]) -> None:
+    """Raises RuntimeError if layers would be served without eviction."""
+    if not isinstance(spec, MomentKVSpec):
+        refuse(
+            f"--kv-eviction {config.policy} is on, but layers {layer_names[:2]}... have the KV cache spec "
+            f"{type(spec).__name__} instead of MomentKVSpec: they would be served without eviction",
+            "remove the plugin that replaced it",
+            WITHOUT,
+            error=RuntimeError,
+        )
+
+
+def leave_to_vllm(vllm_config: VllmConfig, config: EvictionConfig, layer_names: list[str]) -> None:
+    """Layers with one of WINDOW_SPECS do not evict; the part of a layer that is ours does not see all kinds of windows.
+    Raises ValueError for a model none of whose layers evicts."""
+    for layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).values():
+        layer.impl.config = None
+    if not _evicting_layers(vllm_config):
+        refuse(
+            f"--kv-eviction {config.policy}: every layer of this model has a sliding window and holds no more than that: "
+            f"there is nothing to evict"
+        )
+
+
+def _full_spec(spec: AttentionSpec, vllm_config: VllmConfig) -> FullAttentionSpec | None:
+    """The spec of a layer that attends to all tokens of a sequence, as one with a window that hides none does; else None."""
+    if type(spec) is FullAttentionSpec:
+        return spec
+    if type(spec) is not SlidingWindowSpec or hides_tokens(spec.sliding_window, vllm_config.model_config):
+        return None
+    common = {f.name: getattr(spec, f.name) for f in fields(AttentionSpec) if f.init}
+    # Layers with windows choose pages of their own (vllm/model_executor/layers/attention/attention.py).
+    return FullAttentionSpec(**common | {"block_size": vllm_config.cache_config.block_size})
+
+
+def _evicting_layers(vllm_config: VllmConfig) -> int:
+    """How many layers of the loaded model evict."""
+    layers = get_layers_from_vllm_config(vllm_config, Attention).values()
+    ours = (layer for layer in layers if issubclass(layer.get_attn_backend(), EvictingBackend))
+    return sum(_full_spec(layer.get_kv_cache_spec(vllm_config), vllm_config) is not None for layer in ours)
+
+
+def _layers_of_all_stages(vllm_config: VllmConfig) -> int:
+    """How many layers evict over all pipeline stages, of which a process loads one; with several, every layer of the model
+    does (vllm_seams/refusals.py)."""
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        return vllm_config.model_config.get_total_num_hidden_layers()
+    return _evicting_layers(vllm_config)

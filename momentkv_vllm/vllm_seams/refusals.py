@@ -1,0 +1,233 @@
+"""Refuses, before anything is loaded, what eviction cannot serve: the server must never run silently without it.
+
+One table: what, whether it is asked for, the way out. What only a layer knows is refused when it is built (attention/layer.py).
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.environment import ALLOW_UNTESTED_VLLM
+from momentkv_vllm.model_layers import full_layers, has_windows
+from momentkv_vllm.refuse import WITHOUT, Unsupported, refuse, refuse_first
+from momentkv_vllm.versions import TESTED_VLLM, installed_vllm
+from momentkv_vllm.vllm_seams.gpu import BACKEND_NAMES, gpu_rows
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+SLIDING_PAGE_TOKENS = 32
+"""vLLM's CPU attention takes pages of multiples of it, and all layers of a model have pages of one size."""
+
+
+def refuse_untested_vllm() -> None:
+    """Raises ValueError unless the installed vLLM is a tested one or the user insists."""
+    version = installed_vllm()
+    if version not in TESTED_VLLM and not ALLOW_UNTESTED_VLLM.is_on():
+        refuse(
+            f"--kv-eviction was tested with vLLM {', '.join(TESTED_VLLM)}, but {version} is installed",
+            "install a tested one", f"set {ALLOW_UNTESTED_VLLM.name}=1 to run it untested", WITHOUT,
+        )  # fmt: skip
+
+
+def refuse_unsupported(vllm_config: "VllmConfig", config: EvictionConfig, backend: Any = None) -> None:
+    """Raises ValueError naming the first option or model property that eviction cannot serve.
+
+    backend: the attention backend that the user named, if any."""
+    from vllm.platforms import current_platform as platform
+
+    rows = [
+        *gpu_rows(platform, vllm_config, config),
+        *_model_rows(vllm_config),
+        *_cache_rows(vllm_config, config),
+        *_parallel_rows(vllm_config, platform),
+        *_engine_rows(vllm_config, config, platform, backend),
+        *_draft_rows(vllm_config, config),
+    ]
+    refuse_first(rows, f"--kv-eviction {config.policy}")
+    _refuse_page_size(vllm_config)
+    refuse_kernels(vllm_config, config)
+    _refuse_budget(vllm_config, config)
+
+
+def _model_rows(vllm_config: "VllmConfig") -> list[Unsupported]:
+    """What the model's configuration tells of its layers; what it does not is refused when they are built."""
+    model, layers = vllm_config.model_config, full_layers(vllm_config)
+    text = model.hf_text_config
+    value_size = getattr(text, "v_head_dim", None)
+    other_values = value_size not in (None, layers.head_size) and not getattr(text, "kv_lora_rank", None)
+    text_only = "take its text alone with --language-model-only"
+    return [
+        Unsupported("runner 'pooling' (embedding and scoring models)", model.runner_type != "generate"),
+        Unsupported("MLA models (multi-head latent attention)", model.use_mla),
+        Unsupported("encoder-decoder models", model.is_encoder_decoder),
+        Unsupported("attention-free models", model.is_attention_free),
+        Unsupported("hybrid models (Mamba or linear attention beside attention)", model.is_hybrid),
+        Unsupported("models that read images in both directions (prefix-LM)", model.is_mm_prefix_lm, text_only),
+        Unsupported("models with KV sharing between layers", getattr(text, "num_kv_shared_layers", None)),
+        Unsupported("models with logits soft-capping", getattr(text, "attn_logit_softcapping", None)),
+        Unsupported(
+            f"models with key heads of {layers.head_size} and value heads of {value_size} numbers", other_values
+        ),
+        Unsupported(
+            f"models with {layers.count} full-attention layers and {layers.others} sliding-window layers (fewer than 1.5 times "
+            f"as many as those)",
+            layers.others and layers.count >= 1.5 * layers.others,
+        ),
+        Unsupported(
+            f"models whose sliding-window layers have {layers.page_ratio:g} times the KV of their full-attention layers (a whole "
+            f"number)",
+            layers.page_ratio % 1,
+        ),
+    ]
+
+
+def _cache_rows(vllm_config: "VllmConfig", config: EvictionConfig) -> list[Unsupported]:
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    events = getattr(vllm_config.kv_events_config, "enable_kv_cache_events", False)
+    leave_out = "leave the option out"
+    return [
+        Unsupported(
+            "--disable-hybrid-kv-cache-manager for models with sliding-window layers",
+            vllm_config.scheduler_config.disable_hybrid_kv_cache_manager and has_windows(model),
+            leave_out,
+        ),
+        Unsupported(
+            f"--kv-cache-dtype {cache.cache_dtype} (only auto, i.e. the model's dtype)",
+            cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")),
+            "use --kv-cache-dtype auto",
+        ),
+        Unsupported(
+            "--enable-prefix-caching (the policy must observe every query of a sequence)",
+            cache.enable_prefix_caching and config.policy_class.observes_every_query(),
+            "leave the option out, take another policy",
+        ),
+        Unsupported("KV offloading (--kv-offloading-size)", cache.kv_offloading_size, leave_out),
+        Unsupported("KV connectors (--kv-transfer-config)", vllm_config.kv_transfer_config, leave_out),
+        Unsupported("KV cache events (--kv-events-config)", events, leave_out),
+    ]
+
+
+def _parallel_rows(vllm_config: "VllmConfig", platform: Any) -> list[Unsupported]:
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    staged = parallel.pipeline_parallel_size > 1
+    other = "use tensor or data parallelism"
+    return [
+        Unsupported(
+            "pipeline parallelism with --enforce-eager (vLLM 0.32.0's CPU workers end at the first step, also without eviction)",
+            staged and model.enforce_eager and platform.device_type == "cpu",
+            "leave --enforce-eager out",
+        ),
+        Unsupported("pipeline parallelism of models with sliding-window layers", staged and has_windows(model), other),
+        Unsupported("decode context parallelism", parallel.decode_context_parallel_size > 1, other),
+        Unsupported("prefill context parallelism", parallel.prefill_context_parallel_size > 1, other),
+    ]
+
+
+def _engine_rows(vllm_config: "VllmConfig", config: EvictionConfig, platform: Any, backend: Any) -> list[Unsupported]:
+    scheduler = vllm_config.scheduler_config
+    # A CPU has one backend, whatever a model's hook in vLLM writes here (Gemma 4's: models/config.py); only the user is obeyed.
+    attention = backend if platform.is_cpu() else vllm_config.attention_config.backend
+    own, leave_out = _has_own_scheduler(vllm_config), "leave --scheduler-cls out, derive it from ours"
+    return [
+        Unsupported(
+            f"--attention-backend {getattr(attention, 'name', attention)}",
+            attention is not None and attention.name != BACKEND_NAMES.get(platform.device_type),
+            "leave the option out",
+        ),
+        Unsupported(
+            "disabled chunked prefill (--no-enable-chunked-prefill)",
+            not scheduler.enable_chunked_prefill,
+            "leave the option out",
+        ),
+        # Our schedulers read such a session again (block_manager/scheduler.py); another one would answer wrongly.
+        Unsupported(
+            f"--scheduler-cls {scheduler.scheduler_cls} with prefill 'full' (a session whose prompt grows after an eviction must "
+            f"be read again)",
+            own and config.prefill == "full",
+            f"{leave_out}, use prefill 'chunked'",
+        ),
+        Unsupported(
+            f"--scheduler-cls {scheduler.scheduler_cls} with --async-scheduling (a session whose prompt grows under a step in "
+            f"flight must be read again)",
+            own and scheduler.async_scheduling,
+            f"{leave_out}, use --no-async-scheduling",
+        ),
+    ]
+
+
+def _has_own_scheduler(vllm_config: "VllmConfig") -> bool:
+    """Whether the user named a scheduler that knows nothing of the page schedule."""
+    scheduler = vllm_config.scheduler_config
+    if scheduler.scheduler_cls is None:
+        return False
+    # Imported late: vLLM's schedulers are not for processes that only parse options.
+    from momentkv_vllm.block_manager.scheduler import RestartsSessions
+
+    return not issubclass(scheduler.get_scheduler_cls(), RestartsSessions)
+
+
+def _draft_rows(vllm_config: "VllmConfig", config: EvictionConfig) -> list[Unsupported]:
+    """Speculative decoding by n-grams only: other drafters keep KV or hidden states of their own."""
+    drafts = vllm_config.speculative_config
+    if drafts is None:
+        return []
+    # Draft tokens stop before an event, and a prefix hit starts at least one page before one.
+    most = vllm_config.cache_config.block_size - 2
+    given, option = drafts.num_speculative_tokens, "--speculative-config with"
+    return [
+        Unsupported(f"{option} method {drafts.method!r} (only 'ngram')", drafts.method != "ngram", "use 'ngram'"),
+        Unsupported(
+            f"{option} num_speculative_tokens {given} above {most}, the page size less 2",
+            given > most,
+            f"use 1 to {most}",
+        ),
+        Unsupported(
+            f"{option} a policy that observes every query (rejected drafts too)",
+            config.policy_class.observes_every_query(),
+            "take another policy",
+        ),
+        Unsupported(
+            f"{option} --scheduler-cls (drafts must stop before an eviction)",
+            _has_own_scheduler(vllm_config),
+            "leave --scheduler-cls out",
+        ),
+    ]
+
+
+def refuse_kernels(vllm_config: "VllmConfig", config: EvictionConfig) -> None:
+    from vllm.platforms import current_platform
+
+    from momentkv_vllm.kernels import CacheShape, select
+
+    layers, model = full_layers(vllm_config), vllm_config.model_config
+    shape = CacheShape(layers.head_size, int(vllm_config.cache_config.block_size * layers.page_ratio), model.dtype)
+    select(config.kernels, current_platform.device_type, shape)
+
+
+def _refuse_page_size(vllm_config: "VllmConfig") -> None:
+    page_size, leave_out = vllm_config.cache_config.block_size, "leave it out"
+    if page_size % 16:
+        refuse(f"--block-size {page_size} is not a multiple of 16, which --kv-eviction needs", leave_out, WITHOUT)
+    if page_size % SLIDING_PAGE_TOKENS and has_windows(vllm_config.model_config):
+        refuse(
+            f"--block-size {page_size} is not a multiple of {SLIDING_PAGE_TOKENS}, which the sliding-window layers of this model "
+            f"need on a CPU",
+            "change it", leave_out, WITHOUT,
+        )  # fmt: skip
+
+
+def _refuse_budget(vllm_config: "VllmConfig", config: EvictionConfig) -> None:
+    """The budget must hold state and window; said here because here the user still sees it."""
+    from momentkv_vllm.kv_spec import expected_schedule
+
+    schedule = expected_schedule(config, vllm_config)
+    pool = vllm_config.cache_config.num_gpu_blocks_override
+    step = vllm_config.max_in_flight_tokens
+    need = schedule.least_pool_pages(step)
+    if pool is not None and need > pool - 1:
+        refuse(
+            f"--num-gpu-blocks-override {pool} leaves {pool - 1} pages of {schedule.page_size} tokens, but a sequence needs up "
+            f"to {need}: {schedule.budget_pages} for --kv-budget {config.budget_tokens}, the rest for a prefill step of {step} "
+            f"tokens",
+            "lower --max-num-batched-tokens or --kv-budget", "give it more pages", WITHOUT,
+        )  # fmt: skip
