@@ -21,7 +21,7 @@ from server import Server
 from tiny_models import make_llama
 
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.metrics import DIRECTORY_VARIABLE
+from momentkv_vllm.environment import METRICS_DIR
 from momentkv_vllm.page_schedule import build_schedule
 from momentkv_vllm.policies import Policy, find
 
@@ -98,7 +98,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(site, model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
-    environment = {"PYTHONPATH": str(site), DIRECTORY_VARIABLE: str(folder)}
+    environment = {"PYTHONPATH": str(site), METRICS_DIR.name: str(folder)}
     running = Server(model, *OPTIONS, folder=folder, environment=environment)
     try:
         yield running.wait_ready()
