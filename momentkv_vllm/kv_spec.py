@@ -12,22 +12,21 @@ from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.model_layers import full_layers
 from momentkv_vllm.page_layout import RecordLayout
 from momentkv_vllm.page_schedule import PageSchedule, build_schedule, cdiv
-from momentkv_vllm.policies import POLICIES
 from momentkv_vllm.refuse import refuse
 
 
 def record_layout(config: EvictionConfig, head_dim: int) -> RecordLayout:
     """The moment record that this configuration needs; empty when neither policy nor correction reads one."""
-    policy = POLICIES[config.policy]
-    covariance = config.correction == "first" or policy.needs_covariance
-    means = covariance or config.correction == "zeroth" or policy.needs_means
+    reads = config.policy_class.reads
+    covariance = config.correction == "first" or "covariance" in reads
+    means = covariance or config.correction == "zeroth" or "means" in reads
     return RecordLayout(head_dim, config.moment_dtype, has_means=means, has_covariance=covariance)
 
 
 def schedule_of(config: EvictionConfig, page_size: int, head_dim: int, dtype: torch.dtype) -> PageSchedule:
     """The page schedule of this configuration for a model's KV heads. Raises ValueError on too small a budget."""
     moment_pages = record_layout(config, head_dim).pages(page_size, get_dtype_size(dtype))
-    return build_schedule(config, page_size, moment_pages, POLICIES[config.policy].keeps_only_sinks)
+    return build_schedule(config, page_size, moment_pages, config.policy_class.keeps_only_sinks)
 
 
 def expected_schedule(config: EvictionConfig, vllm_config: VllmConfig) -> PageSchedule:
@@ -127,7 +126,7 @@ class MomentKVSpec(FullAttentionSpec):
         The first event must lie ahead, and so must the queries whose attention the policy wants before it. Beyond the first
         event a prefix is a store and a record, which no page holds as they were.
         """
-        if POLICIES[self.config.policy].observes_all_queries:
+        if self.config.policy_class.observes_every_query():
             return 0
         return max(0, self.schedule.first_event_tokens - self.unshared_tokens) // self.block_size * self.block_size
 
@@ -138,7 +137,7 @@ class MomentKVSpec(FullAttentionSpec):
 
     @property
     def observes_attention(self) -> bool:
-        return POLICIES[self.config.policy].needs_attention
+        return self.config.policy_class.observes is not None
 
     @property
     def page_bytes(self) -> int:

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,10 @@ from vllm.distributed import destroy_distributed_environment, destroy_model_para
 from vllm.v1.worker.cpu_model_runner import _torch_cuda_wrapper
 
 from momentkv_vllm.block_manager.manager import MomentKVManager
+from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.vllm_seams.engine_args import choose_scheduler
 
-EVICTION_KEYS = (
-    "policy", "budget_tokens", "window_tokens", "sink_tokens", "prefill", "correction", "moment_dtype",
-    "observation_tokens", "retire_tokens", "kernels",
-)  # fmt: skip
+EVICTION_KEYS = tuple(f.name for f in fields(EvictionConfig))
 
 
 def random_prompt(tokens: int, seed: int = 0) -> list[int]:

@@ -125,13 +125,12 @@ struct Items {
   }
 };
 
-void attend(const Tensor& kv, const Tensor& query, const Tensor& output, const OptionalTensor& lse, const Tensors& tensors,
-            double scale, bool corrected, bool has_means, bool has_covariance, at::ScalarType moment_dtype,
-            at::IntArrayRef record_offsets, const OptionalTensor& logits) {
-  const AttendTensors work = attend_tensors(tensors);
+void attend(const Tensor& kv, const Tensor& query, const Tensor& output, const OptionalTensor& lse, MOMENTKV_ATTEND_WORK,
+            double scale, bool corrected, MOMENTKV_RECORD, const OptionalTensor& logits) {
+  const AttendTensors work MOMENTKV_ATTEND_WORK_GIVEN;
   Attend a{};
   a.cache = cache_of(kv);
-  set_attend(a, kv, query, output, lse, work, scale, corrected, {has_means, has_covariance, moment_dtype, record_offsets});
+  set_attend(a, kv, query, output, lse, work, scale, corrected, MOMENTKV_RECORD_GIVEN);
   check_rows(a, query.size(0));
   set_observing(a, work, logits);
   thread_local Items items;
@@ -144,9 +143,9 @@ void attend(const Tensor& kv, const Tensor& query, const Tensor& output, const O
   in_parallel(items.merges.size(), [&](int64_t i) { k.merge(a, merges[i]); });
 }
 
-void observe(const Tensor& kv, const Tensor& observed, const Tensor& query, const Tensor& lse, const Tensors& tensors,
+void observe(const Tensor& kv, const Tensor& observed, const Tensor& query, const Tensor& lse, MOMENTKV_ATTEND_WORK,
              double scale, const OptionalTensor& logits) {
-  const AttendTensors work = attend_tensors(tensors);
+  const AttendTensors work MOMENTKV_ATTEND_WORK_GIVEN;
   Attend a{};
   a.cache = cache_of(kv);
   set_queries(a, kv, query, work, scale);
@@ -159,13 +158,11 @@ void observe(const Tensor& kv, const Tensor& observed, const Tensor& query, cons
   in_parallel(a.rows * a.cache.heads, [&](int64_t i) { k.observe(a, i, scratch(k.observe_scratch(a))); });
 }
 
-void consolidate(const Tensor& kv, const Tensors& work, const OptionalTensor& score, const OptionalTensor& observed,
-                 int64_t sink_tokens, double attention_weight, bool has_means, bool has_covariance,
-                 at::ScalarType moment_dtype, at::IntArrayRef record_offsets) {
+void consolidate(const Tensor& kv, MOMENTKV_RETIRE_WORK, const OptionalTensor& score, const OptionalTensor& observed,
+                 int64_t sink_tokens, double attention_weight, MOMENTKV_RECORD) {
   Consolidate c{};
   c.cache = cache_of(kv);
-  set_consolidate(c, kv, retire_tensors(work), score, observed, sink_tokens, attention_weight,
-                  {has_means, has_covariance, moment_dtype, record_offsets});
+  set_consolidate(c, kv, MOMENTKV_RETIRE_WORK_GIVEN, score, observed, sink_tokens, attention_weight, MOMENTKV_RECORD_GIVEN);
   const Kernels& k = kernels();
   in_parallel(c.rows * c.cache.heads, [&](int64_t i) { k.consolidate(c, i, scratch(k.consolidate_scratch(c))); });
 }
@@ -175,21 +172,20 @@ std::string isa() { return kernels().name; }
 }  // namespace
 }  // namespace momentkv
 
-// Arguments of one meaning stand in one order here and in csrc/cuda; `work` is AttendWork.arguments() or
-// RetireWork.arguments(), has_means to record_offsets are CacheView.record_arguments (momentkv_vllm/kernels).
+// Arguments of one meaning stand in one order here and in csrc/cuda.
 TORCH_LIBRARY(momentkv_cpu, m) {
   m.def("write(Tensor(a!) kv, Tensor key, Tensor value, Tensor slots, Tensor(b!)? observed) -> ()", &momentkv::write);
   m.def(
-      "attend(Tensor kv, Tensor query, Tensor(a!) output, Tensor(b!)? lse, Tensor?[] work, float scale, bool corrected, "
-      "bool has_means, bool has_covariance, ScalarType moment_dtype, int[] record_offsets, Tensor(c!)? logits) -> ()",
+      "attend(Tensor kv, Tensor query, Tensor(a!) output, Tensor(b!)? lse, " MOMENTKV_ATTEND_WORK_SCHEMA
+      ", float scale, bool corrected, " MOMENTKV_RECORD_SCHEMA ", Tensor(c!)? logits) -> ()",
       &momentkv::attend);
   m.def(
-      "observe(Tensor kv, Tensor(a!) observed, Tensor query, Tensor lse, Tensor?[] work, float scale, "
-      "Tensor(b!)? logits) -> ()",
+      "observe(Tensor kv, Tensor(a!) observed, Tensor query, Tensor lse, " MOMENTKV_ATTEND_WORK_SCHEMA
+      ", float scale, Tensor(b!)? logits) -> ()",
       &momentkv::observe);
   m.def(
-      "consolidate(Tensor(a!) kv, Tensor?[] work, Tensor? score, Tensor(b!)? observed, int sink_tokens, "
-      "float attention_weight, bool has_means, bool has_covariance, ScalarType moment_dtype, int[] record_offsets) -> ()",
+      "consolidate(Tensor(a!) kv, " MOMENTKV_RETIRE_WORK_SCHEMA
+      ", Tensor? score, Tensor(b!)? observed, int sink_tokens, float attention_weight, " MOMENTKV_RECORD_SCHEMA ") -> ()",
       &momentkv::consolidate);
   m.def("isa() -> str", &momentkv::isa);
 }

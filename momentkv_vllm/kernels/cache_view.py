@@ -10,7 +10,7 @@ from torch import Tensor
 
 from momentkv_vllm import records
 from momentkv_vllm.moments import Moments
-from momentkv_vllm.page_layout import RecordLayout, RecordOffsets
+from momentkv_vllm.page_layout import RecordLayout
 
 
 @dataclass
@@ -65,10 +65,10 @@ class CacheView:
         return self.keys.shape[2]
 
     @property
-    def record_arguments(self) -> tuple[bool, bool, torch.dtype, RecordOffsets]:
+    def record_arguments(self) -> tuple[bool | torch.dtype | int, ...]:
         """What operators in C++ and CUDA are told of records: the order of their arguments stands here."""
         layout = self.record_layout
-        return layout.has_means, layout.has_covariance, records.covariance_dtype(layout), layout.offsets
+        return layout.has_means, layout.has_covariance, records.covariance_dtype(layout), *layout.offsets
 
     def read_tokens(self, pages: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens of `pages` [rows, n] as float32 (keys, values) [rows, heads, n * page_size, head_dim]."""

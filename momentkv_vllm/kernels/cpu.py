@@ -53,12 +53,12 @@ class Cpu(KernelFamily):
             shape = (len(work.pages), query.shape[1], work.pages.shape[1] * cache.page_size)
             if work.logits is None or work.logits.shape != shape:
                 work.logits = query.new_empty(shape, dtype=torch.float32)
-        given = cache.kv, query, output, lse, work.arguments(), scale, corrected
+        given = cache.kv, query, output, lse, *work.arguments(), scale, corrected
         _ops.attend(*given, *cache.record_arguments, work.logits)
 
     def _observe(self, cache: CacheView, mass, query, lse, work: AttendWork, scale: float) -> None:
-        _ops.observe(cache.kv, mass, query, lse, work.arguments(), scale, work.logits)
+        _ops.observe(cache.kv, mass, query, lse, *work.arguments(), scale, work.logits)
 
     def _consolidate(self, cache: CacheView, mass, work: RetireWork, score, sink_tokens: int, attention_weight) -> None:
-        given = cache.kv, work.arguments(), score, mass, sink_tokens, attention_weight
+        given = cache.kv, *work.arguments(), score, mass, sink_tokens, attention_weight
         _ops.consolidate(*given, *cache.record_arguments)
