@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from momentkv_vllm.policies import OFF, WAY_OUT, Policy, find, names, origin
+from momentkv_vllm.policies import OFF, WAYS_OUT, Policy, find, names, origin
+from momentkv_vllm.refuse import refuse
 
 CONFIG_KEY = "kv_eviction"
 """Our key inside vLLM's `additional_config`."""
@@ -91,21 +92,20 @@ class EvictionConfig:
         if values is None:
             return cls()
         if not isinstance(values, Mapping):
-            raise ValueError(f"{CONFIG_KEY}={values!r} is not a JSON object; write e.g. {_EXAMPLE}")
+            refuse(f"{CONFIG_KEY}={values!r} is not a JSON object", f"write e.g. {_EXAMPLE}")
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
-            raise ValueError(f"{CONFIG_KEY}: unknown key {unknown[0]!r}; legal keys are {', '.join(known)}")
+            refuse(f"{CONFIG_KEY}: unknown key {unknown[0]!r}", f"legal keys are {', '.join(known)}")
         if "policy" not in values and values:
-            raise ValueError(
-                f"{CONFIG_KEY}: keys {sorted(values)} without 'policy'; set --kv-eviction, e.g. {_EXAMPLE}"
-            )
+            refuse(f"{CONFIG_KEY}: keys {sorted(values)} without 'policy'", f"set --kv-eviction, e.g. {_EXAMPLE}")
         policy = values.get("policy", "off")
         defaults = find(policy).defaults if policy in names() else {}
         if not set(defaults) <= set(known):
-            raise ValueError(
+            refuse(
                 f"policy {policy!r} of {origin(policy)} has defaults for {sorted(set(defaults) - set(known))}; legal keys are "
-                f"{', '.join(known)}; {WAY_OUT}"
+                f"{', '.join(known)}",
+                *WAYS_OUT,
             )
         return cls(**{**defaults, **values})
 

@@ -14,12 +14,13 @@ from importlib import metadata
 
 from momentkv_vllm import __version__
 from momentkv_vllm.policies.base import Candidates, Observation, Policy, objections
+from momentkv_vllm.refuse import WITHOUT, refuse
 
 GROUP = "momentkv_vllm.policies"
 DEFAULT = "momentkv"
 OFF = "off"
 """No policy: stock vLLM."""
-WAY_OUT = "choose another policy, or serve without --kv-eviction"
+WAYS_OUT = ("choose another policy", WITHOUT)
 
 __all__ = ["DEFAULT", "GROUP", "OFF", "Candidates", "Observation", "Policy", "builtins", "find", "names", "origin"]
 
@@ -57,9 +58,8 @@ def find(name: str) -> type[Policy]:
     if not claims:
         raise ValueError(f"policy {name!r} is not one of {', '.join([OFF, *names()])}")
     if len(claims) > 1:
-        raise ValueError(
-            f"policy {name!r} is claimed by {' and by '.join(c.origin for c in claims)}; uninstall one, or {WAY_OUT}"
-        )
+        claimed = f"policy {name!r} is claimed by {' and by '.join(c.origin for c in claims)}"
+        refuse(claimed, f"uninstall one, or {WAYS_OUT[0]}", WITHOUT)
     (claim,) = claims
     try:
         policy = claim.load()
@@ -70,9 +70,7 @@ def find(name: str) -> type[Policy]:
         if not why and policy.name != name:
             why = [f"its class calls itself {policy.name!r}"]
     if why:
-        raise ValueError(
-            f"policy {name!r} of {claim.origin} cannot be used: {'; '.join(why)}; repair that package, or {WAY_OUT}"
-        )
+        refuse(f"policy {name!r} of {claim.origin} cannot be used: {'; '.join(why)}", "repair that package", *WAYS_OUT)
     return policy
 
 
