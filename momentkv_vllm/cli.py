@@ -10,7 +10,9 @@ def main() -> int:
     """`momentkv doctor [--json]`; exit status 0 when eviction can run here."""
     parser = argparse.ArgumentParser(prog="momentkv", description="KV eviction for vLLM")
     commands = parser.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("doctor", help="versions, device, and which kernel families work here")
+    check = commands.add_parser(
+        "doctor", help="versions, device, which kernel families work here, and which policies are installed"
+    )
     check.add_argument("--json", action="store_true", help="machine-readable output")
     args = parser.parse_args()
     report = doctor.examine()

@@ -4,9 +4,13 @@ It travels as the plain dict `additional_config["kv_eviction"]` (vLLM's official
 rebuilt from it wherever it is needed, so that every process agrees by construction.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+from momentkv_vllm.policies import OFF, WAYS_OUT, Policy, find, names, origin
+from momentkv_vllm.refuse import refuse
 
 CONFIG_KEY = "kv_eviction"
 """Our key inside vLLM's `additional_config`."""
@@ -16,28 +20,11 @@ CORRECTIONS = ("off", "zeroth", "first")
 STORE_DTYPES = ("auto", "model", "int8", "int4")
 RUN_TOKENS = (1, 8, 16)
 MOMENT_DTYPES = ("int8", "bfloat16", "float32")
-KERNELS = ("auto", "cpu", "triton", "cuda", "reference")
+AUTO = "auto"
+"""As a number of tokens: None, the value that follows from the budget."""
+KERNELS = (AUTO, "cpu", "triton", "cuda", "reference")
 
-# A policy may need its own protocol: each entry replaces defaults, never what the user has set.
-POLICY_DEFAULTS: dict[str, dict[str, Any]] = {
-    "momentkv": {},
-    # arXiv 2606.01563, section "Protocol": evict after the prompt, one sink, the last 32 queries observed and kept.
-    "paper": {
-        "correction": "first", "prefill": "full", "sink_tokens": 1, "window_tokens": 32, "observation_tokens": 32
-    },
-    # The baselines as published: no correction unless the user asks for one; half of H2O's budget is recent tokens, SnapKV
-    # keeps its observation window, the others one page.
-    "streamingllm": {"correction": "off"},
-    "random": {"correction": "off", "window_tokens": 16},
-    "knorm": {"correction": "off", "window_tokens": 16},
-    "keydiff": {"correction": "off", "window_tokens": 16},
-    "h2o": {"correction": "off"},
-    "tova": {"correction": "off", "window_tokens": 16, "observation_tokens": 1},
-    "snapkv": {"correction": "off", "prefill": "full", "window_tokens": 32, "observation_tokens": 32},
-    "expected_attention": {
-        "correction": "off", "prefill": "full", "window_tokens": 16, "observation_tokens": 128
-    },
-}  # fmt: skip
+logger = logging.getLogger(f"vllm.{__name__}")
 
 
 @dataclass(frozen=True)
@@ -45,9 +32,9 @@ class EvictionConfig:
     """KV eviction settings; every count is in tokens of one sequence.
 
     Attributes:
-        policy: which tokens stay ("off" is stock vLLM).
+        policy: which tokens stay ("off" is stock vLLM). A policy's own defaults go before those below.
         budget_tokens: KV budget of a sequence, the moment state included; rounded down to whole pages.
-        window_tokens: newest tokens that are always kept exact (rounded up to whole pages); 0 means half of the budget.
+        window_tokens: newest tokens that are always kept exact, rounded up to whole pages; None ("auto"): half of the budget.
         sink_tokens: first tokens of a sequence that are never evicted.
         prefill: "chunked" evicts while the prompt is read (memory bounded by the budget plus one scheduler chunk);
             "full" attends the whole prompt exactly and evicts at its end (needs memory for the whole prompt).
@@ -58,15 +45,15 @@ class EvictionConfig:
             have the model's. "int8" and "int4" hold more of them in the same memory: nothing is evicted until they are full.
             "auto" is "model".
         run_tokens: neighbours that are retained or evicted together.
-        observation_tokens: queries before an eviction whose attention a policy may use (`momentkv`, `paper`, `snapkv`,
-            `tova`, `expected_attention`).
-        retire_tokens: tokens between two evictions, rounded up to whole pages; 0 means 1/32 of the budget (one page at least).
+        observation_tokens: queries before an eviction whose attention a policy may use that observes the last ones.
+        retire_tokens: tokens between two evictions, rounded up to whole pages; None ("auto"): 1/32 of the budget, one page at
+            least.
         kernels: kernel family ("auto" takes the fastest that works here; a named one never falls back).
     """
 
-    policy: str = "off"
+    policy: str = OFF
     budget_tokens: int = 1024
-    window_tokens: int = 0
+    window_tokens: int | None = None
     sink_tokens: int = 4
     prefill: str = "chunked"
     correction: str = "zeroth"
@@ -74,11 +61,13 @@ class EvictionConfig:
     store_dtype: str = "auto"
     run_tokens: int = 1
     observation_tokens: int = 8
-    retire_tokens: int = 0
-    kernels: str = "auto"
+    retire_tokens: int | None = None
+    kernels: str = AUTO
 
     def __post_init__(self) -> None:
-        _choice("policy", self.policy, ("off", *POLICY_DEFAULTS))
+        _choice("policy", self.policy, (OFF, *names()))
+        if self.active:
+            find(self.policy)
         _choice("prefill", self.prefill, PREFILL_MODES)
         _choice("correction", self.correction, CORRECTIONS)
         _choice("moment_dtype", self.moment_dtype, MOMENT_DTYPES)
@@ -86,14 +75,20 @@ class EvictionConfig:
         _choice("run_tokens", self.run_tokens, RUN_TOKENS)
         _choice("kernels", self.kernels, KERNELS)
         _count("budget_tokens", self.budget_tokens, 1)
-        _count("window_tokens", self.window_tokens, 0)
         _count("sink_tokens", self.sink_tokens, 0)
         _count("observation_tokens", self.observation_tokens, 1)
-        _count("retire_tokens", self.retire_tokens, 0)
+        for key in ("window_tokens", "retire_tokens"):
+            # The dataclass is frozen.
+            object.__setattr__(self, key, _count_or_auto(key, getattr(self, key)))
 
     @property
     def active(self) -> bool:
-        return self.policy != "off"
+        return self.policy != OFF
+
+    @property
+    def policy_class(self) -> type[Policy]:
+        """The policy that is on. Raises ValueError if none is."""
+        return find(self.policy)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -107,17 +102,21 @@ class EvictionConfig:
         if values is None:
             return cls()
         if not isinstance(values, Mapping):
-            raise ValueError(f"{CONFIG_KEY}={values!r} is not a JSON object; write e.g. {_EXAMPLE}")
+            refuse(f"{CONFIG_KEY}={values!r} is not a JSON object", f"write e.g. {_EXAMPLE}")
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
-            raise ValueError(f"{CONFIG_KEY}: unknown key {unknown[0]!r}; legal keys are {', '.join(known)}")
+            refuse(f"{CONFIG_KEY}: unknown key {unknown[0]!r}", f"legal keys are {', '.join(known)}")
         if "policy" not in values and values:
-            raise ValueError(
-                f"{CONFIG_KEY}: keys {sorted(values)} without 'policy'; set --kv-eviction, e.g. {_EXAMPLE}"
-            )
+            refuse(f"{CONFIG_KEY}: keys {sorted(values)} without 'policy'", f"set --kv-eviction, e.g. {_EXAMPLE}")
         policy = values.get("policy", "off")
-        defaults = POLICY_DEFAULTS.get(policy, {}) if isinstance(policy, str) else {}
+        defaults = find(policy).defaults if policy in names() else {}
+        if not set(defaults) <= set(known):
+            refuse(
+                f"policy {policy!r} of {origin(policy)} has defaults for {sorted(set(defaults) - set(known))}; legal keys are "
+                f"{', '.join(known)}",
+                *WAYS_OUT,
+            )
         return cls(**{**defaults, **values})
 
     @classmethod
@@ -136,7 +135,20 @@ def _choice(key: str, value: Any, legal: tuple[str, ...] | tuple[int, ...]) -> N
         raise ValueError(f"{CONFIG_KEY}.{key}={value!r} is not one of {', '.join(map(str, legal))}")
 
 
-def _count(key: str, value: Any, least: int) -> None:
+def _count(key: str, value: Any, least: int, others: str = "") -> None:
     # bool is an int in Python: `true` in JSON must not become the budget 1.
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{CONFIG_KEY}.{key}={value!r} is not a whole number of tokens >= {least}")
+        raise ValueError(f"{CONFIG_KEY}.{key}={value!r} is not a whole number of tokens >= {least}{others}")
+
+
+def _count_or_auto(key: str, value: Any) -> int | None:
+    """Tokens, or None for what `auto`, null, and for one release 0 mean."""
+    if type(value) is int and value == 0:
+        logger.warning(
+            "momentkv: %s.%s=0 is read as auto; write null or leave it out, 0 will be refused", CONFIG_KEY, key
+        )
+        return None
+    if value is None or value == AUTO:
+        return None
+    _count(key, value, 1, f", or {AUTO!r}")
+    return value

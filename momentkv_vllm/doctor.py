@@ -26,6 +26,7 @@ def examine() -> dict[str, Any]:
         "device": _device(),
         "kernel_families": _families(problems),
         "kernels": _chosen(),
+        "policies": _policies(),
         "problems": problems,
     }
     if installed_vllm() not in TESTED_VLLM:
@@ -51,6 +52,9 @@ def as_text(report: dict[str, Any]) -> str:
     for family, objections in report["kernel_families"].items():
         lines.append(f"  {family:18} {'works' if not objections else 'no: ' + '; '.join(objections)}")
     lines.append(f"  {'auto takes':18} {report['kernels']}")
+    lines.append("policies:")
+    for name, found in report["policies"].items():
+        lines.append(f"  {name:18} {found['from']}{': no: ' + found['objection'] if found['objection'] else ''}")
     lines += [f"PROBLEM: {p}" for p in report["problems"]] or ["eviction can run here"]
     return "\n".join(lines)
 
@@ -104,6 +108,23 @@ def _chosen() -> str:
         return select().label()
     except (ImportError, ValueError) as error:
         return f"none: {error}"
+
+
+def _policies() -> dict[str, dict[str, str]]:
+    """Where each policy comes from, and why it cannot be used ("": it can)."""
+    if importlib.util.find_spec("torch") is None:
+        return {}
+    from momentkv_vllm.policies import find, names, origin
+
+    found = {}
+    for name in names():
+        objection = ""
+        try:
+            find(name)
+        except ValueError as error:
+            objection = str(error)
+        found[name] = {"from": origin(name), "objection": objection}
+    return found
 
 
 def _check_plugin(problems: list[str]) -> None:

@@ -13,7 +13,6 @@ from momentkv_vllm.model_layers import full_layers
 from momentkv_vllm.packed_store import TILE_TOKENS, PackedLayout
 from momentkv_vllm.page_layout import RecordLayout
 from momentkv_vllm.page_schedule import PageSchedule, build_schedule, cdiv
-from momentkv_vllm.policies import POLICIES
 from momentkv_vllm.refuse import refuse
 
 
@@ -34,16 +33,18 @@ class StateLayout:
     def of(cls, config: EvictionConfig, page_size: int, head_dim: int, dtype: torch.dtype) -> Self:
         """Of a model's KV heads. Raises ValueError on too small a budget, and on a quantised store that holds no more."""
         record = record_layout(config, head_dim)
-        keeps_only_sinks, item = POLICIES[config.policy].keeps_only_sinks, get_dtype_size(dtype)
+        keeps_only_sinks, item = config.policy_class.keeps_only_sinks, get_dtype_size(dtype)
         if config.store_dtype in ("auto", "model"):
             moment_pages = record.pages(page_size, item)
             return cls(build_schedule(config, page_size, moment_pages, keeps_only_sinks), record, None)
         packed, part = PackedLayout(config.store_dtype, head_dim), page_size * 2 * head_dim * item
         page_tokens = packed.tiles_per_page(part) * TILE_TOKENS
         if page_tokens <= page_size:
-            raise ValueError(
-                f"kv_eviction.store_dtype={config.store_dtype!r} would hold {page_tokens} tokens in a page of {page_size} of this "
-                f"model's {dtype} heads of {head_dim} numbers; use 'model', or a larger --block-size"
+            refuse(
+                f"kv_eviction.store_dtype={config.store_dtype!r} would hold {page_tokens} tokens in a page of {page_size}: this "
+                f"model's KV heads have {head_dim} numbers of {dtype}",
+                "use 'model'",
+                "use a larger --block-size",
             )
         start = (part - record.num_bytes) // RECORD_ALIGNMENT * RECORD_ALIGNMENT
         record_tokens, moment_pages = None, 0
@@ -62,9 +63,9 @@ RECORD_ALIGNMENT = 64
 
 def record_layout(config: EvictionConfig, head_dim: int) -> RecordLayout:
     """The moment record that this configuration needs; empty when neither policy nor correction reads one."""
-    policy = POLICIES[config.policy]
-    covariance = config.correction == "first" or policy.needs_covariance
-    means = covariance or config.correction == "zeroth" or policy.needs_means
+    reads = config.policy_class.reads
+    covariance = config.correction == "first" or "covariance" in reads
+    means = covariance or config.correction == "zeroth" or "means" in reads
     return RecordLayout(head_dim, config.moment_dtype, has_means=means, has_covariance=covariance)
 
 
@@ -170,7 +171,7 @@ class MomentKVSpec(FullAttentionSpec):
         The first event must lie ahead, and so must the queries whose attention the policy wants before it. Beyond the first
         event a prefix is a store and a record, which no page holds as they were.
         """
-        if POLICIES[self.config.policy].observes_all_queries:
+        if self.config.policy_class.observes_every_query():
             return 0
         return max(0, self.schedule.first_event_tokens - self.unshared_tokens) // self.block_size * self.block_size
 
@@ -181,7 +182,7 @@ class MomentKVSpec(FullAttentionSpec):
 
     @property
     def observes_attention(self) -> bool:
-        return POLICIES[self.config.policy].needs_attention
+        return self.config.policy_class.observes is not None
 
     @property
     def page_bytes(self) -> int:

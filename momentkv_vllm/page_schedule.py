@@ -17,7 +17,7 @@ The event at count e retires every page before `boundary_column(e)`.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.config import AUTO, EvictionConfig
 from momentkv_vllm.refuse import refuse
 
 DEFAULT_RETIRE_SHARE = 32
@@ -159,9 +159,10 @@ def build_schedule(
         keeps_only_sinks: the policy never keeps a retired token besides the sinks: all else is window (StreamingLLM).
     """
     # Scoring reads every key of the budget: retiring a fixed share of it keeps that cost a fixed share of decode attention.
-    retire_tokens = config.retire_tokens or config.budget_tokens // DEFAULT_RETIRE_SHARE
-    retire_pages = max(1, cdiv(retire_tokens, page_size))
-    window_pages = cdiv(config.window_tokens or 1, page_size) + retire_pages
+    share = config.budget_tokens // DEFAULT_RETIRE_SHARE
+    retire_pages = max(1, cdiv(share if config.retire_tokens is None else config.retire_tokens, page_size))
+    least_window = 1 if config.window_tokens is None else config.window_tokens
+    window_pages = cdiv(least_window, page_size) + retire_pages
     least_store = cdiv(config.sink_tokens, page_size) if keeps_only_sinks else cdiv(config.sink_tokens + 1, page_size)
     least_store = max(1, least_store)
     least_pages = least_store + moment_pages + window_pages
@@ -170,7 +171,7 @@ def build_schedule(
         refuse(
             f"kv_eviction.budget_tokens={config.budget_tokens} is too small: with pages of {page_size} tokens the least "
             f"is {least_pages * page_size} (store {least_store} + moments {moment_pages} + window {window_pages} pages "
-            f"for window_tokens={config.window_tokens}, retire_tokens={retire_pages * page_size})",
+            f"for window_tokens={config.window_tokens or AUTO}, retire_tokens={retire_pages * page_size})",
             "raise --kv-budget",
             "lower window_tokens",
             "use a smaller --block-size",
@@ -178,7 +179,7 @@ def build_schedule(
         )
     if keeps_only_sinks:
         window_pages = budget_pages - least_store - moment_pages
-    elif not config.window_tokens:
+    elif config.window_tokens is None:
         window_pages = max(window_pages, min(budget_pages // 2, budget_pages - least_store - moment_pages))
     return PageSchedule(
         page_size=page_size,

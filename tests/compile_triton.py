@@ -21,7 +21,7 @@ from momentkv_vllm.attention.step_plan_on_device import DecodePlanner
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels.triton import Triton
 from momentkv_vllm.page_schedule import build_schedule
-from momentkv_vllm.policies import POLICIES
+from momentkv_vllm.policies import find
 
 
 class Target(DriverBase):
@@ -66,7 +66,7 @@ def main(capability: int, shapes: list[Shape]) -> None:
             print(json.dumps(row | {"cubin_bytes": len(made.asm["cubin"])}), flush=True)
 
     JITFunction.run = compile_only
-    policy, family = POLICIES["momentkv"], Triton()
+    policy, family = find("momentkv"), Triton()
     for shape in shapes:
         case = Case(shape, "cpu")
         case.attend(family, True, lse=True)

@@ -16,7 +16,7 @@ from momentkv_vllm.block_manager.manager import MomentKVManager
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.vllm_seams.engine_args import choose_scheduler
 
-EVICTION_KEYS = [f.name for f in fields(EvictionConfig)]
+EVICTION_KEYS = tuple(f.name for f in fields(EvictionConfig))
 
 
 def random_prompt(tokens: int, seed: int = 0) -> list[int]:

@@ -10,7 +10,7 @@ from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.worklists import AttendWork
 from momentkv_vllm.page_layout import RecordLayout
-from momentkv_vllm.policies import POLICIES
+from momentkv_vllm.policies import find
 
 HEADS = 2
 
@@ -98,7 +98,7 @@ BATCHES = [
 
 def observed(policy, shape, generator):
     """What a policy may have observed of every slot; None if it observes nothing."""
-    if not POLICIES[policy].needs_attention:
+    observes = find(policy).observes
+    if observes is None:
         return None
-    logits = POLICIES[policy].observes_logits
-    return Observed(torch.rand(*shape, *[3] * logits, generator=generator), "logits" if logits else "mass")
+    return Observed(torch.rand(*shape, *observes.numbers, generator=generator), observes.what)

@@ -2,8 +2,9 @@
 
 import pytest
 
-from momentkv_vllm.config import POLICY_DEFAULTS, EvictionConfig
-from momentkv_vllm.policies import POLICIES
+from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.page_schedule import build_schedule
+from momentkv_vllm.policies import find, names
 
 
 def test_two_keys_are_a_complete_configuration():
@@ -17,8 +18,33 @@ def test_nothing_means_off():
     assert not EvictionConfig.from_dict({}).active
 
 
-def test_policies_and_defaults_name_the_same_policies():
-    assert set(POLICIES) == set(POLICY_DEFAULTS)
+@pytest.mark.parametrize("policy", names())
+def test_every_policy_is_a_configuration_with_its_own_defaults(policy):
+    config = EvictionConfig.from_dict({"policy": policy})
+    assert config.policy_class is find(policy)
+    assert config == EvictionConfig(policy, **find(policy).defaults)
+
+
+@pytest.mark.parametrize("key", ["window_tokens", "retire_tokens"])
+@pytest.mark.parametrize("auto", [None, "auto", 0])
+def test_auto_follows_from_the_budget(key, auto, caplog):
+    """Half of the budget and 1/32 of it; 0 was how to say so."""
+    with caplog.at_level("WARNING", logger="vllm.momentkv_vllm.config"):
+        config = EvictionConfig.from_dict({"policy": "momentkv", "budget_tokens": 2048, key: auto})
+    assert getattr(config, key) is None and config == EvictionConfig("momentkv", 2048)
+    assert [f"{key}=0" in r.getMessage() for r in caplog.records] == [True] * (auto == 0)
+    schedule = build_schedule(config, 16, 1, False)
+    assert (schedule.window_pages, schedule.retire_pages) == (64, 4)
+    assert EvictionConfig.from_dict(config.to_dict()) == config
+
+
+def test_no_sinks_is_legal_and_no_warning(caplog):
+    assert EvictionConfig("momentkv", sink_tokens=0).sink_tokens == 0 and not caplog.records
+
+
+def test_auto_goes_before_a_policy_s_own_number():
+    assert EvictionConfig.from_dict({"policy": "snapkv"}).window_tokens == 32
+    assert EvictionConfig.from_dict({"policy": "snapkv", "window_tokens": "auto"}).window_tokens is None
 
 
 def test_a_policy_replaces_defaults_but_not_what_the_user_says():
@@ -30,11 +56,14 @@ def test_a_policy_replaces_defaults_but_not_what_the_user_says():
     ("values", "words"),
     [
         ({"policy": "lru"}, ["policy", "'lru'", "momentkv"]),
+        ({"policy": ["momentkv"]}, ["policy", "['momentkv']", "momentkv"]),
         ({"policy": "momentkv", "budget": 5}, ["'budget'", "budget_tokens"]),
         ({"policy": "momentkv", "budget_tokens": 0}, ["budget_tokens", "0", ">= 1"]),
         ({"policy": "momentkv", "budget_tokens": True}, ["budget_tokens", "True"]),
         ({"policy": "momentkv", "budget_tokens": 10.5}, ["budget_tokens", "10.5"]),
         ({"policy": "momentkv", "sink_tokens": -1}, ["sink_tokens", "-1", ">= 0"]),
+        ({"policy": "momentkv", "window_tokens": -1}, ["window_tokens", "-1", ">= 1", "'auto'"]),
+        ({"policy": "momentkv", "retire_tokens": False}, ["retire_tokens", "False", ">= 1", "'auto'"]),
         ({"policy": "momentkv", "prefill": "lazy"}, ["prefill", "'lazy'", "chunked", "full"]),
         ({"policy": "momentkv", "correction": "second"}, ["correction", "'second'", "zeroth"]),
         ({"policy": "momentkv", "moment_dtype": "int4"}, ["moment_dtype", "'int4'", "int8", "bfloat16"]),

@@ -13,7 +13,7 @@ from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.worklists import RetireWork
 from momentkv_vllm.page_layout import RecordLayout
-from momentkv_vllm.policies import POLICIES
+from momentkv_vllm.policies import find, names
 
 
 @pytest.mark.parametrize("record_dtype", ["int8", "bfloat16", "float32"])
@@ -41,7 +41,7 @@ def test_records_survive_their_pages(record_dtype, kv_dtype):
     assert not unused.mean_key[0].any() and unused.mean_key[1].any()
 
 
-@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("policy", sorted(names()))
 def test_consolidation_keeps_folds_and_loses_nothing(kernels, policy):
     """Over many events: store + moments = exactly the tokens retired so far, and the moments are the float64 ones."""
     d, page_size, store_pages, sinks = 32, 16, 2, 4
@@ -75,7 +75,7 @@ def test_consolidation_keeps_folds_and_loses_nothing(kernels, policy):
             cache,
             mass,
             RetireWork(store, retiring, moment_pages, torch.tensor([float(count)])),
-            POLICIES[policy](),
+            find(policy)(),
             sinks,
             0.2,
         )
@@ -95,7 +95,7 @@ def test_consolidation_keeps_folds_and_loses_nothing(kernels, policy):
             assert torch.allclose(record.value_spread[0, h].double(), dv.square().sum(-1).mean(), atol=1e-4)
 
 
-@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("policy", sorted(names()))
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "moment_dtype"),
     [
@@ -128,8 +128,8 @@ def test_consolidation_agrees_with_the_reference(kernels, policy, dtype, head_di
     work = RetireWork(store, retiring, moment_pages, counts)
     twin = CacheView.of_vllm_cpu(cache.kv.clone(), record)
     twin_mass = None if mass is None else replace(mass, data=mass.data.clone())
-    select("reference").consolidate(twin, twin_mass, work, POLICIES[policy](), 4, head_dim**-0.5)
-    kernels.consolidate(cache, mass, work, POLICIES[policy](), 4, head_dim**-0.5)
+    select("reference").consolidate(twin, twin_mass, work, find(policy)(), 4, head_dim**-0.5)
+    kernels.consolidate(cache, mass, work, find(policy)(), 4, head_dim**-0.5)
     for got, want in zip(cache.read_tokens(store), twin.read_tokens(store), strict=True):
         assert torch.equal(got, want), "the same tokens in the same slots"
     if mass is not None and mass.what == "mass":
@@ -168,7 +168,7 @@ def test_equal_and_undefined_scores(kernels):
     cache.write_moments(
         work.moment_pages, moments.of_tokens(*torch.randn(2, 1, HEADS, 9, d), torch.ones(1, HEADS, 9), True)
     )
-    kernels.consolidate(cache, Observed(torch.zeros(8, HEADS, page_size)), work, POLICIES["momentkv"](), 0, 0.2)
+    kernels.consolidate(cache, Observed(torch.zeros(8, HEADS, page_size)), work, find("momentkv")(), 0, 0.2)
     want = torch.ones(page_size)
     want[5] = 2.0
     assert torch.equal(cache.values[1, 0, :, 0], want)
@@ -181,7 +181,7 @@ def test_padding_pages_are_never_kept_nor_folded(kernels):
         cache.keys[page], cache.values[page] = torch.randn(HEADS, page_size, d), torch.randn(HEADS, page_size, d)
     moment_pages = torch.tensor([[6, 7, 8], [9, 10, 11]])
     work = RetireWork(torch.tensor([[1], [5]]), torch.tensor([[2, 3], [3, -1]]), moment_pages, torch.zeros(2))
-    kernels.consolidate(cache, Observed(torch.rand(16, HEADS, page_size)), work, POLICIES["momentkv"](), 0, 0.2)
+    kernels.consolidate(cache, Observed(torch.rand(16, HEADS, page_size)), work, find("momentkv")(), 0, 0.2)
     assert not cache.read_tokens(work.store_pages)[0].isnan().any()
     record = cache.read_moments(moment_pages, torch.tensor([32.0, 16.0]))
     assert not record.covariance.isnan().any() and not record.mean_key.isnan().any()

@@ -18,7 +18,7 @@ from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.worklists import RetireWork
 from momentkv_vllm.page_layout import RecordLayout
-from momentkv_vllm.policies import POLICIES
+from momentkv_vllm.policies import find
 
 cuda, reference = module.Cuda(), select("reference")
 
@@ -154,7 +154,7 @@ def test_padding_rows_are_not_touched(kernels):
     )
     retire.retiring_pages[:] = -1
     before = cache.kv.clone()
-    kernels.consolidate(cache, Observed(torch.zeros(cache.keys.shape[:3])), retire, POLICIES["momentkv"](), 0, 0.1)
+    kernels.consolidate(cache, Observed(torch.zeros(cache.keys.shape[:3])), retire, find("momentkv")(), 0, 0.1)
     assert torch.equal(before.view(torch.int16), cache.kv.view(torch.int16))
 
 
@@ -194,7 +194,7 @@ def test_consolidation_repeats_to_the_bit_in_both_layouts(kernels, has_covarianc
     )
     twins = [(gpu_view(cache.kv.clone(), cache.record_layout), mass.clone()), (nhd(cache), mass.clone())]
     for twin, twin_mass in twins:
-        kernels.consolidate(twin, Observed(twin_mass), work, POLICIES["momentkv"](), 4, 0.1)
+        kernels.consolidate(twin, Observed(twin_mass), work, find("momentkv")(), 4, 0.1)
         last_thread_first()
     (one, one_mass), (two, two_mass) = twins
     assert torch.equal(one.kv[1:].view(torch.int16), two.kv[1:].contiguous().view(torch.int16))
@@ -218,8 +218,8 @@ def test_equal_and_undefined_scores(kernels):
     )
     mass = torch.zeros(cache.keys.shape[:3])
     twin = gpu_view(cache.kv.clone(), cache.record_layout)
-    reference.consolidate(twin, Observed(mass.clone()), work, POLICIES["momentkv"](), 4, 0.1)
-    kernels.consolidate(cache, Observed(mass), work, POLICIES["momentkv"](), 4, 0.1)
+    reference.consolidate(twin, Observed(mass.clone()), work, find("momentkv")(), 4, 0.1)
+    kernels.consolidate(cache, Observed(mass), work, find("momentkv")(), 4, 0.1)
     for got, want in zip(cache.read_tokens(work.store_pages), twin.read_tokens(work.store_pages), strict=True):
         assert torch.equal(got, want) and not got.isnan().any()
 
@@ -255,7 +255,7 @@ def test_operators_check_what_they_are_given(emulated):
         work.pages[:, :1].contiguous(), work.pages[:, 1:2].contiguous(), moment_pages, work.last_slot.float()
     )
     with pytest.raises(RuntimeError, match="needs the means and the observed attention"):
-        emulated.consolidate(cache, None, retire, POLICIES["momentkv"](), 0, 0.1)
+        emulated.consolidate(cache, None, retire, find("momentkv")(), 0, 0.1)
 
 
 def test_another_device_is_only_a_copy_away(emulated):
@@ -283,7 +283,7 @@ def test_operators_declare_what_they_write(emulated):
     retire = RetireWork(
         work.pages[:, :1].contiguous(), work.pages[:, 1:2].contiguous(), work.moment_pages, work.num_evicted
     )
-    emulated.consolidate(cache, Observed(mass), retire, POLICIES["momentkv"](), 0, 0.1)
+    emulated.consolidate(cache, Observed(mass), retire, find("momentkv")(), 0, 0.1)
     emulated.write(cache, query[:3, :2], query[:3, 2:], torch.tensor([16, 17, 18]), Observed(mass))
     assert [name for name, _ in calls] == ["attend", "observe", "consolidate", "write"]
     for name, arguments in calls:

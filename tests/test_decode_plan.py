@@ -9,7 +9,7 @@ from momentkv_vllm.attention.step_plan import StepPlanner
 from momentkv_vllm.attention.step_plan_on_device import DecodePlanner
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.page_schedule import build_schedule
-from momentkv_vllm.policies import POLICIES
+from momentkv_vllm.policies import find
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="run by test_interpreter.py")
@@ -17,12 +17,12 @@ needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="run by test_inte
 
 @needs_interpreter
 @pytest.mark.parametrize("policy", ["momentkv", "h2o", "streamingllm"])
-@pytest.mark.parametrize(("budget", "moment_pages", "retire"), [(128, 3, 0), (160, 1, 32)])
+@pytest.mark.parametrize(("budget", "moment_pages", "retire"), [(128, 3, None), (160, 1, 32)])
 def test_the_device_plans_what_the_host_plans(policy, budget, moment_pages, retire):
     config = EvictionConfig.from_dict({"policy": policy, "budget_tokens": budget, "retire_tokens": retire})
-    schedule = build_schedule(config, 16, moment_pages, POLICIES[policy].keeps_only_sinks)
-    host = StepPlanner(schedule, config, POLICIES[policy])
-    planner = DecodePlanner(schedule, config, POLICIES[policy], 8, "cpu")
+    schedule = build_schedule(config, 16, moment_pages, find(policy).keeps_only_sinks)
+    host = StepPlanner(schedule, config, find(policy))
+    planner = DecodePlanner(schedule, config, find(policy), 8, "cpu")
     generator = torch.Generator().manual_seed(0)
     table = torch.randint(1, 10_000, (6, 40), generator=generator, dtype=torch.int32)
     places = [x.data_ptr() for x in vars(planner.attend).values() if isinstance(x, torch.Tensor)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from momentkv_vllm.policies import POLICIES
+from momentkv_vllm.policies import names
 
 HERE = Path(__file__).parent
 FILES = [
@@ -26,7 +26,7 @@ FILES = [
 def test_triton_kernels_and_what_stands_on_them():
     # Other policies' scores are made outside of the kernel: h2o stands for all of them. Attention without the correction is
     # the first test's matter. Threads change nothing in an interpreter.
-    left_out = ["threads", "triton-False", *sorted(set(POLICIES) - {"momentkv", "h2o"})]
+    left_out = ["threads", "triton-False", *sorted(set(names()) - {"momentkv", "h2o"})]
     chosen = f"(triton and not ({' or '.join(left_out)})) or test_decode_plan or answers or reuse"
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", "-k", chosen]
     env = os.environ | {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}

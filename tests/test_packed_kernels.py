@@ -12,7 +12,7 @@ from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
 from momentkv_vllm.packed_store import GROUP, Packed, PackedLayout, PackedPages, quantised, rotated, rounded_up
 from momentkv_vllm.page_layout import RecordLayout
-from momentkv_vllm.policies import POLICIES
+from momentkv_vllm.policies import find
 
 HEADS = 2
 DIMS = [16, 64, 80, 96, 128, 256]
@@ -69,7 +69,7 @@ def play(
     """A sequence of `total` tokens, or of 25 pages: (outputs, logsumexps; bytes of the store after every event; the moments; how many)."""
     torch.manual_seed(0)
     total = total or 25 * page_size
-    kernels, policy = select(family), POLICIES[policy]()
+    kernels, policy = select(family), find(policy)()
     packed, part = PackedLayout(dtype, head_dim), page_size * 2 * head_dim * cache_dtype.itemsize
     record = RecordLayout(head_dim, has_covariance=False, start=(part - 8 * head_dim - 4) // 64 * 64)
     kv = torch.full((64, HEADS, page_size, 2 * head_dim), math.nan, dtype=cache_dtype)
@@ -81,7 +81,7 @@ def play(
     if outliers:
         keys[..., 3] += 30
     keys, values = keys.to(cache_dtype), values.to(cache_dtype)
-    observed = Observed.of(cache, "mass") if policy.needs_attention else None
+    observed = Observed.of(cache, "mass") if policy.observes else None
     outputs, stores, stored, boundary, evicted = [], [], 0, 0, 0
     for t in range(total):
         page = 1 + t // page_size

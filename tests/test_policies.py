@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from momentkv_vllm import moments
-from momentkv_vllm.policies import POLICIES, Candidates
+from momentkv_vllm.policies import Candidates, find, names
 
 ROWS, HEADS, TOKENS, DIM = 2, 3, 32, 16
 
@@ -23,17 +23,18 @@ def candidates(count=0.0, **changes):
 
 def score(policy, tokens):
     """A policy that observes logits gets their count, sum and sum of squares made from the attention."""
-    if POLICIES[policy].observes_logits and tokens.attention.dim() == 3:
+    observes = find(policy).observes
+    if observes and observes.what == "logits" and tokens.attention.dim() == 3:
         x = tokens.attention
         tokens = replace(tokens, attention=torch.stack([torch.full_like(x, 4.0), 4 * x, 4 * x.square() + 1], -1))
-    return POLICIES[policy]().score(tokens)
+    return find(policy)().score(tokens)
 
 
 def order(policy, tokens):
     return score(policy, tokens).argsort(-1, descending=True)
 
 
-@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("policy", names())
 @pytest.mark.parametrize("count", [0.0, 100.0])
 def test_scores_are_finite_and_leave_the_candidates_alone(policy, count):
     tokens = candidates(count)
@@ -45,18 +46,7 @@ def test_scores_are_finite_and_leave_the_candidates_alone(policy, count):
         assert torch.equal(was, now)
 
 
-@pytest.mark.parametrize("policy", sorted(set(POLICIES) - {"streamingllm", "snapkv", "paper", "random"}))
-def test_a_score_belongs_to_the_token_not_to_its_place(policy):
-    tokens = candidates(100.0)
-    mixed = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(1))
-    moved = candidates(
-        100.0, keys=tokens.keys[:, :, mixed], values=tokens.values[:, :, mixed], attention=tokens.attention[:, :, mixed]
-    )
-    torch.testing.assert_close(score(policy, moved), score(policy, tokens)[:, :, mixed])
-
-
-@pytest.mark.parametrize("policy", ["momentkv", *sorted(p for p, c in POLICIES.items() if not c.needs_attention)])
-def test_padding_does_not_change_a_score(policy):
+def test_observed_padding_does_not_change_the_default_score():
     tokens = candidates()
     pad = torch.zeros(ROWS, HEADS, 16, DIM)
     padded = candidates(
@@ -64,7 +54,7 @@ def test_padding_does_not_change_a_score(policy):
         valid=torch.cat([tokens.valid, torch.zeros(ROWS, 16, dtype=torch.bool)], 1),
         attention=torch.cat([tokens.attention, torch.ones(ROWS, HEADS, 16)], 2),
     )  # fmt: skip
-    torch.testing.assert_close(POLICIES[policy]().score(padded)[..., :TOKENS], POLICIES[policy]().score(tokens))
+    torch.testing.assert_close(score("momentkv", padded)[..., :TOKENS], score("momentkv", tokens))
 
 
 def test_knorm_keeps_short_keys():
@@ -103,7 +93,7 @@ def test_random_keeps_a_uniform_sample_of_the_past():
             torch.tensor([float(retire * event)]), keys[:, :, 0], keys[:, :, 0], keys[:, :, 0, 0], None
         )
         tokens = candidates(keys=keys, moments=gone, store_tokens=store)
-        held = all_of.gather(1, POLICIES["random"]().score(tokens)[0].topk(store, -1).indices)
+        held = all_of.gather(1, find("random")().score(tokens)[0].topk(store, -1).indices)
     total = store + retire * events
     assert abs(held.float().mean() / total - 0.5) < 0.02  # standard error 0.0045
     assert abs(held.float().std() / total - 12**-0.5) < 0.02

@@ -4,13 +4,14 @@ import json
 import re
 from dataclasses import fields
 
+import policy_table
 import pytest
 from load.run import table as load_table
 from model_families import table
 from named_files import DOCUMENTS, ROOT, missing_files
 from quality.show import overview
 
-from momentkv_vllm.config import POLICY_DEFAULTS, EvictionConfig
+from momentkv_vllm.config import AUTO, EvictionConfig
 from momentkv_vllm.metrics import METRICS
 
 README = (ROOT / "README.md").read_text()
@@ -27,11 +28,12 @@ def test_config_keys_and_defaults():
     table = rows("key")
     assert list(table) == [f.name for f in fields(EvictionConfig)]
     for f in fields(EvictionConfig):
-        assert table[f.name][0] == f"`{f.default}`"
+        assert table[f.name][0] == f"`{AUTO if f.default is None else f.default}`"
 
 
-def test_flags_name_every_policy():
-    assert f"--kv-eviction {{off,{','.join(POLICY_DEFAULTS)}}}" in README
+def test_flags_and_table_name_every_policy():
+    assert policy_table.table() in README and policy_table.flag() in README, "run `make policies-table`"
+    assert policy_table.updated(README) == README
 
 
 def test_metrics():

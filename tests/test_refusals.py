@@ -163,8 +163,9 @@ def test_flags_and_additional_config_are_one_thing(models):
 
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
     line = f"--model {models()} --kv-eviction momentkv --kv-budget 512 --kv-eviction-config.window_tokens 64"
-    args = EngineArgs.from_cli_args(parser.parse_args(line.split()))
+    args = EngineArgs.from_cli_args(parser.parse_args([*line.split(), "--kv-eviction-config.retire_tokens", "auto"]))
     carried = args.additional_config["kv_eviction"]
+    assert carried["retire_tokens"] is None
     assert (carried["policy"], carried["budget_tokens"], carried["window_tokens"]) == ("momentkv", 512, 64)
     both = parser.parse_args((line + " --kv-eviction-config.budget_tokens 128").split())
     with pytest.raises(ValueError, match="contradicts"):

@@ -5,8 +5,9 @@ import torch
 from engine import random_prompt
 from quality.simulate import Eviction, SimulatedModel
 
-from momentkv_vllm.config import POLICY_DEFAULTS, EvictionConfig
+from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kv_spec import schedule_of
+from momentkv_vllm.policies import names
 
 pytestmark = pytest.mark.engine
 
@@ -20,7 +21,7 @@ OTHERS = {
 }
 # A token's key has the same norm wherever it stands in the first layer, so among the few words of this model rounding decides
 # what knorm keeps.
-KINDS = {**{name: {"policy": name} for name in POLICY_DEFAULTS if name != "knorm"}, **OTHERS}
+KINDS = {**{name: {"policy": name} for name in names() if name != "knorm"}, **OTHERS}
 
 
 @pytest.mark.parametrize("kind", KINDS)

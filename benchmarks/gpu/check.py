@@ -7,9 +7,9 @@ from cases import Case, Shape
 from shape import SINKS
 
 from momentkv_vllm.kernels import preferred, select
-from momentkv_vllm.policies import POLICIES
+from momentkv_vllm.policies import find
 
-POLICY, reference = POLICIES["momentkv"](), select("reference")
+POLICY, reference = find("momentkv")(), select("reference")
 SHAPES = [
     *(
         Shape(head_dim=d, groups=g, dtype=t, rows=9, slots=700, odd=True)

@@ -9,9 +9,9 @@ from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.page_layout import RecordLayout
 from momentkv_vllm.page_schedule import build_schedule
-from momentkv_vllm.policies import POLICIES
+from momentkv_vllm.policies import find
 
-POLICY = POLICIES["momentkv"]
+POLICY = find("momentkv")
 
 
 class Layer:

@@ -62,3 +62,32 @@ def _exponential(pair: tuple[float, float]) -> tuple[float, float]:
     """Of a mean and its error."""
     mean, error = pair
     return math.exp(mean), math.exp(mean) * error
+
+
+def overview(measured: list[dict[str, Any]], prefill: str) -> str:
+    """Markdown of a results file's cells: KL and needles at every budget, reference answers at the middle one. Codes and
+    digits are the mean over the needles of 1k; +- is one standard error over items."""
+    full, *cells = measured
+    cells = [c for c in cells if c["prefill"] == prefill]
+    budgets = sorted({c["budget_tokens"] for c in cells}, reverse=True)
+    head = ["", *(f"KL {b}" for b in budgets), *(f"codes {b}" for b in budgets), *(f"digits {b}" for b in budgets)]
+    lines = [[*head, *(f"answers {b}" for b in budgets)], ["full cache", *_summary([full] * len(budgets))]]
+    for method in dict.fromkeys(c["method"] for c in cells):
+        of = {c["budget_tokens"]: c for c in cells if c["method"] == method}
+        lines.append([method, *_summary([of.get(b) for b in budgets])])
+    return report.table(lines)
+
+
+def _summary(cells: list[dict[str, Any] | None]) -> list[str]:
+    """Of one method by budget: KL, share of codes found, -log p per digit, nats per token of answers over the full cache's."""
+
+    def needles(cell: dict[str, Any]) -> list[dict[str, Any]]:
+        return [item for kind, items in cell["items"].items() if kind.endswith("_1k") for item in items]
+
+    columns = (
+        lambda c: c["figures"]["text_2k"]["KL"],
+        lambda c: mean_error([float(i["found"]) for i in needles(c)]),
+        lambda c: mean_error([i["loss"] for i in needles(c)]),
+        lambda c: c["figures"]["answers_2k"]["more than full"],
+    )
+    return ["-" if c is None else "{:.2f} +-{:.2f}".format(*column(c)) for column in columns for c in cells]

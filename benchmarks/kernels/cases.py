@@ -13,7 +13,7 @@ from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
-from momentkv_vllm.policies import POLICIES
+from momentkv_vllm.policies import find
 
 CPU = select("cpu")
 
@@ -113,7 +113,7 @@ class Case:
         return RetireWork(store, retiring, self.moment_pages[one], self.work.num_evicted[one])
 
     def retire(self, work: RetireWork, family=CPU) -> None:
-        family.consolidate(self.cache, self.observed, work, POLICIES["momentkv"](), SINKS, self.scale)
+        family.consolidate(self.cache, self.observed, work, find("momentkv")(), SINKS, self.scale)
 
     def observe_work(self) -> AttendWork:
         """A step of which the policy wants to know the attention of every row."""

@@ -8,16 +8,16 @@ import torch
 
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kv_spec import schedule_of
+from momentkv_vllm.policies import DEFAULT, names
 from momentkv_vllm.vllm_seams.engine_args import SMALL_BUDGET_TOKENS
 
 FULL = "full cache"
 FP8 = "fp8 KV"
-OURS = "momentkv"
+OURS = DEFAULT
 OFF = "momentkv, off"
 FIRST = "momentkv, first"
-BASELINES = (
-    "paper", "streamingllm", "random", "knorm", "keydiff", "h2o", "tova", "snapkv", "expected_attention",
-)  # fmt: skip
+BASELINES = tuple(name for name in names() if name != OURS)
+"""Those of other packages too, where some are installed."""
 METHODS: dict[str, dict[str, Any]] = {
     OURS: {"policy": "momentkv"},
     FIRST: {"policy": "momentkv", "correction": "first", "moment_dtype": "int8"},

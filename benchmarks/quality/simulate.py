@@ -17,7 +17,7 @@ from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels.reference import chosen, fill_holes
 from momentkv_vllm.packed_store import Packed, PackedLayout, rotated
 from momentkv_vllm.page_schedule import PageSchedule
-from momentkv_vllm.policies import POLICIES, Candidates, Policy
+from momentkv_vllm.policies import Candidates, Policy
 
 MAX_LOGITS = 1 << 25
 """Logits computed at a time (128 MiB): bounds the memory of long segments."""
@@ -53,7 +53,7 @@ class Eviction:
         if config.correction != "off":
             order = int(config.correction == "first")
             state = lambda: MomentState(order, *COVARIANCES[config.moment_dtype])  # noqa: E731
-        policy = POLICIES[config.policy]()
+        policy = config.policy_class()
         return cls(policy, schedule, state, config.sink_tokens, config.observation_tokens, prompt_tokens, store)
 
 
@@ -73,11 +73,11 @@ class _Layer:
         self.queries = query.unflatten(1, (kv_heads, -1))
         self.output = torch.empty_like(self.queries)
         self.state = how.state() if how.state else None
-        self.covariance = how.policy.needs_covariance
+        self.covariance = "covariance" in how.policy.reads
         self.exact = mo.of_tokens(key[:, :, :1], value[:, :, :1], torch.zeros(rows, kv_heads, 1), self.covariance)
         self.stored_k, self.stored_v, self.window = key[:, :, :0], value[:, :, :0], 0
         self.evicted = False
-        self.mass = torch.zeros(rows, kv_heads, 0, *[3] * how.policy.observes_logits)
+        self.mass = torch.zeros(rows, kv_heads, 0, *(how.policy.observes.numbers if how.policy.observes else ()))
 
     def attend(self) -> torch.Tensor:
         """[rows, num_heads, tokens, d]."""
@@ -96,8 +96,8 @@ class _Layer:
     def _segment(self, start: int, end: int, event: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Queries [start, end), which see the same store; `event` comes after them, and perhaps after the sequence."""
         policy, zone = self.how.policy, end
-        if policy.needs_attention:
-            zone = start if policy.observes_all_queries else max(start, event - self.how.observation_tokens)
+        if policy.observes is not None:
+            zone = start if policy.observes_every_query() else max(start, event - self.how.observation_tokens)
             # Slots of an unfinished page keep what they had: the window's part of `mass` grows with it.
             new = self.mass.new_zeros(*self.mass.shape[:2], k.shape[2] - self.mass.shape[2], *self.mass.shape[3:])
             self.mass = torch.cat([self.mass, new], 2)
@@ -130,12 +130,11 @@ class _Layer:
             result += (log_mass - total).exp().unsqueeze(-1) * evicted
         self.output[:, :, :, first:last] = result.unflatten(2, (-1, last - first))
         if zone < last:
-            seen = weight.unsqueeze(-1)
-            if self.how.policy.observes_logits:
+            seen = weight
+            if self.how.policy.observes.what == "logits":
                 visible = torch.where(hidden, 0.0, logits)
                 seen = torch.stack([(~hidden).float().expand_as(logits), visible, visible.square()], -1)
-            observed = seen.unflatten(2, (-1, last - first))[:, :, :, max(0, zone - first) :].sum((2, 3))
-            self.mass += observed if self.how.policy.observes_logits else observed.squeeze(-1)
+            self.mass += seen.unflatten(2, (-1, last - first))[:, :, :, max(0, zone - first) :].sum((2, 3))
 
     def _retire(self, event: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """The event: tokens before the new boundary compete for the store, losers join the moments."""
@@ -149,7 +148,7 @@ class _Layer:
         tokens = Candidates(
             keys=k[:, :, :num], values=v[:, :, :num], valid=torch.ones(k.shape[0], num, dtype=torch.bool),
             store_tokens=plan.store_tokens, moments=self.exact, scale=self.scale,
-            attention=self.mass[:, :, :num] if policy.needs_attention else None,
+            attention=self.mass[:, :, :num] if policy.observes is not None else None,
         )  # fmt: skip
         kept = chosen(policy.score(tokens), tokens.valid, plan.store_tokens, plan.run_tokens, how.sink_tokens)
         self._forget(tokens, (~kept).float())
@@ -157,13 +156,13 @@ class _Layer:
         filled = plan.store_tokens if how.store is None else self.stored_k.shape[2]
         source = fill_holes(kept, torch.full((k.shape[0],), filled), plan.store_tokens)
         pick = source.unsqueeze(-1).expand(-1, -1, -1, k.shape[-1])
-        if policy.observes_all_queries:
+        if policy.observes_every_query():
             self.mass = torch.cat([self.mass[:, :, :num].gather(2, source), self.mass[:, :, num:]], 2)
         self._keep(keys.gather(2, pick), values.gather(2, pick), boundary)
 
     def _keep(self, keys: torch.Tensor, values: torch.Tensor, boundary: int) -> None:
         self.stored_k, self.stored_v, self.window = keys, values, boundary
-        if not self.how.policy.observes_all_queries:
+        if not self.how.policy.observes_every_query():
             self.mass = self.mass.new_zeros(*self.mass.shape[:2], 0, *self.mass.shape[3:])
 
     def _entering(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -179,7 +178,7 @@ class _Layer:
         self.evicted = True
         if self.state is not None:
             self.state.absorb(tokens.keys, tokens.values, lost, self.exact)
-        if self.how.policy.needs_means or self.state is not None:
+        if "means" in self.how.policy.reads or self.state is not None:
             self.exact = mo.merge(self.exact, mo.of_tokens(tokens.keys, tokens.values, lost, self.covariance))
         else:
             self.exact = replace(self.exact, count=self.exact.count + lost[:, 0].sum(-1))

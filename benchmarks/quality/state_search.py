@@ -54,7 +54,7 @@ STATES: dict[str, Callable[[], State] | None] = {
 class KeyDistance(MomentKV):
     """The first term of the default score alone."""
 
-    needs_attention = False
+    observes = None
 
     def score(self, tokens: Candidates) -> torch.Tensor:
         return self._distance(tokens, tokens.keys, tokens.moments.mean_key)

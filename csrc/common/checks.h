@@ -2,7 +2,6 @@
 // define in this namespace: kDevice, where its tensors lie; kAligned, whether 16 bytes are read at once.
 // Nothing here is visible outside of the including file: the extensions of several devices live in one process.
 
-#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
@@ -11,7 +10,6 @@ namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-using Tensors = c10::List<OptionalTensor>;
 
 template <class T>
 T* data_of(const Tensor& x, const char* name, at::IntArrayRef shape) {
@@ -55,54 +53,58 @@ int64_t token_stride(const Tensor& x, const Tensor& like, int64_t head_dim, cons
   return x.stride(0);
 }
 
-// CacheView.record_arguments (momentkv_vllm/kernels/cache_view.py). Only if `used` must the record fit its pages.
+// What Python hands over by one call each, in its order: of the functions here, of a schema, and as a record.
+// One by one, not as lists: a list of tensors costs a call several microseconds.
+
+// CacheView.record_arguments (momentkv_vllm/kernels/cache_view.py).
+#define MOMENTKV_RECORD                                                                                              \
+  bool has_means, bool has_covariance, at::ScalarType moment_dtype, int64_t mean_key, int64_t mean_value, int64_t spread, \
+      int64_t scales, int64_t covariance
+#define MOMENTKV_RECORD_SCHEMA                                                                                      \
+  "bool has_means, bool has_covariance, ScalarType moment_dtype, int mean_key, int mean_value, int spread, int scales, " \
+  "int covariance"
+#define MOMENTKV_RECORD_GIVEN {has_means, has_covariance, moment_dtype, mean_key, mean_value, spread, scales, covariance}
 struct RecordArguments {
   bool has_means, has_covariance;
   at::ScalarType moment_dtype;
-  at::IntArrayRef offsets;
+  int64_t mean_key, mean_value, spread, scales, covariance;
 };
 
+// AttendWork.arguments() (momentkv_vllm/kernels/worklists.py).
+#define MOMENTKV_ATTEND_WORK                                                                             \
+  const Tensor &first_token, const Tensor &num_queries, const Tensor &pages, const Tensor &last_slot,    \
+      const Tensor &moment_pages, const Tensor &num_evicted, const OptionalTensor &observe_from, const OptionalTensor &restart
+#define MOMENTKV_ATTEND_WORK_SCHEMA                                                                       \
+  "Tensor first_token, Tensor num_queries, Tensor pages, Tensor last_slot, Tensor moment_pages, Tensor num_evicted, " \
+  "Tensor? observe_from, Tensor? restart"
+#define MOMENTKV_ATTEND_WORK_GIVEN \
+  {first_token, num_queries, pages, last_slot, moment_pages, num_evicted, observe_from, restart}
+struct AttendTensors {
+  const Tensor &first_token, &num_queries, &pages, &last_slot, &moment_pages, &num_evicted;
+  const OptionalTensor &observe_from, &restart;
+};
+
+// RetireWork.arguments() likewise.
+#define MOMENTKV_RETIRE_WORK \
+  const Tensor &store_pages, const Tensor &retiring_pages, const Tensor &moment_pages, const Tensor &num_evicted
+#define MOMENTKV_RETIRE_WORK_SCHEMA "Tensor store_pages, Tensor retiring_pages, Tensor moment_pages, Tensor num_evicted"
+#define MOMENTKV_RETIRE_WORK_GIVEN {store_pages, retiring_pages, moment_pages, num_evicted}
+struct RetireTensors {
+  const Tensor &store_pages, &retiring_pages, &moment_pages, &num_evicted;
+};
+
+// Only if `used` must the record fit its pages.
 template <class Cache>
 RecordLayout record_of(const Cache& cache, const RecordArguments& r, const Tensor& moment_pages, bool used) {
   TORCH_CHECK(moment_pages.dim() == 2, "moment_pages has shape ", moment_pages.sizes(), "; it must be [rows, pages]");
-  TORCH_CHECK(r.offsets.size() == 5, "record_offsets has ", r.offsets.size(), " numbers; RecordLayout.offsets has 5");
   const Type type = type_of(r.moment_dtype, "moment_dtype", {at::kChar, at::kBFloat16, at::kFloat});
-  const RecordLayout layout{r.has_means, r.has_covariance, type, int(r.offsets[0]), int(r.offsets[1]), int(r.offsets[2]),
-                            int(r.offsets[3]), int(r.offsets[4])};
+  const RecordLayout layout{r.has_means, r.has_covariance, type, int(r.mean_key), int(r.mean_value), int(r.spread),
+                            int(r.scales), int(r.covariance)};
   const int64_t d = cache.head_dim, there = moment_pages.size(1) * cache.page_size * 2 * d * bytes_of(cache.type);
   const int64_t needed = layout.has_covariance ? layout.covariance + d * d * bytes_of(type) : layout.spread + 4;
   TORCH_CHECK(!used || (r.has_means && there >= needed), "moment_pages has ", moment_pages.size(1), " pages of ", there,
               " bytes a head; its record needs ", r.has_means ? needed : 0, r.has_means ? "" : ", it has no means");
   return layout;
-}
-
-// AttendWork.arguments() (momentkv_vllm/kernels/worklists.py), in its order.
-struct AttendTensors {
-  Tensor first_token, num_queries, pages, last_slot, moment_pages, num_evicted;
-  OptionalTensor observe_from, restart, stored;
-};
-
-// RetireWork.arguments() likewise.
-struct RetireTensors {
-  Tensor store_pages, retiring_pages, moment_pages, num_evicted;
-  OptionalTensor stored;
-};
-
-Tensor given(const Tensors& work, size_t size, size_t i) {
-  TORCH_CHECK(work.size() == size, "work has ", work.size(), " tensors instead of ", size);
-  const OptionalTensor x = work.get(i);
-  TORCH_CHECK(x, "work[", i, "] is None; the operation needs it");
-  return *x;
-}
-
-AttendTensors attend_tensors(const Tensors& work) {
-  auto at = [&](size_t i) { return given(work, 9, i); };
-  return {at(0), at(1), at(2), at(3), at(4), at(5), work.get(6), work.get(7), work.get(8)};
-}
-
-RetireTensors retire_tensors(const Tensors& work) {
-  auto at = [&](size_t i) { return given(work, 5, i); };
-  return {at(0), at(1), at(2), at(3), work.get(4)};
 }
 
 // `like`: the cache's tensor, whose first dimension counts pages. Params hold the cache already.
@@ -143,7 +145,8 @@ void set_queries(QueryParams<Cache>& q, const Tensor& like, const Tensor& query,
 
 template <class Cache>
 void set_attend(AttendParams<Cache>& a, const Tensor& like, const Tensor& query, const Tensor& output,
-                const OptionalTensor& lse, const AttendTensors& work, double scale, bool corrected, const RecordArguments& record) {
+                const OptionalTensor& lse, const AttendTensors& work, double scale, bool corrected,
+                const RecordArguments& record) {
   set_queries(a, like, query, work, scale);
   a.record_layout = record_of(a.cache, record, work.moment_pages, corrected);
   a.num_moment_pages = work.moment_pages.size(1);

@@ -67,9 +67,10 @@ PackedLayout packed_of(const Cache& c, at::IntArrayRef packed) {
 }
 
 // The rows' quantised stores.
-void set_store(Attend& a, const AttendTensors& work, int64_t store_pages, at::IntArrayRef packed, const OptionalTensor& observed) {
+void set_store(Attend& a, const OptionalTensor& stored, int64_t store_pages, at::IntArrayRef packed,
+               const OptionalTensor& observed) {
   a.packed = packed_of(a.cache, packed);
-  a.stored = data_of<int64_t>(work.stored, "stored", {a.rows});
+  a.stored = data_of<int64_t>(stored, "stored", {a.rows});
   a.store_pages = store_pages;
   a.observed_slots = std::max(a.cache.page_size, a.packed.page_tiles * 8);
   TORCH_CHECK(a.stored == nullptr || a.packed.bits != 0, "stored is given; packed must say how the store is quantised");
@@ -154,14 +155,14 @@ struct Items {
   }
 };
 
-void attend(const Tensor& kv, const Tensor& query, const Tensor& output, const OptionalTensor& lse, const Tensors& tensors,
-            double scale, bool corrected, bool has_means, bool has_covariance, at::ScalarType moment_dtype,
-            at::IntArrayRef record_offsets, int64_t store_pages, at::IntArrayRef packed, const OptionalTensor& logits) {
-  const AttendTensors work = attend_tensors(tensors);
+void attend(const Tensor& kv, const Tensor& query, const Tensor& output, const OptionalTensor& lse, MOMENTKV_ATTEND_WORK,
+            double scale, bool corrected, MOMENTKV_RECORD, const OptionalTensor& stored, int64_t store_pages,
+            at::IntArrayRef packed, const OptionalTensor& logits) {
+  const AttendTensors work MOMENTKV_ATTEND_WORK_GIVEN;
   Attend a{};
   a.cache = cache_of(kv);
-  set_attend(a, kv, query, output, lse, work, scale, corrected, {has_means, has_covariance, moment_dtype, record_offsets});
-  set_store(a, work, store_pages, packed, {});
+  set_attend(a, kv, query, output, lse, work, scale, corrected, MOMENTKV_RECORD_GIVEN);
+  set_store(a, stored, store_pages, packed, {});
   check_rows(a, query.size(0));
   set_observing(a, work, logits);
   thread_local Items items;
@@ -174,13 +175,14 @@ void attend(const Tensor& kv, const Tensor& query, const Tensor& output, const O
   in_parallel(items.merges.size(), [&](int64_t i) { k.merge(a, merges[i]); });
 }
 
-void observe(const Tensor& kv, const Tensor& observed, const Tensor& query, const Tensor& lse, const Tensors& tensors,
-             double scale, int64_t store_pages, at::IntArrayRef packed, const OptionalTensor& logits) {
-  const AttendTensors work = attend_tensors(tensors);
+void observe(const Tensor& kv, const Tensor& observed, const Tensor& query, const Tensor& lse, MOMENTKV_ATTEND_WORK,
+             double scale, const OptionalTensor& stored, int64_t store_pages, at::IntArrayRef packed,
+             const OptionalTensor& logits) {
+  const AttendTensors work MOMENTKV_ATTEND_WORK_GIVEN;
   Attend a{};
   a.cache = cache_of(kv);
   set_queries(a, kv, query, work, scale);
-  set_store(a, work, store_pages, packed, observed);
+  set_store(a, stored, store_pages, packed, observed);
   check_rows(a, query.size(0));
   a.lse = data_of<float>(lse, "lse", {query.size(0), a.query_heads});
   set_observing(a, work, logits);
@@ -189,20 +191,18 @@ void observe(const Tensor& kv, const Tensor& observed, const Tensor& query, cons
   in_parallel(a.rows * a.cache.heads, [&](int64_t i) { k.observe(a, i, scratch(k.observe_scratch(a))); });
 }
 
-void consolidate(const Tensor& kv, const Tensors& work, const OptionalTensor& score, const OptionalTensor& observed,
-                 int64_t sink_tokens, double attention_weight, bool has_means, bool has_covariance,
-                 at::ScalarType moment_dtype, at::IntArrayRef record_offsets, int64_t run_tokens, int64_t store_tokens,
-                 at::IntArrayRef packed) {
-  const RetireTensors tensors = retire_tensors(work);
+void consolidate(const Tensor& kv, MOMENTKV_RETIRE_WORK, const OptionalTensor& score, const OptionalTensor& observed,
+                 int64_t sink_tokens, double attention_weight, MOMENTKV_RECORD, const OptionalTensor& stored,
+                 int64_t run_tokens, int64_t store_tokens, at::IntArrayRef packed) {
   Consolidate c{};
   c.cache = cache_of(kv);
   c.packed = packed_of(c.cache, packed);
   c.observed_slots = std::max(c.cache.page_size, c.packed.page_tiles * 8);
-  const int64_t pages = tensors.store_pages.size(1), page_size = c.cache.page_size;
-  c.candidates = (pages + tensors.retiring_pages.size(1)) * page_size + pages * c.packed.page_tiles * 8;
-  set_consolidate(c, kv, tensors, score, observed, sink_tokens, attention_weight,
-                  {has_means, has_covariance, moment_dtype, record_offsets}, c.candidates, c.observed_slots);
-  c.stored = data_of<int64_t>(tensors.stored, "stored", {c.rows});
+  const int64_t pages = store_pages.size(1), page_size = c.cache.page_size;
+  c.candidates = (pages + retiring_pages.size(1)) * page_size + pages * c.packed.page_tiles * 8;
+  set_consolidate(c, kv, MOMENTKV_RETIRE_WORK_GIVEN, score, observed, sink_tokens, attention_weight, MOMENTKV_RECORD_GIVEN,
+                  c.candidates, c.observed_slots);
+  c.stored = data_of<int64_t>(stored, "stored", {c.rows});
   c.run_tokens = run_tokens;
   c.store_tokens = c.stored == nullptr ? pages * page_size : store_tokens;
   TORCH_CHECK(run_tokens > 0 && page_size % run_tokens == 0 && c.store_tokens % run_tokens == 0, "runs of ", run_tokens,
@@ -218,23 +218,22 @@ std::string isa() { return kernels().name; }
 }  // namespace
 }  // namespace momentkv
 
-// Arguments of one meaning stand in one order here and in csrc/cuda; `work` is AttendWork.arguments() or
-// RetireWork.arguments(), has_means to record_offsets are CacheView.record_arguments (momentkv_vllm/kernels).
+// Arguments of one meaning stand in one order here and in csrc/cuda.
 TORCH_LIBRARY(momentkv_cpu, m) {
   m.def("write(Tensor(a!) kv, Tensor key, Tensor value, Tensor slots, Tensor(b!)? observed) -> ()", &momentkv::write);
   m.def(
-      "attend(Tensor kv, Tensor query, Tensor(a!) output, Tensor(b!)? lse, Tensor?[] work, float scale, bool corrected, "
-      "bool has_means, bool has_covariance, ScalarType moment_dtype, int[] record_offsets, int store_pages, int[] packed, "
-      "Tensor(c!)? logits) -> ()",
+      "attend(Tensor kv, Tensor query, Tensor(a!) output, Tensor(b!)? lse, " MOMENTKV_ATTEND_WORK_SCHEMA
+      ", float scale, bool corrected, " MOMENTKV_RECORD_SCHEMA
+      ", Tensor? stored, int store_pages, int[] packed, Tensor(c!)? logits) -> ()",
       &momentkv::attend);
   m.def(
-      "observe(Tensor kv, Tensor(a!) observed, Tensor query, Tensor lse, Tensor?[] work, float scale, "
-      "int store_pages, int[] packed, Tensor(b!)? logits) -> ()",
+      "observe(Tensor kv, Tensor(a!) observed, Tensor query, Tensor lse, " MOMENTKV_ATTEND_WORK_SCHEMA
+      ", float scale, Tensor? stored, int store_pages, int[] packed, Tensor(b!)? logits) -> ()",
       &momentkv::observe);
   m.def(
-      "consolidate(Tensor(a!) kv, Tensor?[] work, Tensor? score, Tensor(b!)? observed, int sink_tokens, "
-      "float attention_weight, bool has_means, bool has_covariance, ScalarType moment_dtype, int[] record_offsets, "
-      "int run_tokens, int store_tokens, int[] packed) -> ()",
+      "consolidate(Tensor(a!) kv, " MOMENTKV_RETIRE_WORK_SCHEMA
+      ", Tensor? score, Tensor(b!)? observed, int sink_tokens, float attention_weight, " MOMENTKV_RECORD_SCHEMA
+      ", Tensor? stored, int run_tokens, int store_tokens, int[] packed) -> ()",
       &momentkv::consolidate);
   m.def("isa() -> str", &momentkv::isa);
 }

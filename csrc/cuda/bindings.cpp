@@ -93,12 +93,10 @@ Tensor set_units(Attend& a, const Tensor& keys, int64_t max_queries) {
 }
 
 void attend_op(const Tensor& keys, const Tensor& values, const Tensor& query, const Tensor& output, const OptionalTensor& lse,
-               const Tensors& work, double scale, bool corrected, bool has_means, bool has_covariance,
-               at::ScalarType moment_dtype, at::IntArrayRef record_offsets, int64_t max_queries) {
+               MOMENTKV_ATTEND_WORK, double scale, bool corrected, MOMENTKV_RECORD, int64_t max_queries) {
   Attend a{};
   a.cache = cache_of(keys, values);
-  set_attend(a, keys, query, output, lse, attend_tensors(work), scale, corrected,
-             {has_means, has_covariance, moment_dtype, record_offsets});
+  set_attend(a, keys, query, output, lse, MOMENTKV_ATTEND_WORK_GIVEN, scale, corrected, MOMENTKV_RECORD_GIVEN);
   TORCH_CHECK(max_queries >= 1 && max_queries <= query.size(0), "max_queries is ", max_queries, "; legal: 1 to the ",
               query.size(0), " tokens of query");
   if (a.rows == 0) return;
@@ -107,8 +105,8 @@ void attend_op(const Tensor& keys, const Tensor& values, const Tensor& query, co
 }
 
 void observe_op(const Tensor& keys, const Tensor& values, const Tensor& observed, const Tensor& query, const Tensor& lse,
-                const Tensors& tensors, double scale) {
-  const AttendTensors work = attend_tensors(tensors);
+                MOMENTKV_ATTEND_WORK, double scale) {
+  const AttendTensors work MOMENTKV_ATTEND_WORK_GIVEN;
   Observe o{};
   o.cache = cache_of(keys, values);
   set_queries(o, keys, query, work, scale);
@@ -120,16 +118,13 @@ void observe_op(const Tensor& keys, const Tensor& values, const Tensor& observed
   if (o.rows > 0 && o.max_pages > 0) run(observe, o, keys);
 }
 
-void consolidate_op(const Tensor& keys, const Tensor& values, const Tensors& work, const OptionalTensor& score,
-                    const OptionalTensor& observed, int64_t sink_tokens, double attention_weight, bool has_means,
-                    bool has_covariance, at::ScalarType moment_dtype, at::IntArrayRef record_offsets) {
+void consolidate_op(const Tensor& keys, const Tensor& values, MOMENTKV_RETIRE_WORK, const OptionalTensor& score,
+                    const OptionalTensor& observed, int64_t sink_tokens, double attention_weight, MOMENTKV_RECORD) {
   Consolidate c{};
   c.cache = cache_of(keys, values);
-  const RetireTensors tensors = retire_tensors(work);
-  TORCH_CHECK(!tensors.stored, "the CUDA kernels know no quantised store");
-  const int64_t pages = tensors.store_pages.size(1) + tensors.retiring_pages.size(1), slots = c.cache.page_size;
-  set_consolidate(c, keys, tensors, score, observed, sink_tokens, attention_weight,
-                  {has_means, has_covariance, moment_dtype, record_offsets}, pages * slots, slots);
+  const int64_t slots = c.cache.page_size, given = (store_pages.size(1) + retiring_pages.size(1)) * slots;
+  set_consolidate(c, keys, MOMENTKV_RETIRE_WORK_GIVEN, score, observed, sink_tokens, attention_weight, MOMENTKV_RECORD_GIVEN,
+                  given, slots);
   if (c.rows == 0 || c.retiring_pages == 0) return;
   const int64_t heads = c.cache.heads, d = c.cache.head_dim, page_size = c.cache.page_size;
   const int64_t candidates = (c.store_pages + c.retiring_pages) * page_size;
@@ -149,20 +144,19 @@ void consolidate_op(const Tensor& keys, const Tensor& values, const Tensors& wor
 #define MOMENTKV_DEFINE(library) TORCH_LIBRARY(library, m)
 #define MOMENTKV_IMPLEMENT(library, device) TORCH_LIBRARY_IMPL(library, device, m)
 
-// Arguments of one meaning stand in one order here and in csrc/cpu, which says what they are.
+// Arguments of one meaning stand in one order here and in csrc/cpu.
 MOMENTKV_DEFINE(MOMENTKV_LIBRARY) {
   m.def(
       "write(Tensor(a!) keys, Tensor(b!) values, Tensor key, Tensor value, Tensor slots, Tensor(c!)? observed) -> ()");
   m.def(
-      "attend(Tensor keys, Tensor values, Tensor query, Tensor(a!) output, Tensor(b!)? lse, Tensor?[] work, float scale, "
-      "bool corrected, bool has_means, bool has_covariance, ScalarType moment_dtype, int[] record_offsets, "
-      "int max_queries) -> ()");
+      "attend(Tensor keys, Tensor values, Tensor query, Tensor(a!) output, Tensor(b!)? lse, " MOMENTKV_ATTEND_WORK_SCHEMA
+      ", float scale, bool corrected, " MOMENTKV_RECORD_SCHEMA ", int max_queries) -> ()");
   m.def(
-      "observe(Tensor keys, Tensor values, Tensor(a!) observed, Tensor query, Tensor lse, Tensor?[] work, float scale) -> ()");
+      "observe(Tensor keys, Tensor values, Tensor(a!) observed, Tensor query, Tensor lse, " MOMENTKV_ATTEND_WORK_SCHEMA
+      ", float scale) -> ()");
   m.def(
-      "consolidate(Tensor(a!) keys, Tensor(b!) values, Tensor?[] work, Tensor? score, Tensor(c!)? observed, "
-      "int sink_tokens, float attention_weight, bool has_means, bool has_covariance, ScalarType moment_dtype, "
-      "int[] record_offsets) -> ()");
+      "consolidate(Tensor(a!) keys, Tensor(b!) values, " MOMENTKV_RETIRE_WORK_SCHEMA
+      ", Tensor? score, Tensor(c!)? observed, int sink_tokens, float attention_weight, " MOMENTKV_RECORD_SCHEMA ") -> ()");
 }
 
 MOMENTKV_IMPLEMENT(MOMENTKV_LIBRARY, MOMENTKV_DEVICE) {

@@ -28,7 +28,6 @@ from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.limits import CacheShape
 from momentkv_vllm.kv_spec import MomentKVSpec
-from momentkv_vllm.policies import POLICIES
 
 logger = init_logger(__name__)
 
@@ -82,7 +81,7 @@ class MomentKVMetadataBuilder(CPUAttentionMetadataBuilder):
         shape = CacheShape(kv_cache_spec.head_size, kv_cache_spec.block_size, kv_cache_spec.dtype)
         kernels = select(config.kernels, shape=shape)
         logger.info_once("--kv-eviction %s: kernels %s", config.policy, kernels.label())
-        self.planner = StepPlanner(kv_cache_spec.schedule, config, POLICIES[config.policy])
+        self.planner = StepPlanner(kv_cache_spec.schedule, config, config.policy_class)
         if get_tensor_model_parallel_rank() == 0:
             self.monitor = Monitor(kv_cache_spec)
         if config.prefill == "full":

@@ -33,7 +33,6 @@ from momentkv_vllm.attention.upload import uploaded
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
-from momentkv_vllm.policies import POLICIES
 
 logger = init_logger(__name__)
 
@@ -105,7 +104,7 @@ class CudaMomentKVMetadataBuilder(TritonAttentionMetadataBuilder):
         if not config.active:
             return
         require_bounded_spec(kv_cache_spec, config, layer_names)
-        policy, schedule = POLICIES[config.policy], kv_cache_spec.schedule
+        policy, schedule = config.policy_class, kv_cache_spec.schedule
         kernels = select(config.kernels, CudaMomentKVImpl.device_type)
         logger.info_once("--kv-eviction %s: kernels %s", config.policy, kernels.label())
         self.planner = StepPlanner(schedule, config, policy)
@@ -157,4 +156,8 @@ class CudaMomentKVImpl(EvictingImpl, TritonAttentionImpl):
 
 
 def _plans_on_device(config: EvictionConfig) -> bool:
-    return POLICIES[config.policy].is_moment_distance and config.prefill == "chunked" and config.kernels != "reference"
+    return (
+        config.policy_class.native == "moment_distance"
+        and config.prefill == "chunked"
+        and config.kernels != "reference"
+    )

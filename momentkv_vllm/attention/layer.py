@@ -24,7 +24,6 @@ from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.worklists import AttendWork, fresh_pages
 from momentkv_vllm.kv_spec import StateLayout
 from momentkv_vllm.model_layers import hides_tokens
-from momentkv_vllm.policies import POLICIES
 from momentkv_vllm.refuse import Unsupported, refuse_first
 
 
@@ -49,7 +48,7 @@ class EvictingImpl:
             _refuse_layer(self, slides)
         if self.config is None:
             return
-        self.policy = POLICIES[config.policy]()
+        self.policy = config.policy_class()
         self.layout: StateLayout | None = None
         self.layout_page_size = 0
         shape = CacheShape(head_size, vllm_config.cache_config.block_size, vllm_config.model_config.dtype)
@@ -122,8 +121,7 @@ class EvictingImpl:
         if observed is None:
             # A captured memset would run at every replay; observation begins by clearing what it will read.
             capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
-            what = "logits" if self.policy.observes_logits else "mass"
-            observed = self.observed = Observed.of(cache, what, cleared=not capturing)
+            observed = self.observed = Observed.of(cache, self.policy.observes.what, cleared=not capturing)
         self.kernels.observe(cache, observed, query, lse, attend, self.scale)
 
     def _observed_in(self, cache: CacheView) -> Observed | None:

@@ -73,8 +73,8 @@ class StepPlanner:
     def __init__(self, schedule: PageSchedule, config: EvictionConfig, policy: type[Policy]) -> None:
         self.schedule = schedule
         self.config = config
-        self.observe = policy.needs_attention
-        self.observe_all = policy.observes_all_queries
+        self.observe = policy.observes is not None
+        self.observe_all = policy.observes_every_query()
 
     def build(
         self, query_start: list[int], seq_lens: list[int], prompt_lens: list[int], block_table: torch.Tensor

@@ -24,8 +24,8 @@ class DecodePlanner:
         device: torch.device | str,
     ) -> None:
         self.schedule = schedule
-        self.observed = config.observation_tokens if policy.needs_attention else 0
-        self.observe_all = policy.observes_all_queries
+        self.observed = config.observation_tokens if policy.observes else 0
+        self.observe_all = policy.observes_every_query()
         # A first event retires the moment pages too.
         most_retired = schedule.moment_pages + schedule.retire_pages
 

@@ -11,6 +11,7 @@ from vllm.v1.request import Request
 from momentkv_vllm.block_manager.integrity import ChecksIntegrity
 from momentkv_vllm.block_manager.metrics import PageMetrics
 from momentkv_vllm.kv_spec import MomentKVSpec
+from momentkv_vllm.policies import origin
 from momentkv_vllm.refuse import WITHOUT, refuse
 
 logger = init_logger(f"vllm.{__name__}")
@@ -207,10 +208,11 @@ def _announce(spec: MomentKVSpec, pool_pages: int) -> None:
             WITHOUT,
         )
     logger.info(
-        "momentkv: policy %s, budget %d tokens = %d pages of %d (store %d, moments %d, window %d), state %d bytes a "
+        "momentkv: policy %s (%s), budget %d tokens = %d pages of %d (store %d, moments %d, window %d), state %d bytes a "
         "sequence and layer (%.0f %% of the budget), pool %d pages: about %d sequences at full budget",
-        spec.config.policy, schedule.first_event_tokens, budget, schedule.page_size, schedule.store_pages, schedule.moment_pages,
-        schedule.window_pages, spec.state_bytes, 100 * schedule.moment_pages / budget, pool_pages, pool_pages // budget,
+        spec.config.policy, origin(spec.config.policy), schedule.first_event_tokens, budget, schedule.page_size,
+        schedule.store_pages, schedule.moment_pages, schedule.window_pages, spec.state_bytes,
+        100 * schedule.moment_pages / budget, pool_pages, pool_pages // budget,
     )  # fmt: skip
     if 3 * schedule.moment_pages > budget:
         logger.warning(

@@ -118,8 +118,7 @@ class KernelFamily(ABC):
             work: store, retiring and moment pages, and the number of tokens evicted before this event.
         """
         score = None
-        native = policy.is_moment_distance and "moment_distance" in self.native_scores
-        if not native or work.stored is not None:
+        if policy.native not in self.native_scores or work.stored is not None:
             score = policy.score(candidates(cache, observed, work, scale)).contiguous()
         self._consolidate(cache, observed.mass if observed else None, work, score, sink_tokens, ATTENTION_WEIGHT)
 

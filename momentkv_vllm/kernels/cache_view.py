@@ -12,7 +12,7 @@ from torch import Tensor
 from momentkv_vllm import records
 from momentkv_vllm.moments import Moments
 from momentkv_vllm.packed_store import PackedLayout, PackedPages, rotated_block
-from momentkv_vllm.page_layout import RecordLayout, RecordOffsets
+from momentkv_vllm.page_layout import RecordLayout
 
 
 @dataclass
@@ -83,10 +83,10 @@ class CacheView:
         return max(self.page_size, self.packed.page_tokens if self.packed else 0)
 
     @property
-    def record_arguments(self) -> tuple[bool, bool, torch.dtype, RecordOffsets]:
+    def record_arguments(self) -> tuple[bool | torch.dtype | int, ...]:
         """What operators in C++ and CUDA are told of records: the order of their arguments stands here."""
         layout = self.record_layout
-        return layout.has_means, layout.has_covariance, records.covariance_dtype(layout), layout.offsets
+        return layout.has_means, layout.has_covariance, records.covariance_dtype(layout), *layout.offsets
 
     @property
     def packed_arguments(self) -> list[int]:

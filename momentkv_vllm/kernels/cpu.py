@@ -54,14 +54,15 @@ class Cpu(KernelFamily):
             shape = (len(work.pages), query.shape[1], store_slots + work.pages.shape[1] * cache.page_size)
             if work.logits is None or work.logits.shape != shape:
                 work.logits = query.new_empty(shape, dtype=torch.float32)
-        given = cache.kv, query, output, lse, work.arguments(), scale, corrected
-        _ops.attend(*given, *cache.record_arguments, work.store_pages, cache.packed_arguments, work.logits)
+        given = cache.kv, query, output, lse, *work.arguments(), scale, corrected
+        store = work.stored, work.store_pages, cache.packed_arguments
+        _ops.attend(*given, *cache.record_arguments, *store, work.logits)
 
     def _observe(self, cache: CacheView, mass, query, lse, work: AttendWork, scale: float) -> None:
-        given = cache.kv, mass, query, lse, work.arguments(), scale
-        _ops.observe(*given, work.store_pages, cache.packed_arguments, work.logits)
+        store = work.stored, work.store_pages, cache.packed_arguments
+        _ops.observe(cache.kv, mass, query, lse, *work.arguments(), scale, *store, work.logits)
 
     def _consolidate(self, cache: CacheView, mass, work: RetireWork, score, sink_tokens: int, attention_weight) -> None:
-        given = cache.kv, work.arguments(), score, mass, sink_tokens, attention_weight
-        packed = cache.packed_arguments if work.stored is not None else []
-        _ops.consolidate(*given, *cache.record_arguments, work.run_tokens, work.store_tokens, packed)
+        given = cache.kv, *work.arguments(), score, mass, sink_tokens, attention_weight
+        store = work.stored, work.run_tokens, work.store_tokens, cache.packed_arguments
+        _ops.consolidate(*given, *cache.record_arguments, *store)

@@ -47,14 +47,14 @@ class Cuda(KernelFamily):
         _ops.write(cache.keys, cache.values, key, value, slots, mass)
 
     def attend(self, cache: CacheView, query, output, lse, work: AttendWork, scale: float, corrected: bool) -> None:
-        given = query, output, lse, work.arguments(), scale, corrected
+        given = query, output, lse, *work.arguments(), scale, corrected
         _ops.attend(cache.keys, cache.values, *given, *cache.record_arguments, work.query_bound())
 
     def _observe(self, cache: CacheView, mass, query, lse, work: AttendWork, scale: float) -> None:
-        _ops.observe(cache.keys, cache.values, mass, query, lse, work.arguments(), scale)
+        _ops.observe(cache.keys, cache.values, mass, query, lse, *work.arguments(), scale)
 
     def _consolidate(self, cache: CacheView, mass, work: RetireWork, score, sink_tokens: int, attention_weight) -> None:
-        given = work.arguments(), score, mass, sink_tokens, attention_weight
+        given = *work.arguments(), score, mass, sink_tokens, attention_weight
         _ops.consolidate(cache.keys, cache.values, *given, *cache.record_arguments)
 
 

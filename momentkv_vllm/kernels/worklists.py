@@ -59,7 +59,7 @@ class AttendWork:
     def arguments(self) -> list[Tensor | None]:
         """The tensors that operators in C++ and CUDA take, in their order."""
         rows = [self.first_token, self.num_queries, self.pages, self.last_slot, self.moment_pages, self.num_evicted]
-        return [*rows, self.observe_from, self.restart, self.stored]
+        return [*rows, self.observe_from, self.restart]
 
     def query_bound(self) -> int:
         """No row has more queries. Waits for the device unless `most_queries` is given."""
@@ -102,4 +102,4 @@ class RetireWork:
 
     def arguments(self) -> list[Tensor | None]:
         """The tensors that operators in C++ and CUDA take, in their order."""
-        return [self.store_pages, self.retiring_pages, self.moment_pages, self.num_evicted, self.stored]
+        return [self.store_pages, self.retiring_pages, self.moment_pages, self.num_evicted]

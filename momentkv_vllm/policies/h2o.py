@@ -2,7 +2,7 @@
 
 import torch
 
-from momentkv_vllm.policies.base import Candidates, Policy
+from momentkv_vllm.policies.base import Candidates, Observation, Policy
 
 
 class H2O(Policy):
@@ -12,8 +12,11 @@ class H2O(Policy):
     """
 
     name = "h2o"
-    needs_attention = True
-    observes_all_queries = True
+    source = "arXiv 2306.14048"
+    summary = "attention received from all queries so far"
+    observes = Observation(queries="all")
+    # Half of the budget is recent tokens, as published.
+    defaults = {"correction": "off"}
 
     def score(self, tokens: Candidates) -> torch.Tensor:
         return tokens.attention.clone()

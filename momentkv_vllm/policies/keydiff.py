@@ -10,6 +10,9 @@ class KeyDiff(Policy):
     """score_j = -cos(k_j, mean of the candidates' normalised keys)."""
 
     name = "keydiff"
+    source = "arXiv 2504.15364"
+    summary = "minus the cosine of its key to the mean direction"
+    defaults = {"correction": "off", "window_tokens": 16}
 
     def score(self, tokens: Candidates) -> torch.Tensor:
         # Padding is zero and stays zero.

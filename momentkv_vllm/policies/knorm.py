@@ -9,6 +9,9 @@ class KNorm(Policy):
     """score_j = -||k_j||: keys of small norm tend to receive much attention."""
 
     name = "knorm"
+    source = "arXiv 2406.11430"
+    summary = "minus the norm of its key"
+    defaults = {"correction": "off", "window_tokens": 16}
 
     def score(self, tokens: Candidates) -> torch.Tensor:
         return -tokens.keys.norm(dim=-1)

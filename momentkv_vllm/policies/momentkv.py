@@ -2,7 +2,7 @@
 
 import torch
 
-from momentkv_vllm.policies.base import Candidates, Policy
+from momentkv_vllm.policies.base import Candidates, Observation, Policy
 
 ATTENTION_WEIGHT = 0.5
 """w: more keeps running text closer to the full cache, less keeps more needles (make bench-states). Kernels
@@ -21,9 +21,13 @@ class MomentKV(Policy):
     """
 
     name = "momentkv"
-    needs_means = True
-    needs_attention = True
-    is_moment_distance = True
+    source = "ours, after arXiv 2606.01563"
+    summary = (
+        "distance of its key to the mean evicted key + attention x distance of its value to the mean evicted value"
+    )
+    observes = Observation()
+    reads = ("means",)
+    native = "moment_distance"
 
     def score(self, tokens: Candidates) -> torch.Tensor:
         m = tokens.moments

@@ -2,7 +2,7 @@
 
 import torch
 
-from momentkv_vllm.policies.base import Candidates, Policy
+from momentkv_vllm.policies.base import Candidates, Observation, Policy
 
 POOL = 4
 """Neighbouring tokens pooled before scoring (the paper's protocol)."""
@@ -17,9 +17,14 @@ class Paper(Policy):
     """
 
     name = "paper"
-    needs_means = True
-    needs_covariance = True
-    needs_attention = True
+    source = "arXiv 2606.01563"
+    summary = "attention x how badly the moments predict its value (eq. 10); prompt read in full"
+    observes = Observation()
+    reads = ("means", "covariance", "order")
+    # Section "Protocol": evict after the prompt, one sink, the last 32 queries observed and kept.
+    defaults = {
+        "correction": "first", "prefill": "full", "sink_tokens": 1, "window_tokens": 32, "observation_tokens": 32
+    }  # fmt: skip
 
     def score(self, tokens: Candidates) -> torch.Tensor:
         m = tokens.moments

@@ -16,6 +16,9 @@ class Random(Policy):
     """
 
     name = "random"
+    summary = "fixed pseudo-random priority: a uniform sample of the past"
+    reads = ("order", "head")
+    defaults = {"correction": "off", "window_tokens": 16}
 
     def score(self, tokens: Candidates) -> torch.Tensor:
         rows, heads, num, _ = tokens.keys.shape

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from momentkv_vllm.policies.base import Candidates, Policy
+from momentkv_vllm.policies.base import Candidates, Observation, Policy
 
 KERNEL = 5
 """Width of the average over neighbouring tokens (odd)."""
@@ -16,7 +16,12 @@ class SnapKV(Policy):
     """
 
     name = "snapkv"
-    needs_attention = True
+    source = "arXiv 2404.14469"
+    summary = "attention of the last 32 queries, smoothed; prompt read in full"
+    observes = Observation()
+    reads = ("order",)
+    # The observation window is kept.
+    defaults = {"correction": "off", "prefill": "full", "window_tokens": 32, "observation_tokens": 32}
 
     def score(self, tokens: Candidates) -> torch.Tensor:
         first = (tokens.moments.count == 0)[:, None, None]

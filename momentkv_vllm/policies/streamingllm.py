@@ -12,6 +12,10 @@ class StreamingLLM(Policy):
     """
 
     name = "streamingllm"
+    source = "arXiv 2309.17453"
+    summary = "sinks and window only"
+    reads = ("order",)
+    defaults = {"correction": "off"}
     keeps_only_sinks = True
 
     def score(self, tokens: Candidates) -> torch.Tensor:

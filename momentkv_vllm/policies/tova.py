@@ -2,7 +2,7 @@
 
 import torch
 
-from momentkv_vllm.policies.base import Candidates, Policy
+from momentkv_vllm.policies.base import Candidates, Observation, Policy
 
 
 class TOVA(Policy):
@@ -13,7 +13,10 @@ class TOVA(Policy):
     """
 
     name = "tova"
-    needs_attention = True
+    source = "arXiv 2401.06104"
+    summary = "attention of the newest query"
+    observes = Observation()
+    defaults = {"correction": "off", "window_tokens": 16, "observation_tokens": 1}
 
     def score(self, tokens: Candidates) -> torch.Tensor:
         return tokens.attention.clone()

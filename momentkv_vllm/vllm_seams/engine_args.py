@@ -8,12 +8,13 @@ import functools
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
-from momentkv_vllm.config import CONFIG_KEY, POLICY_DEFAULTS, EvictionConfig
+from momentkv_vllm.config import CONFIG_KEY, EvictionConfig
 from momentkv_vllm.environment import unknown_variables
 from momentkv_vllm.model_layers import has_windows, hides_tokens, named_windows
-from momentkv_vllm.policies import POLICIES
+from momentkv_vllm.policies import OFF, builtins, names, origin
 from momentkv_vllm.refuse import refuse
 from momentkv_vllm.vllm_seams.gpu import choose_backend
 from momentkv_vllm.vllm_seams.refusals import SLIDING_PAGE_TOKENS, refuse_unsupported, refuse_untested_vllm
@@ -79,15 +80,15 @@ def _evicting_config(engine_args: Any, config: EvictionConfig, create: Callable[
 
 
 def _add_options(parser: Any) -> Any:
+    keys = [f.name for f in fields(EvictionConfig)]
     group = parser.add_argument_group(
         title="KV eviction (momentkv)", description="A fixed KV budget per sequence; evicted tokens become moments."
     )
     group.add_argument(
         "--kv-eviction",
-        choices=["off", *POLICY_DEFAULTS],
+        choices=[OFF, *names()],
         default=None,
-        help="Eviction policy. off: stock vLLM. momentkv: the default policy. paper: arXiv 2606.01563 as published. "
-        "streamingllm: sinks and a sliding window.",
+        help=_policies_help(),
     )
     group.add_argument(
         "--kv-budget", type=int, default=None, metavar="TOKENS", help="KV tokens per sequence, moment state included."
@@ -96,10 +97,17 @@ def _add_options(parser: Any) -> Any:
         "--kv-eviction-config",
         type=json.loads,
         default=None,
-        help="Further settings as JSON or dotted keys, e.g. --kv-eviction-config.window_tokens 64. Keys: window_tokens, "
-        "sink_tokens, prefill, correction, moment_dtype, observation_tokens, retire_tokens, kernels.",
+        help="Further settings as JSON or dotted keys, e.g. --kv-eviction-config.window_tokens 64. Keys: "
+        f"{', '.join(k for k in keys if k not in ('policy', 'budget_tokens'))}. window_tokens and retire_tokens may be auto.",
     )
     return parser
+
+
+def _policies_help() -> str:
+    """What each name of `--kv-eviction` means; code of other packages is not imported for that."""
+    known = builtins()
+    said = [f"{n}: {known[n].summary}" if n in known else f"{n}: of {origin(n)}" for n in names()]
+    return f"Which tokens stay. {OFF}: stock vLLM. {'. '.join(said)}.".replace("%", "%%")
 
 
 def _carry_options(engine_args: Any, args: argparse.Namespace) -> None:
@@ -132,7 +140,7 @@ def _set_defaults(engine_args: Any, config: EvictionConfig) -> bool:
     if choose_block_size:
         engine_args.block_size = 16 if config.budget_tokens <= SMALL_BUDGET_TOKENS else 32
         logger.info("momentkv: --block-size not given, using %d", engine_args.block_size)
-    if engine_args.enable_prefix_caching is None and POLICIES[config.policy].observes_all_queries:
+    if engine_args.enable_prefix_caching is None and config.policy_class.observes_every_query():
         engine_args.enable_prefix_caching = False
         logger.warning(
             "momentkv: prefix caching is switched off: policy %s must observe every query of a sequence", config.policy

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.environment import ALLOW_UNTESTED_VLLM
 from momentkv_vllm.model_layers import full_layers, has_windows
-from momentkv_vllm.policies import POLICIES
 from momentkv_vllm.refuse import WITHOUT, Unsupported, refuse, refuse_first
 from momentkv_vllm.versions import TESTED_VLLM, installed_vllm
 from momentkv_vllm.vllm_seams.gpu import BACKEND_NAMES, gpu_rows
@@ -99,7 +98,7 @@ def _cache_rows(vllm_config: "VllmConfig", config: EvictionConfig) -> list[Unsup
         ),
         Unsupported(
             "--enable-prefix-caching (the policy must observe every query of a sequence)",
-            cache.enable_prefix_caching and POLICIES[config.policy].observes_all_queries,
+            cache.enable_prefix_caching and config.policy_class.observes_every_query(),
             "leave the option out, take another policy",
         ),
         Unsupported("KV offloading (--kv-offloading-size)", cache.kv_offloading_size, leave_out),
@@ -184,7 +183,7 @@ def _draft_rows(vllm_config: "VllmConfig", config: EvictionConfig) -> list[Unsup
         ),
         Unsupported(
             f"{option} a policy that observes every query (rejected drafts too)",
-            POLICIES[config.policy].observes_all_queries,
+            config.policy_class.observes_every_query(),
             "take another policy",
         ),
         Unsupported(
