@@ -90,6 +90,11 @@ class EvictionConfig:
         """The policy that is on. Raises ValueError if none is."""
         return find(self.policy)
 
+    @property
+    def quantised_store(self) -> str:
+        """ "int8", "int4", or "" where the store is of the model's dtype."""
+        return self.store_dtype if self.store_dtype in ("int8", "int4") else ""
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -34,10 +34,10 @@ class StateLayout:
         """Of a model's KV heads. Raises ValueError on too small a budget, and on a quantised store that holds no more."""
         record = record_layout(config, head_dim)
         keeps_only_sinks, item = config.policy_class.keeps_only_sinks, get_dtype_size(dtype)
-        if config.store_dtype in ("auto", "model"):
+        if not config.quantised_store:
             moment_pages = record.pages(page_size, item)
             return cls(build_schedule(config, page_size, moment_pages, keeps_only_sinks), record, None)
-        packed, part = PackedLayout(config.store_dtype, head_dim), page_size * 2 * head_dim * item
+        packed, part = PackedLayout(config.quantised_store, head_dim), page_size * 2 * head_dim * item
         page_tokens = packed.tiles_per_page(part) * TILE_TOKENS
         if page_tokens <= page_size:
             refuse(

@@ -52,12 +52,18 @@ def test_log_probabilities_are_the_simulators(engine, models, kind, kernels, ato
     assert (mine - answers(None)).abs().max() > 3 * atol, "eviction must matter here"
 
 
-def test_tokens_do_not_depend_on_chunk_size_batch_or_preemption(engine):
+def test_tokens_do_not_depend_on_chunk_size_or_batch(engine):
     prompts = [random_prompt(n) for n in (900, 1100, 700)]
     alone = [engine(**INT4, block_size=PAGE).generate([p], max_tokens=48)[0] for p in prompts]
     assert engine(**INT4, block_size=PAGE, max_num_batched_tokens=96).generate(prompts, max_tokens=48) == alone
-    tight = engine(**INT4, block_size=PAGE, num_gpu_blocks_override=40, max_num_batched_tokens=128)
-    assert tight.generate(prompts, max_tokens=48) == alone
+
+
+def test_preemption_gives_the_same_tokens(engine):
+    """31 pages: both prompts fit, and not one token more of both."""
+    prompts = [random_prompt(240, seed) for seed in (1, 2)]
+    alone = [engine(**INT4, block_size=PAGE).generate([p], max_tokens=64)[0] for p in prompts]
+    tight = engine(**INT4, block_size=PAGE, num_gpu_blocks_override=32, max_num_batched_tokens=100, watermark=0.0)
+    assert tight.generate(prompts, max_tokens=64) == alone
     assert tight.preemptions
 
 
@@ -72,11 +78,11 @@ def test_a_prefix_is_cached_and_the_store_is_private(engine):
 
 def test_below_the_budget_it_is_stock(engine):
     prompts = [random_prompt(n) for n in (40, 180)]
-    stock = engine(block_size=PAGE).generate(prompts)
-    assert engine(**INT4, block_size=PAGE).generate(prompts) == stock
+    stock = engine(block_size=32).generate(prompts)
+    assert engine(**INT4, block_size=32).generate(prompts) == stock
 
 
 def test_a_store_that_would_hold_no_more_is_refused():
     config = EvictionConfig.from_dict({"policy": "keydiff", "store_dtype": "int8"})
-    with pytest.raises(ValueError, match="store_dtype='int8' would hold 8 tokens in a page of 16 .* use 'model'"):
+    with pytest.raises(ValueError, match="store_dtype='int8' would hold 8 tokens in a page of 16.*use 'model'"):
         StateLayout.of(config, 16, 16, torch.bfloat16)

@@ -10,7 +10,11 @@ from momentkv_vllm.page_schedule import PageSchedule, build_schedule, cdiv
 
 @st.composite
 def schedules(draw):
-    retire, page_size, store_pages = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 4, 16])), draw(st.integers(1, 6))
+    retire, page_size, store_pages = (
+        draw(st.integers(1, 4)),
+        draw(st.sampled_from([1, 2, 4, 16])),
+        draw(st.integers(1, 6)),
+    )
     packed, run_tokens = draw(st.booleans()), draw(st.sampled_from([1, page_size]))
     return PageSchedule(
         page_size=page_size,
@@ -78,8 +82,12 @@ def test_live_pages_never_exceed_the_budget_in_decode(plan, total):
         if after:
             stored = plan.stored_tokens(after)
             assert plan.evicted_tokens(after) + stored + window == p  # n + store + window = committed
-            assert stored == plan.store_tokens or not plan.evicted_tokens(after), "nothing is evicted until the store is full"
-            assert stored % plan.run_tokens == 0 and stored <= plan.store_pages * (plan.store_page_tokens or plan.page_size)
+            assert stored == plan.store_tokens or not plan.evicted_tokens(after), (
+                "nothing is evicted until the store is full"
+            )
+            assert stored % plan.run_tokens == 0 and stored <= plan.store_pages * (
+                plan.store_page_tokens or plan.page_size
+            )
             assert window >= (plan.window_pages - plan.retire_pages) * plan.page_size
 
 

@@ -51,7 +51,8 @@ class EvictingImpl:
         self.policy = config.policy_class()
         self.layout: StateLayout | None = None
         self.layout_page_size = 0
-        shape = CacheShape(head_size, vllm_config.cache_config.block_size, vllm_config.model_config.dtype)
+        page_size, dtype = vllm_config.cache_config.block_size, vllm_config.model_config.dtype
+        shape = CacheShape(head_size, page_size, dtype, config.quantised_store, config.run_tokens)
         self.kernels: KernelFamily = select(config.kernels, self.device_type, shape)
         self.observed: Observed | None = None
 

@@ -48,7 +48,9 @@ class CacheView:
         halves = kv_cache.view(pages, heads, 2, page_size * head_dim)
         keys = halves[:, :, 0].view(pages, heads, head_dim, page_size).transpose(-1, -2)
         values = halves[:, :, 1].view(pages, heads, page_size, head_dim)
-        return cls(keys, values, kv_cache, kv_cache.view(pages, heads, -1).view(torch.uint8), record_layout, packed_layout)
+        return cls(
+            keys, values, kv_cache, kv_cache.view(pages, heads, -1).view(torch.uint8), record_layout, packed_layout
+        )
 
     @classmethod
     def of_vllm_gpu(

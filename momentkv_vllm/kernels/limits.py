@@ -8,11 +8,14 @@ import torch
 
 @dataclass(frozen=True)
 class CacheShape:
-    """A layer's cache: numbers of a head, tokens of a page, and the type of the numbers."""
+    """A layer's cache: numbers of a head, tokens of a page, and the type of the numbers; how its store is quantised ("" where it
+    is not), and how many neighbours compete for it together."""
 
     head_size: int
     page_size: int
     dtype: torch.dtype
+    store_dtype: str = ""
+    run_tokens: int = 1
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class Limits:
     head_sizes: range | tuple[int, ...] | None = None
     page_step: int = 1
     dtypes: tuple[torch.dtype, ...] | None = None
+    stores: bool = True
+    """Quantised ones, and stores that keep runs of neighbours."""
 
     def objections(self, shape: CacheShape) -> list[str]:
         """Why a family with these limits cannot serve such a cache; empty if it can."""
@@ -32,6 +37,10 @@ class Limits:
             found.append(f"it serves pages of multiples of {self.page_step} tokens, not of {shape.page_size}")
         if self.dtypes is not None and shape.dtype not in self.dtypes:
             found.append(f"it serves {_listed(self.dtypes)}, the KV cache is {_listed([shape.dtype])}")
+        if not self.stores and shape.store_dtype:
+            found.append(f"it knows no store of {shape.store_dtype} yet, only store_dtype 'model'")
+        if not self.stores and shape.run_tokens > 1:
+            found.append(f"it knows no runs of {shape.run_tokens} tokens yet, only run_tokens 1")
         return found
 
 

@@ -87,7 +87,9 @@ def _packed(cache: CacheView, tokens: Candidates, work: RetireWork, source: Tens
     entering &= source < tokens.valid.sum(1).view(-1, 1, 1)
     pick = source.unsqueeze(-1).expand(-1, -1, -1, tokens.keys.shape[-1])
     new = Packed.of(tokens.keys.gather(2, pick), tokens.values.gather(2, pick), layout)
-    return Packed(*(torch.where(entering.unsqueeze(-1), getattr(new, f.name), getattr(old, f.name)) for f in fields(Packed)))
+    return Packed(
+        *(torch.where(entering.unsqueeze(-1), getattr(new, f.name), getattr(old, f.name)) for f in fields(Packed))
+    )
 
 
 def chosen(score: Tensor, valid: Tensor, store_tokens: int, run_tokens: int, sink_tokens: int) -> Tensor:

@@ -200,7 +200,8 @@ def refuse_kernels(vllm_config: "VllmConfig", config: EvictionConfig) -> None:
     from momentkv_vllm.kernels import CacheShape, select
 
     layers, model = full_layers(vllm_config), vllm_config.model_config
-    shape = CacheShape(layers.head_size, int(vllm_config.cache_config.block_size * layers.page_ratio), model.dtype)
+    page_size = int(vllm_config.cache_config.block_size * layers.page_ratio)
+    shape = CacheShape(layers.head_size, page_size, model.dtype, config.quantised_store, config.run_tokens)
     select(config.kernels, current_platform.device_type, shape)
 
 
