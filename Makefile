@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_OFFLINE = 1
 export VLLM_NO_USAGE_STATS = 1
 
-.PHONY: help setup real-model demo test test-fast test-sanitize bench-kernels bench-serving lint format doctor lock policies-table model code-model test-gpu bench-gpu bench-gpu-engine bench-quality bench-quality-simulator bench-quality-toy bench-ablation bench-states bench-rope oracle clean bench-prefix bench-dashboard bench-metrics bench-load soak fuzz bench-memory audit image-cpu image-test
+.PHONY: help setup real-model demo test test-fast test-sanitize bench-kernels bench-store bench-serving lint format doctor lock policies-table model code-model test-gpu bench-gpu bench-gpu-engine bench-quality bench-quality-simulator bench-quality-toy bench-ablation bench-states bench-rope oracle clean bench-prefix bench-dashboard bench-metrics bench-load soak fuzz bench-memory audit image-cpu image-test
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
@@ -64,6 +64,9 @@ test-sanitize: setup ## kernel tests under AddressSanitizer and UBSan
 
 bench-kernels: setup ## C++ kernels against vLLM's own on the same tokens
 	PYTHONPATH=benchmarks $(BIN)/python -P -m kernels.run
+
+bench-store: setup ## attention over quantised stores against 16-bit ones of as many bytes and tokens
+	PYTHONPATH=benchmarks $(BIN)/python -P -m kernels.store
 
 bench-serving: setup ## stock vLLM against momentkv: decode tokens/s, first token, KV bytes, concurrency (20 minutes, 55 without AVX-512)
 	PYTHONPATH=benchmarks $(BIN)/python -P -m serving.run

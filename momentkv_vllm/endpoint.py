@@ -56,6 +56,8 @@ def summary(vllm_config: Any) -> dict[str, Any]:
             "budget_pages": schedule.budget_pages,
             "first_event": schedule.first_event_tokens,
             "retire_tokens": schedule.retire_tokens,
+            "store_tokens": schedule.store_tokens,
+            "held_tokens": schedule.held_tokens,
         }
         found["schedule"] = {**asdict(schedule), **sizes}
     return found

@@ -191,7 +191,9 @@ class MomentKVSpec(FullAttentionSpec):
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of one sequence's moment pages in one layer."""
+        """Bytes of one sequence's moment pages in one layer, or of the records in its last store page."""
+        if self.schedule.record_in_store:
+            return record_layout(self.config, self.head_size).num_bytes * self.num_kv_heads
         return self.schedule.moment_pages * self.page_size_bytes
 
 

@@ -65,6 +65,11 @@ class PageSchedule:
         slots = self.store_pages * (self.store_page_tokens or self.page_size) - self.record_tokens
         return slots // self.run_tokens * self.run_tokens
 
+    @property
+    def held_tokens(self) -> int:
+        """Tokens, of one head, that a sequence holds at its budget."""
+        return self.store_tokens + self.window_pages * self.page_size
+
     def stored_tokens(self, boundary: int) -> int:
         """Tokens in the store once every column before `boundary` is retired: all of them until it is full."""
         return min(self.store_tokens, boundary * self.page_size)

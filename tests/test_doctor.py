@@ -22,7 +22,7 @@ def test_everything_works_here(tmp_path):
     assert families["cpu"] == families["reference"] == []
     assert "cuda" in families
     assert families["triton"] == [] or "no CUDA GPU" in families["triton"][0]
-    assert report["kernels"] in ("cpu (avx512)", "cpu (avx2)", "cpu (generic)")
+    assert report["kernels"] in ("cpu (avx512vnni)", "cpu (avx512)", "cpu (avx2)", "cpu (generic)")
     assert report["packages"]["vllm"] == "0.32.0+cpu"
 
 

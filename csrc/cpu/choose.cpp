@@ -9,6 +9,9 @@
 namespace momentkv {
 
 #if defined(__x86_64__)
+namespace avx512vnni {
+extern const Kernels table;
+}
 namespace avx512 {
 extern const Kernels table;
 }
@@ -26,9 +29,10 @@ bool works_here(const char* isa) {
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (std::strcmp(isa, "avx2") == 0) return avx2;
-  if (std::strcmp(isa, "avx512") == 0)
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (std::strcmp(isa, "avx512") == 0) return avx512;
+  if (std::strcmp(isa, "avx512vnni") == 0) return avx512 && __builtin_cpu_supports("avx512vnni");
 #endif
   return std::strcmp(isa, "generic") == 0;
 }
@@ -36,7 +40,7 @@ bool works_here(const char* isa) {
 const Kernels& choose() {
   const Kernels* preferred[] = {
 #if defined(__x86_64__)
-      &avx512::table, &avx2::table,
+      &avx512vnni::table, &avx512::table, &avx2::table,
 #endif
       &generic::table};
   const char* wanted = std::getenv("MOMENTKV_CPU_ISA");
@@ -44,7 +48,7 @@ const Kernels& choose() {
     if (wanted == nullptr ? works_here(kernels->name) : std::strcmp(wanted, kernels->name) == 0 && works_here(wanted))
       return *kernels;
   throw std::runtime_error("MOMENTKV_CPU_ISA=" + std::string(wanted) +
-                           ": this machine or build does not have it; avx512, avx2 and generic are known; unset it to "
+                           ": this machine or build does not have it; avx512vnni, avx512, avx2 and generic are known; unset it to "
                            "let the kernels choose");
 }
 

@@ -81,7 +81,7 @@ constexpr int kTileSlots = 128;     // slots whose logits are computed before th
 constexpr int kSplitSlots = 512;    // slots of one decode item
 constexpr int kRowsPerItem = 32;    // query rows (queries x groups) of one item of a chunk
 
-// The best set that this machine has; MOMENTKV_CPU_ISA=avx512|avx2|generic asks for another one.
+// The best set that this machine has; MOMENTKV_CPU_ISA=avx512vnni|avx512|avx2|generic asks for another one.
 const Kernels& kernels();
 
 }  // namespace momentkv

@@ -214,6 +214,11 @@ def _announce(spec: MomentKVSpec, pool_pages: int) -> None:
         schedule.store_pages, schedule.moment_pages, schedule.window_pages, spec.state_bytes,
         100 * schedule.moment_pages / budget, pool_pages, pool_pages // budget,
     )  # fmt: skip
+    if schedule.is_packed:
+        logger.info(
+            "momentkv: store_dtype %s holds %d tokens in the memory of %d; nothing is evicted until it is full",
+            spec.config.store_dtype, schedule.held_tokens, schedule.first_event_tokens,
+        )  # fmt: skip
     if 3 * schedule.moment_pages > budget:
         logger.warning(
             "momentkv: the moment state takes %d of %d budget pages, more than a third; a larger --kv-budget, a smaller "
