@@ -40,7 +40,8 @@ class Cpu(KernelFamily):
         return f"{self.name} ({self.isa()})"
 
     def isa(self) -> str:
-        """Instruction set in use: avx512vnni, avx512, avx2 or generic. Raises RuntimeError if MOMENTKV_CPU_ISA asks for a missing one."""
+        """Instruction set in use: avx512vnni, avx512, avx2 or generic. Raises RuntimeError if MOMENTKV_CPU_ISA asks for one
+        that is missing."""
         return _ops.isa()
 
     def _write(self, cache: CacheView, key, value, slots, mass) -> None:
