@@ -125,7 +125,10 @@ struct Items {
   }
 
   static int64_t slots(const Attend& a, int64_t row) { return a.stored_of(row) + a.last_slot[row] + a.num_queries[row]; }
-  static int64_t splits(const Attend& a, int64_t row) { return std::max<int64_t>(1, slots(a, row) / kSplitSlots); }
+  static int64_t splits(const Attend& a, int64_t row) {
+    const int64_t stored = a.stored_of(row);
+    return std::max<int64_t>(1, (slots(a, row) - stored + stored / kPackedSlots) / kSplitSlots);
+  }
   static bool with_record(const Attend& a, int64_t row) { return a.corrected && a.num_evicted[row] > 0; }
 
   // The s-th of n cuts of a row's slots: between whole tiles of kernels, or pages.

@@ -79,6 +79,7 @@ struct Kernels {
 constexpr int kMaxHeadDim = 512;
 constexpr int kTileSlots = 128;     // slots whose logits are computed before their softmax
 constexpr int kSplitSlots = 512;    // slots of one decode item
+constexpr int kPackedSlots = 4;     // quantised slots that take as long as one exact one, rotating queries included
 constexpr int kRowsPerItem = 32;    // query rows (queries x groups) of one item of a chunk
 
 // The best set that this machine has; MOMENTKV_CPU_ISA=avx512vnni|avx512|avx2|generic asks for another one.

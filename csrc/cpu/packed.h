@@ -31,15 +31,22 @@ struct Code {
 
 // The next slots of a row's store, as tiles.
 struct PackedSlots {
-  const uint8_t* tiles[kTiles + 1];  // the last one is repeated: a vector may span two
+  const uint8_t* tiles[2 * kTiles];  // those of these slots, then the next ones to fetch ahead; the row's last one is repeated
   int slots;
 
-  // Slots [first, end), which starts a tile.
+  // Slots [first, end), which starts a tile, at most kTileSlots of them.
   PackedSlots(const Cache& c, const PackedLayout& p, int64_t head, const int64_t* pages, int64_t first, int64_t end)
       : slots(int(end - first < kTileSlots ? end - first : kTileSlots)) {
-    int t = 0;
-    for (; t * kTileTokens < slots; ++t) tiles[t] = tile_of(c, p, head, pages, first / kTileTokens + t);
-    for (; t <= kTiles; ++t) tiles[t] = tiles[t - 1];
+    const int64_t part = c.page_size * 2 * c.head_dim * bytes_of(c.type), there = (end - first) / kTileTokens;
+    int64_t page = first / kTileTokens / p.page_tiles, tile = first / kTileTokens % p.page_tiles;
+    const uint8_t* at = nullptr;
+    for (int t = 0; t < 2 * kTiles; ++t) {
+      if (t < there) {
+        at = reinterpret_cast<uint8_t*>(c.data) + (pages[page] * c.heads + head) * part + tile * p.tile_bytes;
+        if (++tile == p.page_tiles) tile = 0, ++page;
+      }
+      tiles[t] = at;
+    }
   }
   static uint8_t* tile_of(const Cache& c, const PackedLayout& p, int64_t head, const int64_t* pages, int64_t number) {
     const int64_t part = c.page_size * 2 * c.head_dim * bytes_of(c.type);
@@ -84,17 +91,32 @@ struct PackedSlots {
   }
 };
 
-// The Walsh-Hadamard transform of packed_store.py, in place: the same additions in the same order.
+// One butterfly stage inside vectors: lanes `Half` apart. A product with 1 or -1 is exact, fused or not.
+template <int Half>
+inline Vec butterfly(Vec v) {
+  IntVec other;
+  Vec sign;
+  for (int i = 0; i < kLanes; ++i) other[i] = i ^ Half, sign[i] = i & Half ? -1.0f : 1.0f;
+  return __builtin_shuffle(v, other) + v * sign;
+}
+
+// The Walsh-Hadamard transform of packed_store.py, in place: the same additions in the same order. `block` is 16 at least.
 inline void rotate(float* x, int64_t width, int64_t block) {
-  for (int64_t half = 1; half < block; half *= 2)
-    for (int64_t i = 0; i < width; i += 2 * half)
-      for (int64_t j = i; j < i + half; ++j) {
-        const float a = x[j], b = x[j + half];
-        x[j] = a + b;
-        x[j + half] = a - b;
-      }
   const float norm = float(1 / std::sqrt(double(block)));
-  for (int64_t i = 0; i < width; ++i) x[i] *= norm;
+  for (int64_t i = 0; i < width; i += kLanes) {
+    Vec v = butterfly<2>(butterfly<1>(load(x + i)));
+    if constexpr (kLanes > 4) v = butterfly<4>(v);
+    if constexpr (kLanes > 8) v = butterfly<8>(v);
+    store(x + i, v);
+  }
+  for (int64_t half = kLanes; half < block; half *= 2)
+    for (int64_t i = 0; i < width; i += 2 * half)
+      for (int64_t j = i; j < i + half; j += kLanes) {
+        const Vec a = load(x + j), b = load(x + j + half);
+        store(x + j, a + b);
+        store(x + j + half, a - b);
+      }
+  for (int64_t i = 0; i < width; i += kLanes) store(x + i, load(x + i) * norm);
 }
 
 // `Rows` rotated queries, rounded to 16 bits, in the order of the key codes.
@@ -104,22 +126,30 @@ struct PackedQueries {
   float* steps;     // [Rows] of the words
 };
 
-// `query`: [width], rotated; it is used up.
+// `query`: [width], rotated.
 template <int Bits>
-inline void pack_query(const PackedLayout& p, float* query, int16_t* words, float* middles, float& step) {
-  float top = 0;
-  for (int64_t i = 0; i < p.width; ++i) top = fabsf(query[i]) > top ? fabsf(query[i]) : top;
-  const float inverse = top > 0 ? 32767 / top : 0;
-  step = top / 32767;
-  for (int64_t i = 0; i < p.width; ++i) query[i] = nearbyintf(query[i] * inverse);
-  for (int64_t g = 0; g < p.width / kGroup; ++g) {
-    float total = 0;
-    for (int64_t i = 0; i < kGroup; ++i) total += query[g * kGroup + i];
-    middles[g] = total * Code<Bits>::kMiddle;
+inline void pack_query(const PackedLayout& p, const float* query, int16_t* words, float* middles, float& step) {
+  constexpr int kWords = Code<Bits>::kGroupBytes / 4, kPlanes = Code<Bits>::kPlanes;
+  Vec top = {};
+  for (int64_t i = 0; i < p.width; i += kLanes) {
+    const Vec x = absolute(load(query + i));
+    top = x > top ? x : top;
   }
-  for (int64_t w = 0; w < p.code_bytes / 4; ++w)
-    for (int k = 0; k < Code<Bits>::kPlanes; ++k)
-      for (int h = 0; h < 2; ++h) *words++ = int16_t(query[Code<Bits>::dimension(w, h, k)]);
+  const float highest = largest(top), inverse = highest > 0 ? 32767 / highest : 0;
+  step = highest / 32767;
+  for (int64_t g = 0; g < p.width / kGroup; ++g) {
+    int16_t rounded[kGroup];
+    IntVec total = {};
+    for (int i = 0; i < kGroup; i += kLanes) {
+      const IntVec v = to_integers(load(query + g * kGroup + i) * inverse);
+      total += v;
+      store_words(rounded + i, v);
+    }
+    middles[g] = float(sum(total)) * Code<Bits>::kMiddle;
+    for (int w = 0; w < kWords; ++w)
+      for (int k = 0; k < kPlanes; ++k)
+        for (int h = 0; h < 2; ++h) *words++ = rounded[Code<Bits>::dimension(w, h, k)];
+  }
 }
 
 // logits[r][slot] = scale * q_r . k_slot, in rows of kTileSlots.
@@ -135,6 +165,12 @@ inline void dot_packed(const PackedSlots& t, const PackedLayout& p, const Packed
       for (int64_t w = g * kWords; w < (g + 1) * kWords; ++w) {
         UnsignedWordVec words[kVectors];
         for (int j = 0; j < kVectors; ++j) words[j] = t.key_words(v + j < t.vectors() ? v + j : v, w);
+        if (w % 2 == 0)
+          for (int j = 0; j < kVectors * kLanes / kTileTokens; ++j) {
+            const int tile = v * kLanes / kTileTokens + j;
+            __builtin_prefetch(t.tiles[tile + kVectors * kLanes / kTileTokens] + w * 4 * kTileTokens);
+            __builtin_prefetch(t.tiles[tile] + p.values_offset + w * 4 * kTileTokens);
+          }
         for (int k = 0; k < kPlanes; ++k)
           for (int r = 0; r < Rows; ++r) {
             const WordVec query = splat_pair(q.words + r * p.width + (w * kPlanes + k) * 2);
