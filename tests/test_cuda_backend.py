@@ -13,6 +13,7 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 from momentkv_vllm.attention import cpu_backend
 from momentkv_vllm.attention.cpu_backend import MomentKVBackend, MomentKVImpl, MomentKVMetadataBuilder
 from momentkv_vllm.attention.cuda_backend import CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder
+from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.worklists import AttendWork
@@ -35,7 +36,7 @@ def stock_attention(self, layer, query, key, value, kv_cache, metadata, output, 
     last = metadata.seq_lens.long() - queries
     none = torch.zeros(len(last), 0, dtype=torch.long)
     work = AttendWork(starts[:-1], queries, metadata.block_table.long(), last, none, torch.zeros(len(last)))
-    cache = CacheView.of_vllm_gpu(kv_cache, self.record_layout)
+    cache = self.view_of(kv_cache)
     select("reference").attend(cache, query, output, None, work, self.scale, False)
     return output
 
@@ -113,7 +114,7 @@ def test_layers_that_it_cannot_serve(change, word):
 def test_a_gpu_is_refused_unless_the_user_insists(monkeypatch, caplog, insists):
     monkeypatch.setenv(gpu.ALLOW_UNTESTED_GPU.name, "1" if insists else "0")
     platform = SimpleNamespace(device_type="cuda", is_cpu=lambda: False, is_cuda=lambda: True)
-    config = SimpleNamespace(prefill="chunked")
+    config = EvictionConfig("momentkv")
     found = gpu.gpu_rows(platform, SimpleNamespace(speculative_config=None), config)
     refused = [f"{row.feature}; {row.way_out}" for row in found if row.present]
     assert bool(refused) is not insists

@@ -101,7 +101,7 @@ def test_chunks_and_decode_rows_launch_their_own_kernels_only(models, monkeypatc
         for name in names:
             monkeypatch.setattr(module, name, Launches(name, seen))
     side, family = side_of(models), triton.Triton()
-    cache = side.impl.view(new_cache(TABLE), side.impl.record_layout)
+    cache = side.impl.view_of(new_cache(TABLE))
     query = torch.zeros(201, 2 * HEADS, D)
     kinds = set()
     for work in side.builder.build(0, mixed_step()).eviction.rounds[0].attends:

@@ -210,7 +210,11 @@ void consolidate(const Tensor& kv, MOMENTKV_RETIRE_WORK, const OptionalTensor& s
   c.store_tokens = c.stored == nullptr ? pages * page_size : store_tokens;
   TORCH_CHECK(run_tokens > 0 && page_size % run_tokens == 0 && c.store_tokens % run_tokens == 0, "runs of ", run_tokens,
               " tokens; pages of ", page_size, " and a store of ", c.store_tokens, " must be whole runs");
-  TORCH_CHECK(c.stored == nullptr || (c.packed.bits != 0 && score), "a quantised store needs packed and score");
+  if (c.stored == nullptr) check_native_score(score, observed, has_means);
+  TORCH_CHECK(c.stored == nullptr || c.packed.bits != 0, "stored is given; packed must say how the store is quantised");
+  for (int64_t row = 0; c.stored != nullptr && !score && row < c.rows; ++row)
+    TORCH_CHECK(c.stored[row] + (c.stored[row] == 0 ? c.store_pages : 0) * page_size + c.retiring_pages * page_size <= store_tokens,
+                "row ", row, " evicts from a quantised store; give score");
   TORCH_CHECK(c.store_tokens <= pages * c.observed_slots, "a store of ", pages, " pages does not hold ", store_tokens, " tokens");
   const Kernels& k = kernels();
   in_parallel(c.rows * c.cache.heads, [&](int64_t i) { k.consolidate(c, i, scratch(k.consolidate_scratch(c))); });

@@ -122,6 +122,7 @@ void consolidate_op(const Tensor& keys, const Tensor& values, MOMENTKV_RETIRE_WO
                     const OptionalTensor& observed, int64_t sink_tokens, double attention_weight, MOMENTKV_RECORD) {
   Consolidate c{};
   c.cache = cache_of(keys, values);
+  check_native_score(score, observed, has_means);
   const int64_t slots = c.cache.page_size, given = (store_pages.size(1) + retiring_pages.size(1)) * slots;
   set_consolidate(c, keys, MOMENTKV_RETIRE_WORK_GIVEN, score, observed, sink_tokens, attention_weight, MOMENTKV_RECORD_GIVEN,
                   given, slots);

@@ -60,7 +60,8 @@ class EvictingImpl:
         """Ours write no quantized output: `forward` ignores `output_scale` where rows are evicted."""
         return self.config is None and super().fused_output_quant_supported(quant_key)
 
-    def _view(self, kv_cache: torch.Tensor) -> CacheView:
+    def view_of(self, kv_cache: torch.Tensor) -> CacheView:
+        """The layer's cache as kernels see it."""
         # Only the cache itself knows how many tokens vLLM has put on a page (MomentKVSpec.__post_init__).
         if self.layout is None or self.layout_page_size != kv_cache.shape[2]:
             self.layout_page_size = kv_cache.shape[2]
@@ -72,7 +73,7 @@ class EvictingImpl:
             if self.shares_pool:
                 _zero_fresh_pages(kv_cache, slot_mapping)
             return super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        cache = self._view(kv_cache)
+        cache = self.view_of(kv_cache)
         self.kernels.write(cache, key, value, slot_mapping, self._observed_in(cache))
 
     def forward(
@@ -90,7 +91,7 @@ class EvictingImpl:
             output[part.tokens] = super().forward(
                 layer, rows, key, value, kv_cache, part.metadata, torch.empty_like(rows)
             )
-        cache, monitor = self._view(kv_cache), getattr(attn_metadata, "monitor", None)
+        cache, monitor = self.view_of(kv_cache), getattr(attn_metadata, "monitor", None)
         for round_ in step.rounds:
             sampling = monitor if monitor and monitor.due(round_) else None
             for attend in round_.attends:

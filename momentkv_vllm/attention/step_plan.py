@@ -201,6 +201,7 @@ class StepPlanner:
             run_tokens=self.schedule.run_tokens,
             stored=self._stored(segments),
             store_tokens=self.schedule.store_tokens,
+            evicts=any(self.schedule.evicted_tokens(s.retire_to) for s in segments),
         )
 
     def _retained_columns(self, s: Segment) -> list[int]:

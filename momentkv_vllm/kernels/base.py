@@ -118,7 +118,7 @@ class KernelFamily(ABC):
             work: store, retiring and moment pages, and the number of tokens evicted before this event.
         """
         score = None
-        if policy.native not in self.native_scores or work.stored is not None:
+        if work.evicts and (policy.native not in self.native_scores or work.stored is not None):
             score = policy.score(candidates(cache, observed, work, scale)).contiguous()
         self._consolidate(cache, observed.mass if observed else None, work, score, sink_tokens, ATTENTION_WEIGHT)
 
@@ -135,4 +135,5 @@ class KernelFamily(ABC):
         self, cache: CacheView, mass: Tensor | None, work: RetireWork, score: Tensor | None, sink_tokens: int,
         attention_weight: float,
     ) -> None:  # fmt: skip
-        """score: [rows, heads, candidates] float32; None: the native one, whose second term `attention_weight` is for."""
+        """score: [rows, heads, candidates] float32; None: the native one, whose second term `attention_weight` is for, or none
+        because nothing is evicted."""

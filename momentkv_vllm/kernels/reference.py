@@ -54,6 +54,7 @@ class Reference(KernelFamily):
 
     def _consolidate(self, cache: CacheView, mass, work: RetireWork, score, sink_tokens: int, attention_weight) -> None:
         tokens = candidates(cache, Observed(mass) if mass is not None else None, work, scale=1.0)
+        score = torch.zeros_like(tokens.keys[..., 0]) if score is None else score
         kept = chosen(score, tokens.valid, tokens.store_tokens, work.run_tokens, sink_tokens)
         full = torch.full((len(kept),), tokens.store_tokens, device=kept.device)
         source = fill_holes(kept, full if work.stored is None else work.stored, tokens.store_tokens)

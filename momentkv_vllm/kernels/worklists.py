@@ -86,6 +86,7 @@ class RetireWork:
     stored:         [rows] int64 tokens in a quantised store before the event; 0: its pages are still exact. None: no store is
                     quantised, all are full from the first event on.
     store_tokens:   tokens that a quantised store holds when it is full.
+    evicts:         some row evicts; else there is room for all, and no score is asked for.
     """
 
     store_pages: Tensor
@@ -95,6 +96,7 @@ class RetireWork:
     run_tokens: int = 1
     stored: Tensor | None = None
     store_tokens: int = 0
+    evicts: bool = True
 
     def capacity(self, page_size: int) -> int:
         """Tokens that a store holds when it is full."""
