@@ -6,6 +6,7 @@ from dataclasses import fields
 
 import policy_table
 import pytest
+from judge.show import overview as judge_overview
 from load.run import table as load_table
 from model_families import table
 from named_files import DOCUMENTS, ROOT, missing_files
@@ -65,6 +66,8 @@ def test_measured_figures_are_those_of_the_committed_results():
     for row in demo[1:]:
         text = [f"{c:.3f}" if isinstance(c, float) else str(c) for c in row]
         assert "| " + " | ".join(text) + " |" in README, row
+    judged = json.loads((ROOT / "benchmarks/results/judge_engine_report.json").read_text())["results"]["cells"]
+    assert judge_overview(judged, "chunked") in README
     quality, code = (
         json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())["results"]
         for name in ("quality", "quality_code")
