@@ -127,6 +127,19 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("head_dim", [32, 80, 128])
+def test_cpu_reads_a_store_as_the_reference_does(dtype, head_dim):
+    layout = PackedLayout(dtype, head_dim)
+    kv = torch.zeros(5, HEADS, 32, 2 * head_dim, dtype=torch.bfloat16)
+    cache = CacheView.of_vllm_cpu(kv, RecordLayout(head_dim), layout)
+    pages = torch.tensor([[1, 4], [3, 2]])
+    keys, values = torch.randn(2, 2, HEADS, 2 * cache.packed.page_tokens, head_dim)
+    cache.packed.write(pages, Packed.of(keys, values, layout))
+    for got, want in zip(*(select(family).read_store(cache, pages) for family in ("cpu", "reference")), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_cpu_kernels_store_the_same_bytes_and_answer_alike(case):
     want, got = play("reference", *case), play("cpu", *case)

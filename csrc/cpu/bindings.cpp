@@ -2,6 +2,8 @@
 
 #include <Python.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -220,6 +222,22 @@ void consolidate(const Tensor& kv, MOMENTKV_RETIRE_WORK, const OptionalTensor& s
   in_parallel(c.rows * c.cache.heads, [&](int64_t i) { k.consolidate(c, i, scratch(k.consolidate_scratch(c))); });
 }
 
+// Keys and values of quantised store pages as float32, [rows, heads, slots, head_dim] each.
+std::tuple<Tensor, Tensor> read_store(const Tensor& kv, const Tensor& pages, at::IntArrayRef packed) {
+  TORCH_CHECK(pages.dim() == 2, "pages has shape ", pages.sizes(), "; it must be [rows, pages]");
+  ReadStore r{cache_of(kv), {}, data_of<int64_t>(pages, "pages", pages.sizes()), pages.size(1), nullptr, nullptr};
+  r.packed = packed_of(r.cache, packed);
+  TORCH_CHECK(r.packed.bits != 0, "packed must say how the store is quantised");
+  const int64_t rows = pages.size(0), slots = pages.size(1) * r.packed.page_tiles * 8;
+  const auto floats = kv.options().dtype(at::kFloat);
+  const Tensor keys = at::empty({rows, r.cache.heads, slots, r.cache.head_dim}, floats), values = at::empty_like(keys);
+  r.keys = keys.data_ptr<float>();
+  r.values = values.data_ptr<float>();
+  const Kernels& k = kernels();
+  in_parallel(rows * r.cache.heads, [&](int64_t i) { k.read_store(r, i); });
+  return {keys, values};
+}
+
 std::string isa() { return kernels().name; }
 
 }  // namespace
@@ -242,6 +260,7 @@ TORCH_LIBRARY(momentkv_cpu, m) {
       ", Tensor? score, Tensor(b!)? observed, int sink_tokens, float attention_weight, " MOMENTKV_RECORD_SCHEMA
       ", Tensor? stored, int run_tokens, int store_tokens, int[] packed) -> ()",
       &momentkv::consolidate);
+  m.def("read_store(Tensor kv, Tensor pages, int[] packed) -> (Tensor, Tensor)", &momentkv::read_store);
   m.def("isa() -> str", &momentkv::isa);
 }
 

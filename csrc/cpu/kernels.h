@@ -27,6 +27,14 @@ struct Consolidate : ConsolidateParams<Cache> {
   int64_t observed_slots, candidates;  // of a page; of a row of `score`
 };
 
+struct ReadStore {
+  Cache cache;
+  PackedLayout packed;
+  const int64_t* pages;  // [rows, num_pages]
+  int64_t num_pages;
+  float *keys, *values;  // [rows, heads, slots, head_dim]
+};
+
 // Of attend and of observe.
 struct Attend : AttendParams<Cache> {
   float* observed;              // observe: [num_pages, heads, page_size]
@@ -74,6 +82,7 @@ struct Kernels {
   void (*observe)(const Attend&, int64_t item, float* scratch);
   size_t (*consolidate_scratch)(const Consolidate&);
   void (*consolidate)(const Consolidate&, int64_t item, float* scratch);
+  void (*read_store)(const ReadStore&, int64_t item);
 };
 
 constexpr int kMaxHeadDim = 512;

@@ -318,3 +318,18 @@ template <class F>
 inline void with_bits(int bits, F f) {
   bits == 8 ? f(std::integral_constant<int, 8>{}) : f(std::integral_constant<int, 4>{});
 }
+
+// Item: row * heads + head.
+void read_store(const ReadStore& r, int64_t item) {
+  const int64_t d = r.cache.head_dim, slots = r.num_pages * r.packed.page_tiles * kTileTokens;
+  float key[kMaxHeadDim], value[kMaxHeadDim];
+  with_bits(r.packed.bits, [&](auto bits) {
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      uint8_t* tile = PackedSlots::tile_of(r.cache, r.packed, item % r.cache.heads, r.pages + item / r.cache.heads * r.num_pages,
+                                           slot / kTileTokens);
+      read_token<bits>(r.packed, tile, int(slot % kTileTokens), key, value);
+      std::copy_n(key, d, r.keys + (item * slots + slot) * d);
+      std::copy_n(value, d, r.values + (item * slots + slot) * d);
+    }
+  });
+}

@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from momentkv_vllm.kernels.cache_view import CacheView
-from momentkv_vllm.kernels.in_torch import add_logits, candidates
+from momentkv_vllm.kernels.in_torch import add_logits, candidates, read_store
 from momentkv_vllm.kernels.limits import CacheShape, Limits
 from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork, fresh_pages
@@ -119,8 +119,12 @@ class KernelFamily(ABC):
         """
         score = None
         if work.evicts and (policy.native not in self.native_scores or work.stored is not None):
-            score = policy.score(candidates(cache, observed, work, scale)).contiguous()
+            score = policy.score(candidates(cache, observed, work, scale, self.read_store)).contiguous()
         self._consolidate(cache, observed.mass if observed else None, work, score, sink_tokens, ATTENTION_WEIGHT)
+
+    def read_store(self, cache: CacheView, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of quantised store pages [rows, n], float32 [rows, heads, slots, head_dim]."""
+        return read_store(cache, pages)
 
     @abstractmethod
     def _write(self, cache: CacheView, key: Tensor, value: Tensor, slots: Tensor, mass: Tensor | None) -> None: ...

@@ -63,6 +63,9 @@ class Cpu(KernelFamily):
         store = work.stored, work.store_pages, cache.packed_arguments
         _ops.observe(cache.kv, mass, query, lse, *work.arguments(), scale, *store, work.logits)
 
+    def read_store(self, cache: CacheView, pages):
+        return _ops.read_store(cache.kv, pages, cache.packed_arguments)
+
     def _consolidate(self, cache: CacheView, mass, work: RetireWork, score, sink_tokens: int, attention_weight) -> None:
         given = cache.kv, *work.arguments(), score, mass, sink_tokens, attention_weight
         store = work.stored, work.run_tokens, work.store_tokens, cache.packed_arguments

@@ -1,5 +1,6 @@
 """What every family leaves to PyTorch, in float32: candidates for scores that no kernel knows, statistics of logits."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,18 +13,27 @@ from momentkv_vllm.packed_store import rotated
 from momentkv_vllm.policies.base import Candidates
 
 
-def candidates(cache: CacheView, observed: Observed | None, work: RetireWork, scale: float) -> Candidates:
+def read_store(cache: CacheView, pages: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of quantised store pages [rows, n], float32 [rows, heads, slots, head_dim]."""
+    assert cache.packed is not None, "no store is quantised"
+    keys, values = cache.packed.read(pages).numbers(cache.packed.layout)
+    return rotated(keys)[..., : cache.keys.shape[-1]], rotated(values)[..., : cache.keys.shape[-1]]
+
+
+def candidates(
+    cache: CacheView, observed: Observed | None, work: RetireWork, scale: float,
+    read_store: Callable[[CacheView, Tensor], tuple[Tensor, Tensor]] = read_store,
+) -> Candidates:  # fmt: skip
     """What a policy scores at the events of `work`: a row's store, then its retiring tokens, then padding."""
     exact, exact_valid = _exact_pages(work)
     keys, values = cache.read_tokens(exact.clamp(min=0))
     seen = observed.of_pages(exact.clamp(min=0), cache.page_size) if observed else None
     valid = exact_valid.repeat_interleave(cache.page_size, 1)
     if work.stored is not None:
-        packed = cache.packed
-        tokens = (rotated(x)[..., : keys.shape[-1]] for x in packed.read(work.store_pages).numbers(packed.layout))
-        keys, values = (torch.cat(pair, 2) for pair in zip(tokens, (keys, values), strict=True))
+        stored = read_store(cache, work.store_pages)
+        keys, values = (torch.cat(pair, 2) for pair in zip(stored, (keys, values), strict=True))
         if seen is not None:
-            seen = torch.cat([observed.of_pages(work.store_pages, packed.page_tokens), seen], 2)
+            seen = torch.cat([observed.of_pages(work.store_pages, cache.packed.page_tokens), seen], 2)
         slots = torch.arange(keys.shape[2] - valid.shape[1], device=valid.device)
         valid = torch.cat([slots < work.stored.unsqueeze(1), valid], 1)
         order = valid.int().argsort(dim=1, descending=True, stable=True)
@@ -77,9 +87,7 @@ class Retained:
             slots = slots - (work.stored > 0).view(-1, 1, 1) * work.store_pages * cache.page_size
         visible = (slots >= 0) & (slots <= last_slot.unsqueeze(-1))
         if work.stored is not None:
-            packed = cache.packed
-            store = packed.read(work.pages[:, : work.store_pages]).numbers(packed.layout)
-            old_keys, old_values = (rotated(x)[..., : keys.shape[-1]] for x in store)
+            old_keys, old_values = read_store(cache, work.pages[:, : work.store_pages])
             held = torch.arange(old_keys.shape[2], device=keys.device) < work.stored.unsqueeze(1)
             keys, values = torch.cat([old_keys, keys], 2), torch.cat([old_values, values], 2)
             visible = torch.cat([held.unsqueeze(1).expand(-1, visible.shape[1], -1), visible], 2)
