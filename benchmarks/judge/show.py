@@ -65,13 +65,14 @@ def _exponential(pair: tuple[float, float]) -> tuple[float, float]:
 
 
 def overview(measured: list[dict[str, Any]], prefill: str) -> str:
-    """Markdown of a results file's cells: KL and needles at every budget, reference answers at the middle one. Codes and
-    digits are the mean over the needles of 1k; +- is one standard error over items."""
-    full, *cells = measured
-    cells = [c for c in cells if c["prefill"] == prefill]
+    """Markdown of a results file's cells: what keeps all tokens, then what evicts, at every budget. Codes and digits are the
+    mean over the needles of 1k; +- is one standard error over items."""
+    keeping = [c for c in measured if not c["prefill"]]
+    cells = [c for c in measured if c["prefill"] == prefill]
     budgets = sorted({c["budget_tokens"] for c in cells}, reverse=True)
     head = ["", *(f"KL {b}" for b in budgets), *(f"codes {b}" for b in budgets), *(f"digits {b}" for b in budgets)]
-    lines = [[*head, *(f"answers {b}" for b in budgets)], ["full cache", *_summary([full] * len(budgets))]]
+    lines = [[*head, *(f"answers {b}" for b in budgets)]]
+    lines += [[c["method"], *_summary([c] * len(budgets))] for c in keeping]
     for method in dict.fromkeys(c["method"] for c in cells):
         of = {c["budget_tokens"]: c for c in cells if c["method"] == method}
         lines.append([method, *_summary([of.get(b) for b in budgets])])
