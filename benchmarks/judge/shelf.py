@@ -39,7 +39,8 @@ class Shelf:
         self, model: str, kind: str, items: Sequence[Item], backend: str, dtype: str, any_code: bool = False
     ) -> None:
         weights = [(p.name, p.stat().st_size) for p in sorted(Path(model).glob("*.safetensors"))]
-        key = _digest(json.dumps([model, weights, [asdict(i) for i in items]]).encode())
+        # Not the whole path: a checkout may move.
+        key = _digest(json.dumps([Path(model).name, weights, [asdict(i) for i in items]]).encode())
         self.folder = ROOT / f"{kind}_{backend}_{dtype}_{key}"
         self.any_code = any_code
 
