@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.kv_spec import schedule_of
+from momentkv_vllm.kv_spec import record_layout, schedule_of
 from momentkv_vllm.policies import DEFAULT, names
 from momentkv_vllm.vllm_seams.engine_args import SMALL_BUDGET_TOKENS
 
@@ -108,7 +108,9 @@ def cells(
             for method in [m for m in methods if m in KNOWN]:
                 cell = Cell(method, prefill, budget)
                 config = EvictionConfig.from_dict(cell.eviction)
-                state = schedule_of(config, cell.page_size, head_dim, DTYPE).moment_pages * cell.page_size
+                # In a quantised store the record lies behind the tokens, so it is part of the budget in any case.
+                pages = 0 if config.quantised_store else record_layout(config, head_dim).pages(cell.page_size, DTYPE.itemsize)
+                state = pages * cell.page_size
                 both = [cell, Cell(method, prefill, budget, "tokens", state)] if state else [cell]
                 yield from (c for c in both if _fits(c, head_dim))
 
