@@ -109,7 +109,8 @@ def cells(
                 cell = Cell(method, prefill, budget)
                 config = EvictionConfig.from_dict(cell.eviction)
                 # In a quantised store the record lies behind the tokens, so it is part of the budget in any case.
-                pages = 0 if config.quantised_store else record_layout(config, head_dim).pages(cell.page_size, DTYPE.itemsize)
+                record = record_layout(config, head_dim)
+                pages = 0 if config.quantised_store else record.pages(cell.page_size, DTYPE.itemsize)
                 state = pages * cell.page_size
                 both = [cell, Cell(method, prefill, budget, "tokens", state)] if state else [cell]
                 yield from (c for c in both if _fits(c, head_dim))
