@@ -135,8 +135,8 @@ _EXAMPLE = '{"policy": "momentkv", "budget_tokens": 1024}'
 
 
 def _choice(key: str, value: Any, legal: tuple[str, ...] | tuple[int, ...]) -> None:
-    # bool is an int in Python, as in _count.
-    if value not in legal or isinstance(value, bool):
+    # In Python 8.0 and True are numbers too.
+    if not any(type(value) is type(x) and value == x for x in legal):
         raise ValueError(f"{CONFIG_KEY}.{key}={value!r} is not one of {', '.join(map(str, legal))}")
 
 

@@ -14,7 +14,7 @@ A number is scale * (code - middle). int8: byte j is number j's code, middle 127
 number 32 g + j in its low half and number 32 g + 16 + j in its high half, middle 7.5.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
@@ -179,16 +179,6 @@ class Packed:
             self.keys.unflatten(-1, (layout.groups, -1)).float() - layout.middle
         ) * self.key_scales.float().unsqueeze(-1)
         return keys.flatten(-2), (self.values.float() - layout.middle) * self.value_scales.float()
-
-    def gather(self, source: torch.Tensor) -> "Packed":
-        """Token i becomes token source[..., i]; nothing is quantised again."""
-        fields = (self.keys, self.values, self.key_scales, self.value_scales)
-        return Packed(*(x.gather(-2, source.unsqueeze(-1).expand(*source.shape, x.shape[-1])) for x in fields))
-
-    @staticmethod
-    def cat(first: "Packed", second: "Packed") -> "Packed":
-        """The tokens of both, one after the other."""
-        return Packed(*(torch.cat([getattr(first, f.name), getattr(second, f.name)], -2) for f in fields(Packed)))
 
 
 def _codes_of(packed: torch.Tensor, layout: PackedLayout) -> torch.Tensor:

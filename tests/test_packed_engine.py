@@ -3,7 +3,7 @@
 import pytest
 import torch
 from engine import random_prompt
-from quality.simulate import Eviction, SimulatedModel
+from simulated import log_probabilities
 
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kv_spec import StateLayout
@@ -29,27 +29,9 @@ SETTINGS = {
 def test_log_probabilities_are_the_simulators(engine, models, kind, kernels, atol):
     """The CPU kernels round queries and weights to 16 bits, which may change a rank between near equals."""
     values = {"budget_tokens": 128, **SETTINGS[kind], "kernels": kernels}
-    e = engine(models(seed=1), **values, block_size=PAGE)
-    prompts = [random_prompt(PROMPT, seed) for seed in (1, 2)]
-    names = [e.add(prompt, NEW, logprobs=1) for prompt in prompts]
-    said, log_probs = {}, {}
-    while e.vllm.has_unfinished_requests():
-        for output in (o for o in e.step() if o.finished):
-            answer = output.outputs[0]
-            said[output.request_id] = list(answer.token_ids)
-            log_probs[output.request_id] = [p[t].logprob for t, p in zip(answer.token_ids, answer.logprobs)]
-    config, model = EvictionConfig.from_dict(values), SimulatedModel(models(seed=1))
-    layout = StateLayout.of(config, PAGE, model.model.config.head_dim, torch.float32)
-    how = Eviction.of(config, layout.schedule, PROMPT, layout.packed)
-    ids = torch.tensor([prompt + said[name] for prompt, name in zip(prompts, names)])
-
-    def answers(how):
-        found = model.log_probs(ids, slice(PROMPT - 1, PROMPT + NEW - 1), how)
-        return found.gather(-1, ids[:, PROMPT:, None]).squeeze(-1)
-
-    mine = answers(how)
-    torch.testing.assert_close(mine, torch.tensor([log_probs[name] for name in names]), atol=atol, rtol=0)
-    assert (mine - answers(None)).abs().max() > 3 * atol, "eviction must matter here"
+    found = log_probabilities(engine, models(seed=1), values, PAGE, PROMPT, NEW)
+    torch.testing.assert_close(found.simulator, found.engine, atol=atol, rtol=0)
+    assert (found.simulator - found.full).abs().max() > 3 * atol, "eviction must matter here"
 
 
 def test_tokens_do_not_depend_on_chunk_size_or_batch(engine):

@@ -230,20 +230,15 @@ template <int Bits, int Rows>
 void attend_store(const Attend& a, const AttendItem& item, const float* query, int64_t first, int64_t end, float* logits,
                   float* left, Running run) {
   const PackedLayout& p = a.packed;
-  const int64_t d = a.cache.head_dim, groups = p.width / kGroup;
+  const int64_t d = a.cache.head_dim;
+  const PackedQueries<Bits, Rows> queries(p, query, d);
   alignas(64) float out[Rows * kMaxHeadDim];
-  alignas(64) int16_t query_words[Rows * kMaxHeadDim], weight_words[Rows * kTileSlots];
-  float middles[Rows * kMaxHeadDim / kGroup], steps[Rows], keep[Rows];
-  for (int r = 0; r < Rows; ++r) {
-    float* rotated = out + r * p.width;
-    for (int64_t i = 0; i < p.width; ++i) rotated[i] = i < d ? query[i * Rows + r] : 0;
-    rotate(rotated, p.width, p.block);
-    pack_query<Bits>(p, rotated, query_words + r * p.width, middles + r * groups, steps[r]);
-  }
+  alignas(64) int16_t weight_words[Rows * kTileSlots];
+  float keep[Rows];
   std::fill_n(out, Rows * p.width, 0.0f);
   for (; first < end; first += kTileSlots) {
     const PackedSlots slots(a.cache, p, item.head, a.pages + item.row * a.max_pages, first, end);
-    dot_packed<Bits, Rows>(slots, p, {query_words, middles, steps}, a.scale, logits);
+    dot_packed(slots, p, queries, a.scale, logits);
     if (left != nullptr)
       for (int r = 0; r < Rows; ++r) std::copy_n(logits + r * kTileSlots, slots.slots, left + r * a.row_slots() + first);
     for (int r = 0; r < Rows; ++r)

@@ -39,14 +39,17 @@ struct Batch {
   int64_t tokens;
 };
 
-// A candidate as float32, [head_dim] each; `key` and `value` have room for a padded one.
+// A candidate as float32, [head_dim] each.
 template <class T>
 void load_candidate(const Event& e, int64_t candidate, float* key, float* value) {
   const int64_t d = e.c.cache.head_dim;
   if (e.is_packed(candidate)) {
+    float wide_key[kMaxHeadDim], wide_value[kMaxHeadDim];
     with_bits(e.c.packed.bits, [&](auto bits) {
-      read_token<bits>(e.c.packed, e.tile(candidate), int(candidate % kTileTokens), key, value);
+      read_token<bits>(e.c.packed, e.tile(candidate), int(candidate % kTileTokens), wide_key, wide_value);
     });
+    std::copy_n(wide_key, d, key);
+    std::copy_n(wide_value, d, value);
     return;
   }
   const T *from = e.key<T>(candidate), *values = e.value<T>(candidate);
@@ -57,12 +60,7 @@ void load_candidate(const Event& e, int64_t candidate, float* key, float* value)
 template <class T>
 void gather(const Event& e, const int32_t* losers, const Batch& b) {
   const int64_t d = e.c.cache.head_dim;
-  float key[kMaxHeadDim], value[kMaxHeadDim];
-  for (int64_t j = 0; j < b.tokens; ++j) {
-    load_candidate<T>(e, losers[j], key, value);
-    std::copy_n(key, d, b.keys + j * d);
-    std::copy_n(value, d, b.values + j * d);
-  }
+  for (int64_t j = 0; j < b.tokens; ++j) load_candidate<T>(e, losers[j], b.keys + j * d, b.values + j * d);
 }
 
 inline void add_rows(const float* rows, int64_t tokens, int64_t d, float* total) {

@@ -12,19 +12,13 @@ inline void add_mass(float* mass, const float* logits, int64_t row_slots, int ro
 template <int Bits, int Rows>
 void observe_store(const Attend& a, const AttendItem& item, const float* query, const float* lse, float* left, float* logits) {
   const PackedLayout& p = a.packed;
-  const int64_t d = a.cache.head_dim, groups = p.width / kGroup, end = a.stored[item.row], page_slots = p.page_tiles * kTileTokens;
+  const int64_t end = a.stored[item.row], page_slots = p.page_tiles * kTileTokens;
   const int64_t* pages = a.pages + item.row * a.max_pages;
-  alignas(64) float rotated[kMaxHeadDim];
-  alignas(64) int16_t words[Rows * kMaxHeadDim];
-  float middles[Rows * kMaxHeadDim / kGroup], steps[Rows];
-  for (int r = 0; left == nullptr && r < Rows; ++r) {
-    for (int64_t i = 0; i < p.width; ++i) rotated[i] = i < d ? query[i * Rows + r] : 0;
-    rotate(rotated, p.width, p.block);
-    pack_query<Bits>(p, rotated, words + r * p.width, middles + r * groups, steps[r]);
-  }
+  std::optional<PackedQueries<Bits, Rows>> queries;
+  if (left == nullptr) queries.emplace(p, query, a.cache.head_dim);
   for (int64_t first = 0; first < end; first += kTileSlots) {
     const PackedSlots slots(a.cache, p, item.head, pages, first, end);
-    if (left == nullptr) dot_packed<Bits, Rows>(slots, p, {words, middles, steps}, a.scale, logits);
+    if (left == nullptr) dot_packed(slots, p, *queries, a.scale, logits);
     const int64_t row_slots = left == nullptr ? kTileSlots : a.row_slots();
     const float* of_rows = left == nullptr ? logits : left + first;
     for (int s = 0; s < slots.slots; s += kTileTokens) {

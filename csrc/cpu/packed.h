@@ -119,13 +119,6 @@ inline void rotate(float* x, int64_t width, int64_t block) {
   for (int64_t i = 0; i < width; i += kLanes) store(x + i, load(x + i) * norm);
 }
 
-// `Rows` rotated queries, rounded to 16 bits, in the order of the key codes.
-struct PackedQueries {
-  int16_t* words;   // [Rows][width]
-  float* middles;   // [Rows][groups] what the middle of the codes adds to a group's dot product
-  float* steps;     // [Rows] of the words
-};
-
 // `query`: [width], rotated.
 template <int Bits>
 inline void pack_query(const PackedLayout& p, const float* query, int16_t* words, float* middles, float& step) {
@@ -152,9 +145,28 @@ inline void pack_query(const PackedLayout& p, const float* query, int16_t* words
   }
 }
 
+// `Rows` queries, rotated and rounded to 16 bits, in the order of the key codes.
+template <int Bits, int Rows>
+struct PackedQueries {
+  alignas(64) int16_t words[Rows * kMaxHeadDim];  // [Rows][width]
+  float middles[Rows * kMaxHeadDim / kGroup];     // [Rows][groups] what the middle of the codes adds to a group's dot product
+  float steps[Rows];                              // of the words
+
+  // `query`: [head_dim][Rows].
+  PackedQueries(const PackedLayout& p, const float* query, int64_t head_dim) {
+    alignas(64) float row[kMaxHeadDim];
+    for (int r = 0; r < Rows; ++r) {
+      for (int64_t i = 0; i < p.width; ++i) row[i] = i < head_dim ? query[i * Rows + r] : 0;
+      rotate(row, p.width, p.block);
+      pack_query<Bits>(p, row, words + r * p.width, middles + r * (p.width / kGroup), steps[r]);
+    }
+  }
+};
+
 // logits[r][slot] = scale * q_r . k_slot, in rows of kTileSlots.
 template <int Bits, int Rows>
-inline void dot_packed(const PackedSlots& t, const PackedLayout& p, const PackedQueries& q, float scale, float* logits) {
+inline void dot_packed(const PackedSlots& t, const PackedLayout& p, const PackedQueries<Bits, Rows>& q, float scale,
+                       float* logits) {
   constexpr int kVectors = Rows >= 8 ? 1 : Rows >= 4 ? 2 : 4, kPlanes = Code<Bits>::kPlanes;
   constexpr int kWords = Code<Bits>::kGroupBytes / 4;
   const int64_t groups = p.width / kGroup;

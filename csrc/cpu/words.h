@@ -63,15 +63,3 @@ inline int32_t sum(IntVec v) {
   return total;
 #endif
 }
-
-// The largest whole number that is not larger.
-inline Vec round_down(Vec v) {
-#if MOMENTKV_LANES == 16
-  return (Vec)_mm512_roundscale_ps((__m512)v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-#elif MOMENTKV_LANES == 8
-  return (Vec)_mm256_floor_ps((__m256)v);
-#else
-  for (int i = 0; i < kLanes; ++i) v[i] = floorf(v[i]);
-  return v;
-#endif
-}

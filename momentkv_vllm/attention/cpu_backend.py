@@ -78,8 +78,7 @@ class MomentKVMetadataBuilder(CPUAttentionMetadataBuilder):
             self.isa = "vec"
             self._set_isa_to_layers(layer_names)
         check_cache_layout(self.isa, kv_cache_spec)
-        spec = kv_cache_spec
-        shape = CacheShape(spec.head_size, spec.block_size, spec.dtype, config.quantised_store, config.run_tokens)
+        shape = CacheShape.of(config, kv_cache_spec.head_size, kv_cache_spec.block_size, kv_cache_spec.dtype)
         kernels = select(config.kernels, shape=shape)
         logger.info_once("--kv-eviction %s: kernels %s", config.policy, kernels.label())
         self.planner = StepPlanner(kv_cache_spec.schedule, config, config.policy_class)

@@ -50,9 +50,8 @@ class EvictingImpl:
             return
         self.policy = config.policy_class()
         self.layout: StateLayout | None = None
-        self.layout_page_size = 0
         page_size, dtype = vllm_config.cache_config.block_size, vllm_config.model_config.dtype
-        shape = CacheShape(head_size, page_size, dtype, config.quantised_store, config.run_tokens)
+        shape = CacheShape.of(config, head_size, page_size, dtype)
         self.kernels: KernelFamily = select(config.kernels, self.device_type, shape)
         self.observed: Observed | None = None
 
@@ -63,9 +62,9 @@ class EvictingImpl:
     def view_of(self, kv_cache: torch.Tensor) -> CacheView:
         """The layer's cache as kernels see it."""
         # Only the cache itself knows how many tokens vLLM has put on a page (MomentKVSpec.__post_init__).
-        if self.layout is None or self.layout_page_size != kv_cache.shape[2]:
-            self.layout_page_size = kv_cache.shape[2]
-            self.layout = StateLayout.of(self.config, self.layout_page_size, self.head_size, kv_cache.dtype)
+        page_size = kv_cache.shape[2]
+        if self.layout is None or self.layout.schedule.page_size != page_size:
+            self.layout = StateLayout.of(self.config, page_size, self.head_size, kv_cache.dtype)
         return self.view(kv_cache, self.layout.record, self.layout.packed)
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:

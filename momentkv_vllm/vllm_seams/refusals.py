@@ -201,7 +201,7 @@ def refuse_kernels(vllm_config: "VllmConfig", config: EvictionConfig) -> None:
 
     layers, model = full_layers(vllm_config), vllm_config.model_config
     page_size = int(vllm_config.cache_config.block_size * layers.page_ratio)
-    shape = CacheShape(layers.head_size, page_size, model.dtype, config.quantised_store, config.run_tokens)
+    shape = CacheShape.of(config, layers.head_size, page_size, model.dtype)
     select(config.kernels, current_platform.device_type, shape)
 
 
