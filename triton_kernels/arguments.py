@@ -35,6 +35,16 @@ class Records(NamedTuple):
     c_head: int
 
 
+class Tiles(NamedTuple):
+    """A cache's memory from page 0, head 0 on as quantised store pages: codes, and scales as the bits of bfloat16; strides by page
+    and head in bytes."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    page: int
+    head: int
+
+
 class Sizes(NamedTuple):
     """Compile-time sizes of a head and a page; block_d: dimensions padded to a power of two that a matrix product takes."""
 
@@ -56,6 +66,20 @@ class RecordSizes(NamedTuple):
     covariance: int
     floats: int
     covariances: int
+
+
+class StoreSizes(NamedTuple):
+    """Compile-time layout of quantised store pages (packed_store.py), in the order of CacheView.packed_arguments; 0 bits: there are
+    none."""
+
+    bits: int
+    width: int
+    block: int
+    code_bytes: int
+    values: int
+    scales: int
+    tile_bytes: int
+    page_tiles: int
 
 
 def tokens_of(cache: Any) -> Tokens:
@@ -81,9 +105,19 @@ def record_sizes(cache: Any) -> RecordSizes:
     )
 
 
+def tiles_of(cache: Any) -> Tiles:
+    return Tiles(cache.raw, cache.raw.view(torch.int16), *cache.raw.stride()[:2])
+
+
+def store_sizes(cache: Any, work: Any) -> StoreSizes:
+    """Of a work list's rows."""
+    return StoreSizes(*(cache.packed_arguments if work.stored is not None else [0] * len(StoreSizes._fields)))
+
+
 def sizes(cache: Any) -> Sizes:
     head_dim = cache.keys.shape[3]
-    return Sizes(cache.page_size, head_dim, max(16, triton.next_power_of_2(head_dim)))
+    least = cache.packed_layout.width if cache.packed_layout else 16
+    return Sizes(cache.page_size, head_dim, triton.next_power_of_2(max(least, head_dim)))
 
 
 def _covariance_type(cache: Any) -> torch.dtype:

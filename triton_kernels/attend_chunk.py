@@ -3,8 +3,9 @@
 import triton
 import triton.language as tl
 
-from .arguments import record_sizes, records_of, sizes, tokens_of
-from .common import LN2, LOG2E, attend_tile, narrow, program_head, record_partial
+from .arguments import record_sizes, records_of, sizes, store_sizes, tiles_of, tokens_of
+from .common import LN2, LOG2E, narrow, program_head, record_partial
+from .retained import attend_retained, stored_tokens
 
 BLOCK_M, BLOCK_N = 64, 64
 """(query, head of the group) pairs and slots of a tile; half as many slots above 128 dimensions, for shared memory. Not
@@ -21,10 +22,10 @@ def _with_partial(acc, peak, total, out, log2_mass):
 
 @triton.jit
 def _chunk(
-    query, output, lse_out, first_token, num_queries, pages, last_slot, moment_pages, num_evicted, tokens, records,
-    q_token, q_head, out_token, out_head, lse_token, row_pages, row_moments, scale,
+    query, output, lse_out, first_token, num_queries, pages, last_slot, stored, moment_pages, num_evicted, tokens, tiles,
+    records, q_token, q_head, out_token, out_head, lse_token, row_pages, row_moments, store_pages, scale,
     GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CORRECTED: tl.constexpr, HAS_LSE: tl.constexpr,
-    SIZES: tl.constexpr, RECORD: tl.constexpr,
+    SIZES: tl.constexpr, STORE: tl.constexpr, RECORD: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of queries, KV head, row)."""
     TILE: tl.constexpr = BLOCK_M // GROUPS
@@ -42,15 +43,13 @@ def _chunk(
     q = tl.load(q_at + d[None, :], mask=tile, other=0.0)
     first_last = tl.load(last_slot + row).to(tl.int32)
     limit = tl.where(real, first_last + at, -1)
-    end = first_last + tl.minimum(first + TILE, queries) - 1
-    acc = tl.zeros((BLOCK_M, SIZES.block_d), tl.float32)
-    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(0, end + 1, BLOCK_N):
-        acc, peak, total = attend_tile(
-            q, acc, peak, total, start + tl.arange(0, BLOCK_N), limit, end, tokens, head, pages + row * row_pages,
-            scale * LOG2E, SIZES,
-        )  # fmt: skip
+    end = first_last + tl.minimum(first + TILE, queries)
+    pages += row * row_pages
+    in_store = stored_tokens(stored, row, STORE)
+    exact_pages = pages + tl.where(in_store > 0, store_pages, 0)
+    acc, peak, total = attend_retained(
+        q, limit, 0, in_store, 0, end, tokens, tiles, head, pages, exact_pages, scale, BLOCK_N, SIZES, STORE
+    )
     if CORRECTED:
         evicted = tl.load(num_evicted + row)
         if evicted != 0:
@@ -74,8 +73,9 @@ def attend_chunk(cache, query, output, lse, work, scale: float, corrected: bool,
     grid = (triton.cdiv(most_queries, block_m // groups), heads, rows)
     _chunk[grid](
         query, output, lse if lse is not None else output, work.first_token, work.num_queries, work.pages, work.last_slot,
-        work.moment_pages, work.num_evicted, tokens_of(cache), records_of(cache), *query.stride()[:2], *output.stride()[:2],
-        0 if lse is None else lse.stride(0), work.pages.stride(0), work.moment_pages.stride(0), scale,
+        work.stored, work.moment_pages, work.num_evicted, tokens_of(cache), tiles_of(cache), records_of(cache),
+        *query.stride()[:2], *output.stride()[:2], 0 if lse is None else lse.stride(0), work.pages.stride(0),
+        work.moment_pages.stride(0), work.store_pages, scale,
         GROUPS=groups, BLOCK_M=block_m, BLOCK_N=block_n, CORRECTED=corrected, HAS_LSE=lse is not None,
-        SIZES=sizes(cache), RECORD=record_sizes(cache), num_warps=4,
+        SIZES=sizes(cache), STORE=store_sizes(cache, work), RECORD=record_sizes(cache), num_warps=4,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: products, rounding, where a record's numbers lie, one tile of attention."""
+"""What the Triton kernels share: products, rounding, where a record's numbers lie, what attention reads in a record."""
 
 import os
 
@@ -17,6 +17,17 @@ def dot(a, b):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:
         return tl.dot(a.to(b.dtype), b, input_precision="ieee")
+
+
+@triton.jit
+def dot_rotated(x, b):
+    """x @ b for x float32 of more bits than b's type holds, as the sum of two numbers of it: what a rotated query would lose to
+    rounding shifts the logits of a whole store."""
+    if b.dtype == tl.float32:
+        return dot(x, b)
+    else:
+        high = narrow(x, b.dtype)
+        return dot(high, b) + dot(x - high.to(tl.float32), b)
 
 
 @triton.jit
@@ -57,35 +68,6 @@ def covariance_rows(records, head, pages, row, mask, SIZES: tl.constexpr, RECORD
     at = RECORD.covariance + row * SIZES.head_dim
     base = records.covariance + head * records.c_head
     return base + record_offset(pages, at, mask, RECORD.covariances, records.c_page)[:, None]
-
-
-@triton.jit
-def attend_tile(q, acc, peak, total, slots, limit, end, tokens, head, pages, scale_log2, SIZES: tl.constexpr):
-    """One online-softmax update by the slots `slots` [N]; query m sees those up to limit[m], none is read past `end`.
-
-    q [M, D]; acc [M, D], peak, total [M] float32 in base 2; tokens: arguments.Tokens; pages: of the row.
-    """
-    d = tl.arange(0, SIZES.block_d)
-    real = slots <= end
-    page = tl.load(pages + slots // SIZES.page, mask=real, other=0).to(tl.int64)
-    slot = slots % SIZES.page
-    # Beyond `end` a page is unwritten and may hold anything: 0 * NaN would be NaN.
-    k = tl.load(
-        tokens.k + head * tokens.k_head + (page * tokens.k_page + slot * tokens.k_slot)[None, :] + (d * tokens.k_dim)[:, None],
-        mask=real[None, :] & (d < SIZES.head_dim)[:, None],
-        other=0.0,
-    )  # fmt: skip
-    logits = tl.where(slots[None, :] <= limit[:, None], dot(q, k) * scale_log2, float("-inf"))
-    higher = tl.maximum(peak, tl.max(logits, 1))
-    base = tl.where(higher == float("-inf"), 0.0, higher)
-    p = tl.exp2(logits - base[:, None])
-    shrink = tl.exp2(peak - base)
-    v = tl.load(
-        tokens.v + head * tokens.v_head + (page * tokens.v_page + slot * tokens.v_slot)[:, None] + (d * tokens.v_dim)[None, :],
-        mask=real[:, None] & (d < SIZES.head_dim)[None, :],
-        other=0.0,
-    )  # fmt: skip
-    return acc * shrink[:, None] + dot(p, v), higher, total * shrink + tl.sum(p, 1)
 
 
 @triton.jit

@@ -4,41 +4,24 @@ import torch
 import triton
 import triton.language as tl
 
-from .arguments import sizes, tokens_of
-from .common import dot, program_head
+from .arguments import sizes, store_sizes, tiles_of, tokens_of
+from .common import dot, dot_rotated, narrow, program_head
+from .retained import exact_keys, stored_tokens
+from .store import rotated, stored_keys, tiles_at
 
 BLOCK_M, BLOCK_N = 32, 64
 
 
 @triton.jit
-def _observe(
-    query, lse, mass, first_token, num_queries, pages, last_slot, observe_from, restart, tokens,
-    q_token, q_head, lse_token, m_page, m_head, row_pages, scale, num_slots,
-    GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SIZES: tl.constexpr,
+def _attention(
+    query, lse, q_token, q_head, lse_token, token0, first_wanted, queries, k, slots, first_last, scale, head,
+    GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr, IN_STORE: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, KV head, tile of slots)."""
+    """[N] attention that a row's queries from first_wanted on give to keys k [D, N]; query i sees slots [N] up to first_last + i,
+    of a store all of them."""
     TILE: tl.constexpr = BLOCK_M // GROUPS
-    row, head = tl.program_id(0), program_head()
-    queries = tl.load(num_queries + row).to(tl.int32)
-    first_wanted = tl.load(observe_from + row).to(tl.int32)
-    keep = tl.load(restart + row) == 0
-    if (first_wanted >= queries) & keep:
-        return
-    slots = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     m, d = tl.arange(0, BLOCK_M), tl.arange(0, SIZES.block_d)
-    page = tl.load(pages + row * row_pages + slots // SIZES.page, mask=slots < num_slots, other=0).to(tl.int64)
-    mine = page > 0  # page 0 is padding
-    slot = slots % SIZES.page
-    first_last = tl.load(last_slot + row).to(tl.int32)
-    written = mine & (slots < first_last + queries)
-    k = tl.load(
-        tokens.k + head * tokens.k_head + (page * tokens.k_page + slot * tokens.k_slot)[None, :] + (d * tokens.k_dim)[:, None],
-        mask=written[None, :] & (d < SIZES.head_dim)[:, None],
-        other=0.0,
-    )  # fmt: skip
-    mass_at = mass + page * m_page + head * m_head + slot
-    total = tl.load(mass_at, mask=mine & (slots < tl.where(keep, num_slots, 0)), other=0.0)
-    token0 = tl.load(first_token + row).to(tl.int64)
+    total = tl.zeros((slots.shape[0],), tl.float32)
     for first in range(first_wanted, queries, TILE):
         at = first + m // GROUPS
         real = (m < TILE * GROUPS) & (at < queries)
@@ -47,18 +30,77 @@ def _observe(
         q_at = query + (token * q_token + query_head * q_head)[:, None] + d[None, :]
         q = tl.load(q_at, mask=real[:, None] & (d < SIZES.head_dim)[None, :], other=0.0)
         norm = tl.load(lse + token * lse_token + query_head, mask=real, other=0.0)
-        seen = real[:, None] & written[None, :] & (slots[None, :] <= (first_last + at)[:, None])
-        total += tl.sum(tl.where(seen, tl.exp(dot(q, k) * scale - norm[:, None]), 0.0), 0)
+        if IN_STORE:
+            logits = dot_rotated(rotated(q.to(tl.float32), STORE.block), k)
+            seen = real[:, None] & (slots >= 0)[None, :]
+        else:
+            logits = dot(q, k)
+            seen = real[:, None] & (slots[None, :] <= (first_last + at)[:, None])
+        total += tl.sum(tl.where(seen, tl.exp(logits * scale - norm[:, None]), 0.0), 0)
+    return total
+
+
+@triton.jit
+def _observe(
+    query, lse, mass, first_token, num_queries, pages, last_slot, stored, observe_from, restart, tokens, tiles,
+    q_token, q_head, lse_token, m_page, m_head, row_pages, store_pages, scale, num_slots, store_tiles,
+    GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
+):  # fmt: skip
+    """Program (row, KV head, tile of slots): first the tiles of quantised stores, then those of exact pages."""
+    row, head, tile = tl.program_id(0), program_head(), tl.program_id(2)
+    queries = tl.load(num_queries + row).to(tl.int32)
+    first_wanted = tl.load(observe_from + row).to(tl.int32)
+    keep = tl.load(restart + row) == 0
+    if (first_wanted >= queries) & keep:
+        return
+    mass += head * m_head
+    pages += row * row_pages
+    token0 = tl.load(first_token + row).to(tl.int64)
+    in_store = stored_tokens(stored, row, STORE)
+    if STORE.bits:
+        if tile < store_tiles:
+            slots = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+            mine = slots < in_store
+            PAGE: tl.constexpr = STORE.page_tiles * 8
+            page = tl.load(pages + slots // PAGE, mask=mine, other=0).to(tl.int64)
+            mass_at = mass + page * m_page + slots % PAGE
+            at = tiles_at(tiles, head, pages, slots, mine, STORE)
+            k = narrow(stored_keys(tiles, at, slots, mine, SIZES.block_d, STORE), query.dtype.element_ty)
+            total = tl.load(mass_at, mask=slots < tl.where(keep, in_store, 0), other=0.0)
+            total += _attention(
+                query, lse, q_token, q_head, lse_token, token0, first_wanted, queries, k, slots, 0, scale, head,
+                GROUPS, BLOCK_M, SIZES, STORE, True,
+            )  # fmt: skip
+            tl.store(mass_at, total, mask=mine)
+            return
+    skipped = tl.where(in_store > 0, store_pages, 0)
+    slots = (tile - store_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    page = tl.load(pages + skipped + slots // SIZES.page, mask=slots < num_slots - skipped * SIZES.page, other=0)
+    page = page.to(tl.int64)
+    mine = page > 0  # page 0 is padding
+    slot = slots % SIZES.page
+    first_last = tl.load(last_slot + row).to(tl.int32)
+    written = mine & (slots < first_last + queries)
+    k = exact_keys(tokens, head, page, slot, written, SIZES)
+    mass_at = mass + page * m_page + slot
+    total = tl.load(mass_at, mask=mine & (slots < tl.where(keep, num_slots, 0)), other=0.0)
+    total += _attention(
+        query, lse, q_token, q_head, lse_token, token0, first_wanted, queries, k, slots, first_last, scale, head,
+        GROUPS, BLOCK_M, SIZES, STORE, False,
+    )  # fmt: skip
     tl.store(mass_at, total, mask=mine)
 
 
 def observe(cache, mass, query, lse, work, scale: float) -> None:
-    """As kernels/base.py, for attention mass [num_pages, num_kv_heads, page_size]."""
+    """As kernels/base.py, for attention mass [num_pages, num_kv_heads, slots of a page]."""
     rows, num_heads, heads = len(work.last_slot), query.shape[1], cache.keys.shape[1]
     groups, num_slots = num_heads // heads, work.pages.shape[1] * cache.page_size
-    _observe[(rows, heads, triton.cdiv(num_slots, BLOCK_N))](
-        query, lse, mass, work.first_token, work.num_queries, work.pages, work.last_slot, work.observe_from,
-        work.restart.view(torch.uint8), tokens_of(cache), *query.stride()[:2], lse.stride(0),
-        *mass.stride()[:2], work.pages.stride(0), scale, num_slots,
-        GROUPS=groups, BLOCK_M=max(BLOCK_M, triton.next_power_of_2(groups)), BLOCK_N=BLOCK_N, SIZES=sizes(cache), num_warps=4,
+    store_slots = work.store_pages * cache.packed.page_tokens if work.stored is not None else 0
+    store_tiles = triton.cdiv(store_slots, BLOCK_N)
+    _observe[(rows, heads, store_tiles + triton.cdiv(num_slots, BLOCK_N))](
+        query, lse, mass, work.first_token, work.num_queries, work.pages, work.last_slot, work.stored, work.observe_from,
+        work.restart.view(torch.uint8), tokens_of(cache), tiles_of(cache), *query.stride()[:2], lse.stride(0),
+        *mass.stride()[:2], work.pages.stride(0), work.store_pages, scale, num_slots, store_tiles,
+        GROUPS=groups, BLOCK_M=max(BLOCK_M, triton.next_power_of_2(groups)), BLOCK_N=BLOCK_N, SIZES=sizes(cache),
+        STORE=store_sizes(cache, work), num_warps=4,
     )  # fmt: skip

@@ -1,0 +1,97 @@
+"""Attention over what a row retains: the tokens of its quantised store, if it has one, and its exact pages."""
+
+import triton
+import triton.language as tl
+
+from .common import dot, dot_rotated, narrow
+from .store import rotated, stored_keys, stored_values, tiles_at
+
+
+@triton.jit
+def exact_keys(tokens, head, page, slot, real, SIZES: tl.constexpr):
+    """[D, N] of slots [N]. Beyond what is `real` a page is unwritten and may hold anything: 0 * NaN would be NaN."""
+    d = tl.arange(0, SIZES.block_d)
+    at = tokens.k + head * tokens.k_head + (page * tokens.k_page + slot * tokens.k_slot)[None, :]
+    return tl.load(at + (d * tokens.k_dim)[:, None], mask=real[None, :] & (d < SIZES.head_dim)[:, None], other=0.0)
+
+
+@triton.jit
+def _exact_values(tokens, head, page, slot, real, SIZES: tl.constexpr):
+    """[N, D], likewise."""
+    d = tl.arange(0, SIZES.block_d)
+    at = tokens.v + head * tokens.v_head + (page * tokens.v_page + slot * tokens.v_slot)[:, None]
+    return tl.load(at + (d * tokens.v_dim)[None, :], mask=real[:, None] & (d < SIZES.head_dim)[None, :], other=0.0)
+
+
+@triton.jit
+def _weights(logits, peak):
+    """(weights like logits [M, N], by what older sums shrink, new peak [M]) of a running softmax in base 2."""
+    higher = tl.maximum(peak, tl.max(logits, 1))
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    return tl.exp2(logits - base[:, None]), tl.exp2(peak - base), higher
+
+
+@triton.jit
+def _attend_exact(q, acc, peak, total, slots, limit, end, tokens, head, pages, scale_log2, SIZES: tl.constexpr):
+    """One softmax update by the slots `slots` [N] of exact pages; query m sees those up to limit[m], none is read past `end`."""
+    real = slots <= end
+    page = tl.load(pages + slots // SIZES.page, mask=real, other=0).to(tl.int64)
+    slot = slots % SIZES.page
+    k = exact_keys(tokens, head, page, slot, real, SIZES)
+    logits = tl.where(slots[None, :] <= limit[:, None], dot(q, k) * scale_log2, float("-inf"))
+    p, shrink, peak = _weights(logits, peak)
+    v = _exact_values(tokens, head, page, slot, real, SIZES)
+    return acc * shrink[:, None] + dot(p, v), peak, total * shrink + tl.sum(p, 1)
+
+
+@triton.jit
+def _attend_stored(
+    q, acc, peak, total, slots, asks, stored, tiles, head, pages, scale_log2,
+    TYPE: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
+):  # fmt: skip
+    """Likewise by slots of a quantised store, of which all queries that ask [M] see the first `stored`; q [M, D] float32 and acc
+    are rotated."""
+    real = slots < stored
+    at = tiles_at(tiles, head, pages, slots, real, STORE)
+    k = narrow(stored_keys(tiles, at, slots, real, SIZES.block_d, STORE), TYPE)
+    logits = tl.where(asks[:, None] & real[None, :], dot_rotated(q, k) * scale_log2, float("-inf"))
+    p, shrink, peak = _weights(logits, peak)
+    v = narrow(stored_values(tiles, at, slots, real, SIZES.block_d, STORE), TYPE)
+    return acc * shrink[:, None] + dot(p, v), peak, total * shrink + tl.sum(p, 1)
+
+
+@triton.jit
+def stored_tokens(stored, row, STORE: tl.constexpr):
+    """Tokens in a row's quantised store; 0: all its pages are exact."""
+    if STORE.bits:
+        return tl.load(stored + row).to(tl.int32)
+    else:
+        return tl.full((), 0, tl.int32)
+
+
+@triton.jit
+def attend_retained(
+    q, limit, store_from, store_to, exact_from, exact_to, tokens, tiles, head, pages, exact_pages, scale,
+    BLOCK_N: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
+):  # fmt: skip
+    """(weighted sum of values [M, D], peak, sum of weights [M]) in base 2 of queries q [M, D] over slots [store_from, store_to) of
+    the store in `pages` and [exact_from, exact_to) of `exact_pages`; query m sees exact slots up to limit[m], -1: it is none."""
+    scale_log2 = scale * 1.4426950408889634
+    acc = tl.zeros((q.shape[0], SIZES.block_d), tl.float32)
+    peak = tl.full((q.shape[0],), float("-inf"), tl.float32)
+    total = tl.zeros((q.shape[0],), tl.float32)
+    if STORE.bits:
+        if store_from < store_to:
+            turned = rotated(q.to(tl.float32), STORE.block)
+            for first in range(store_from, store_to, BLOCK_N):
+                acc, peak, total = _attend_stored(
+                    turned, acc, peak, total, first + tl.arange(0, BLOCK_N), limit >= 0, store_to, tiles, head, pages,
+                    scale_log2, q.dtype, SIZES, STORE,
+                )  # fmt: skip
+            acc = rotated(acc, STORE.block)
+    for first in range(exact_from, exact_to, BLOCK_N):
+        acc, peak, total = _attend_exact(
+            q, acc, peak, total, first + tl.arange(0, BLOCK_N), limit, exact_to - 1, tokens, head, exact_pages, scale_log2,
+            SIZES,
+        )  # fmt: skip
+    return acc, peak, total

@@ -1,0 +1,137 @@
+"""Quantised store pages: momentkv_vllm/packed_store.py says how a tile looks and what its codes mean.
+
+Numbers come out of a store rotated. Attention rotates its queries instead and turns back what it sums; codes become numbers
+in registers.
+"""
+
+import triton
+import triton.language as tl
+
+TILE = tl.constexpr(8)
+"""Tokens of a tile."""
+GROUP = tl.constexpr(32)
+"""Numbers of a key that share a scale."""
+
+
+@triton.jit
+def rotated(x, BLOCK: tl.constexpr):
+    """The Walsh-Hadamard transform of x [M, D] float32 in blocks of BLOCK numbers: the additions of packed_store.py, bit for bit."""
+    M: tl.constexpr = x.shape[0]
+    D: tl.constexpr = x.shape[1]
+    for stage in tl.static_range(BLOCK.bit_length() - 1):
+        HALF: tl.constexpr = 1 << stage
+        a, b = tl.split(tl.permute(tl.reshape(x, (M, D // (2 * HALF), 2, HALF)), (0, 1, 3, 2)))
+        x = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2)), (M, D))
+    return x * BLOCK**-0.5
+
+
+@triton.jit
+def tiles_at(tiles, head, pages, slots, real, STORE: tl.constexpr):
+    """Byte at which the tile of every store slot [N] begins. pages: those of the row's store."""
+    tile = slots // TILE
+    page = tl.load(pages + tile // STORE.page_tiles, mask=real, other=0).to(tl.int64)
+    return page * tiles.page + head * tiles.head + tile % STORE.page_tiles * STORE.tile_bytes
+
+
+@triton.jit
+def _code_byte(d, STORE: tl.constexpr):
+    """Which byte of a token's codes holds number d."""
+    return d // GROUP * 16 + d % 16 if STORE.bits == 4 else d
+
+
+@triton.jit
+def _number(byte, d, STORE: tl.constexpr):
+    """Code d less its middle, float32."""
+    code = byte.to(tl.int32)
+    if STORE.bits == 4:
+        code = (code >> (d % GROUP // 16 * 4)) & 15
+    return code.to(tl.float32) - ((1 << STORE.bits) - 1) / 2
+
+
+@triton.jit
+def _key_byte(byte, token):
+    return byte // 4 * (4 * TILE) + token * 4 + byte % 4
+
+
+@triton.jit
+def _value_byte(byte, token, STORE: tl.constexpr):
+    return STORE.values + token // 2 * (2 * STORE.code_bytes) + byte * 2 + token % 2
+
+
+@triton.jit
+def _scale_at(at, group, token, STORE: tl.constexpr):
+    """Which scale of the memory is that of a key's group; the value's stands behind those of all groups."""
+    return (at + STORE.scales) // 2 + group * TILE + token
+
+
+@triton.jit
+def _scale(tiles, at, mask):
+    return (tl.load(tiles.scales + at, mask=mask, other=0).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def stored_keys(tiles, at, slots, real, D: tl.constexpr, STORE: tl.constexpr):
+    """Rotated keys [D, N] float32 of store slots [N] whose tiles begin at `at`; zero where not `real`."""
+    group = tl.arange(0, D // GROUP)[:, None, None]
+    d = group * GROUP + tl.arange(0, GROUP)[None, :, None]
+    at, token = at[None, None, :], (slots % TILE)[None, None, :]
+    mask = (group < STORE.width // GROUP) & real[None, None, :]
+    scale = _scale(tiles, _scale_at(at, group, token, STORE), mask)
+    byte = tl.load(tiles.codes + at + _key_byte(_code_byte(d, STORE), token), mask=mask, other=0)
+    return tl.reshape(_number(byte, d, STORE) * scale, (D, slots.shape[0]))
+
+
+@triton.jit
+def stored_values(tiles, at, slots, real, D: tl.constexpr, STORE: tl.constexpr):
+    """Rotated values [N, D] float32, likewise."""
+    d, token = tl.arange(0, D)[None, :], slots % TILE
+    scale = _scale(tiles, _scale_at(at, STORE.width // GROUP, token, STORE), real)
+    mask = real[:, None] & (d < STORE.width)
+    byte = tl.load(
+        tiles.codes + at[:, None] + _value_byte(_code_byte(d, STORE), token[:, None], STORE), mask=mask, other=0
+    )
+    return tl.where(mask, _number(byte, d, STORE) * scale[:, None], 0.0)
+
+
+@triton.jit
+def _quantised(x, STORE: tl.constexpr):
+    """Codes like x [N, vectors, numbers] and scales [N, vectors], as bits of bfloat16: `quantised` of packed_store.py."""
+    LEVELS: tl.constexpr = 16 if STORE.bits == 4 else 254
+    is_nan = tl.max((x != x).to(tl.int32), 2) > 0
+    wanted = tl.max(tl.abs(x), 2) * (2 / (LEVELS - 1))
+    bits = (wanted.to(tl.int32, bitcast=True) + 0xFFFF) & -0x10000
+    scale = bits.to(tl.float32, bitcast=True)
+    inverse = tl.where((scale > 0) & (is_nan == 0), tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale), 0.0)
+    code = tl.floor(x * inverse[:, :, None])
+    code = tl.minimum(tl.maximum(tl.where(code == code, code, 0.0), -LEVELS // 2), LEVELS // 2 - 1)
+    return code.to(tl.int32) + (1 << (STORE.bits - 1)), tl.where(is_nan, 0x7FC0, bits >> 16).to(tl.int16)
+
+
+@triton.jit
+def _bytes_of(codes, STORE: tl.constexpr):
+    """[N, code bytes] uint8 of codes [N, D]."""
+    N: tl.constexpr = codes.shape[0]
+    D: tl.constexpr = codes.shape[1]
+    if STORE.bits == 4:
+        low, high = tl.split(tl.permute(tl.reshape(codes, (N, D // GROUP, 2, 16)), (0, 1, 3, 2)))
+        codes = tl.reshape(low | (high << 4), (N, D // 2))
+    return codes.to(tl.uint8)
+
+
+@triton.jit
+def write_stored(tiles, at, slots, real, keys, values, STORE: tl.constexpr):
+    """Tokens [N, D] float32, not rotated and zero behind head_dim, quantised into store slots [N] whose tiles begin at `at`."""
+    N: tl.constexpr = keys.shape[0]
+    D: tl.constexpr = keys.shape[1]
+    GROUPS: tl.constexpr = D // GROUP
+    at, token, real = at[:, None], (slots % TILE)[:, None], real[:, None]
+    codes, scales = _quantised(tl.reshape(rotated(keys, STORE.block), (N, GROUPS, GROUP)), STORE)
+    code, scale = _quantised(tl.reshape(rotated(values, STORE.block), (N, 1, D)), STORE)
+    key_bytes = _bytes_of(tl.reshape(codes, (N, D)), STORE)
+    value_bytes = _bytes_of(tl.reshape(code, (N, D)), STORE)
+    byte, group = tl.arange(0, key_bytes.shape[1])[None, :], tl.arange(0, GROUPS)[None, :]
+    mask = real & (byte < STORE.code_bytes)
+    tl.store(tiles.codes + at + _key_byte(byte, token), key_bytes, mask=mask)
+    tl.store(tiles.codes + at + _value_byte(byte, token, STORE), value_bytes, mask=mask)
+    tl.store(tiles.scales + _scale_at(at, group, token, STORE), scales, mask=real & (group < STORE.width // GROUP))
+    tl.store(tiles.scales + _scale_at(at, STORE.width // GROUP, token, STORE), scale, mask=real)
