@@ -1,7 +1,8 @@
 """attend for rows with one query: split-KV. The moment record is one more split of the same softmax reduction.
 
 Parts come in the order record, splits of the quantised store, splits of exact pages: where a row's parts lie does not depend
-on how many the other rows have. A tile holds all query heads of a KV head, so that the keys, the values and the covariance are each read once.
+on how many the other rows have. A tile holds all query heads of a KV head, so that the keys, the values and the covariance are
+each read once.
 """
 
 import torch
@@ -26,8 +27,8 @@ def _partials(
     GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, RECORDS: tl.constexpr,
     SIZES: tl.constexpr, STORE: tl.constexpr, RECORD: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, KV head, part): the part's normalised output and logsumexp; -inf where it has nothing. RECORDS: parts that are
-    the moment record, 0 or 1."""
+    """Program (row, KV head, part): the part's normalised output and logsumexp; -inf where it has nothing. RECORDS: parts that
+    are the moment record, 0 or 1."""
     row, head, part = tl.program_id(0), program_head(), tl.program_id(2)
     if tl.load(num_queries + row) != 1:
         return

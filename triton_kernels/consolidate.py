@@ -1,4 +1,4 @@
-"""consolidate: choose the losers, fold them into the record, fill their slots. One program a (row, KV head).
+"""consolidate: choose who goes, fold them into the record, fill their slots. One program a (row, KV head).
 
 Three barriers order what may share memory: the lists before they are read, losers read before winners move over them, and
 winners read before the record is written, which at a sequence's first event lies in retiring pages.
@@ -8,236 +8,152 @@ import torch
 import triton
 import triton.language as tl
 
-from .arguments import record_sizes, records_of, sizes, tokens_of
-from .common import covariance_rows, dot, float_at, narrow, program_head
-from .score import candidate_page, load_keys, load_values, retiring_pages_of, score_terms
+from .arguments import record_sizes, records_of, sizes, store_sizes, tiles_of, tokens_of
+from .choose import choose
+from .common import program_head
+from .event import event_of, exact_slots, load_keys, load_values, mass_at, store_slots
+from .fold import fold, merged, write_record
+from .score import score_terms
+from .store import tiles_at, write_stored
 
 BLOCK_L = 16
-"""Losers folded at a time."""
+"""Losers folded, and winners moved, at a time."""
 
 
 @triton.jit
-def _relative(x, real, candidates):
-    """x over its mean; a NaN stays one, but does not count in the mean."""
-    mean = tl.sum(tl.where(real & (x == x), x, 0.0), 0) / candidates
-    return x / tl.maximum(mean, 1e-30)
-
-
-@triton.jit
-def _losers(score, candidate, real, losers):
-    """[N] True for the `losers` candidates that go: lowest score first, of equal scores the later, NaN as -inf."""
-    score = tl.where(score == score, score, float("-inf"))
-    bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)  # -0 becomes +0
-    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)  # sorts as the floats do
-    key = tl.where(real, key, 0x7FFFFFFF)
-    low = tl.full((), -0x80000000, tl.int64)
-    high = tl.full((), 0x7FFFFFFF, tl.int64)
-    for _ in range(32):
-        middle = (low + high) >> 1
-        enough = tl.sum((key <= middle).to(tl.int32), 0) >= losers
-        high = tl.where(enough, middle, high)
-        low = tl.where(enough, low, middle + 1)
-    below = key < low
-    tied = (key == low) & real
-    missing = losers - tl.sum(below.to(tl.int32), 0)
-    later = tl.sum(tied.to(tl.int32), 0) - tl.cumsum(tied.to(tl.int32), 0)
-    return below | (tied & (later < missing))
-
-
-@triton.jit
-def _choose(
-    score, term, c, store_tokens, candidates, losers, sink_tokens, attention_weight, loser_list, winner_list,
-    IS_TERMS: tl.constexpr,
-):  # fmt: skip
-    """Lists who goes and which retiring tokens stay, in order; returns how many store slots that leaves empty."""
-    real = c < candidates
-    if IS_TERMS:
-        far = tl.load(score + c, mask=real, other=0.0)
-        asked = tl.load(score + term + c, mask=real, other=0.0)
-        x = _relative(far, real, candidates) + attention_weight * _relative(asked, real, candidates)
-    else:
-        x = tl.load(score + c, mask=real, other=0.0)
-    lost = _losers(tl.where(c < sink_tokens, float("inf"), x), c, real, losers)
-    won = real & (lost == 0) & (c >= store_tokens)
-    tl.store(loser_list + tl.cumsum(lost.to(tl.int32), 0) - 1, c, mask=lost)
-    tl.store(winner_list + tl.cumsum(won.to(tl.int32), 0) - 1, c, mask=won)
-    return tl.sum((lost & (c < store_tokens)).to(tl.int32), 0)
-
-
-@triton.jit
-def _fold(
-    tokens, head, store, retiring, loser_list, losers, store_tokens,
-    BLOCK_L: tl.constexpr, SIZES: tl.constexpr, HAS_COVARIANCE: tl.constexpr,
-):  # fmt: skip
-    """Mean key and value [D], value spread and covariance [D, D] of the losers: means, then what is centred (two passes: no
-    cancellation)."""
-    D: tl.constexpr = SIZES.block_d
-    mean_key = tl.zeros((D,), tl.float32)
-    mean_value = tl.zeros((D,), tl.float32)
-    for first in range(0, losers, BLOCK_L):
-        j = first + tl.arange(0, BLOCK_L)
-        i = tl.load(loser_list + j, mask=j < losers, other=0)
-        page = candidate_page(store, retiring, i, j < losers, store_tokens, SIZES.page)
-        mean_key += tl.sum(load_keys(tokens, head, page, i % SIZES.page, j < losers, SIZES), 0)
-        mean_value += tl.sum(load_values(tokens, head, page, i % SIZES.page, j < losers, SIZES), 0)
-    mean_key /= losers
-    mean_value /= losers
-    squares = tl.zeros((D,), tl.float32)
-    product = tl.zeros((D, D) if HAS_COVARIANCE else (1, 1), tl.float32)
-    for first in range(0, losers, BLOCK_L):
-        j = first + tl.arange(0, BLOCK_L)
-        i = tl.load(loser_list + j, mask=j < losers, other=0)
-        page = candidate_page(store, retiring, i, j < losers, store_tokens, SIZES.page)
-        dv = load_values(tokens, head, page, i % SIZES.page, j < losers, SIZES)
-        dv = tl.where((j < losers)[:, None], dv - mean_value[None, :], 0.0)
-        squares += tl.sum(dv * dv, 0)
-        if HAS_COVARIANCE:
-            dk = load_keys(tokens, head, page, i % SIZES.page, j < losers, SIZES)
-            dk = tl.where((j < losers)[:, None], dk - mean_key[None, :], 0.0)
-            product += dot(tl.trans(dk), dv)
-    return mean_key, mean_value, tl.sum(squares, 0) / losers, product / losers
-
-
-@triton.jit
-def _merged(
-    records, head, pages, before, losers, mean_key, mean_value, spread, covariance,
-    SIZES: tl.constexpr, RECORD: tl.constexpr,
-):  # fmt: skip
-    """The moments of record and losers together (Chan et al. 1979). Nothing of an empty record counts: its pages hold tokens."""
+def _copy(tokens, head, page, slot, to_page, to_slot, ok, SIZES: tl.constexpr):
+    """Tokens [N] to other slots, bit for bit."""
     d = tl.arange(0, SIZES.block_d)
-    real = d < SIZES.head_dim
-    old = d < tl.where(before > 0, SIZES.head_dim, 0)
-    share = losers / (before + losers)
-    between = share * (1 - share)
-    old_key = tl.load(float_at(records, head, pages, RECORD.mean_key + d, real, RECORD), mask=old, other=0.0)
-    old_value = tl.load(float_at(records, head, pages, RECORD.mean_value + d, real, RECORD), mask=old, other=0.0)
-    delta_key = tl.where(old, mean_key - old_key, 0.0)
-    delta_value = tl.where(old, mean_value - old_value, 0.0)
-    old_spread = tl.load(float_at(records, head, pages, RECORD.spread, True, RECORD))
-    mixed = old_spread + share * (spread - old_spread) + between * tl.sum(delta_value * delta_value, 0)
-    spread = tl.where(before > 0, mixed, spread)
-    mean_key -= (1 - share) * delta_key
-    mean_value -= (1 - share) * delta_value
-    if RECORD.has_covariance:
-        at = covariance_rows(records, head, pages, d, real, SIZES, RECORD) + d[None, :]
-        c_old = tl.load(at, mask=old[:, None] & real[None, :], other=0).to(tl.float32)
-        if RECORD.has_scales:
-            scales = tl.load(float_at(records, head, pages, RECORD.scales + d, real, RECORD), mask=old, other=0.0)
-            c_old *= scales[:, None]
-        mixed_c = c_old + share * (covariance - c_old) + between * delta_key[:, None] * delta_value[None, :]
-        covariance = tl.where(before > 0, mixed_c, covariance)
-    return mean_key, mean_value, spread, covariance
-
-
-@triton.jit
-def _write_record(
-    records, head, pages, mean_key, mean_value, spread, covariance, SIZES: tl.constexpr, RECORD: tl.constexpr
-):
-    """covariance [D (key), D (value)] is rounded to the record's type; int8: a row's largest number becomes 127."""
-    d = tl.arange(0, SIZES.block_d)
-    real = d < SIZES.head_dim
-    tl.store(float_at(records, head, pages, RECORD.mean_key + d, real, RECORD), mean_key, mask=real)
-    tl.store(float_at(records, head, pages, RECORD.mean_value + d, real, RECORD), mean_value, mask=real)
-    tl.store(float_at(records, head, pages, RECORD.spread, True, RECORD), spread)
-    if RECORD.has_covariance:
-        if RECORD.has_scales:
-            scale = tl.max(tl.abs(covariance), 1) / 127
-            tl.store(float_at(records, head, pages, RECORD.scales + d, real, RECORD), scale, mask=real)
-            covariance = tl.floor(covariance / tl.maximum(scale, 1.2e-38)[:, None] + 0.5)
-        at = covariance_rows(records, head, pages, d, real, SIZES, RECORD) + d[None, :]
-        tl.store(at, narrow(covariance, records.covariance.dtype.element_ty), mask=real[:, None] & real[None, :])
-
-
-@triton.jit
-def _fill_holes(
-    tokens, head, store, retiring, loser_list, winner_list, holes, store_tokens, mass, m_page,
-    BLOCK_L: tl.constexpr, HAS_MASS: tl.constexpr, SIZES: tl.constexpr,
-):  # fmt: skip
-    """The i-th lost store slot takes the i-th retiring token that stays."""
-    d = tl.arange(0, SIZES.block_d)
+    tile = ok[:, None] & (d < SIZES.head_dim)[None, :]
     keys, values = tokens.k + head * tokens.k_head, tokens.v + head * tokens.v_head
     k_dim, v_dim = (d * tokens.k_dim)[None, :], (d * tokens.v_dim)[None, :]
-    for first in range(0, holes, BLOCK_L):
-        j = first + tl.arange(0, BLOCK_L)
-        ok = j < holes
-        to, source = tl.load(loser_list + j, mask=ok, other=0), tl.load(winner_list + j, mask=ok, other=0)
-        to_page = candidate_page(store, retiring, to, ok, store_tokens, SIZES.page)
-        page = candidate_page(store, retiring, source, ok, store_tokens, SIZES.page)
-        tile = ok[:, None] & (d < SIZES.head_dim)[None, :]
-        slot, to_slot = source % SIZES.page, to % SIZES.page
-        k = tl.load(keys + (page * tokens.k_page + slot * tokens.k_slot)[:, None] + k_dim, mask=tile)
-        v = tl.load(values + (page * tokens.v_page + slot * tokens.v_slot)[:, None] + v_dim, mask=tile)
-        tl.store(keys + (to_page * tokens.k_page + to_slot * tokens.k_slot)[:, None] + k_dim, k, mask=tile)
-        tl.store(values + (to_page * tokens.v_page + to_slot * tokens.v_slot)[:, None] + v_dim, v, mask=tile)
+    k = tl.load(keys + (page * tokens.k_page + slot * tokens.k_slot)[:, None] + k_dim, mask=tile)
+    v = tl.load(values + (page * tokens.v_page + slot * tokens.v_slot)[:, None] + v_dim, mask=tile)
+    tl.store(keys + (to_page * tokens.k_page + to_slot * tokens.k_slot)[:, None] + k_dim, k, mask=tile)
+    tl.store(values + (to_page * tokens.v_page + to_slot * tokens.v_slot)[:, None] + v_dim, v, mask=tile)
+
+
+@triton.jit
+def _fill(
+    tokens, tiles, head, event, loser_list, winner_list, holes, winners, mass, m_page,
+    BLOCK_W: tl.constexpr, HAS_MASS: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
+):  # fmt: skip
+    """The i-th token outside of the store that stays takes the i-th empty slot: those of the losers, then those never filled.
+
+    At a quantised store's first event the tokens come from the very pages that they are packed into. Slots fill in order, a
+    packed token needs less room than an exact one, and what is moved together is read before any of it is written.
+    """
+    for first in range(0, winners, BLOCK_W):
+        j = first + tl.arange(0, BLOCK_W)
+        ok = j < winners
+        source = tl.load(winner_list + j, mask=ok, other=0)
+        hole = tl.load(loser_list + j, mask=ok & (j < holes), other=0)
+        slot = tl.where(j < holes, hole, event.filled + j - holes)
         if HAS_MASS:
-            seen = tl.load(mass + page * m_page + slot, mask=ok)
+            seen = tl.load(mass_at(mass, m_page, event, source, ok, SIZES, STORE), mask=ok)
+        to_page, to_slot = store_slots(event, slot, ok, SIZES, STORE)
+        if STORE.bits:
+            keys = load_keys(tokens, tiles, head, event, source, ok, SIZES, STORE)
+            values = load_values(tokens, tiles, head, event, source, ok, SIZES, STORE)
+            tl.debug_barrier()
+            write_stored(tiles, tiles_at(tiles, head, event.store, slot, ok, STORE), slot, ok, keys, values, STORE)
+        else:
+            page, page_slot = exact_slots(event, source, ok, SIZES)
+            _copy(tokens, head, page, page_slot, to_page, to_slot, ok, SIZES)
+        if HAS_MASS:
             tl.store(mass + to_page * m_page + to_slot, seen, mask=ok)
 
 
 @triton.jit
 def _consolidate(
-    score, mass, loser_list, winner_list, store, retiring, moment_pages, num_evicted, tokens, records,
-    s_row, s_head, s_term, l_row, l_head, m_page, m_head, row_store, row_retiring, row_moments,
-    store_tokens, num_retiring, sink_tokens, attention_weight,
-    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, IS_TERMS: tl.constexpr, HAS_MASS: tl.constexpr,
-    HAS_MEANS: tl.constexpr, SIZES: tl.constexpr, RECORD: tl.constexpr,
+    score, mass, loser_list, winner_list, store, retiring, stored, moment_pages, num_evicted, tokens, tiles, records,
+    s_row, s_head, s_term, l_row, l_head, w_row, w_head, m_page, m_head, row_store, row_retiring, row_moments,
+    store_pages, num_retiring, capacity, sink_tokens, attention_weight,
+    RUNS: tl.constexpr, RUN: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_W: tl.constexpr,
+    IS_TERMS: tl.constexpr, HAS_MASS: tl.constexpr, HAS_MEANS: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
+    RECORD: tl.constexpr,
 ):  # fmt: skip
     """Program (row, KV head): choose, fold, fill, write the record, a barrier between each."""
     row, head = tl.program_id(0), program_head()
-    store += row * row_store
-    retiring += row * row_retiring
-    due = retiring_pages_of(retiring, num_retiring, BLOCK_K)
-    if due == 0:
+    event = event_of(
+        store,
+        retiring,
+        stored,
+        row,
+        row_store,
+        row_retiring,
+        store_pages,
+        num_retiring,
+        capacity,
+        BLOCK_K,
+        SIZES,
+        STORE,
+    )
+    if event.candidates == 0:
         return
-    losers = due * SIZES.page
     loser_list += row * l_row + head * l_head
-    winner_list += row * l_row + head * l_head
-    holes = _choose(
-        score + row * s_row + head * s_head, s_term, tl.arange(0, BLOCK_C), store_tokens, store_tokens + losers, losers,
-        sink_tokens, attention_weight, loser_list, winner_list, IS_TERMS,
+    winner_list += row * w_row + head * w_head
+    holes, winners = choose(
+        score + row * s_row + head * s_head, s_term, event, sink_tokens, attention_weight, loser_list, winner_list, RUNS, RUN,
+        IS_TERMS,
     )  # fmt: skip
     tl.debug_barrier()
     pages = moment_pages + row * row_moments
     if HAS_MEANS:
-        mean_key, mean_value, spread, covariance = _fold(
-            tokens, head, store, retiring, loser_list, losers, store_tokens, BLOCK_L, SIZES, RECORD.has_covariance
+        mean_key, mean_value, spread, covariance = fold(
+            tokens, tiles, head, event, loser_list, BLOCK_L, SIZES, STORE, RECORD.has_covariance
         )
         before = tl.load(num_evicted + row)
-        mean_key, mean_value, spread, covariance = _merged(
-            records, head, pages, before, losers, mean_key, mean_value, spread, covariance, SIZES, RECORD
+        mean_key, mean_value, spread, covariance = merged(
+            records, head, pages, before, event.losers, mean_key, mean_value, spread, covariance, SIZES, RECORD
         )
     tl.debug_barrier()
-    _fill_holes(
-        tokens, head, store, retiring, loser_list, winner_list, holes, store_tokens, mass + head * m_head, m_page,
-        BLOCK_L, HAS_MASS, SIZES,
+    _fill(
+        tokens, tiles, head, event, loser_list, winner_list, holes, winners, mass + head * m_head, m_page, BLOCK_W, HAS_MASS,
+        SIZES, STORE,
     )  # fmt: skip
     tl.debug_barrier()
-    if HAS_MEANS:
-        _write_record(records, head, pages, mean_key, mean_value, spread, covariance, SIZES, RECORD)
+    if HAS_MEANS and event.losers > 0:
+        write_record(records, head, pages, mean_key, mean_value, spread, covariance, SIZES, RECORD)
 
 
 def consolidate(cache, mass, work, score, sink_tokens: int, attention_weight: float) -> None:
     """As kernels/base.py.
 
     Args:
-        mass: [num_pages, num_kv_heads, page_size] float32 observed attention, which moves along with the tokens; or None.
+        mass: [num_pages, num_kv_heads, slots of a page] float32 observed attention, which moves along with the tokens; or None.
         score: [rows, heads, candidates] float32 of any policy; None: momentkv's, from `mass` and `attention_weight`.
     """
     rows, heads = len(work.num_evicted), cache.keys.shape[1]
-    num_retiring = work.retiring_pages.shape[1]
+    store_pages, num_retiring = work.store_pages.shape[1], work.retiring_pages.shape[1]
     if num_retiring == 0:
         return
-    store_tokens = work.store_pages.shape[1] * cache.page_size
-    most = store_tokens + num_retiring * cache.page_size
-    terms = score_terms(cache, mass, work) if score is None else score.unsqueeze(2)
-    lists = torch.empty(2, rows, heads, num_retiring * cache.page_size, dtype=torch.int32, device=cache.keys.device)
+    capacity, retiring = work.capacity(cache.page_size), num_retiring * cache.page_size
+    most = max(store_pages * cache.page_size, capacity) + retiring
+    is_terms = score is None and work.evicts
+    if is_terms:
+        terms = score_terms(cache, mass, work)
+    else:
+        terms = torch.zeros(rows, heads, 1, most, device=cache.keys.device) if score is None else score.unsqueeze(2)
+    # At a quantised store's first event all that stay are moved.
+    most_winners = capacity if work.stored is not None else retiring
+    losers, winners = (
+        torch.empty(rows, heads, n, dtype=torch.int32, device=cache.keys.device)
+        for n in (most - capacity, most_winners)
+    )
     moved = mass if mass is not None else terms
     _consolidate[(rows, heads)](
-        terms, moved, lists[0], lists[1], work.store_pages, work.retiring_pages, work.moment_pages, work.num_evicted,
-        tokens_of(cache), records_of(cache), *terms.stride()[:3], *lists.stride()[1:3], *moved.stride()[:2],
-        work.store_pages.stride(0), work.retiring_pages.stride(0), work.moment_pages.stride(0),
-        store_tokens, num_retiring, sink_tokens, attention_weight,
-        BLOCK_C=triton.next_power_of_2(most), BLOCK_K=triton.next_power_of_2(num_retiring), BLOCK_L=BLOCK_L,
-        IS_TERMS=score is None, HAS_MASS=mass is not None, HAS_MEANS=cache.record_layout.has_means, SIZES=sizes(cache),
+        terms, moved, losers, winners, work.store_pages, work.retiring_pages, work.stored, work.moment_pages, work.num_evicted,
+        tokens_of(cache), tiles_of(cache), records_of(cache), *terms.stride()[:3], *losers.stride()[:2], *winners.stride()[:2],
+        *moved.stride()[:2], work.store_pages.stride(0), work.retiring_pages.stride(0), work.moment_pages.stride(0),
+        store_pages, num_retiring, capacity, sink_tokens, attention_weight,
+        RUNS=triton.next_power_of_2(triton.cdiv(most, work.run_tokens)), RUN=work.run_tokens,
+        BLOCK_K=triton.next_power_of_2(num_retiring), BLOCK_L=BLOCK_L, BLOCK_W=_moved_together(cache), IS_TERMS=is_terms,
+        HAS_MASS=mass is not None, HAS_MEANS=cache.record_layout.has_means, SIZES=sizes(cache), STORE=store_sizes(cache, work),
         RECORD=record_sizes(cache), num_warps=8,
     )  # fmt: skip
+
+
+def _moved_together(cache) -> int:
+    """In vLLM's CPU layout (the interpreter's tests) a page's tokens are interleaved: packing one must wait for all."""
+    return BLOCK_L if cache.keys.stride(3) == 1 else max(BLOCK_L, triton.next_power_of_2(cache.page_size))

@@ -57,22 +57,21 @@ def _observe(
     pages += row * row_pages
     token0 = tl.load(first_token + row).to(tl.int64)
     in_store = stored_tokens(stored, row, STORE)
-    if STORE.bits:
-        if tile < store_tiles:
-            slots = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-            mine = slots < in_store
-            PAGE: tl.constexpr = STORE.page_tiles * 8
-            page = tl.load(pages + slots // PAGE, mask=mine, other=0).to(tl.int64)
-            mass_at = mass + page * m_page + slots % PAGE
-            at = tiles_at(tiles, head, pages, slots, mine, STORE)
-            k = narrow(stored_keys(tiles, at, slots, mine, SIZES.block_d, STORE), query.dtype.element_ty)
-            total = tl.load(mass_at, mask=slots < tl.where(keep, in_store, 0), other=0.0)
-            total += _attention(
-                query, lse, q_token, q_head, lse_token, token0, first_wanted, queries, k, slots, 0, scale, head,
-                GROUPS, BLOCK_M, SIZES, STORE, True,
-            )  # fmt: skip
-            tl.store(mass_at, total, mask=mine)
-            return
+    if STORE.bits and tile < store_tiles:
+        slots = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        mine = slots < in_store
+        PAGE: tl.constexpr = STORE.page_tiles * 8
+        page = tl.load(pages + slots // PAGE, mask=mine, other=0).to(tl.int64)
+        mass_at = mass + page * m_page + slots % PAGE
+        at = tiles_at(tiles, head, pages, slots, mine, STORE)
+        k = narrow(stored_keys(tiles, at, slots, mine, SIZES.block_d, STORE), query.dtype.element_ty)
+        total = tl.load(mass_at, mask=slots < tl.where(keep, in_store, 0), other=0.0)
+        total += _attention(
+            query, lse, q_token, q_head, lse_token, token0, first_wanted, queries, k, slots, 0, scale, head,
+            GROUPS, BLOCK_M, SIZES, STORE, True,
+        )  # fmt: skip
+        tl.store(mass_at, total, mask=mine)
+        return
     skipped = tl.where(in_store > 0, store_pages, 0)
     slots = (tile - store_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     page = tl.load(pages + skipped + slots // SIZES.page, mask=slots < num_slots - skipped * SIZES.page, other=0)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import dot, dot_rotated, narrow
+from .common import LOG2E, dot, dot_rotated, narrow
 from .store import rotated, stored_keys, stored_values, tiles_at
 
 
@@ -74,21 +74,20 @@ def attend_retained(
     q, limit, store_from, store_to, exact_from, exact_to, tokens, tiles, head, pages, exact_pages, scale,
     BLOCK_N: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
-    """(weighted sum of values [M, D], peak, sum of weights [M]) in base 2 of queries q [M, D] over slots [store_from, store_to) of
-    the store in `pages` and [exact_from, exact_to) of `exact_pages`; query m sees exact slots up to limit[m], -1: it is none."""
-    scale_log2 = scale * 1.4426950408889634
+    """(weighted sum of values [M, D], peak, sum of weights [M]) in base 2 of queries q [M, D] over slots [store_from, store_to)
+    of the store in `pages` and [exact_from, exact_to) of `exact_pages`; query m sees exact slots up to limit[m], -1: it is none."""
+    scale_log2 = scale * LOG2E
     acc = tl.zeros((q.shape[0], SIZES.block_d), tl.float32)
     peak = tl.full((q.shape[0],), float("-inf"), tl.float32)
     total = tl.zeros((q.shape[0],), tl.float32)
-    if STORE.bits:
-        if store_from < store_to:
-            turned = rotated(q.to(tl.float32), STORE.block)
-            for first in range(store_from, store_to, BLOCK_N):
-                acc, peak, total = _attend_stored(
-                    turned, acc, peak, total, first + tl.arange(0, BLOCK_N), limit >= 0, store_to, tiles, head, pages,
-                    scale_log2, q.dtype, SIZES, STORE,
-                )  # fmt: skip
-            acc = rotated(acc, STORE.block)
+    if STORE.bits and store_from < store_to:
+        turned = rotated(q.to(tl.float32), STORE.block)
+        for first in range(store_from, store_to, BLOCK_N):
+            acc, peak, total = _attend_stored(
+                turned, acc, peak, total, first + tl.arange(0, BLOCK_N), limit >= 0, store_to, tiles, head, pages, scale_log2,
+                q.dtype, SIZES, STORE,
+            )  # fmt: skip
+        acc = rotated(acc, STORE.block)
     for first in range(exact_from, exact_to, BLOCK_N):
         acc, peak, total = _attend_exact(
             q, acc, peak, total, first + tl.arange(0, BLOCK_N), limit, exact_to - 1, tokens, head, exact_pages, scale_log2,

@@ -15,7 +15,7 @@ GROUP = tl.constexpr(32)
 
 @triton.jit
 def rotated(x, BLOCK: tl.constexpr):
-    """The Walsh-Hadamard transform of x [M, D] float32 in blocks of BLOCK numbers: the additions of packed_store.py, bit for bit."""
+    """The Walsh-Hadamard transform of x [M, D] float32 in blocks of BLOCK numbers: bit for bit that of packed_store.py."""
     M: tl.constexpr = x.shape[0]
     D: tl.constexpr = x.shape[1]
     for stage in tl.static_range(BLOCK.bit_length() - 1):

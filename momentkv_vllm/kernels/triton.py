@@ -30,7 +30,7 @@ class Triton(KernelFamily):
 
     name = "triton"
     devices = ("cuda",)
-    limits = Limits(range(1, 257), page_step=16, dtypes=(torch.float32, torch.bfloat16, torch.float16), stores=False)
+    limits = Limits(range(1, 257), page_step=16, dtypes=(torch.float32, torch.bfloat16, torch.float16))
     native_scores = ("moment_distance",)
 
     def objections(self) -> list[str]:
