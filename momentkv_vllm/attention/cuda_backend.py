@@ -157,7 +157,7 @@ class CudaMomentKVImpl(EvictingImpl, TritonAttentionImpl):
 
 def _plans_on_device(config: EvictionConfig) -> bool:
     return (
-        config.policy_class.native == "moment_distance"
+        config.policy_class.native is not None
         and config.prefill == "chunked"
         and config.kernels != "reference"
     )
