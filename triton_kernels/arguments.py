@@ -36,8 +36,8 @@ class Records(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """A cache's memory from page 0, head 0 on as quantised store pages: codes, and scales as bits of bfloat16; strides by page and
-    head in bytes."""
+    """A cache's memory from page 0, head 0 on as quantised store pages: codes, and scales as bits of bfloat16; strides by page
+    and head in bytes."""
 
     codes: torch.Tensor
     scales: torch.Tensor

@@ -43,19 +43,22 @@ def _listed(list_at, i, chosen, RUN: tl.constexpr):
 @triton.jit
 def choose(
     score, term, event, sink_tokens, attention_weight, loser_list, winner_list,
-    RUNS: tl.constexpr, RUN: tl.constexpr, IS_TERMS: tl.constexpr,
+    RUNS: tl.constexpr, RUN: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
     """Lists who goes and which tokens outside of the store stay, in order; returns (how many slots of the store that leaves
-    empty, how many tokens want one). RUN neighbours go together, by their mean score; candidates are whole runs."""
+    empty, how many tokens want one). RUN neighbours go together, by their mean score; candidates are whole runs.
+
+    TERMS: of the native score that lie `term` numbers apart (score.py); 0: `score` is one.
+    """
     run = tl.arange(0, RUNS)
     i = run[:, None] * RUN + tl.arange(0, RUN)[None, :]
     real = i < event.candidates
-    if IS_TERMS:
-        far = tl.load(score + i, mask=real, other=0.0)
+    x = tl.load(score + i, mask=real, other=0.0)
+    if TERMS > 0:
+        x = _relative(x, real, event.candidates)
+    if TERMS > 1:
         asked = tl.load(score + term + i, mask=real, other=0.0)
-        x = _relative(far, real, event.candidates) + attention_weight * _relative(asked, real, event.candidates)
-    else:
-        x = tl.load(score + i, mask=real, other=0.0)
+        x += attention_weight * _relative(asked, real, event.candidates)
     means = tl.where(run * RUN < sink_tokens, float("inf"), tl.sum(x, 1) / RUN)
     real_run = run * RUN < event.candidates
     lost = _lost(means, real_run, event.losers // RUN)

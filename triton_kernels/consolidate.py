@@ -70,7 +70,7 @@ def _consolidate(
     s_row, s_head, s_term, l_row, l_head, w_row, w_head, m_page, m_head, row_store, row_retiring, row_moments,
     store_pages, num_retiring, capacity, sink_tokens, attention_weight,
     RUNS: tl.constexpr, RUN: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_W: tl.constexpr,
-    IS_TERMS: tl.constexpr, HAS_MASS: tl.constexpr, HAS_MEANS: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
+    TERMS: tl.constexpr, HAS_MASS: tl.constexpr, HAS_MEANS: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
     RECORD: tl.constexpr,
 ):  # fmt: skip
     """Program (row, KV head): choose, fold, fill, write the record, a barrier between each."""
@@ -95,7 +95,7 @@ def _consolidate(
     winner_list += row * w_row + head * w_head
     holes, winners = choose(
         score + row * s_row + head * s_head, s_term, event, sink_tokens, attention_weight, loser_list, winner_list, RUNS, RUN,
-        IS_TERMS,
+        TERMS,
     )  # fmt: skip
     tl.debug_barrier()
     pages = moment_pages + row * row_moments
@@ -122,7 +122,8 @@ def consolidate(cache, mass, work, score, sink_tokens: int, attention_weight: fl
 
     Args:
         mass: [num_pages, num_kv_heads, slots of a page] float32 observed attention, which moves along with the tokens; or None.
-        score: [rows, heads, candidates] float32 of any policy; None: momentkv's, from `mass` and `attention_weight`.
+        score: [rows, heads, candidates] float32 of any policy; None: the native one, or none because nothing is evicted.
+        attention_weight: of the native score's second term; 0: it has none, nothing of `mass` is read.
     """
     rows, heads = len(work.num_evicted), cache.keys.shape[1]
     store_pages, num_retiring = work.store_pages.shape[1], work.retiring_pages.shape[1]
@@ -130,9 +131,9 @@ def consolidate(cache, mass, work, score, sink_tokens: int, attention_weight: fl
         return
     capacity, retiring = work.capacity(cache.page_size), num_retiring * cache.page_size
     most = max(store_pages * cache.page_size, capacity) + retiring
-    is_terms = score is None and work.evicts
-    if is_terms:
-        terms = score_terms(cache, mass, work)
+    is_native = score is None and work.evicts
+    if is_native:
+        terms = score_terms(cache, mass if attention_weight else None, work)
     else:
         terms = torch.zeros(rows, heads, 1, most, device=cache.keys.device) if score is None else score.unsqueeze(2)
     # At a quantised store's first event all that stay are moved.
@@ -148,7 +149,8 @@ def consolidate(cache, mass, work, score, sink_tokens: int, attention_weight: fl
         *moved.stride()[:2], work.store_pages.stride(0), work.retiring_pages.stride(0), work.moment_pages.stride(0),
         store_pages, num_retiring, capacity, sink_tokens, attention_weight,
         RUNS=triton.next_power_of_2(triton.cdiv(most, work.run_tokens)), RUN=work.run_tokens,
-        BLOCK_K=triton.next_power_of_2(num_retiring), BLOCK_L=BLOCK_L, BLOCK_W=_moved_together(cache), IS_TERMS=is_terms,
+        BLOCK_K=triton.next_power_of_2(num_retiring), BLOCK_L=BLOCK_L, BLOCK_W=_moved_together(cache),
+        TERMS=terms.shape[2] if is_native else 0,
         HAS_MASS=mass is not None, HAS_MEANS=cache.record_layout.has_means, SIZES=sizes(cache), STORE=store_sizes(cache, work),
         RECORD=record_sizes(cache), num_warps=8,
     )  # fmt: skip

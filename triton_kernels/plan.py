@@ -18,13 +18,15 @@ def _boundary(committed, FIRST: tl.constexpr, RETIRE: tl.constexpr, RETIRE_PAGES
 
 @triton.jit
 def _plan(
-    seq_lens, query_start, table, first_token, num_queries, pages, last_slot, moment_pages, num_evicted, observe_from, restart,
-    store_pages, retiring_pages, table_row, num_columns,
-    PAGE: tl.constexpr, S: tl.constexpr, M: tl.constexpr, FIRST: tl.constexpr, RETIRE_PAGES: tl.constexpr,
-    COLUMNS: tl.constexpr, K: tl.constexpr, OBSERVED: tl.constexpr, OBSERVE_ALL: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    seq_lens, query_start, table, first_token, num_queries, pages, last_slot, stored, moment_pages, num_evicted, observe_from,
+    restart, store_pages, retiring_pages, table_row, num_columns,
+    PAGE: tl.constexpr, S: tl.constexpr, M: tl.constexpr, RECORD: tl.constexpr, RECORD_PAGES: tl.constexpr,
+    CAPACITY: tl.constexpr, IS_PACKED: tl.constexpr, FIRST: tl.constexpr, RETIRE_PAGES: tl.constexpr, COLUMNS: tl.constexpr,
+    K: tl.constexpr, OBSERVED: tl.constexpr, OBSERVE_ALL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Program row. OBSERVED: queries before an event that the policy observes, 0 if none."""
+    """Program row. RECORD: first column of the moment record's pages; CAPACITY: tokens of a full store; OBSERVED: queries before an
+    event that the policy observes, 0 if none."""
     RETIRE: tl.constexpr = RETIRE_PAGES * PAGE
     row = tl.program_id(0)
     first = tl.load(query_start + row).to(tl.int64)
@@ -37,8 +39,13 @@ def _plan(
     table += row * table_row
     tl.store(first_token + row, first)
     tl.store(num_queries + row, queries)
-    tl.store(last_slot + row, start - tl.where(before > 0, (before - S) * PAGE, 0))
-    tl.store(num_evicted + row, (tl.maximum(before - S, 0) * PAGE).to(tl.float32))
+    if IS_PACKED:
+        # Slots are then counted from the first window page.
+        tl.store(last_slot + row, start - before * PAGE)
+        tl.store(stored + row, tl.minimum(before * PAGE, CAPACITY))
+    else:
+        tl.store(last_slot + row, start - tl.where(before > 0, (before - S) * PAGE, 0))
+    tl.store(num_evicted + row, tl.maximum(before * PAGE - CAPACITY, 0).to(tl.float32))
 
     j = tl.arange(0, BLOCK)
     column = tl.where((j < S) | (before == 0), j, before + j - S)
@@ -46,8 +53,8 @@ def _plan(
     page = tl.load(table + column, mask=(j < used) & (column < num_columns), other=0).to(tl.int64)
     tl.store(pages + row * COLUMNS + j, page, mask=j < COLUMNS)
     m = tl.arange(0, BLOCK_M)
-    page = tl.load(table + S + m, mask=(m < M) & (S + m < num_columns), other=0).to(tl.int64)
-    tl.store(moment_pages + row * M + m, page, mask=m < M)
+    page = tl.load(table + RECORD + m, mask=(m < RECORD_PAGES) & (RECORD + m < num_columns), other=0).to(tl.int64)
+    tl.store(moment_pages + row * RECORD_PAGES + m, page, mask=m < RECORD_PAGES)
     s = tl.arange(0, BLOCK_S)
     tl.store(store_pages + row * S + s, tl.load(table + s, mask=(s < S) & (s < num_columns), other=0), mask=s < S)
     k = tl.arange(0, BLOCK_K)
@@ -63,6 +70,9 @@ def _plan(
             event = tl.where(start < FIRST, FIRST, FIRST + ((start - FIRST) // RETIRE + 1) * RETIRE)
             earlier = tl.where(start < FIRST, 0, FIRST + (start - FIRST) // RETIRE * RETIRE)
             zone = tl.maximum(event - OBSERVED, earlier)
+            # A quantised store that still has room evicts nothing: nobody competes.
+            evicts = _boundary(event, FIRST, RETIRE, RETIRE_PAGES, S + M) * PAGE > CAPACITY
+            zone = tl.where(evicts, zone, event)
         tl.store(observe_from + row, tl.minimum(tl.maximum(zone - start, 0), queries))
         tl.store(restart + row, (start <= zone) & (zone < end) & (queries > 0))
 
@@ -77,18 +87,16 @@ def plan(seq_lens, query_start, block_table, attend, retire, schedule, observed:
         schedule: page_schedule.PageSchedule with evict_in_prefill.
         observed: queries before an event that the policy observes, 0 if none; observe_all: all queries instead.
     """
-    s, m, columns, k = (
-        schedule.store_pages,
-        schedule.moment_pages,
-        attend.pages.shape[1],
-        retire.retiring_pages.shape[1],
-    )
+    s, m, record = schedule.store_pages, schedule.moment_pages, schedule.record_pages
+    columns, k = attend.pages.shape[1], retire.retiring_pages.shape[1]
+    record_pages = record.stop - record.start
     power = triton.next_power_of_2
     _plan[(len(seq_lens),)](
         seq_lens, query_start, block_table, attend.first_token, attend.num_queries, attend.pages, attend.last_slot,
-        attend.moment_pages, attend.num_evicted, attend.observe_from, attend.restart, retire.store_pages, retire.retiring_pages,
-        block_table.stride(0), block_table.shape[1],
-        PAGE=schedule.page_size, S=s, M=m, FIRST=schedule.first_event_tokens, RETIRE_PAGES=schedule.retire_pages,
-        COLUMNS=columns, K=k, OBSERVED=observed, OBSERVE_ALL=observe_all,
-        BLOCK=power(columns), BLOCK_S=power(s), BLOCK_M=power(max(1, m)), BLOCK_K=power(k), num_warps=1,
+        attend.stored, attend.moment_pages, attend.num_evicted, attend.observe_from, attend.restart, retire.store_pages,
+        retire.retiring_pages, block_table.stride(0), block_table.shape[1],
+        PAGE=schedule.page_size, S=s, M=m, RECORD=record.start, RECORD_PAGES=record_pages, CAPACITY=schedule.store_tokens,
+        IS_PACKED=schedule.is_packed, FIRST=schedule.first_event_tokens, RETIRE_PAGES=schedule.retire_pages, COLUMNS=columns,
+        K=k, OBSERVED=observed, OBSERVE_ALL=observe_all, BLOCK=power(columns), BLOCK_S=power(s),
+        BLOCK_M=power(max(1, record_pages)), BLOCK_K=power(k), num_warps=1,
     )  # fmt: skip

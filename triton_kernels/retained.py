@@ -75,7 +75,10 @@ def attend_retained(
     BLOCK_N: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
     """(weighted sum of values [M, D], peak, sum of weights [M]) in base 2 of queries q [M, D] over slots [store_from, store_to)
-    of the store in `pages` and [exact_from, exact_to) of `exact_pages`; query m sees exact slots up to limit[m], -1: it is none."""
+    of the store in `pages` and [exact_from, exact_to) of `exact_pages`.
+
+    Query m sees exact slots up to limit[m]; -1: it is none.
+    """
     scale_log2 = scale * LOG2E
     acc = tl.zeros((q.shape[0], SIZES.block_d), tl.float32)
     peak = tl.full((q.shape[0],), float("-inf"), tl.float32)

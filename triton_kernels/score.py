@@ -1,117 +1,146 @@
-"""The two terms of the default score (policies/momentkv.py), one tile of candidates a program: first half of consolidate."""
+"""The two terms of the native score (policies/key_direction.py), one tile of candidates a program: first half of consolidate.
+
+Sums over all candidates are those of tiles, added up in order: the same bits every time.
+"""
 
 import torch
 import triton
 import triton.language as tl
 
-from .arguments import record_sizes, records_of, sizes, tokens_of
+from .arguments import record_sizes, records_of, sizes, store_sizes, tiles_of, tokens_of
 from .common import float_at, program_head
+from .event import event_of, load_keys, load_values, mass_at
 
 BLOCK_N = 32
 
 
 @triton.jit
-def retiring_pages_of(retiring, num_retiring, BLOCK_K: tl.constexpr):
-    """How many pages a row retires; its list ends in -1 where it retires fewer."""
-    k = tl.arange(0, BLOCK_K)
-    return tl.sum((tl.load(retiring + k, mask=k < num_retiring, other=-1) >= 0).to(tl.int32), 0)
+def _directions(keys):
+    """Keys [N, D] over their lengths; a zero key has none."""
+    length = tl.sqrt(tl.sum(keys * keys, 1))
+    return keys / tl.where(length < 1e-12, 1e-12, length)[:, None]  # NaN stays
 
 
 @triton.jit
-def candidate_page(store, retiring, candidate, real, store_tokens, PAGE: tl.constexpr):
-    """Pages of candidates [N]: the store's slots first, then the retiring ones."""
-    in_store = candidate < store_tokens
-    of_store = tl.load(store + candidate // PAGE, mask=real & in_store, other=0)
-    of_retiring = tl.load(retiring + (candidate - store_tokens) // PAGE, mask=real & (in_store == 0), other=0)
-    return tl.where(in_store, of_store, of_retiring).to(tl.int64)
+def _sums(
+    sums, store, retiring, stored, num_evicted, tokens, tiles, s_row, s_head, s_tile, row_store, row_retiring,
+    store_pages, num_retiring, capacity,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HAS_ATTENTION: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
+):  # fmt: skip
+    """Program (row, KV head, tile): the tile's sum of directions [D] and, where nothing is evicted yet, of values [D]."""
+    row, head, tile = tl.program_id(0), program_head(), tl.program_id(2)
+    event = event_of(
+        store,
+        retiring,
+        stored,
+        row,
+        row_store,
+        row_retiring,
+        store_pages,
+        num_retiring,
+        capacity,
+        BLOCK_K,
+        SIZES,
+        STORE,
+    )
+    i = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    if (event.losers == 0) | (tile * BLOCK_N >= event.candidates):
+        return
+    real = i < event.candidates
+    direction = _directions(load_keys(tokens, tiles, head, event, i, real, SIZES, STORE))
+    at = sums + row * s_row + head * s_head + tile * s_tile + tl.arange(0, SIZES.block_d)
+    tl.store(at, tl.sum(tl.where(direction == direction, direction, 0.0), 0))
+    if HAS_ATTENTION and tl.load(num_evicted + row) == 0:
+        values = load_values(tokens, tiles, head, event, i, real, SIZES, STORE)
+        tl.store(at + SIZES.block_d, tl.sum(tl.where(values == values, values, 0.0), 0))
 
 
 @triton.jit
-def load_keys(tokens, head, page, slot, real, SIZES: tl.constexpr):
-    """[N, D] float32, zero where not `real`."""
-    d = tl.arange(0, SIZES.block_d)
-    at = tokens.k + head * tokens.k_head + (page * tokens.k_page + slot * tokens.k_slot)[:, None]
-    mask = real[:, None] & (d < SIZES.head_dim)[None, :]
-    return tl.load(at + (d * tokens.k_dim)[None, :], mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def load_values(tokens, head, page, slot, real, SIZES: tl.constexpr):
-    """[N, D] float32, zero where not `real`."""
-    d = tl.arange(0, SIZES.block_d)
-    at = tokens.v + head * tokens.v_head + (page * tokens.v_page + slot * tokens.v_slot)[:, None]
-    mask = real[:, None] & (d < SIZES.head_dim)[None, :]
-    return tl.load(at + (d * tokens.v_dim)[None, :], mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _means_of_candidates(
-    tokens, head, store, retiring, candidates, store_tokens, BLOCK_N: tl.constexpr, SIZES: tl.constexpr
-):
-    """Nothing is evicted yet: every tile adds up all candidates (once in a sequence's life)."""
-    mean_key = tl.zeros((SIZES.block_d,), tl.float32)
-    mean_value = tl.zeros((SIZES.block_d,), tl.float32)
-    for start in range(0, candidates, BLOCK_N):
-        other = start + tl.arange(0, BLOCK_N)
-        exists = other < candidates
-        page = candidate_page(store, retiring, other, exists, store_tokens, SIZES.page)
-        mean_key += tl.sum(load_keys(tokens, head, page, other % SIZES.page, exists, SIZES), 0)
-        mean_value += tl.sum(load_values(tokens, head, page, other % SIZES.page, exists, SIZES), 0)
-    return mean_key / candidates, mean_value / candidates
+def _added(sums, s_tile, tiles, D: tl.constexpr):
+    total = tl.zeros((D,), tl.float32)
+    for tile in range(0, tiles):
+        total += tl.load(sums + tile * s_tile + tl.arange(0, D))
+    return total
 
 
 @triton.jit
 def _terms(
-    terms, mass, store, retiring, moment_pages, num_evicted, tokens, records,
-    t_row, t_head, t_term, m_page, m_head, row_store, row_retiring, row_moments, store_tokens, num_retiring,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SIZES: tl.constexpr, RECORD: tl.constexpr,
+    terms, sums, mass, store, retiring, stored, moment_pages, num_evicted, tokens, tiles, records,
+    t_row, t_head, t_term, s_row, s_head, s_tile, m_page, m_head, row_store, row_retiring, row_moments,
+    store_pages, num_retiring, capacity,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HAS_ATTENTION: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
+    RECORD: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, KV head, tile of candidates)."""
-    row, head = tl.program_id(0), program_head()
-    store += row * row_store
-    retiring += row * row_retiring
-    due = retiring_pages_of(retiring, num_retiring, BLOCK_K)
-    candidates = store_tokens + due * SIZES.page
-    first = tl.program_id(2) * BLOCK_N
-    if (due == 0) | (first >= candidates):
+    """Program (row, KV head, tile): how far a key is turned from all others; attention times how far a value lies off."""
+    row, head, tile = tl.program_id(0), program_head(), tl.program_id(2)
+    event = event_of(
+        store,
+        retiring,
+        stored,
+        row,
+        row_store,
+        row_retiring,
+        store_pages,
+        num_retiring,
+        capacity,
+        BLOCK_K,
+        SIZES,
+        STORE,
+    )
+    i = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    if (event.losers == 0) | (tile * BLOCK_N >= event.candidates):
         return
-    if tl.load(num_evicted + row) == 0:
-        mean_key, mean_value = _means_of_candidates(
-            tokens, head, store, retiring, candidates, store_tokens, BLOCK_N, SIZES
-        )
-    else:
-        pages = moment_pages + row * row_moments
-        d = tl.arange(0, SIZES.block_d)
-        real = d < SIZES.head_dim
-        mean_key = tl.load(float_at(records, head, pages, RECORD.mean_key + d, real, RECORD), mask=real, other=0.0)
-        mean_value = tl.load(float_at(records, head, pages, RECORD.mean_value + d, real, RECORD), mask=real, other=0.0)
-    candidate = first + tl.arange(0, BLOCK_N)
-    real = candidate < candidates
-    page = candidate_page(store, retiring, candidate, real, store_tokens, SIZES.page)
-    slot = candidate % SIZES.page
-    dk = load_keys(tokens, head, page, slot, real, SIZES) - mean_key[None, :]
-    dv = load_values(tokens, head, page, slot, real, SIZES) - mean_value[None, :]
-    seen = tl.load(mass + page * m_page + head * m_head + slot, mask=real, other=0.0)
-    at = terms + row * t_row + head * t_head + candidate
-    tl.store(at, tl.sqrt(tl.sum(dk * dk, 1)), mask=real)
-    tl.store(at + t_term, seen * tl.sqrt(tl.sum(dv * dv, 1)), mask=real)
+    real = i < event.candidates
+    sums += row * s_row + head * s_head
+    num_tiles = tl.cdiv(event.candidates, BLOCK_N)
+    anchor = _added(sums, s_tile, num_tiles, SIZES.block_d)
+    anchor /= tl.maximum(tl.sqrt(tl.sum(anchor * anchor, 0)), 1e-8)
+    direction = _directions(load_keys(tokens, tiles, head, event, i, real, SIZES, STORE))
+    turned = 1 - tl.sum(direction * anchor[None, :], 1)
+    at = terms + row * t_row + head * t_head + i
+    tl.store(at, tl.where(turned < 0, 0.0, turned), mask=real)
+    if HAS_ATTENTION:
+        if tl.load(num_evicted + row) == 0:
+            mean = _added(sums + SIZES.block_d, s_tile, num_tiles, SIZES.block_d) / event.candidates
+        else:
+            d = tl.arange(0, SIZES.block_d)
+            wanted = d < SIZES.head_dim
+            pages = moment_pages + row * row_moments
+            mean = tl.load(
+                float_at(records, head, pages, RECORD.mean_value + d, wanted, RECORD), mask=wanted, other=0.0
+            )
+        away = load_values(tokens, tiles, head, event, i, real, SIZES, STORE) - mean[None, :]
+        seen = tl.load(mass_at(mass + head * m_head, m_page, event, i, real, SIZES, STORE), mask=real, other=0.0)
+        tl.store(at + t_term, seen * tl.sqrt(tl.sum(away * away, 1)), mask=real)
 
 
-def score_terms(cache, mass: torch.Tensor, work) -> torch.Tensor:
-    """[rows, heads, 2, candidates] float32: distance of the key to the mean evicted key; attention times that of the value.
+def score_terms(cache, mass: torch.Tensor | None, work) -> torch.Tensor:
+    """[rows, heads, terms, candidates] float32, not yet relative to their means; the second term only with `mass`.
 
-    Rows without an event are left as they are (uninitialised).
+    Rows that evict nothing are left as they are (uninitialised).
     """
-    rows, heads = len(work.num_evicted), cache.keys.shape[1]
-    store_tokens = work.store_pages.shape[1] * cache.page_size
-    num_retiring = work.retiring_pages.shape[1]
-    most = store_tokens + num_retiring * cache.page_size
-    terms = torch.empty(rows, heads, 2, most, dtype=torch.float32, device=cache.keys.device)
-    _terms[(rows, heads, triton.cdiv(most, BLOCK_N))](
-        terms, mass, work.store_pages, work.retiring_pages, work.moment_pages, work.num_evicted, tokens_of(cache),
-        records_of(cache), *terms.stride()[:3], *mass.stride()[:2], work.store_pages.stride(0),
-        work.retiring_pages.stride(0), work.moment_pages.stride(0), store_tokens, num_retiring,
-        BLOCK_N=BLOCK_N, BLOCK_K=triton.next_power_of_2(num_retiring), SIZES=sizes(cache), RECORD=record_sizes(cache),
-        num_warps=4,
+    rows, heads, device = len(work.num_evicted), cache.keys.shape[1], cache.keys.device
+    store_pages, num_retiring = work.store_pages.shape[1], work.retiring_pages.shape[1]
+    capacity, shape = work.capacity(cache.page_size), sizes(cache)
+    most = max(store_pages * cache.page_size, capacity) + num_retiring * cache.page_size
+    num_tiles, num_terms = triton.cdiv(most, BLOCK_N), 1 if mass is None else 2
+    terms = torch.empty(rows, heads, num_terms, most, dtype=torch.float32, device=device)
+    sums = torch.empty(rows, heads, num_tiles, num_terms * shape.block_d, dtype=torch.float32, device=device)
+    lists = work.store_pages, work.retiring_pages, work.stored
+    by_row = work.store_pages.stride(0), work.retiring_pages.stride(0)
+    counts = store_pages, num_retiring, capacity
+    known = {
+        "BLOCK_N": BLOCK_N, "BLOCK_K": triton.next_power_of_2(num_retiring), "HAS_ATTENTION": mass is not None,
+        "SIZES": shape, "STORE": store_sizes(cache, work), "num_warps": 4,
+    }  # fmt: skip
+    grid = (rows, heads, num_tiles)
+    _sums[grid](
+        sums, *lists, work.num_evicted, tokens_of(cache), tiles_of(cache), *sums.stride()[:3], *by_row, *counts, **known
+    )
+    read = mass if mass is not None else terms
+    _terms[grid](
+        terms, sums, read, *lists, work.moment_pages, work.num_evicted, tokens_of(cache), tiles_of(cache), records_of(cache),
+        *terms.stride()[:3], *sums.stride()[:3], *read.stride()[:2], *by_row, work.moment_pages.stride(0), *counts,
+        RECORD=record_sizes(cache), **known,
     )  # fmt: skip
     return terms

@@ -31,8 +31,9 @@ from momentkv_vllm.attention.step_plan_on_device import DecodePlanner
 from momentkv_vllm.attention.stock_rows import StockPart, StockRows, stock_part
 from momentkv_vllm.attention.upload import uploaded
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.kernels import select
+from momentkv_vllm.kernels import KernelFamily, select
 from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.limits import CacheShape
 
 logger = init_logger(__name__)
 
@@ -88,11 +89,11 @@ class CudaMomentKVMetadataBuilder(TritonAttentionMetadataBuilder):
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> AttentionCGSupport:
-        """FULL graphs for decode steps, where nothing needs the host: scores of other policies do (kernels/triton.py)."""
+        """FULL graphs for decode steps, where nothing needs the host: scores that no kernel computes do (kernels/triton.py)."""
         config = EvictionConfig.from_vllm(vllm_config)
         if not config.active:
             return TritonAttentionMetadataBuilder._cudagraph_support
-        if _plans_on_device(config):
+        if _plans_on_device(config, _family(config, kv_cache_spec)):
             return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
         return AttentionCGSupport.NEVER
 
@@ -105,10 +106,10 @@ class CudaMomentKVMetadataBuilder(TritonAttentionMetadataBuilder):
             return
         require_bounded_spec(kv_cache_spec, config, layer_names)
         policy, schedule = config.policy_class, kv_cache_spec.schedule
-        kernels = select(config.kernels, CudaMomentKVImpl.device_type)
+        kernels = _family(config, kv_cache_spec)
         logger.info_once("--kv-eviction %s: kernels %s", config.policy, kernels.label())
         self.planner = StepPlanner(schedule, config, policy)
-        if _plans_on_device(config):
+        if _plans_on_device(config, kernels):
             sizes = vllm_config.compilation_config.cudagraph_capture_sizes or [0]
             rows = max(vllm_config.scheduler_config.max_num_seqs, *sizes, 1)
             self.decode_planner = DecodePlanner(schedule, config, policy, rows, device)
@@ -155,9 +156,10 @@ class CudaMomentKVImpl(EvictingImpl, TritonAttentionImpl):
     view = staticmethod(CacheView.of_vllm_gpu)
 
 
-def _plans_on_device(config: EvictionConfig) -> bool:
-    return (
-        config.policy_class.native == "moment_distance"
-        and config.prefill == "chunked"
-        and config.kernels != "reference"
-    )
+def _family(config: EvictionConfig, spec: AttentionSpec) -> KernelFamily:
+    shape = CacheShape.of(config, spec.head_size, spec.block_size, spec.dtype)
+    return select(config.kernels, CudaMomentKVImpl.device_type, shape)
+
+
+def _plans_on_device(config: EvictionConfig, kernels: KernelFamily) -> bool:
+    return config.policy_class.native in kernels.native_scores and config.prefill == "chunked"

@@ -28,6 +28,7 @@ class DecodePlanner:
         self.observe_all = policy.observes_every_query()
         # A first event retires the moment pages too.
         most_retired = schedule.moment_pages + schedule.retire_pages
+        record = schedule.record_pages
 
         def buffer(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(max_rows, *shape, dtype=dtype, device=device)
@@ -37,17 +38,22 @@ class DecodePlanner:
             num_queries=buffer(),
             pages=buffer(schedule.budget_pages),
             last_slot=buffer(),
-            moment_pages=buffer(schedule.moment_pages),
+            moment_pages=buffer(record.stop - record.start),
             num_evicted=buffer(dtype=torch.float32),
             observe_from=buffer(),
             restart=buffer(dtype=torch.bool),
             most_queries=1,
+            stored=buffer() if schedule.is_packed else None,
+            store_pages=schedule.store_pages,
         )
         self.retire = RetireWork(
             store_pages=buffer(schedule.store_pages),
             retiring_pages=buffer(most_retired) - 1,
             moment_pages=self.attend.moment_pages,
             num_evicted=self.attend.num_evicted,
+            run_tokens=schedule.run_tokens,
+            stored=self.attend.stored,
+            store_tokens=schedule.store_tokens,
         )
 
     def update(self, seq_lens: torch.Tensor, query_start: torch.Tensor, block_table: torch.Tensor) -> StepPlan:

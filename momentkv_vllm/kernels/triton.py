@@ -1,7 +1,7 @@
 """The Triton kernels of triton_kernels/; base.py documents the operations.
 
 They address caches by strides, so they run on vLLM's CUDA layout and, in Triton's interpreter (TRITON_INTERPRET=1), on the
-CPU's. Nothing here waits for the device, except for policies other than momentkv's and observed logits.
+CPU's. Nothing here waits for the device, except for other scores than the native one and observed logits.
 """
 
 import os
@@ -31,7 +31,7 @@ class Triton(KernelFamily):
     name = "triton"
     devices = ("cuda",)
     limits = Limits(range(1, 257), page_step=16, dtypes=(torch.float32, torch.bfloat16, torch.float16))
-    native_scores = ("moment_distance",)
+    native_scores = ("key_direction",)
 
     def objections(self) -> list[str]:
         if _why_missing:
