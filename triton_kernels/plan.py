@@ -25,8 +25,8 @@ def _plan(
     K: tl.constexpr, OBSERVED: tl.constexpr, OBSERVE_ALL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Program row. RECORD: first column of the moment record's pages; CAPACITY: tokens of a full store; OBSERVED: queries before an
-    event that the policy observes, 0 if none."""
+    """Program row. RECORD: first column of the moment record's pages; CAPACITY: tokens of a full store; OBSERVED: queries before
+    an event that the policy observes, 0 if none."""
     RETIRE: tl.constexpr = RETIRE_PAGES * PAGE
     row = tl.program_id(0)
     first = tl.load(query_start + row).to(tl.int64)
