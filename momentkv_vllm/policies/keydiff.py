@@ -2,7 +2,7 @@
 
 import torch
 
-from momentkv_vllm.policies.base import Candidates, Policy
+from momentkv_vllm.policies.base import AS_PUBLISHED, Candidates, Policy
 from momentkv_vllm.policies.key_direction import key_direction
 
 
@@ -12,7 +12,7 @@ class KeyDiff(Policy):
     name = "keydiff"
     source = "arXiv 2504.15364"
     summary = "minus the cosine of its key to the mean direction"
-    defaults = {"correction": "off", "window_tokens": 16}
+    defaults = AS_PUBLISHED | {"correction": "off", "window_tokens": 16}
     native = "key_direction"
 
     def score(self, tokens: Candidates) -> torch.Tensor:
