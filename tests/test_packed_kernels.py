@@ -5,6 +5,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from kernel_cases import INTERPRETED, attend_work, run_attend
 
 from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
@@ -15,6 +16,7 @@ from momentkv_vllm.page_layout import RecordLayout
 from momentkv_vllm.policies import find
 
 HEADS = 2
+REFERENCE = select("reference")
 DIMS = [16, 64, 80, 96, 128, 256]
 
 
@@ -63,10 +65,23 @@ def test_tiles_hold_what_was_written(dtype, head_dim):
     assert (raw[..., cache.page_tiles * layout.tile_bytes :] == 255).all(), "what lies behind the tiles stays"
 
 
+def ask(kernels, cache, observed, work, head_dim, first):
+    """(output, logsumexp) of one random query, which is observed if the policy wants that."""
+    query = torch.randn(1, 2 * HEADS, head_dim).to(cache.kv.dtype)
+    if observed is not None:
+        work.observe_from, work.restart = torch.tensor([0]), torch.tensor([first])
+    output, lse = run_attend(kernels, cache, query, work, head_dim**-0.5, True)
+    if observed is not None:
+        kernels.observe(cache, observed, query, lse, work, head_dim**-0.5)
+    return output.float(), lse
+
+
 def play(
-    family, dtype, run, policy, store_pages, head_dim, page_size, cache_dtype=torch.bfloat16, outliers=False, total=0
-):
-    """A sequence of `total` tokens, or of 25 pages: (outputs, logsumexps; bytes of the store after every event; the moments; how many)."""
+    family, dtype, run, policy, store_pages, head_dim, page_size, cache_dtype=torch.bfloat16, outliers=False, total=0,
+    every=1,
+):  # fmt: skip
+    """A sequence of `total` tokens, or of 25 pages, of which every `every`-th one asks: (outputs, logsumexps; bytes of the store
+    after every event; the moments; how many)."""
     torch.manual_seed(0)
     total = total or 25 * page_size
     kernels, policy = select(family), find(policy)()
@@ -88,20 +103,14 @@ def play(
         kernels.write(
             cache, keys[t : t + 1], values[t : t + 1], torch.tensor([page * page_size + t % page_size]), observed
         )
-        columns = [*range(store_pages)] * (boundary > 0) + [*range(boundary, page)]
-        attend = AttendWork(
-            first_token=torch.tensor([0]), num_queries=torch.tensor([1]), pages=torch.tensor([columns]) + 1,
-            last_slot=torch.tensor([t - boundary * page_size]), moment_pages=torch.tensor([[store_pages]]),
-            num_evicted=torch.tensor([float(evicted)]), stored=torch.tensor([stored]), store_pages=store_pages,
-        )  # fmt: skip
-        if observed is not None:
-            attend.observe_from, attend.restart = torch.tensor([0]), torch.tensor([t == 0])
-        query = torch.randn(1, 2 * HEADS, head_dim).to(cache_dtype)
-        output, lse = torch.full_like(query, math.nan), torch.full((1, 2 * HEADS), math.nan)
-        kernels.attend(cache, query, output, lse, attend, scale, True)
-        if observed is not None:
-            kernels.observe(cache, observed, query, lse, attend, scale)
-        outputs.append((output.float(), lse))
+        if (t + 1) % every == 0:
+            columns = [*range(store_pages)] * (boundary > 0) + [*range(boundary, page)]
+            attend = AttendWork(
+                first_token=torch.tensor([0]), num_queries=torch.tensor([1]), pages=torch.tensor([columns]) + 1,
+                last_slot=torch.tensor([t - boundary * page_size]), moment_pages=torch.tensor([[store_pages]]),
+                num_evicted=torch.tensor([float(evicted)]), stored=torch.tensor([stored]), store_pages=store_pages,
+            )  # fmt: skip
+            outputs.append(ask(kernels, cache, observed, attend, head_dim, first=not outputs))
         if t + 1 >= budget_pages * page_size and (t + 1) % page_size == 0:
             first = boundary or store_pages
             retire = RetireWork(
@@ -140,9 +149,18 @@ def test_cpu_reads_a_store_as_the_reference_does(dtype, head_dim):
         torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_cpu_kernels_store_the_same_bytes_and_answer_alike(case):
-    want, got = play("reference", *case), play("cpu", *case)
+# Family, case, how many tokens and which of them ask. Triton's interpreter takes a second for what takes 10 us.
+PLAYED = [("cpu", case, 0, 1) for case in CASES]
+PLAYED += [
+    ("triton", ("int4", 8, "momentkv", 2, 32, 16), 200, 16),
+    ("triton", ("int4", 16, "keydiff", 2, 80, 32), 384, 64),
+    ("triton", ("int8", 1, "h2o", 2, 64, 16), 128, 16),
+] * INTERPRETED
+
+
+@pytest.mark.parametrize(("family", "case", "total", "every"), PLAYED, ids=str)
+def test_kernels_store_the_same_bytes_and_answer_alike(family, case, total, every):
+    want, got = (play(one, *case, total=total, every=every) for one in ("reference", family))
     assert want[3] > 0, "something must have been evicted"
     for (a, a_lse), (b, b_lse) in zip(want[0], got[0], strict=True):
         torch.testing.assert_close(b, a, atol=1e-2, rtol=2e-2)
@@ -151,6 +169,41 @@ def test_cpu_kernels_store_the_same_bytes_and_answer_alike(case):
         assert torch.equal(a, b), f"store {number} differs in {(a != b).float().mean():.1%} of its bytes"
     torch.testing.assert_close(got[2].mean_key, want[2].mean_key, atol=1e-5, rtol=0)
     torch.testing.assert_close(got[2].mean_value, want[2].mean_value, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_several_queries_and_rows_of_every_kind(kernels, dtype):
+    """A full store, one that still has room, exact pages and padding: in one work list, decode beside chunks."""
+    head_dim, page_size, store_pages = 64, 16, 2
+    kv = torch.randn(24, HEADS, page_size, 2 * head_dim, generator=torch.Generator().manual_seed(0)).bfloat16()
+    kv[0] = math.nan
+    cache = CacheView.of_vllm_cpu(kv, RecordLayout(head_dim, has_covariance=False), PackedLayout(dtype, head_dim))
+    slots = store_pages * cache.packed.page_tokens
+    pages = torch.arange(1, 21).view(4, 5)
+    pages[0, 4] = 0
+    keys, values = torch.randn(2, 3, HEADS, slots, head_dim, generator=torch.Generator().manual_seed(1))
+    cache.packed.write(pages[[0, 1, 3], :store_pages], Packed.of(keys, values, cache.packed_layout))
+    kv[pages[0, 3]], kv[pages[2, 4]] = math.nan, math.nan
+    work = attend_work(pages, [10, 40, 37, 20], [1, 5, 7, 1])
+    work.stored, work.store_pages = torch.tensor([slots, slots - 24, 0, 8]), store_pages
+    work.observe_from, work.restart = torch.tensor([0, 2, 0, 1]), torch.tensor([True, False, False, True])
+    query = torch.randn(14, 2 * HEADS, head_dim, generator=torch.Generator().manual_seed(2)).bfloat16()
+    (want, want_lse), (got, lse) = (run_attend(k, cache, query, work, 0.125, False) for k in (REFERENCE, kernels))
+    torch.testing.assert_close(got.float(), want.float(), atol=1e-2, rtol=2e-2)
+    torch.testing.assert_close(lse, want_lse, atol=2e-3, rtol=0)
+    want_mass, mass = (torch.full((24, HEADS, cache.page_slots), 0.5) for _ in range(2))
+    REFERENCE.observe(cache, Observed(want_mass), query, want_lse, work, 0.125)
+    kernels.observe(cache, Observed(mass), query, want_lse, work, 0.125)
+    for row, stored in enumerate(work.stored.tolist()):
+        store, exact = pages[row].split([store_pages, 5 - store_pages]) if stored else (pages[row, :0], pages[row])
+        seen = [
+            x[store][..., : cache.packed.page_tokens].transpose(0, 1).flatten(1)[:, :stored] for x in (mass, want_mass)
+        ]
+        torch.testing.assert_close(*seen, atol=2e-3, rtol=1e-2)
+        exact = exact[exact > 0]
+        torch.testing.assert_close(
+            mass[exact][..., :page_size], want_mass[exact][..., :page_size], atol=1e-5, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize(("dtype", "worst"), [("int8", 0.02), ("int4", 0.2)])

@@ -1,11 +1,11 @@
-"""The score "key_direction" as the CPU kernels compute it: they keep what the specification keeps, of exact and quantised stores."""
+"""The score "key_direction" as kernels compute it: they keep what the specification keeps, of exact and quantised stores."""
 
 import math
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from kernel_cases import HEADS
+from kernel_cases import HEADS, INTERPRETED
 
 from momentkv_vllm import moments
 from momentkv_vllm.kernels import select
@@ -79,19 +79,19 @@ def kept_by_specification(e: Event, weight: float) -> tuple[torch.Tensor, torch.
     return kept, tokens.attention.where(tokens.valid.unsqueeze(1), -1.0), ((runs - edge) / edge).abs()
 
 
-def kept_by_kernels(e: Event, mass_of: torch.Tensor, weight: float) -> torch.Tensor:
+def kept_by_kernels(e: Event, mass_of: torch.Tensor, weight: float, family: str) -> torch.Tensor:
     """Likewise, told by the mass that has moved along."""
     mass = e.mass.clone()
-    select("cpu")._consolidate(e.cache, mass, e.work, None, SINKS, weight)
+    select(family)._consolidate(e.cache, mass, e.work, None, SINKS, weight)
     page_tokens = e.cache.packed.page_tokens if e.work.stored is not None else PAGE
     held = mass[e.work.store_pages][..., :page_tokens].transpose(1, 2).flatten(2, 3)
     held = held[:, :, : e.work.capacity(PAGE)]
     return (mass_of.unsqueeze(-1) == held.unsqueeze(2)).any(-1)
 
 
-def compare(e: Event, weight: float, rounding: float) -> None:
+def compare(e: Event, weight: float, rounding: float, family: str = "cpu") -> None:
     want, mass, distance = kept_by_specification(e, weight)
-    got = kept_by_kernels(e, mass, weight)
+    got = kept_by_kernels(e, mass, weight, family)
     assert torch.equal(got.sum(-1), want.sum(-1))
     assert (want.sum(-1) < (mass >= 0).sum(-1)).all(), "every row must evict"
     flipped = got != want
@@ -104,6 +104,16 @@ def compare(e: Event, weight: float, rounding: float) -> None:
 @pytest.mark.parametrize("case", EXACT + INT4 + INT8, ids=str)
 def test_cpu_keeps_what_the_specification_keeps(case, weight):
     compare(event(*case), weight, 1e-5 if case[0] is None else 3e-4)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="run by test_interpreter.py")
+@pytest.mark.parametrize(
+    ("family", "case", "weight"),
+    [("triton", (None, 64, 1), 0.25), ("triton", ("int4", 80, 8), 0.25), ("triton", ("int8", 64, 1), 0.0)],
+    ids=str,
+)
+def test_interpreted_kernels_keep_what_the_specification_keeps(family, case, weight):
+    compare(event(*case, nan=True), weight, 1e-5, family)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
