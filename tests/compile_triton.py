@@ -5,7 +5,10 @@ become compilations. Prints a JSON line a kernel.
 """
 
 import json
+import re
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.extend(str(Path(__file__).parents[1] / "benchmarks" / folder) for folder in ("gpu", ""))
@@ -19,7 +22,10 @@ from triton.runtime.jit import JITFunction
 
 from momentkv_vllm.attention.step_plan_on_device import DecodePlanner
 from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.triton import Triton
+from momentkv_vllm.packed_store import PackedLayout
 from momentkv_vllm.page_schedule import build_schedule
 from momentkv_vllm.policies import find
 
@@ -53,7 +59,30 @@ class Target(DriverBase):
         return 0
 
 
-def main(capability: int, shapes: list[Shape]) -> None:
+def resources(made) -> dict[str, int]:
+    """Registers of a thread and bytes of its stack, where spills go, as cuobjdump reads them in the machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {
+        name: int(re.search(rf"{key}:(\d+)", text)[1]) for name, key in (("registers", "REG"), ("stack_bytes", "STACK"))
+    }
+
+
+STORED = 32
+
+
+def pack(case: Case, dtype: str) -> None:
+    """The first two pages of every row become a quantised store."""
+    case.cache = CacheView.of_vllm_gpu(case.cache.kv, case.shape.layout, PackedLayout(dtype, case.shape.head_dim))
+    case.mass = Observed.of(case.cache, "mass")
+    case.work.stored, case.work.store_pages = torch.full((case.shape.rows,), STORED), 2
+    case.work.last_slot -= 2 * case.shape.page_size
+
+
+def main(capability: int, shapes: list[Shape], stores: list[tuple[Shape, str, int]]) -> None:
     triton.runtime.driver.set_active(Target(capability))
     launch = JITFunction.run
     seen = set()
@@ -63,7 +92,11 @@ def main(capability: int, shapes: list[Shape]) -> None:
         if made.hash not in seen:
             seen.add(made.hash)
             row = {"kernel": self.fn.__name__, "arch": made.metadata.target.arch, "shared_bytes": made.metadata.shared}
-            print(json.dumps(row | {"cubin_bytes": len(made.asm["cubin"])}), flush=True)
+            row |= {
+                "store_bits": options["STORE"].bits if "STORE" in options else 0,
+                "cubin_bytes": len(made.asm["cubin"]),
+            }
+            print(json.dumps(row | resources(made)), flush=True)
 
     JITFunction.run = compile_only
     policy, family = find("momentkv"), Triton()
@@ -75,6 +108,16 @@ def main(capability: int, shapes: list[Shape]) -> None:
         family.observe(case.cache, case.mass, case.query, case.lse, case.work, case.scale)
         family.consolidate(case.cache, case.mass, case.retire_work(1), policy(), SINKS, case.scale)
         family.write(case.cache, case.key, case.value, torch.tensor([20]), case.mass)
+    for shape, dtype, run in stores:
+        case = Case(shape, "cpu")
+        pack(case, dtype)
+        case.attend(family, True, lse=True)
+        if shape.queries > 1:
+            continue
+        family.observe(case.cache, case.mass, case.query, case.lse, case.work, case.scale)
+        retire = case.retire_work(1)
+        retire.stored, retire.run_tokens, retire.store_tokens = case.work.stored, run, STORED
+        family.consolidate(case.cache, case.mass, retire, policy(), SINKS, case.scale)
     config = EvictionConfig(policy="momentkv", budget_tokens=256)
     planner = DecodePlanner(build_schedule(config, 16, 1, False), config, policy, 2, "cpu")
     table = torch.ones(2, 40, dtype=torch.int32)
@@ -83,4 +126,6 @@ def main(capability: int, shapes: list[Shape]) -> None:
 
 if __name__ == "__main__":
     small = {"head_dim": 64, "kv_heads": 1, "rows": 1, "slots": 64}
-    main(int(sys.argv[1]), [Shape(**small), Shape(**small, queries=3)])
+    served = small | {"head_dim": 128, "groups": 4}
+    stores = [(Shape(**served), "int4", 8), (Shape(**served, queries=3), "int4", 8), (Shape(**small), "int8", 1)]
+    main(int(sys.argv[1]), [Shape(**small), Shape(**small, queries=3)], stores)

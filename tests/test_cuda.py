@@ -154,7 +154,8 @@ def test_padding_rows_are_not_touched(kernels):
     )
     retire.retiring_pages[:] = -1
     before = cache.kv.clone()
-    kernels.consolidate(cache, Observed(torch.zeros(cache.keys.shape[:3])), retire, find("momentkv")(), 0, 0.1)
+    score = torch.zeros(5, shared.HEADS, 3 * cache.page_size)
+    kernels._consolidate(cache, torch.zeros(cache.keys.shape[:3]), retire, score, 0, 0.0)
     assert torch.equal(before.view(torch.int16), cache.kv.view(torch.int16))
 
 
@@ -254,8 +255,8 @@ def test_operators_check_what_they_are_given(emulated):
     retire = RetireWork(
         work.pages[:, :1].contiguous(), work.pages[:, 1:2].contiguous(), moment_pages, work.last_slot.float()
     )
-    with pytest.raises(RuntimeError, match="needs the means and the observed attention"):
-        emulated.consolidate(cache, None, retire, find("momentkv")(), 0, 0.1)
+    with pytest.raises(RuntimeError, match=r"score has shape \[7, 2, 5\] instead of \[7, 2, 32\]"):
+        emulated._consolidate(cache, None, retire, torch.zeros(7, 2, 5), 0, 0.1)
 
 
 def test_another_device_is_only_a_copy_away(emulated):

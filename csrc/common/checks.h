@@ -159,11 +159,6 @@ void set_attend(AttendParams<Cache>& a, const Tensor& like, const Tensor& query,
   a.lse = data_of<float>(lse, "lse", {query.size(0), a.query_heads});
 }
 
-// The score that kernels compute themselves, where none is given, reads both.
-inline void check_native_score(const OptionalTensor& score, const OptionalTensor& observed, bool has_means) {
-  TORCH_CHECK(score || (has_means && observed), "the score by moments needs the means and the observed attention; give score");
-}
-
 template <class Cache>
 void set_consolidate(ConsolidateParams<Cache>& c, const Tensor& like, const RetireTensors& work, const OptionalTensor& score,
                      const OptionalTensor& observed, int64_t sink_tokens, double attention_weight,

@@ -118,22 +118,18 @@ void observe_op(const Tensor& keys, const Tensor& values, const Tensor& observed
   if (o.rows > 0 && o.max_pages > 0) run(observe, o, keys);
 }
 
-void consolidate_op(const Tensor& keys, const Tensor& values, MOMENTKV_RETIRE_WORK, const OptionalTensor& score,
-                    const OptionalTensor& observed, int64_t sink_tokens, double attention_weight, MOMENTKV_RECORD) {
+void consolidate_op(const Tensor& keys, const Tensor& values, MOMENTKV_RETIRE_WORK, const Tensor& score,
+                    const OptionalTensor& observed, int64_t sink_tokens, MOMENTKV_RECORD) {
   Consolidate c{};
   c.cache = cache_of(keys, values);
-  check_native_score(score, observed, has_means);
-  const int64_t slots = c.cache.page_size, given = (store_pages.size(1) + retiring_pages.size(1)) * slots;
-  set_consolidate(c, keys, MOMENTKV_RETIRE_WORK_GIVEN, score, observed, sink_tokens, attention_weight, MOMENTKV_RECORD_GIVEN,
-                  given, slots);
+  const int64_t slots = c.cache.page_size, candidates = (store_pages.size(1) + retiring_pages.size(1)) * slots;
+  set_consolidate(c, keys, MOMENTKV_RETIRE_WORK_GIVEN, score, observed, sink_tokens, 0, MOMENTKV_RECORD_GIVEN, candidates,
+                  slots);
   if (c.rows == 0 || c.retiring_pages == 0) return;
   const int64_t heads = c.cache.heads, d = c.cache.head_dim, page_size = c.cache.page_size;
-  const int64_t candidates = (c.store_pages + c.retiring_pages) * page_size;
   const auto floats = keys.options().dtype(at::kFloat);
-  const Tensor own_score = at::empty({score ? 0 : 2 * c.rows * heads * candidates}, floats);
   const Tensor folded = at::empty({has_means ? c.rows * heads * (2 * d + kFoldedSpread + d * d) : 0}, floats);
   const Tensor losers = at::empty({c.rows * heads * c.retiring_pages * page_size}, keys.options().dtype(at::kInt));
-  c.own_score = own_score.data_ptr<float>();
   c.folded = folded.data_ptr<float>();
   c.losers = losers.data_ptr<int>();
   run(consolidate, c, keys);
@@ -157,7 +153,7 @@ MOMENTKV_DEFINE(MOMENTKV_LIBRARY) {
       ", float scale) -> ()");
   m.def(
       "consolidate(Tensor(a!) keys, Tensor(b!) values, " MOMENTKV_RETIRE_WORK_SCHEMA
-      ", Tensor? score, Tensor(c!)? observed, int sink_tokens, float attention_weight, " MOMENTKV_RECORD_SCHEMA ") -> ()");
+      ", Tensor score, Tensor(c!)? observed, int sink_tokens, " MOMENTKV_RECORD_SCHEMA ") -> ()");
 }
 
 MOMENTKV_IMPLEMENT(MOMENTKV_LIBRARY, MOMENTKV_DEVICE) {

@@ -9,7 +9,7 @@ namespace {
 template <class T, int D>
 const char* launch_consolidate(const Consolidate& c, void* stream) {
   const int heads = c.cache.heads;
-  const char* error = launch(select_losers<T, D>, heads, c.rows, 1, kConsolidateThreads, kSelectBytes<D>, c, stream);
+  const char* error = launch(select_losers, heads, c.rows, 1, kConsolidateThreads, kSelectBytes, c, stream);
   if (error == nullptr && c.record_layout.has_means)
     error = launch(fold_losers<T, D>, c.record_layout.has_covariance ? D / FoldShape<D>::kRows : 1, heads, c.rows,
                    kConsolidateThreads, FoldShape<D>::kBytes, c, stream);

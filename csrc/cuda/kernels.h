@@ -38,10 +38,9 @@ struct Observe : Queries {
 };
 
 struct Consolidate : ConsolidateParams<Cache> {
-  float* own_score;  // workspace, like score, two of them; unused if score is given
-  int* losers;       // workspace [rows, heads, retiring_pages * page_size]
-  float* folded;     // workspace [rows, heads, 2 * head_dim + kFoldedSpread + head_dim * head_dim]: the losers' mean key, mean
-                     // value, value spread, covariance; unused without means
+  int* losers;    // workspace [rows, heads, retiring_pages * page_size]
+  float* folded;  // workspace [rows, heads, 2 * head_dim + kFoldedSpread + head_dim * head_dim]: the losers' mean key, mean
+                  // value, value spread, covariance; unused without means
 };
 
 constexpr int kFoldedSpread = 4;  // numbers that the spread takes, so that the covariance is aligned

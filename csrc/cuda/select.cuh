@@ -1,4 +1,4 @@
-// Which candidates of a (row, head) lose: score, then exact selection. One block a (row, head).
+// Which candidates of a (row, head) lose: exact selection by score. One block a (row, head).
 #pragma once
 
 #include "cache.cuh"
@@ -74,80 +74,6 @@ __device__ inline int block_scan(int x, int* room, int& total) {
   return before + sum - x;
 }
 
-// Numbers of a token that one lane reads: D / kLanes side by side.
-template <int D>
-constexpr int kPerLane = D / kLanes;
-
-// Mean key and value of all candidates into `mean` [2 * D]: each warp sums every kConsolidateWarps-th candidate.
-// `room`: kConsolidateWarps * 2 * D numbers.
-template <class T, int D>
-__device__ inline void means_of_candidates(const Event& e, float* mean, float* room) {
-  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-  float sums[2][kPerLane<D>] = {};
-  for (int j = warp; j < e.candidates; j += kConsolidateWarps) {
-    float key[kPerLane<D>], value[kPerLane<D>];
-    load_vector(e.key<T>(j) + lane * kPerLane<D>, key);
-    load_vector(e.value<T>(j) + lane * kPerLane<D>, value);
-#pragma unroll
-    for (int i = 0; i < kPerLane<D>; ++i) sums[0][i] += key[i], sums[1][i] += value[i];
-  }
-  for (int part = 0; part < 2; ++part)
-    for (int i = 0; i < kPerLane<D>; ++i) room[(warp * 2 + part) * D + lane * kPerLane<D> + i] = sums[part][i];
-  sync_block();
-  for (int dim = threadIdx.x; dim < 2 * D; dim += kConsolidateThreads) {
-    float sum = 0;
-    for (int w = 0; w < kConsolidateWarps; ++w) sum += room[w * 2 * D + dim];
-    mean[dim] = sum / float(e.candidates);
-  }
-  sync_block();
-}
-
-// distance[j] = ||key - mean key||, distance[n + j] = attention * ||value - mean value|| of every candidate.
-template <class T, int D>
-__device__ inline void distances(const Event& e, const float* mean, float* distance, size_t n) {
-  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-  float centre[2][kPerLane<D>];
-  for (int part = 0; part < 2; ++part) load_vector(mean + part * D + lane * kPerLane<D>, centre[part]);
-  for (int j = warp; j < e.candidates; j += kConsolidateWarps) {
-    float key[kPerLane<D>], value[kPerLane<D>], squares[2] = {};
-    load_vector(e.key<T>(j) + lane * kPerLane<D>, key);
-    load_vector(e.value<T>(j) + lane * kPerLane<D>, value);
-#pragma unroll
-    for (int i = 0; i < kPerLane<D>; ++i) {
-      squares[0] += (key[i] - centre[0][i]) * (key[i] - centre[0][i]);
-      squares[1] += (value[i] - centre[1][i]) * (value[i] - centre[1][i]);
-    }
-    for (float& square : squares) square = warp_sum(square);
-    if (lane == 0) distance[j] = sqrtf(squares[0]), distance[n + j] = *e.mass(j) * sqrtf(squares[1]);
-  }
-  sync_block();
-}
-
-// weight over the mean of x, in which a NaN does not count.
-__device__ inline float relative(const Event& e, const float* x, float weight, float* room) {
-  float sum = 0;
-  for (int j = threadIdx.x; j < e.candidates; j += kConsolidateThreads) sum += x[j] == x[j] ? x[j] : 0;
-  const float mean = block_sum(sum, room) / float(e.candidates);
-  return weight / (mean > 1e-30f ? mean : 1e-30f);
-}
-
-// The score of policies/momentkv.py into `score`; `n` numbers further lies room for as many.
-template <class T, int D>
-__device__ inline void score_by_moments(const Event& e, float* score, size_t n, float* room) {
-  float* mean = room + kConsolidateWarps * 2 * D;
-  if (e.c.num_evicted[e.row] == 0) {
-    means_of_candidates<T, D>(e, mean, room);
-  } else {
-    for (int dim = threadIdx.x; dim < 2 * D; dim += kConsolidateThreads) mean[dim] = *e.record().mean(dim);
-    sync_block();
-  }
-  distances<T, D>(e, mean, score, n);
-  const float of_keys = relative(e, score, 1, room), of_values = relative(e, score + n, e.c.attention_weight, room);
-  for (int j = threadIdx.x; j < e.candidates; j += kConsolidateThreads)
-    score[j] = score[j] * of_keys + score[n + j] * of_values;
-  sync_block();
-}
-
 // Sorts like the score; NaN like -inf, -0 like +0.
 __device__ inline uint32_t rank_of(const Event& e, const float* score, int candidate) {
   float x = candidate < e.c.sink_tokens ? INFINITY : score[candidate];
@@ -206,18 +132,12 @@ __device__ inline void write_losers(const Event& e, const float* score, int* roo
     if (loses(j)) losers[at++] = j;
 }
 
-template <int D>
-constexpr size_t kSelectBytes = sizeof(float) * (kConsolidateWarps + 1) * 2 * D;
+constexpr size_t kSelectBytes = 258 * sizeof(int);
 
-template <class T, int D>
 __global__ void __launch_bounds__(kConsolidateThreads, 4) select_losers(const Consolidate c) {
   const Event e(c, blockIdx.x, blockIdx.y);
   if (e.losers == 0) return;
-  float* room = reinterpret_cast<float*>(shared_memory());
-  const size_t n = size_t(c.store_pages + c.retiring_pages) * c.cache.page_size;
-  float* own = c.own_score + 2 * e.scores_at();
-  if (c.score == nullptr) score_by_moments<T, D>(e, own, n, room);
-  write_losers(e, c.score == nullptr ? own : c.score + e.scores_at(), reinterpret_cast<int*>(room), e.loser_list());
+  write_losers(e, c.score + e.scores_at(), reinterpret_cast<int*>(shared_memory()), e.loser_list());
 }
 
 }  // namespace momentkv::cuda

@@ -28,7 +28,6 @@ class Cuda(KernelFamily):
     name = "cuda"
     devices = ("cuda",)
     limits = Limits((64, 128, 256), page_step=16, dtypes=(torch.bfloat16, torch.float16), stores=False)
-    native_scores = ()
     by_name_only = True
 
     def objections(self) -> list[str]:
@@ -54,7 +53,7 @@ class Cuda(KernelFamily):
         _ops.observe(cache.keys, cache.values, mass, query, lse, *work.arguments(), scale)
 
     def _consolidate(self, cache: CacheView, mass, work: RetireWork, score, sink_tokens: int, attention_weight) -> None:
-        given = *work.arguments(), score, mass, sink_tokens, attention_weight
+        given = *work.arguments(), score, mass, sink_tokens
         _ops.consolidate(cache.keys, cache.values, *given, *cache.record_arguments)
 
 
