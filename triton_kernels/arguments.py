@@ -76,8 +76,8 @@ class StoreSizes(NamedTuple):
     width: int
     block: int
     code_bytes: int
-    values: int
-    scales: int
+    values_at: int
+    scales_at: int
     tile_bytes: int
     page_tiles: int
 

@@ -19,8 +19,8 @@ def rotated(x, BLOCK: tl.constexpr):
     M: tl.constexpr = x.shape[0]
     D: tl.constexpr = x.shape[1]
     for stage in tl.static_range(BLOCK.bit_length() - 1):
-        HALF: tl.constexpr = 1 << stage
-        a, b = tl.split(tl.permute(tl.reshape(x, (M, D // (2 * HALF), 2, HALF)), (0, 1, 3, 2)))
+        pairs = tl.reshape(x, (M, D // (2 << stage), 2, 1 << stage))
+        a, b = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
         x = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2)), (M, D))
     return x * BLOCK**-0.5
 
@@ -55,13 +55,13 @@ def _key_byte(byte, token):
 
 @triton.jit
 def _value_byte(byte, token, STORE: tl.constexpr):
-    return STORE.values + token // 2 * (2 * STORE.code_bytes) + byte * 2 + token % 2
+    return STORE.values_at + token // 2 * (2 * STORE.code_bytes) + byte * 2 + token % 2
 
 
 @triton.jit
 def _scale_at(at, group, token, STORE: tl.constexpr):
     """Which scale of the memory is that of a key's group; the value's stands behind those of all groups."""
-    return (at + STORE.scales) // 2 + group * TILE + token
+    return (at + STORE.scales_at) // 2 + group * TILE + token
 
 
 @triton.jit
