@@ -16,6 +16,8 @@ HERE = Path(__file__).parent
 FILES = [
     "test_attention_kernels.py",
     "test_consolidation_kernels.py",
+    "test_packed_kernels.py",
+    "test_score_kernels.py",
     "test_decode_plan.py",
     "test_cuda_backend.py",
     "test_layer_state.py",
@@ -27,7 +29,7 @@ def test_triton_kernels_and_what_stands_on_them():
     # Other policies' scores are made outside of the kernel: h2o stands for all of them. Attention without the correction is
     # the first test's matter. Threads change nothing in an interpreter.
     left_out = ["threads", "triton-False", *sorted(set(names()) - {"momentkv", "h2o"})]
-    chosen = f"(triton and not ({' or '.join(left_out)})) or test_decode_plan or answers or reuse"
+    chosen = f"(triton and (same_bytes or not ({' or '.join(left_out)}))) or test_decode_plan or answers or reuse"
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", "-k", chosen]
     env = os.environ | {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, *(HERE / f for f in FILES)], capture_output=True, text=True, env=env)
@@ -40,7 +42,10 @@ def test_triton_kernels_and_what_stands_on_them():
         ("consolidation", 8),
         ("write", 3),
         ("observe", 1),
-        ("plans", 6),
+        ("same_bytes", 3),
+        ("several", 2),
+        ("interpreted_kernels_keep", 2),
+        ("plans", 8),
         ("answers", 3),
     ):
         assert sum(word in line for line in passed) >= least, (word, passed)

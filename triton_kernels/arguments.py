@@ -114,6 +114,11 @@ def store_sizes(cache: Any, work: Any) -> StoreSizes:
     return StoreSizes(*(cache.packed_arguments if work.stored is not None else [0] * len(StoreSizes._fields)))
 
 
+def attending_warps(work: Any) -> int:
+    """Of a program. Codes that become numbers take registers: 4 warps would spill some at head dimension 128."""
+    return 4 if work.stored is None else 8
+
+
 def sizes(cache: Any) -> Sizes:
     head_dim = cache.keys.shape[3]
     least = cache.packed_layout.width if cache.packed_layout else 16

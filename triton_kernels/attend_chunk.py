@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .arguments import record_sizes, records_of, sizes, store_sizes, tiles_of, tokens_of
+from .arguments import attending_warps, record_sizes, records_of, sizes, store_sizes, tiles_of, tokens_of
 from .common import LN2, LOG2E, narrow, program_head, record_partial
 from .retained import attend_retained, stored_tokens
 
@@ -77,5 +77,6 @@ def attend_chunk(cache, query, output, lse, work, scale: float, corrected: bool,
         *query.stride()[:2], *output.stride()[:2], 0 if lse is None else lse.stride(0), work.pages.stride(0),
         work.moment_pages.stride(0), work.store_pages, scale,
         GROUPS=groups, BLOCK_M=block_m, BLOCK_N=block_n, CORRECTED=corrected, HAS_LSE=lse is not None,
-        SIZES=sizes(cache), STORE=store_sizes(cache, work), RECORD=record_sizes(cache), num_warps=4,
+        SIZES=sizes(cache), STORE=store_sizes(cache, work), RECORD=record_sizes(cache),
+        num_warps=attending_warps(work),
     )  # fmt: skip

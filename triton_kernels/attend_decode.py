@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .arguments import record_sizes, records_of, sizes, store_sizes, tiles_of, tokens_of
+from .arguments import attending_warps, record_sizes, records_of, sizes, store_sizes, tiles_of, tokens_of
 from .common import LN2, narrow, program_head, record_partial
 from .retained import attend_retained, stored_tokens
 
@@ -112,7 +112,8 @@ def attend_decode(cache, query, output, lse, work, scale: float, corrected: bool
         *part_out.stride()[:3], *part_lse.stride()[:3], work.pages.stride(0), work.moment_pages.stride(0), work.store_pages,
         scale, store_splits,
         GROUPS=groups, BLOCK_M=max(16, triton.next_power_of_2(groups)), SPLIT=split, BLOCK_N=min(BLOCK_N, split),
-        RECORDS=int(corrected), SIZES=shape, STORE=store_sizes(cache, work), RECORD=record_sizes(cache), num_warps=4,
+        RECORDS=int(corrected), SIZES=shape, STORE=store_sizes(cache, work), RECORD=record_sizes(cache),
+        num_warps=attending_warps(work),
     )  # fmt: skip
     _reduce[(rows, num_heads)](
         part_out, part_lse, output, lse if lse is not None else part_lse, work.first_token, work.num_queries,

@@ -95,11 +95,13 @@ def observe(cache, mass, query, lse, work, scale: float) -> None:
     rows, num_heads, heads = len(work.last_slot), query.shape[1], cache.keys.shape[1]
     groups, num_slots = num_heads // heads, work.pages.shape[1] * cache.page_size
     store_slots = work.store_pages * cache.packed.page_tokens if work.stored is not None else 0
-    store_tiles = triton.cdiv(store_slots, BLOCK_N)
-    _observe[(rows, heads, store_tiles + triton.cdiv(num_slots, BLOCK_N))](
+    # Codes that become numbers take registers.
+    block_n = BLOCK_N if work.stored is None else BLOCK_N // 2
+    store_tiles = triton.cdiv(store_slots, block_n)
+    _observe[(rows, heads, store_tiles + triton.cdiv(num_slots, block_n))](
         query, lse, mass, work.first_token, work.num_queries, work.pages, work.last_slot, work.stored, work.observe_from,
         work.restart.view(torch.uint8), tokens_of(cache), tiles_of(cache), *query.stride()[:2], lse.stride(0),
         *mass.stride()[:2], work.pages.stride(0), work.store_pages, scale, num_slots, store_tiles,
-        GROUPS=groups, BLOCK_M=max(BLOCK_M, triton.next_power_of_2(groups)), BLOCK_N=BLOCK_N, SIZES=sizes(cache),
+        GROUPS=groups, BLOCK_M=max(BLOCK_M, triton.next_power_of_2(groups)), BLOCK_N=block_n, SIZES=sizes(cache),
         STORE=store_sizes(cache, work), num_warps=4,
     )  # fmt: skip

@@ -33,7 +33,7 @@ from momentkv_vllm.attention.upload import uploaded
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import KernelFamily, select
 from momentkv_vllm.kernels.cache_view import CacheView
-from momentkv_vllm.kernels.limits import CacheShape
+from momentkv_vllm.kv_spec import MomentKVSpec
 
 logger = init_logger(__name__)
 
@@ -156,9 +156,8 @@ class CudaMomentKVImpl(EvictingImpl, TritonAttentionImpl):
     view = staticmethod(CacheView.of_vllm_gpu)
 
 
-def _family(config: EvictionConfig, spec: AttentionSpec) -> KernelFamily:
-    shape = CacheShape.of(config, spec.head_size, spec.block_size, spec.dtype)
-    return select(config.kernels, CudaMomentKVImpl.device_type, shape)
+def _family(config: EvictionConfig, spec: MomentKVSpec) -> KernelFamily:
+    return select(config.kernels, CudaMomentKVImpl.device_type, spec.layout.cache_shape(spec.dtype))
 
 
 def _plans_on_device(config: EvictionConfig, kernels: KernelFamily) -> bool:
