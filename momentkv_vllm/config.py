@@ -64,7 +64,7 @@ class EvictionConfig:
     moment_dtype: str = "bfloat16"
     store_dtype: str = "auto"
     run_tokens: int | None = None
-    observation_tokens: int = 8
+    observation_tokens: int = 32
     retire_tokens: int | None = None
     kernels: str = AUTO
 

@@ -17,7 +17,6 @@ from transformers import AutoTokenizer
 
 from momentkv_vllm.config import EvictionConfig
 
-
 FIRST, EXACT = "snapkv, first", "momentkv, 16 bit"
 
 
