@@ -19,7 +19,7 @@ class Point:
         budget_tokens: 0: the full cache.
         kl: nats per token of the texts, to the full cache; `kl_error`: its standard error over the texts, 0 for one text.
         perplexity: over the full cache's.
-        found: share of the codes that the full cache finds; None: it finds none, or the tokenizer has no digits.
+        found: codes, of the `findable` ones that the full cache finds; 0 of those where the tokenizer has no digits.
         held_tokens: of one sequence, in one layer and head; `sequences` that the pool holds.
     """
 
@@ -27,7 +27,8 @@ class Point:
     kl: float
     kl_error: float
     perplexity: float
-    found: float | None
+    found: int
+    findable: int
     held_tokens: int
     sequences: float
 
@@ -39,8 +40,8 @@ class Point:
         more = fmean(text["loss"] - exact["loss"] for text, exact in zip(texts, full_texts, strict=True))
         found = [code["found"] for code, exact in zip(codes, full_codes, strict=True) if exact["found"]]
         error = stdev(kl) / math.sqrt(len(kl)) if len(kl) > 1 else 0.0
-        share = fmean(found) if found else None
-        return cls(budget, fmean(kl), error, math.exp(more), share, int(room["held_tokens"]), room["sequences"])
+        held = int(room["held_tokens"])
+        return cls(budget, fmean(kl), error, math.exp(more), sum(found), len(found), held, room["sequences"])
 
 
 def smallest(points: Sequence[Point], tolerance: float) -> Point | None:
@@ -55,7 +56,7 @@ def smallest(points: Sequence[Point], tolerance: float) -> Point | None:
 
 def table(points: Sequence[Point], pool_gib: float) -> str:
     """Markdown; +- is one standard error over the texts."""
-    heading = ("budget", "KL", "perplexity", "codes found", "tokens held", f"sequences in {pool_gib:g} GiB")
+    heading = ("budget", "KL", "perplexity", "codes found", "tokens held", f"sequences in {pool_gib:.3g} GiB")
     rows = [heading, *(_cells(p) for p in points)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(heading))]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
@@ -63,7 +64,7 @@ def table(points: Sequence[Point], pool_gib: float) -> str:
 
 
 def _cells(point: Point) -> tuple[str, ...]:
-    codes = "-" if point.found is None else f"{point.found:.0%}"
+    codes = f"{point.found} of {point.findable}" if point.findable else "-"
     held, sequences = f"{point.held_tokens}", f"{point.sequences:.1f}"
     if not point.budget_tokens:
         return "full cache", "0", "x 1", codes, held, sequences
@@ -77,8 +78,8 @@ def bars(points: Sequence[Point], tolerance: float, width: int = 48) -> str:
     mark = round(width * tolerance / most)
     lines = []
     for point in points:
-        bar = ("#" * round(width * point.kl / most)).ljust(width + 1)
-        lines.append(f"{point.budget_tokens or 'full':>6} {bar[:mark]}|{bar[mark + 1 :]} {point.kl:.4f}")
+        bar = ("#" * round(width * point.kl / most)).ljust(width)
+        lines.append(f"{point.budget_tokens or 'full':>6} {bar[:mark]}|{bar[mark:]} {point.kl:.4f}")
     return "\n".join(lines)
 
 
@@ -90,7 +91,7 @@ def plot(points: Sequence[Point], tolerance: float, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     evicting = [p for p in points if p.budget_tokens]
-    budgets, codes = [p.budget_tokens for p in evicting], [p.found for p in evicting if p.found is not None]
+    budgets, codes = [p.budget_tokens for p in evicting], [p.found / p.findable for p in evicting if p.findable]
     figure, panels = plt.subplots(1, 2 if codes else 1, figsize=(9 if codes else 4.5, 3.5), squeeze=False)
     left, right = panels[0, 0], panels[0, -1]
     if codes:

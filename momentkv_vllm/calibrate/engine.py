@@ -84,9 +84,7 @@ def arguments(model: str, flags: Sequence[str], context: int, budget: int) -> En
     )
     ours = ["--model", model, "--kv-budget", str(budget or 1024), "--max-model-len", str(context)]
     quick = ["--enforce-eager", "--no-enable-prefix-caching", "--no-use-tqdm-on-load"]
-    given = EngineArgs.from_cli_args(
-        EngineArgs.add_cli_args(parser).parse_args(["--kv-eviction", "momentkv", *quick, *flags, *ours])
-    )
+    given = EngineArgs.from_cli_args(EngineArgs.add_cli_args(parser).parse_args([*quick, *flags, *ours]))
     if not budget:
         given.additional_config = {k: v for k, v in given.additional_config.items() if k != CONFIG_KEY}
     return given

@@ -4,12 +4,14 @@ Nothing is changed but the files that --json and --plot name. Heavy modules are 
 """
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import os
 import pickle
 import random
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,10 +61,8 @@ def measure(job: Job, budget: int, reference: bytes | None) -> tuple[list[dict],
     from momentkv_vllm.calibrate.verdict import Judge
 
     judge = Judge(job.items, pickle.loads(reference) if reference else None)
-    try:
+    with _loading(job.model, Exception):
         engine = start(arguments(job.model, job.flags, job.context, budget))
-    except Exception as error:
-        raise ValueError(f"--model {job.model} does not load here: {error}; try it with `vllm serve` first") from error
     engine.ask(job.items, judge)
     room = engine.room(job.context)
     engine.close()
@@ -100,8 +100,12 @@ def refuse_options(args: argparse.Namespace, flags: Sequence[str]) -> None:
             refuse(f"--{key} {path}: there is no such folder", "make it")
     if args.plot and args.plot.suffix not in (".png", ".svg"):
         refuse(f"--plot {args.plot}: legal endings are .png and .svg", "leave it out")
-    if any(flag.split("=")[0] == "--kv-budget" for flag in flags):
+    if "--kv-budget" in _names(flags):
         refuse("--kv-budget is what calibrate looks for", "name those to try with --budgets")
+
+
+def _names(flags: Sequence[str]) -> set[str]:
+    return {flag.split("=")[0].replace("_", "-") for flag in flags}
 
 
 def plan(args: argparse.Namespace, flags: Sequence[str]) -> tuple[Job, list[int]]:
@@ -111,9 +115,10 @@ def plan(args: argparse.Namespace, flags: Sequence[str]) -> tuple[Job, list[int]
     from momentkv_vllm.calibrate.engine import arguments
     from momentkv_vllm.calibrate.items import Reader, hidden_code, text_item
 
-    reader = Reader(_tokenizer(arguments(args.model, flags, args.context or texts.MOST_CONTEXT, 0)))
-    stretches = texts.stretches([reader.ids(t) for t in found], reader.begin(), args.context, args.items)
-    context = len(stretches[0])
+    reader = Reader(_tokenizer(args.model, flags))
+    begin = reader.begin()
+    stretches = texts.stretches([reader.ids(t) for t in found], args.context, args.items, len(begin))
+    context = len(begin + stretches[0])
     budgets = args.budgets or [b for share in SHARES if (b := context // share // GRAIN * GRAIN) >= LEAST_BUDGET]
     for budget in budgets:
         if not 0 < budget < context:
@@ -123,31 +128,46 @@ def plan(args: argparse.Namespace, flags: Sequence[str]) -> tuple[Job, list[int]
     codes = [
         hidden_code(reader, chance, stretches[i % len(stretches)], (i + 0.5) / args.items) for i in range(args.items)
     ]
-    items = [text_item(s, context // JUDGED) for s in stretches] + [c for c in codes if c.counted]
+    items = [text_item(begin + s, context // JUDGED) for s in stretches] + [c for c in codes if c.counted]
     return Job(args.model, tuple(flags), context, tuple(items), len(stretches)), sorted(set(budgets))
 
 
-def _tokenizer(given: Any) -> Any:
+def _tokenizer(model: str, flags: Sequence[str]) -> Any:
+    from huggingface_hub.errors import HFValidationError
     from transformers import AutoTokenizer
 
-    try:
+    from momentkv_vllm.calibrate.engine import arguments
+
+    with _loading(model, HFValidationError):
+        given = arguments(model, flags, texts.MOST_CONTEXT, 0)
+    with _loading(model, OSError, ValueError, KeyError):
         return AutoTokenizer.from_pretrained(
             given.tokenizer or given.model,
             revision=given.tokenizer_revision or given.revision,
             trust_remote_code=given.trust_remote_code,
+            # Texts are cut afterwards; a warning that they are too long for the model would mislead.
+            model_max_length=2**31,
         )
-    except (OSError, ValueError, KeyError) as error:
-        refuse(
-            f"--model {given.model} has no tokenizer that loads: {error}", "name a checkpoint that `vllm serve` loads"
-        )
+
+
+@contextlib.contextmanager
+def _loading(model: str, *errors: type[Exception]) -> Iterator[None]:
+    """Raises ValueError instead of `errors`."""
+    try:
+        yield
+    except errors as error:
+        refuse(f"--model {model} does not load here: {error}", "name a checkpoint that `vllm serve` loads")
 
 
 def _check(given: Any) -> None:
     """Raises ValueError on what eviction does not do, and on several devices."""
-    try:
-        devices = given.create_engine_config().parallel_config.world_size
-    except OSError as error:
-        refuse(f"--model {given.model} does not load: {error}", "name a checkpoint that `vllm serve` loads")
+    from momentkv_vllm.config import EvictionConfig
+
+    with _loading(given.model, OSError):
+        found = given.create_engine_config()
+    if not EvictionConfig.from_vllm(found).active:
+        refuse("--kv-eviction off evicts nothing", "name a policy")
+    devices = found.parallel_config.world_size
     if devices > 1:
         refuse(
             f"calibrate reads logits in one process: {devices} devices, legal is 1", "calibrate a model that fits one"
@@ -156,41 +176,33 @@ def _check(given: Any) -> None:
 
 def calibrate(args: argparse.Namespace, flags: Sequence[str]) -> None:
     """The whole command: `flags` are those of `vllm serve`. Raises ValueError on what cannot be measured."""
+    if "--kv-eviction" not in _names(flags):
+        flags = ["--kv-eviction", "momentkv", *flags]
     job, budgets = plan(args, flags)
     codes = len(job.items) - job.texts
     print(f"{job.texts} texts of {job.context} tokens and {codes} codes, budgets {budgets}", flush=True)
     points, pool_gib = measure_all(job, budgets, args.pool_gib)
     best = curve.smallest(points, args.tolerance)
-    command = best and shlex.join(
-        ["vllm", "serve", args.model, *_serving(flags), "--kv-budget", str(best.budget_tokens)]
-    )
+    command = best and shlex.join(["vllm", "serve", args.model, *flags, "--kv-budget", str(best.budget_tokens)])
     print(curve.table(points, pool_gib))
-    if not args.plot or not _plotted(points, args):
-        print(f"\nKL by budget, | is the tolerance {args.tolerance:g}:\n{curve.bars(points, args.tolerance)}")
+    if args.plot and importlib.util.find_spec("matplotlib"):
+        curve.plot(points, args.tolerance, args.plot)
+    else:
+        missing = f" ({args.plot} is not written: matplotlib is not installed)" if args.plot else ""
+        print(f"\nKL by budget, | is the tolerance{missing}:\n{curve.bars(points, args.tolerance)}")
     if best:
         print(f"\nThe smallest budget within {args.tolerance:g} nats per token:\n  {command}")
+        if best.found < best.findable:
+            lost = f"{best.findable - best.found} of {best.findable} codes that the full cache finds"
+            print(f"It loses {lost}: for single facts out of long texts take a larger one, or another policy.")
     else:
         print(f"\nNo budget is within {args.tolerance:g} nats per token: try larger --budgets, or a larger --tolerance")
     if args.json:
-        kept = {"model": os.path.basename(args.model.rstrip("/")), "flags": job.flags, "context": job.context}
-        kept |= {"texts": job.texts, "codes": codes, "tolerance": args.tolerance, "pool_gib": pool_gib}
+        kept = {"model": os.path.basename(args.model.rstrip("/")), "flags": flags, "context": job.context}
+        kept |= {"texts": job.texts, "codes": codes, "tolerance": args.tolerance, "pool_gib": round(pool_gib, 3)}
         answer = {
             "points": [asdict(p) for p in points],
             "budget_tokens": best and best.budget_tokens,
             "command": command,
         }
         args.json.write_text(json.dumps({**kept, **answer}, indent=1) + "\n")
-
-
-def _serving(flags: Sequence[str]) -> list[str]:
-    named = any(flag.split("=")[0] == "--kv-eviction" for flag in flags)
-    return [*flags] if named else [*flags, "--kv-eviction", "momentkv"]
-
-
-def _plotted(points: Sequence[curve.Point], args: argparse.Namespace) -> bool:
-    try:
-        curve.plot(points, args.tolerance, args.plot)
-    except ImportError:
-        print(f"--plot {args.plot} is not written: matplotlib is not installed (pip install matplotlib)")
-        return False
-    return True

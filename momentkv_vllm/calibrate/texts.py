@@ -43,13 +43,13 @@ def _row(line: str, where: str) -> str:
     return text
 
 
-def stretches(texts: Sequence[list[int]], begin: list[int], context: int | None, count: int) -> list[list[int]]:
-    """At most `count` stretches of `context` tokens that share none: the first of each text, then the second of each.
+def stretches(texts: Sequence[list[int]], context: int | None, count: int, before: int = 0) -> list[list[int]]:
+    """At most `count` stretches that share no token: the first of each text, then the second of each.
 
-    begin: what every one begins with. context: None takes MOST_CONTEXT, or as much as `count` of the texts have. Shorter texts
-    are left out. Raises ValueError if that is too short, or too long for every text.
+    before: tokens that the caller puts before each; `context` counts them. context: None takes MOST_CONTEXT, or as much as
+    `count` of the texts have. Shorter texts are left out. Raises ValueError if that is too short, or too long for every text.
     """
-    lengths = sorted((len(begin) + len(t) for t in texts), reverse=True)
+    lengths = sorted((before + len(t) for t in texts), reverse=True)
     context = context or min(MOST_CONTEXT, lengths[min(count, len(lengths)) - 1])
     if context < LEAST_CONTEXT:
         refuse(
@@ -62,6 +62,6 @@ def stretches(texts: Sequence[list[int]], begin: list[int], context: int | None,
             f"--context {context} is too long, legal is {LEAST_CONTEXT} to {lengths[0]} tokens, the longest text's",
             "give longer texts",
         )
-    size = context - len(begin)
+    size = context - before
     rounds = itertools.zip_longest(*([t[i : i + size] for i in range(0, len(t), size)] for t in texts))
-    return [begin + s for one in rounds for s in one if s is not None and len(s) == size][:count]
+    return [s for one in rounds for s in one if s is not None and len(s) == size][:count]
