@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -199,6 +200,30 @@ def test_unknown_options_are_refused(words, monkeypatch, capsys):
 def test_the_command_line_loads_nothing_heavy():
     code = "import sys, momentkv_vllm.cli; assert not {'torch', 'vllm', 'transformers', 'tqdm'} & set(sys.modules)"
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
+
+
+class Deadly:
+    """Ends the process that reads it, as the system does when memory is short."""
+
+    def __reduce__(self):
+        return os._exit, (9,)
+
+
+def test_an_engine_that_the_system_ends_is_said():
+    with pytest.raises(
+        ValueError, match="process was ended, for want of memory most likely; lower --kv-cache-memory-b"
+    ):
+        run.measure_all(run.Job("m", (), 512, (Deadly(),), 1), [128], None)
+
+
+@pytest.mark.engine
+def test_a_model_without_weights_is_refused(words, tmp_path):
+    shutil.copytree(CHECKPOINT, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    command = [MOMENTKV, "calibrate", "--model", "model", "--texts", str(words), "--context", "512"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback (most" not in done.stderr.split("momentkv calibrate:")[-1]
+    assert "momentkv calibrate: --model model does not load here: " in done.stderr
+    assert "; name a checkpoint that `vllm serve` loads" in done.stderr
 
 
 @pytest.mark.engine

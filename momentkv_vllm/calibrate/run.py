@@ -71,7 +71,7 @@ def measure(job: Job, budget: int, reference: bytes | None) -> tuple[list[dict],
 
 def measure_all(job: Job, budgets: Sequence[int], pool_gib: float | None) -> tuple[list[curve.Point], float]:
     """The curve from the largest budget to the smallest, the full cache first, and the pool's GiB. An engine has a process of its
-    own: memory is free for certain when it has ended."""
+    own: memory is free for certain when it has ended. Raises ValueError if one does not start or is ended."""
     import concurrent.futures
     import multiprocessing
 
@@ -81,7 +81,11 @@ def measure_all(job: Job, budgets: Sequence[int], pool_gib: float | None) -> tup
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
         for budget in tqdm([0, *sorted(budgets, reverse=True)], desc="full cache and budgets"):
-            results, room, saved = pool.submit(measure, job, budget, reference).result()
+            try:
+                results, room, saved = pool.submit(measure, job, budget, reference).result()
+            except concurrent.futures.BrokenExecutor:
+                memory = "lower --kv-cache-memory-bytes or VLLM_CPU_KVCACHE_SPACE"
+                refuse("an engine's process was ended, for want of memory most likely", memory, "lower --context")
             reference = reference or saved
             both = results[: job.texts], results[job.texts :]
             full, pool_gib = full or both, pool_gib or room["pool_bytes"] / 2**30
