@@ -11,7 +11,7 @@ from vllm import EngineArgs
 
 pytestmark = pytest.mark.engine
 
-EXACT = {"policy": "momentkv", "budget_tokens": 384, "moment_dtype": "float32", "enable_prefix_caching": True}
+EXACT = {"policy": "momentkv", "budget_tokens": 384, "moment_dtype": "float32", "enable_prefix_caching": True, "exact_prompt_tokens": 650}
 
 
 def run(folder, model, prompts: list[int], new_tokens: int, options: dict, **more) -> dict:
@@ -23,7 +23,7 @@ def run(folder, model, prompts: list[int], new_tokens: int, options: dict, **mor
     return json.loads(lines[0].removeprefix("RESULT "))
 
 
-@pytest.mark.parametrize("prefill", ["chunked", "full"])
+@pytest.mark.parametrize("prefill", ["chunked", "full", "auto"])
 def test_tokens_are_those_without_drafts(tmp_path, models, prefill):
     seen = run(tmp_path, models(seed=1), [30, 350, 381, 385, 600], 150, {**EXACT, "prefill": prefill})
     assert seen["got"] == seen["want"]

@@ -11,6 +11,7 @@ from vllm.v1.request import Request
 from momentkv_vllm.block_manager.integrity import ChecksIntegrity
 from momentkv_vllm.block_manager.metrics import PageMetrics
 from momentkv_vllm.kv_spec import MomentKVSpec
+from momentkv_vllm.page_schedule import ANY_PROMPT
 from momentkv_vllm.policies import origin
 from momentkv_vllm.refuse import WITHOUT, refuse
 
@@ -53,8 +54,8 @@ class MomentKVManager(ChecksIntegrity, FullAttentionManager):
         super().__init__(kv_cache_spec, **kwargs)
         self.schedule = kv_cache_spec.schedule
         # Bounds what a waiting request must find free: with eviction it never holds its whole prompt.
-        if self.schedule.evict_in_prefill:
-            self.max_admission_blocks_per_request = self.schedule.peak_pages(kv_cache_spec.step_tokens)
+        if self.schedule.exact_prompt_tokens < ANY_PROMPT:
+            self.max_admission_blocks_per_request = self.schedule.least_pool_pages(kv_cache_spec.step_tokens)
         self.evicting: dict[str, int] = {}
         self.live_pages: dict[str, int] = {}
         self.prefixes: dict[str, PrefixState] = {}

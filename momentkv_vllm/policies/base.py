@@ -10,6 +10,8 @@ import torch
 from momentkv_vllm.moments import Moments
 
 READS = ("means", "covariance", "order", "head")
+AS_PUBLISHED = {"store_dtype": "model", "run_tokens": 1}
+"""Defaults of other people's methods: tokens as the model has them, one by one. A quantised store is a setting away."""
 NATIVE_SCORES = ("moment_distance",)
 
 

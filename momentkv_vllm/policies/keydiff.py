@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from momentkv_vllm.policies.base import Candidates, Policy
+from momentkv_vllm.policies.base import AS_PUBLISHED, Candidates, Policy
 
 
 class KeyDiff(Policy):
@@ -12,7 +12,7 @@ class KeyDiff(Policy):
     name = "keydiff"
     source = "arXiv 2504.15364"
     summary = "minus the cosine of its key to the mean direction"
-    defaults = {"correction": "off", "window_tokens": 16}
+    defaults = AS_PUBLISHED | {"correction": "off", "window_tokens": 16}
 
     def score(self, tokens: Candidates) -> torch.Tensor:
         # Padding is zero and stays zero.
