@@ -217,6 +217,7 @@ def test_an_engine_that_the_system_ends_is_said():
 
 
 @pytest.mark.engine
+@pytest.mark.timeout(900)
 def test_a_model_without_weights_is_refused(words, tmp_path):
     shutil.copytree(CHECKPOINT, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     command = [MOMENTKV, "calibrate", "--model", "model", "--texts", str(words), "--context", "512"]
@@ -227,6 +228,7 @@ def test_a_model_without_weights_is_refused(words, tmp_path):
 
 
 @pytest.mark.engine
+@pytest.mark.timeout(900)
 def test_calibrate_as_a_user_runs_it(words, tmp_path):
     before = {p: p.stat().st_mtime_ns for p in CHECKPOINT.iterdir()}
     out, settings = tmp_path / "curve.json", {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
