@@ -243,7 +243,9 @@ void attend_store(const Attend& a, const AttendItem& item, const float* query, i
       for (int r = 0; r < Rows; ++r) std::copy_n(logits + r * kTileSlots, slots.slots, left + r * a.row_slots() + first);
     for (int r = 0; r < Rows; ++r)
       soften(logits + r * kTileSlots, slots.vectors() * kLanes, slots.slots, run.top[r], run.mass[r], keep[r]);
-    add_packed<Bits, Rows>(slots, p, logits, keep, weight_words, out);
+    Vec scales[kTileSlots / kLanes];
+    value_scales(slots, p, scales);
+    add_packed<Bits, Rows>(slots, p, scales, logits, keep, weight_words, out);
   }
   for (int r = 0; r < Rows; ++r) {
     rotate(out + r * p.width, p.width, p.block);

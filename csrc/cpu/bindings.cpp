@@ -196,6 +196,15 @@ void observe(const Tensor& kv, const Tensor& observed, const Tensor& query, cons
   in_parallel(a.rows * a.cache.heads, [&](int64_t i) { k.observe(a, i, scratch(k.observe_scratch(a))); });
 }
 
+// The native score's second term reads the means and the observed attention of every row that evicts.
+void check_attention_term(const Consolidate& c, bool there) {
+  for (int64_t row = 0; !there && row < c.rows; ++row) {
+    const int64_t stored = c.stored == nullptr ? 0 : c.stored[row], exact = c.retiring_pages + (stored > 0 ? 0 : c.store_pages);
+    TORCH_CHECK(stored + exact * c.cache.page_size <= c.store_tokens, "row ", row,
+                " evicts by a score with attention, which needs the means and the observed attention; give score");
+  }
+}
+
 void consolidate(const Tensor& kv, MOMENTKV_RETIRE_WORK, const OptionalTensor& score, const OptionalTensor& observed,
                  int64_t sink_tokens, double attention_weight, MOMENTKV_RECORD, const OptionalTensor& stored,
                  int64_t run_tokens, int64_t store_tokens, at::IntArrayRef packed) {
@@ -212,11 +221,8 @@ void consolidate(const Tensor& kv, MOMENTKV_RETIRE_WORK, const OptionalTensor& s
   c.store_tokens = c.stored == nullptr ? pages * page_size : store_tokens;
   TORCH_CHECK(run_tokens > 0 && page_size % run_tokens == 0 && c.store_tokens % run_tokens == 0, "runs of ", run_tokens,
               " tokens; pages of ", page_size, " and a store of ", c.store_tokens, " must be whole runs");
-  if (c.stored == nullptr) check_native_score(score, observed, has_means);
   TORCH_CHECK(c.stored == nullptr || c.packed.bits != 0, "stored is given; packed must say how the store is quantised");
-  for (int64_t row = 0; c.stored != nullptr && !score && row < c.rows; ++row)
-    TORCH_CHECK(c.stored[row] + (c.stored[row] == 0 ? c.store_pages : 0) * page_size + c.retiring_pages * page_size <= store_tokens,
-                "row ", row, " evicts from a quantised store; give score");
+  if (!score && attention_weight != 0) check_attention_term(c, has_means && observed);
   TORCH_CHECK(c.store_tokens <= pages * c.observed_slots, "a store of ", pages, " pages does not hold ", store_tokens, " tokens");
   const Kernels& k = kernels();
   in_parallel(c.rows * c.cache.heads, [&](int64_t i) { k.consolidate(c, i, scratch(k.consolidate_scratch(c))); });

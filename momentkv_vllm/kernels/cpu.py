@@ -23,7 +23,7 @@ class Cpu(KernelFamily):
     name = "cpu"
     devices = ("cpu",)
     limits = Limits(range(16, 513, 16), page_step=16, dtypes=(torch.float32, torch.bfloat16, torch.float16))
-    native_scores = ("moment_distance",)
+    native_scores = ("key_direction",)
 
     def objections(self) -> list[str]:
         if _why_missing:
