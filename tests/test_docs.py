@@ -88,6 +88,17 @@ def test_speed_figures_are_those_of_the_committed_results():
         assert figures == [f"{x:.2f}" if x else "-" for x in found]
 
 
+def test_the_calibration_is_that_of_the_committed_results():
+    from momentkv_vllm.calibrate.curve import Point, smallest, table
+
+    found = json.loads((ROOT / "benchmarks/results/calibrate.json").read_text())
+    points, text = [Point(**p) for p in found["points"]], (ROOT / "docs/tuning.md").read_text()
+    best = smallest(points, found["tolerance"])
+    assert table(points, found["pool_gib"]) in text and f"\n  {found['command']}\n" in text
+    assert found["budget_tokens"] == best.budget_tokens
+    assert f"It loses {best.findable - best.found} of {best.findable} codes" in text
+
+
 def test_memory_figures_are_those_of_the_committed_results():
     want = []
     for cell in results("memory"):

@@ -6,14 +6,16 @@ import math
 import pytest
 import torch
 from judge import documents, run, shelf, show
-from judge.material import KINDS, Item, Material
+from judge.material import KINDS, Material
 from judge.shelf import Shelf
 from judge.show import Row
-from judge.verdict import TOP, Judge, truncated_kl
 from quality.cells import FULL, Cell
 from quality.states import ROUNDED, to_int4
 from real_model import folder
 from transformers import AutoTokenizer
+
+from momentkv_vllm.calibrate.items import Item
+from momentkv_vllm.calibrate.verdict import TOP, Judge, truncated_kl
 
 MODEL = folder.find()
 needs_model = pytest.mark.skipif(MODEL is None, reason=folder.WHY_NOT)
@@ -130,8 +132,9 @@ def test_finished_cells_of_other_code_are_run_again(tmp_path, monkeypatch):
 def test_simulator_and_engine_agree():
     """KL of 128 decoded tokens after 768, two texts, in float32: the same within 2 %. Tokens of a quantised store can fall on either
     side of a rounding step, and then a text goes its own way (tests/test_packed_engine.py looks at a smaller model)."""
-    from judge.engine import Engine
     from judge.simulator import Simulator
+
+    from momentkv_vllm.calibrate.engine import Engine
 
     ids = AutoTokenizer.from_pretrained(MODEL)(GUIDES).input_ids
     cuts = (ids[at : at + 896] for at in (0, 4000))
