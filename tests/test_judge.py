@@ -128,14 +128,15 @@ def test_finished_cells_of_other_code_are_run_again(tmp_path, monkeypatch):
 @pytest.mark.engine
 @pytest.mark.timeout(900)
 def test_simulator_and_engine_agree():
-    """KL of 128 decoded tokens after 768, two texts, in float32: the same within 2 %."""
+    """KL of 128 decoded tokens after 768, two texts, in float32: the same within 2 %. Tokens of a quantised store can fall on either
+    side of a rounding step, and then a text goes its own way (tests/test_packed_engine.py looks at a smaller model)."""
     from judge.engine import Engine
     from judge.simulator import Simulator
 
     ids = AutoTokenizer.from_pretrained(MODEL)(GUIDES).input_ids
     cuts = (ids[at : at + 896] for at in (0, 4000))
     items = [Item(tuple(cut[:768]), tuple(cut[768:]), tuple(range(128))) for cut in cuts]
-    simulator, full, cell = Simulator(MODEL), Judge(items), Cell("momentkv", "chunked", 256)
+    simulator, full, cell = Simulator(MODEL), Judge(items), Cell("momentkv, 16 bit", "chunked", 256)
     simulator.ask(items, full, lambda prompt: None)
     simulated, real = (Judge(items, full.full_cache()) for _ in range(2))
     simulator.ask(items, simulated, lambda prompt: run.simulated(cell, "float32", simulator.head_dim, prompt))

@@ -30,7 +30,7 @@ from real_model import folder
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
-from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.config import PREFILL_MODES, EvictionConfig
 from momentkv_vllm.kv_spec import StateLayout
 
 BACKENDS = ("engine", "simulator")
@@ -137,7 +137,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--items", type=int, default=0, help="of each kind; 0: as many as it has")
     add("--methods", nargs="+", choices=[*KNOWN, *ROUNDED], default=[*METHODS, *ROUNDED])
     add("--budgets", type=int, nargs="+", default=[512, 256, 128], help="tokens")
-    add("--prefill", nargs="+", choices=("chunked", "full"), default=["chunked", "full"])
+    add("--prefill", nargs="+", choices=PREFILL_MODES, default=["chunked", "full"])
     add("--columns", nargs="+", choices=("bytes", "tokens"), default=["bytes"], help="what is equal")
     add(
         "--dtype",

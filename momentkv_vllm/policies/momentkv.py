@@ -27,6 +27,7 @@ class MomentKV(Policy):
     observes = Observation()
     reads = ("means",)
     native = "key_direction"
+    defaults = {"observation_tokens": 32}
 
     def score(self, tokens: Candidates) -> torch.Tensor:
         return key_direction(tokens, ATTENTION_WEIGHT)

@@ -49,5 +49,5 @@ def gpu_rows(platform: Any, vllm_config: "VllmConfig", config: EvictionConfig) -
         Unsupported("prefill 'full' on a GPU", config.prefill == "full", "use --kv-eviction-config.prefill chunked"),
         Unsupported("speculative decoding on a GPU", drafts, "leave --speculative-config out"),
         Unsupported(f"store_dtype {config.store_dtype!r} on a GPU", config.quantised_store, "use store_dtype 'model'"),
-        Unsupported(f"run_tokens {config.run_tokens} on a GPU", config.run_tokens > 1, "use run_tokens 1"),
+        Unsupported(f"run_tokens {config.run_tokens} on a GPU", (config.run_tokens or 1) > 1, "use run_tokens 1"),
     ]
