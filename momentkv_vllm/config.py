@@ -34,8 +34,8 @@ class EvictionConfig:
     Attributes:
         policy: which tokens stay ("off" is stock vLLM). A policy's own defaults go before those below.
         budget_tokens: KV budget of a sequence, the moment state included; rounded down to whole pages.
-        window_tokens: newest tokens that are always kept exact, rounded up to whole pages; None ("auto"): 1/8 of the budget with
-            a quantised store, else half.
+        window_tokens: newest tokens that are always kept exact, rounded up to whole pages; None ("auto"): 1/16 of the budget
+            with a quantised store, else half.
         sink_tokens: first tokens of a sequence that are never evicted.
         prefill: "chunked" evicts while the prompt is read (memory bounded by the budget plus one scheduler chunk);
             "full" attends the whole prompt exactly and evicts at its end (needs memory for the whole prompt);
@@ -64,7 +64,7 @@ class EvictionConfig:
     moment_dtype: str = "bfloat16"
     store_dtype: str = "auto"
     run_tokens: int | None = None
-    observation_tokens: int = 8
+    observation_tokens: int = 32
     retire_tokens: int | None = None
     kernels: str = AUTO
 

@@ -221,4 +221,4 @@ def _exact_prompt_tokens(config: EvictionConfig) -> int:
 
 def _auto_window_pages(budget_pages: int, retire_pages: int, packed: bool) -> int:
     """Exact pages at a full budget. A quantised store holds several tokens in the place of an exact one, so it gets more."""
-    return cdiv(budget_pages, 8) + retire_pages if packed else budget_pages // 2
+    return cdiv(budget_pages, 16) + retire_pages if packed else budget_pages // 2

@@ -134,7 +134,11 @@ class Simulation:
         self.rng = rng = random.Random(seed)
         retire, size = rng.randint(1, 2), rng.choice([2, 3, 4])
         plan = PageSchedule(
-            size, rng.randint(1, 3), rng.randint(0, 2), retire + rng.randint(1, 2), retire,
+            size,
+            rng.randint(1, 3),
+            rng.randint(0, 2),
+            retire + rng.randint(1, 2),
+            retire,
             rng.choice([0, 0, 0, rng.randint(0, MAX_TOKENS), ANY_PROMPT]),
         )
         self.chunk, self.lag = rng.choice([1, 3, 8, 20]), rng.choice([0, 0, 1])

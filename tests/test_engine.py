@@ -57,7 +57,14 @@ def test_prompt_longer_than_the_whole_pool(engine):
 
 @pytest.mark.parametrize(
     ("policy", "prefill"),
-    [*((p, "chunked") for p in names()), ("momentkv", "full"), ("momentkv", "auto"), ("paper", "full"), ("snapkv", "full"), ("h2o", "full")],
+    [
+        *((p, "chunked") for p in names()),
+        ("momentkv", "full"),
+        ("momentkv", "auto"),
+        ("paper", "full"),
+        ("snapkv", "full"),
+        ("h2o", "full"),
+    ],
 )
 def test_tokens_do_not_depend_on_chunk_size_or_batch(engine, models, policy, prefill):
     """The schedule is a pure function of committed tokens: chunks, neighbours and order cannot matter."""

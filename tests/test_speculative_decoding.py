@@ -11,7 +11,13 @@ from vllm import EngineArgs
 
 pytestmark = pytest.mark.engine
 
-EXACT = {"policy": "momentkv", "budget_tokens": 384, "moment_dtype": "float32", "enable_prefix_caching": True, "exact_prompt_tokens": 650}
+EXACT = {
+    "policy": "momentkv",
+    "budget_tokens": 384,
+    "moment_dtype": "float32",
+    "enable_prefix_caching": True,
+    "exact_prompt_tokens": 650,
+}
 
 
 def run(folder, model, prompts: list[int], new_tokens: int, options: dict, **more) -> dict:

@@ -9,7 +9,7 @@ from quality.cells import Cell
 from quality.results import mean_error
 
 Items = list[dict[str, Any]]
-"""By item: `loss`, `found`, `kl` (verdict.py)."""
+"""By item: `loss`, `found`, `kl` (calibrate/verdict.py)."""
 COLUMNS = {"text": ("KL", "perplexity", "x full"), "answers": ("-log p", "more than full")}
 """By the beginning of a kind's name."""
 NEEDLES = ("found", "-log p")

@@ -49,8 +49,8 @@ class Cpu(KernelFamily):
 
     def attend(self, cache: CacheView, query, output, lse, work: AttendWork, scale: float, corrected: bool) -> None:
         if work.observe_from is not None and work.query_bound() == 1:
-            # Observing is then one pass over the weights that attention has computed, not another one over the keys. Rows that are not
-            # observed leave their part alone: it costs addresses and no memory.
+            # Observing is then one pass over the weights that attention has computed, not another one over the keys. Rows that
+            # are not observed leave their part alone: it costs addresses and no memory.
             store_slots = 0 if work.stored is None else work.store_pages * cache.packed.page_tokens
             # A weight per slot, then what they are relative to for every eight.
             slots = store_slots + work.pages.shape[1] * cache.page_size

@@ -46,6 +46,10 @@ def gpu_rows(platform: Any, vllm_config: "VllmConfig", config: EvictionConfig) -
     drafts = vllm_config.speculative_config is not None
     return [
         Unsupported(untested, not insists, f"insist with {ALLOW_UNTESTED_GPU.name}=1"),
-        Unsupported("prefill 'full' on a GPU", config.prefill == "full", "use --kv-eviction-config.prefill chunked"),
+        Unsupported(
+            f"prefill {config.prefill!r} on a GPU",
+            config.prefill != "chunked",
+            "use --kv-eviction-config.prefill chunked",
+        ),
         Unsupported("speculative decoding on a GPU", drafts, "leave --speculative-config out"),
     ]
