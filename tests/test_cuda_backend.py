@@ -6,15 +6,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from layer_sides import HEADS, PAGE, D, Side, common_of, config_of, new_tokens
+from vllm.config import set_current_vllm_config
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from momentkv_vllm.attention import cpu_backend
 from momentkv_vllm.attention.cpu_backend import MomentKVBackend, MomentKVImpl, MomentKVMetadataBuilder
 from momentkv_vllm.attention.cuda_backend import CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.kernels import select
+from momentkv_vllm.kernels import select, triton
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.worklists import AttendWork
 from momentkv_vllm.plugin import register
@@ -83,11 +85,20 @@ def test_decode_steps_reuse_their_buffers(models):
     assert captured.attends[0].most_queries == 1
 
 
-def test_graphs_only_where_nothing_needs_the_host(models):
+@pytest.mark.parametrize(
+    ("settings", "captured"), [({}, True), ({"policy": "h2o"}, False), ({"kernels": "reference"}, False)]
+)
+def test_graphs_only_where_nothing_needs_the_host(models, monkeypatch, settings, captured):
     register()
-    support = CudaMomentKVMetadataBuilder.get_cudagraph_support
-    assert support(config_of(models()), None) is AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-    assert support(config_of(models(), policy="keydiff"), None) is AttentionCGSupport.NEVER
+    monkeypatch.setattr(triton.Triton, "objections", lambda self: [])
+    config = config_of(models(), **settings)
+    with set_current_vllm_config(config):
+        spec = CudaMomentKVBackend.customize_spec(
+            FullAttentionSpec(block_size=PAGE, num_kv_heads=HEADS, head_size=D, dtype=torch.float32)
+        )
+    support = CudaMomentKVMetadataBuilder.get_cudagraph_support(config, spec)
+    want = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE if captured else AttentionCGSupport.NEVER
+    assert support is want
 
 
 def test_the_backend_is_vllms_custom_one():

@@ -8,7 +8,8 @@ import torch
 from momentkv_vllm.attention.step_plan import StepPlanner
 from momentkv_vllm.attention.step_plan_on_device import DecodePlanner
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.page_schedule import build_schedule
+from momentkv_vllm.kv_spec import StateLayout
+from momentkv_vllm.page_schedule import PageSchedule, build_schedule, cdiv
 from momentkv_vllm.policies import find
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -20,28 +21,54 @@ needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="run by test_inte
 @pytest.mark.parametrize(("budget", "moment_pages", "retire"), [(128, 3, None), (160, 1, 32)])
 def test_the_device_plans_what_the_host_plans(policy, budget, moment_pages, retire):
     config = EvictionConfig.from_dict({"policy": policy, "budget_tokens": budget, "retire_tokens": retire})
-    schedule = build_schedule(config, 16, moment_pages, find(policy).keeps_only_sinks)
+    check_schedule(config, build_schedule(config, 16, moment_pages, find(policy).keeps_only_sinks))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("policy", ["momentkv", "h2o"])
+@pytest.mark.parametrize(("correction", "run"), [("zeroth", 8), ("first", 1)])
+def test_the_device_plans_what_the_host_plans_for_quantised_stores(policy, correction, run):
+    """The record in the last store page, and in pages of its own; events that evict nothing, and such that do."""
+    settings = {
+        "policy": policy,
+        "budget_tokens": 192,
+        "correction": correction,
+        "store_dtype": "int4",
+        "run_tokens": run,
+    }
+    config = EvictionConfig.from_dict(settings)
+    schedule = StateLayout.of(config, 16, 64, torch.bfloat16).schedule
+    assert schedule.is_packed and schedule.record_in_store == (correction == "zeroth")
+    check_schedule(config, schedule)
+
+
+def check_schedule(config: EvictionConfig, schedule: PageSchedule):
+    policy = config.policy
     host = StepPlanner(schedule, config, find(policy))
     planner = DecodePlanner(schedule, config, find(policy), 8, "cpu")
     generator = torch.Generator().manual_seed(0)
     table = torch.randint(1, 10_000, (6, 40), generator=generator, dtype=torch.int32)
-    places = [x.data_ptr() for x in vars(planner.attend).values() if isinstance(x, torch.Tensor)]
+    places = places_of(planner.attend)
     query_start = torch.tensor([0, 1, 2, 3, 3, 4, 5], dtype=torch.int32)  # row 3 is padding
     events = 0
     period = schedule.retire_tokens
     for step in (0, 1, 2, 3, period + 1, period + 2, period + 3, 2 * period + 2):
         edge = schedule.first_event_tokens - 2
-        lens = [1 + step, edge + step, edge + 7 + step, 0, edge + 40 + step, schedule.page_size + step]
+        # The last row is about to fill the store: 40 tokens on, unless it holds more.
+        full = edge + cdiv(max(0, schedule.store_tokens - edge), period) * period
+        lens = [1 + step, edge + step, edge + 7 + step, 0, edge + 40 + step, full + step]
         made = planner.update(torch.tensor(lens, dtype=torch.int32), query_start, table).rounds[0]
         attend, retire_work = made.attends[0], made.retires[0]
-        assert [x.data_ptr() for x in vars(attend).values() if isinstance(x, torch.Tensor)] == places[
-            : 6 if attend.restart is None else 8
-        ]
+        assert places_of(attend) == {name: places[name] for name in places_of(attend)}
         assert attend.num_queries.tolist() == [1, 1, 1, 0, 1, 1] and (retire_work.retiring_pages[3] == -1).all()
         events += int((retire_work.retiring_pages >= 0).any(1).sum())
         for row in (0, 1, 2, 4, 5):
             check_row(host, attend, retire_work, row, int(query_start[row]), lens[row], table)
     assert events >= 3
+
+
+def places_of(work):
+    return {name: x.data_ptr() for name, x in vars(work).items() if isinstance(x, torch.Tensor)}
 
 
 def check_row(host, attend, retire, row, token, end, table):
@@ -51,6 +78,9 @@ def check_row(host, attend, retire, row, token, end, table):
     assert attend.pages[row, :pages].tolist() == want.pages[0].tolist() and not attend.pages[row, pages:].any()
     for name in ("first_token", "num_queries", "last_slot", "num_evicted"):
         assert getattr(attend, name)[row] == getattr(want, name)[0], (name, row, end)
+    assert attend.store_pages == want.store_pages
+    if want.stored is not None:
+        assert attend.stored[row] == retire.stored[row] == want.stored[0], (row, end)
     if want.num_evicted[0] > 0:
         assert attend.moment_pages[row].tolist() == want.moment_pages[0].tolist()
     if host.observe:
@@ -64,3 +94,4 @@ def check_row(host, attend, retire, row, token, end, table):
     assert retire.store_pages[row].tolist() == due.store_pages[0].tolist()
     assert retire.moment_pages[row].tolist() == due.moment_pages[0].tolist()
     assert retire.num_evicted[row] == due.num_evicted[0]
+    assert (retire.run_tokens, retire.store_tokens) == (due.run_tokens, due.store_tokens)
