@@ -6,11 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from layer_sides import HEADS, PAGE, D, Side, common_of, config_of, new_tokens
-from vllm.config import set_current_vllm_config
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
-from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from momentkv_vllm.attention import cpu_backend
 from momentkv_vllm.attention.cpu_backend import MomentKVBackend, MomentKVImpl, MomentKVMetadataBuilder
@@ -92,10 +90,7 @@ def test_graphs_only_where_nothing_needs_the_host(models, monkeypatch, settings,
     register()
     monkeypatch.setattr(triton.Triton, "objections", lambda self: [])
     config = config_of(models(), **settings)
-    with set_current_vllm_config(config):
-        spec = CudaMomentKVBackend.customize_spec(
-            FullAttentionSpec(block_size=PAGE, num_kv_heads=HEADS, head_size=D, dtype=torch.float32)
-        )
+    spec = Side(config, CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder).builder.kv_cache_spec
     support = CudaMomentKVMetadataBuilder.get_cudagraph_support(config, spec)
     want = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE if captured else AttentionCGSupport.NEVER
     assert support is want
