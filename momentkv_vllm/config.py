@@ -64,7 +64,7 @@ class EvictionConfig:
     moment_dtype: str = "bfloat16"
     store_dtype: str = "auto"
     run_tokens: int | None = None
-    observation_tokens: int = 32
+    observation_tokens: int = 16
     retire_tokens: int | None = None
     kernels: str = AUTO
 

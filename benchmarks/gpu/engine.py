@@ -15,7 +15,7 @@ from typing import Any
 
 import report
 from serving import model
-from serving.run import measure, schedule
+from serving.run import layout, measure
 from tqdm import tqdm
 
 HEAD_DIM = 128
@@ -43,7 +43,7 @@ def same_tokens(path: Path, eviction: dict[str, Any], context: int) -> bool:
 
 def engines(path: Path, eviction: dict[str, Any], cells: list[list[int]], eager: bool) -> dict[str, dict[str, list]]:
     """{"decode", "ttft"}: {"stock", "momentkv"}: the results of each repeat."""
-    cycle = schedule(eviction["budget_tokens"], HEAD_DIM).retire_tokens
+    cycle = layout(eviction["budget_tokens"], HEAD_DIM).schedule.retire_tokens
     steps = {"steps": CYCLES * cycle, "cycle": cycle, "cells": cells}
     tasks = {"decode": steps, "ttft": {"cells": [[c, 1] for c in sorted({c for c, _ in cells})]}}
     found: dict[str, dict[str, list]] = {kind: {"stock": [], "momentkv": []} for kind in tasks}

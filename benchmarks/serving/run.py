@@ -16,13 +16,13 @@ from typing import Any
 
 import matplotlib
 import report
+import torch
 from serving import model
 from serving.measure import POOL_NEW, POOL_PROMPT, POOL_TOKENS
 from tqdm import tqdm
 
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.page_layout import RecordLayout
-from momentkv_vllm.page_schedule import PageSchedule, build_schedule
+from momentkv_vllm.kv_spec import StateLayout
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  after the backend is chosen
@@ -54,21 +54,17 @@ def measure(
     return [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT")]
 
 
-def record(head_dim: int) -> RecordLayout:
-    """The default's record: means alone."""
-    return RecordLayout(head_dim, has_covariance=False)
-
-
-def schedule(budget: int, head_dim: int) -> PageSchedule:
+def layout(budget: int, head_dim: int) -> StateLayout:
+    """The default's."""
     config = EvictionConfig(policy="momentkv", budget_tokens=budget)
-    return build_schedule(config, OUR_PAGE, record(head_dim).pages(OUR_PAGE, 2), keeps_only_sinks=False)
+    return StateLayout.of(config, OUR_PAGE, head_dim, torch.bfloat16)
 
 
 def bytes_bound(head_dim: int, context: int, batch: int) -> float:
     """Speed-up of a decode step if time were bytes read."""
-    plan, weights = schedule(BUDGET, head_dim), model.weight_bytes(head_dim)
+    plan, weights = layout(BUDGET, head_dim).schedule, model.weight_bytes(head_dim)
     retained = BUDGET - plan.moment_pages * OUR_PAGE - plan.retire_tokens / 2  # the window's fill, on average
-    records = model.LAYERS * model.KV_HEADS * record(head_dim).num_bytes
+    records = model.LAYERS * model.KV_HEADS * layout(BUDGET, head_dim).record.num_bytes
     ours = weights + batch * (retained * model.token_bytes(head_dim) + records)
     return (weights + batch * context * model.token_bytes(head_dim)) / ours
 
@@ -86,23 +82,27 @@ def cells(head_dim: int, quick: bool) -> tuple[list[list[int]], list[list[int]]]
 def decode(folder: Path, head_dim: int, quick: bool, bar: tqdm) -> list[dict[str, Any]]:
     path = model.make(folder, head_dim)
     wanted, skipped = cells(head_dim, quick)
-    seconds: dict[str, list[list[float]]] = {"stock": [], "momentkv": []}
-    cycle = schedule(BUDGET, head_dim).retire_tokens
-    kinds = {"stock": (None, {"steps": STEPS}), "momentkv": (EVICTION, {"steps": CYCLES * cycle, "cycle": cycle})}
+    cycle = layout(BUDGET, head_dim).schedule.retire_tokens
+    evicting = {"steps": CYCLES * cycle, "cycle": cycle}
+    kinds = {
+        "stock": (None, {"steps": STEPS}), "momentkv": (EVICTION, evicting),
+        "16 bit": (EVICTION | {"store_dtype": "model"}, evicting),
+    }  # fmt: skip
+    seconds: dict[str, list[list[float]]] = {name: [] for name in kinds}
     for _ in range(1 if quick else 2):
         for name, (eviction, steps) in kinds.items():
             seconds[name].append([r["seconds"] for r in measure(path, eviction, "decode", cells=wanted, **steps)])
             bar.update()
     rows = []
     for i, (context, batch) in enumerate(wanted):
-        stock, ours = (statistics.median(run[i] for run in seconds[name]) for name in ("stock", "momentkv"))
+        stock, ours, exact = (statistics.median(run[i] for run in seconds[name]) for name in kinds)
         bound = bytes_bound(head_dim, context, batch)
         rows.append(
             {
                 "head_dim": head_dim, "context": context, "batch": batch,
                 "stock_tokens_per_second": batch / stock, "tokens_per_second": batch / ours,
                 "speedup": stock / ours, "bytes_bound": bound, "of_bound": stock / ours / bound,
-                "kv_bytes_to_stock": min(1.0, BUDGET / context),
+                "kv_bytes_to_stock": min(1.0, BUDGET / context), "to_16_bit_store": exact / ours,
             }
         )  # fmt: skip
     return rows + [
@@ -152,7 +152,7 @@ def pool(folder: Path, bar: tqdm) -> dict[str, Any]:
     bar.update()
     # A stock sequence grows from its prompt to its end: while others wait it holds the mean of both.
     stock_tokens = POOL_PROMPT + POOL_NEW / 2 + STOCK_PAGE / 2
-    plan = schedule(POOL_BUDGET, 64)
+    plan = layout(POOL_BUDGET, 64).schedule
     our_tokens = POOL_BUDGET - plan.retire_tokens / 2 + OUR_PAGE / 2
     arithmetic = stock_tokens / our_tokens
     ratio = ours["running"] / stock["running"]
@@ -219,7 +219,7 @@ SECTIONS = {
 
 def show(results: dict[str, Any]) -> None:
     done = [r for r in results["decode"] if "speedup" in r]
-    columns = ["head_dim", "context", "batch", "speedup", "bytes_bound", "of_bound", "kv_bytes_to_stock"]
+    columns = ["head_dim", "context", "batch", "speedup", "bytes_bound", "of_bound", "to_16_bit_store"]
     print(report.table([columns, *([r[c] for c in columns] for r in done)]), "\n")
     bare = [["head_dim", "batch", "step without context / batch 1"], *(list(r.values()) for r in results["bare_step"])]
     print(report.table(bare), "\n")
