@@ -2,36 +2,19 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
 from momentkv_vllm.block_manager.integrity import ChecksIntegrity
+from momentkv_vllm.block_manager.keeping import KeepsStates, PrefixState
 from momentkv_vllm.block_manager.metrics import PageMetrics
 from momentkv_vllm.block_manager.startup import announce
-from momentkv_vllm.block_manager.states import StateCache
 from momentkv_vllm.kv_spec import MomentKVSpec
 
 
-@dataclass
-class PrefixState:
-    """Where a request that has pages stands with the prefix cache.
-
-    step_end_tokens: tokens at the end of the step it was scheduled for last.
-    request: known from the first step on.
-    sealed: its pages that will be rewritten have left the cache, and none come in.
-    keep: events ahead at which its state shall be kept, ascending.
-    """
-
-    step_end_tokens: int
-    request: Request | None = None
-    sealed: bool = False
-    keep: list[int] = field(default_factory=list)
-
-
-class MomentKVManager(ChecksIntegrity, FullAttentionManager):
+class MomentKVManager(ChecksIntegrity, KeepsStates, FullAttentionManager):
     """Block manager of a group of evicting layers (vllm/v1/core/single_type_kv_cache_manager.py).
 
     It frees columns [S+M, boundary) of a request once the tokens that made the worker retire them are settled; the
@@ -47,13 +30,6 @@ class MomentKVManager(ChecksIntegrity, FullAttentionManager):
       in the cache. The copies ride on vLLM's own list, which the worker runs before that step.
     * Pages are cached a step after they were scheduled, because those copies run before the step's own stores; the pages of
       its last step when a request gives them back.
-
-    States (states.py), with a scheduler that looks them up:
-
-    * A request that starts from one gets copies of its pages, or, where free pages are few, the pages themselves. Neither needs
-      more free pages than reading everything.
-    * While it reads, copies of its pages are kept before the step that would leave an event of its plan behind.
-    * A request that ends or is preempted leaves its own pages as the state of its last event.
     """
 
     def __init__(self, kv_cache_spec: MomentKVSpec, **kwargs) -> None:
@@ -68,16 +44,9 @@ class MomentKVManager(ChecksIntegrity, FullAttentionManager):
         self._copied_from: dict[int, KVCacheBlock] = {}
         # Sums over requests, so that counting costs the same for one sequence and for a thousand.
         self.total_live = self.total_retired = 0
-        self.states: StateCache | None = None
+        self.states = None
         self.metrics = PageMetrics(kv_cache_spec, self.block_pool.num_gpu_blocks - 1)
         announce(kv_cache_spec, self.block_pool.num_gpu_blocks - 1)
-
-    def keep_states(self) -> StateCache | None:
-        """Keep states from now on, for a scheduler that looks them up; None where they would be wrong or are switched off."""
-        if self.enable_caching and self.kv_cache_spec.has_states:
-            states = StateCache(self.kv_cache_spec, self.block_pool, self.kv_cache_group_id)
-            self.states = states if states.most_states else None
-        return self.states
 
     @property
     def rewritten_pages(self) -> int:
@@ -183,61 +152,6 @@ class MomentKVManager(ChecksIntegrity, FullAttentionManager):
     def _cache_last_step(self, request: Request) -> None:
         filled = min(request.num_tokens, request.num_computed_tokens, self.kv_cache_spec.cacheable_tokens)
         super().cache_blocks(request, filled, replay_boundaries=())
-
-    def _begin(self, state: PrefixState, request: Request) -> None:
-        """The first step of a request that was admitted."""
-        state.request = request
-        plan = self.states and self.states.plans.get(request)
-        if plan:
-            state.keep = list(plan.keep)
-            self.states.remember(request, plan.known)
-            self.metrics.looked_up(self.evicting.get(request.request_id, 0) and plan.start, plan.known)
-
-    def forget_state(self, request_id: str) -> None:
-        """The request's pages are not the state of its tokens: it leaves none."""
-        if request_id in self.prefixes:
-            self.prefixes[request_id].request = None
-
-    def _start_from_state(self, request_id: str, boundary: int) -> None:
-        """The request goes on from hit pages that were a state: they become its own."""
-        self.evicting[request_id] = boundary
-        self.total_retired += boundary - self.rewritten_pages
-        self.prefixes[request_id] = PrefixState(0, sealed=True)
-        pages = self.req_to_blocks[request_id][: self.rewritten_pages]
-        cached = [column for column, page in enumerate(pages) if page.block_hash is not None]
-        if len(cached) <= self._spare_pages():
-            for column in cached:
-                self._make_private(request_id, column, pages[column])
-        else:
-            self.block_pool.evict_blocks({pages[column].block_id for column in cached})
-
-    def _keep_state(self, state: PrefixState) -> None:
-        """Keep the state that the request's pages hold before the coming step, if its plan says so."""
-        request, event = state.request, self.schedule.last_event(state.request.num_computed_tokens)
-        planned = event in state.keep and self.states.covers(request, event)
-        state.keep = [e for e in state.keep if e > event]
-        row = self.req_to_blocks[request.request_id]
-        if not planned or (not self.states.has(request, event) and self._spare_pages() < self.rewritten_pages):
-            return
-        self.states.hold_window(request, event, row)
-        if not self.states.has(request, event):
-            copies = self.block_pool.get_new_blocks(self.rewritten_pages)
-            for page, copy in zip(row, copies, strict=False):
-                self._copy_before_step(page, copy)
-            self.states.hold(request, event, copies)
-        self.metrics.states_held(self.states.count())
-
-    def _leave_state(self, request: Request) -> None:
-        """The request gives its pages back: they hold the state of its last event once the steps in flight are done."""
-        event = self.schedule.last_event(request.num_computed_tokens)
-        if not self.states or not self.states.covers(request, event):
-            return
-        row = self.req_to_blocks[request.request_id]
-        self.states.remember(request, request.num_prompt_tokens)
-        self.states.hold_window(request, event, row)
-        if not self.states.has(request, event):
-            self.states.hold(request, event, row[: self.rewritten_pages])
-        self.metrics.states_held(self.states.count())
 
     def _make_private(self, request_id: str, column: int, shared: KVCacheBlock) -> None:
         """Replace a shared hit page by a copy.
