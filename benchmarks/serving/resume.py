@@ -3,8 +3,8 @@
     PYTHONPATH=benchmarks python -m serving.resume
 
 Conversations: three of 20 turns each, in turns, that grow to eight budgets. Documents: six of eight budgets, eight questions on
-each, round robin. Each engine runs in a process of its own and is real throughout. Token counts are exact: they depend on neither
-machine nor weights, so the model is small.
+each, round robin. Each kind of engine runs in a process of its own and is real throughout. Token counts are exact: they depend on
+neither machine nor weights, so the model is small.
 """
 
 import json
@@ -32,6 +32,8 @@ ENGINES = {"stock": None, "momentkv": EVICTION, "momentkv, no states": EVICTION 
 PAGE = 32
 """Stock's smallest on a CPU, and then the same for both: what differs is the states."""
 
+COLUMNS = ("requests", "prompt_tokens", "computed_tokens", "share")
+
 Ask = Callable[[list[int]], list[int]]
 
 
@@ -56,16 +58,16 @@ def documents(ask: Ask) -> None:
             ask(text + words(rng, rng.randrange(20, 80)))
 
 
-def serve(task: dict) -> dict[str, int]:
+def serve(model: str, eviction: dict | None, load: str, pool: int) -> dict[str, int]:
     """In the child: run a load once; its prompt tokens, and those that were computed."""
     from serving.measure import SamplingParams  # sets vLLM's environment first
     from vllm import EngineArgs, LLMEngine
 
-    extra = {"additional_config": {"kv_eviction": task["eviction"]}} if task["eviction"] else {}
+    extra = {"additional_config": {"kv_eviction": eviction}} if eviction else {}
     engine = LLMEngine.from_engine_args(
         EngineArgs(
-            model=task["model"], skip_tokenizer_init=True, enforce_eager=True, max_num_seqs=4, block_size=PAGE,
-            max_num_batched_tokens=BUDGET, max_model_len=LONG + 1024, num_gpu_blocks_override=task["pool"] // PAGE + 40, **extra,
+            model=model, skip_tokenizer_init=True, enforce_eager=True, max_num_seqs=4, block_size=PAGE,
+            max_num_batched_tokens=BUDGET, max_model_len=LONG + 1024, num_gpu_blocks_override=pool // PAGE + 40, **extra,
         )
     )  # fmt: skip
     sampling = SamplingParams(max_tokens=ANSWER, temperature=0.0, ignore_eos=True, detokenize=False)
@@ -79,7 +81,8 @@ def serve(task: dict) -> dict[str, int]:
         found["computed_tokens"] += len(prompt) - outputs[0].num_cached_tokens
         return list(outputs[0].outputs[0].token_ids)
 
-    {"conversations": conversations, "documents": documents}[task["load"]](ask)
+    {"conversations": conversations, "documents": documents}[load](ask)
+    engine.engine_core.shutdown()
     return found
 
 
@@ -88,17 +91,27 @@ def iterate(engine) -> Iterator:
         yield from engine.step()
 
 
-def measure(**task) -> dict[str, int]:
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "serving.resume", json.dumps(task)],
+def cells() -> Iterator[tuple[str, str, int]]:
+    for load, small in LOADS.items():
+        yield from ((load, "small", small), (load, "ample", AMPLE))
+
+
+def measure(name: str, model: str) -> Iterator[tuple[str, dict[str, int]]]:
+    """Every cell of one engine, in a child."""
+    child = subprocess.Popen(
+        [sys.executable, "-P", "-m", "serving.resume", name, model],
         env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
     )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not lines:
-        raise SystemExit(done.stdout[-2000:] + done.stderr[-3000:])
-    return json.loads(lines[0].removeprefix("RESULT "))
+    said = []
+    for line in child.stdout:
+        said.append(line)
+        if line.startswith("RESULT "):
+            yield tuple(json.loads(line.removeprefix("RESULT ")))
+    if child.wait():
+        raise SystemExit("".join(said[-60:]))
 
 
 def make_model(folder: Path) -> str:
@@ -111,16 +124,16 @@ def make_model(folder: Path) -> str:
     return str(folder)
 
 
-def targets(cells: dict[str, dict[str, int]]) -> list[dict]:
+def targets(found: dict[str, dict[str, int]]) -> list[dict]:
     """Of issue 20: shares of prompt tokens computed."""
 
     def computed(load: str, pool: str, engine: str) -> int:
-        return cells[f"{load}, {pool} pool, {engine}"]["computed_tokens"]
+        return found[f"{load}, {pool} pool, {engine}"]["computed_tokens"]
 
     def to_stock(load: str, pool: str) -> float:
         return computed(load, pool, "momentkv") / computed(load, pool, "stock")
 
-    again = cells["documents, small pool, stock"]["prompt_tokens"] - DOCUMENTS * LONG
+    again = found["documents, small pool, stock"]["prompt_tokens"] - DOCUMENTS * LONG
     saved = again - (computed("documents", "small", "momentkv") - DOCUMENTS * LONG)
     return [
         report.target("conversations, ample pool: computed / stock's", to_stock("conversations", "ample"), 1.3, False),
@@ -131,24 +144,21 @@ def targets(cells: dict[str, dict[str, int]]) -> list[dict]:
 
 
 def main() -> None:
-    cells = {}
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=2 * len(LOADS) * len(ENGINES), desc="engines") as bar:
+    found = {}
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=len(ENGINES) * len(list(cells())), desc="loads") as bar:
         path = make_model(Path(folder))
-        for load, small in LOADS.items():
-            for kind, pool in (("small pool", small), ("ample pool", AMPLE)):
-                for name, eviction in ENGINES.items():
-                    found = measure(model=path, eviction=eviction, load=load, pool=pool)
-                    cells[f"{load}, {kind}, {name}"] = found | {
-                        "share": found["computed_tokens"] / found["prompt_tokens"]
-                    }
-                    bar.update()
-    columns = ("requests", "prompt_tokens", "computed_tokens", "share")
-    print(report.table([["load, pool, engine", *columns], *([n, *(c[k] for k in columns)] for n, c in cells.items())]))
-    report.write("resume", cells, targets(cells))
+        for name in ENGINES:
+            for cell, counts in measure(name, path):
+                found[cell] = counts | {"share": counts["computed_tokens"] / counts["prompt_tokens"]}
+                bar.update()
+    print(report.table([["load, pool, engine", *COLUMNS], *([n, *(c[k] for k in COLUMNS)] for n, c in found.items())]))
+    report.write("resume", found, targets(found))
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        print("RESULT", json.dumps(serve(json.loads(sys.argv[1]))), flush=True)
+        for load, kind, pool in cells():
+            counts = serve(sys.argv[2], ENGINES[sys.argv[1]], load, pool)
+            print("RESULT", json.dumps([f"{load}, {kind} pool, {sys.argv[1]}", counts]), flush=True)
     else:
         main()

@@ -48,7 +48,9 @@ class KeepsStates:
         if plan:
             state.keep = list(plan.keep)
             self.states.remember(request, plan.known)
-            self.metrics.looked_up(self.evicting.get(request.request_id, 0) and plan.start, plan.known)
+            start = plan.start if request.request_id in self.evicting else 0
+            self.states.used(request, start)
+            self.metrics.looked_up(start, plan.known)
 
     def forget_state(self, request_id: str) -> None:
         """The request's pages are not the state of its tokens: it leaves none."""

@@ -131,8 +131,8 @@ class StateCache:
         self.pool.cache_full_blocks(request, row, first, end, size, self.group_id, own)
 
     def used(self, request: Request, event: int) -> None:
-        """The state is the most recently used one."""
-        name = self._name(request, event)
+        """Make the state at that event the most recently used one; 0: none."""
+        name = self._name(request, event) if event else None
         if name in self.held:
             self.held[name] = self.held.pop(name)
 
