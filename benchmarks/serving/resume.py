@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 BUDGET, LONG = 512, 8 * 512
-TURNS, CONVERSATIONS, ANSWER = 20, 3, 40
+TURNS, CONVERSATIONS, ANSWER = 20, 3, 16
 DOCUMENTS, QUESTIONS = 6, 8
 LOADS = {"conversations": LONG, "documents": 2 * LONG}
 """Tokens of the small pool: one conversation at its end, two documents of stock's."""
@@ -91,9 +91,10 @@ def iterate(engine) -> Iterator:
         yield from engine.step()
 
 
-def cells() -> Iterator[tuple[str, str, int]]:
-    for load, small in LOADS.items():
-        yield from ((load, "small", small), (load, "ample", AMPLE))
+def cells(engine: str) -> list[tuple[str, str, int]]:
+    """Loads and pools, with tokens of the pool; without states a larger pool changes nothing."""
+    pools = {"small": LOADS} | ({} if engine == "momentkv, no states" else {"ample": dict.fromkeys(LOADS, AMPLE)})
+    return [(load, kind, tokens[load]) for load in LOADS for kind, tokens in pools.items()]
 
 
 def measure(name: str, model: str) -> Iterator[tuple[str, dict[str, int]]]:
@@ -145,7 +146,10 @@ def targets(found: dict[str, dict[str, int]]) -> list[dict]:
 
 def main() -> None:
     found = {}
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=len(ENGINES) * len(list(cells())), desc="loads") as bar:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tqdm(total=sum(len(cells(name)) for name in ENGINES), desc="loads") as bar,
+    ):
         path = make_model(Path(folder))
         for name in ENGINES:
             for cell, counts in measure(name, path):
@@ -157,7 +161,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        for load, kind, pool in cells():
+        for load, kind, pool in cells(sys.argv[1]):
             counts = serve(sys.argv[2], ENGINES[sys.argv[1]], load, pool)
             print("RESULT", json.dumps([f"{load}, {kind} pool, {sys.argv[1]}", counts]), flush=True)
     else:
