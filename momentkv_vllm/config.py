@@ -15,7 +15,7 @@ from momentkv_vllm.refuse import refuse
 CONFIG_KEY = "kv_eviction"
 """Our key inside vLLM's `additional_config`."""
 
-PREFILL_MODES = ("chunked", "full")
+PREFILL_MODES = ("auto", "chunked", "full")
 CORRECTIONS = ("off", "zeroth", "first")
 STORE_DTYPES = ("auto", "model", "int8", "int4")
 RUN_TOKENS = (1, 8, 16)
@@ -34,17 +34,20 @@ class EvictionConfig:
     Attributes:
         policy: which tokens stay ("off" is stock vLLM). A policy's own defaults go before those below.
         budget_tokens: KV budget of a sequence, the moment state included; rounded down to whole pages.
-        window_tokens: newest tokens that are always kept exact, rounded up to whole pages; None ("auto"): half of the budget.
+        window_tokens: newest tokens that are always kept exact, rounded up to whole pages; None ("auto"): 1/16 of the budget
+            with a quantised store, else half.
         sink_tokens: first tokens of a sequence that are never evicted.
         prefill: "chunked" evicts while the prompt is read (memory bounded by the budget plus one scheduler chunk);
-            "full" attends the whole prompt exactly and evicts at its end (needs memory for the whole prompt).
+            "full" attends the whole prompt exactly and evicts at its end (needs memory for the whole prompt);
+            "auto" is full for prompts of at most `exact_prompt_tokens` and chunked for longer ones.
+        exact_prompt_tokens: read by prefill "auto" only; None ("auto"): 4 times the budget.
         correction: order of the closed form added for the evicted attention mass ("off", "zeroth", "first").
         moment_dtype: storage type of the value-key covariance (int8 with a scale per key dimension); means are always float32,
             all arithmetic is float32.
         store_dtype: storage type of the tokens that eviction retains; the newest ones and all of a sequence below its budget
             have the model's. "int8" and "int4" hold more of them in the same memory: nothing is evicted until they are full.
-            "auto" is "model".
-        run_tokens: neighbours that are retained or evicted together.
+            "auto" is "int4" where the kernels have it and a page then holds more tokens, else "model".
+        run_tokens: neighbours that are retained or evicted together; None ("auto"): 8 with a quantised store, else 1.
         observation_tokens: queries before an eviction whose attention a policy may use that observes the last ones.
         retire_tokens: tokens between two evictions, rounded up to whole pages; None ("auto"): 1/32 of the budget, one page at
             least.
@@ -59,11 +62,12 @@ class EvictionConfig:
     window_tokens: int | None = None
     sink_tokens: int = 4
     prefill: str = "chunked"
+    exact_prompt_tokens: int | None = None
     correction: str = "zeroth"
     moment_dtype: str = "bfloat16"
     store_dtype: str = "auto"
-    run_tokens: int = 1
-    observation_tokens: int = 8
+    run_tokens: int | None = None
+    observation_tokens: int = 16
     retire_tokens: int | None = None
     state_share: float = 0.5
     state_interval_tokens: int = 0
@@ -77,16 +81,19 @@ class EvictionConfig:
         _choice("correction", self.correction, CORRECTIONS)
         _choice("moment_dtype", self.moment_dtype, MOMENT_DTYPES)
         _choice("store_dtype", self.store_dtype, STORE_DTYPES)
-        _choice("run_tokens", self.run_tokens, RUN_TOKENS)
         _choice("kernels", self.kernels, KERNELS)
         _count("budget_tokens", self.budget_tokens, 1)
         _count("sink_tokens", self.sink_tokens, 0)
         _count("observation_tokens", self.observation_tokens, 1)
         _count("state_interval_tokens", self.state_interval_tokens, 0)
         _share("state_share", self.state_share)
-        for key in ("window_tokens", "retire_tokens"):
-            # The dataclass is frozen.
+        # The dataclass is frozen.
+        for key in ("window_tokens", "retire_tokens", "exact_prompt_tokens"):
             object.__setattr__(self, key, _count_or_auto(key, getattr(self, key)))
+        if self.run_tokens in (AUTO, None):
+            object.__setattr__(self, "run_tokens", None)
+        else:
+            _choice("run_tokens", self.run_tokens, RUN_TOKENS)
 
     @property
     def active(self) -> bool:
@@ -99,7 +106,7 @@ class EvictionConfig:
 
     @property
     def quantised_store(self) -> str:
-        """ "int8", "int4", or "" where the store is of the model's dtype."""
+        """ "int8", "int4", or "" where the store is of the model's dtype or not settled yet (kv_spec.py, `settled`)."""
         return self.store_dtype if self.store_dtype in ("int8", "int4") else ""
 
     def to_dict(self) -> dict[str, Any]:

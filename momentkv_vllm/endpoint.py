@@ -16,7 +16,7 @@ from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.kv_spec import expected_schedule
+from momentkv_vllm.kv_spec import expected_layout
 from momentkv_vllm.metrics import read_metrics
 
 PATH = "/kv_eviction"
@@ -51,7 +51,7 @@ def summary(vllm_config: Any) -> dict[str, Any]:
     config = EvictionConfig.from_vllm(vllm_config)
     found: dict[str, Any] = {"active": config.active, "config": config.to_dict()}
     if config.active:
-        schedule = expected_schedule(config, vllm_config)
+        schedule = expected_layout(config, vllm_config).schedule
         sizes = {
             "budget_pages": schedule.budget_pages,
             "first_event": schedule.first_event_tokens,

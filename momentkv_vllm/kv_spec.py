@@ -10,11 +10,12 @@ from vllm.config import VllmConfig
 from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.config import AUTO, EvictionConfig
+from momentkv_vllm.kernels.limits import CacheShape
 from momentkv_vllm.model_layers import full_layers
 from momentkv_vllm.packed_store import TILE_TOKENS, PackedLayout
 from momentkv_vllm.page_layout import RecordLayout
-from momentkv_vllm.page_schedule import PageSchedule, build_schedule, cdiv
+from momentkv_vllm.page_schedule import ANY_PROMPT, PageSchedule, build_schedule, cdiv
 from momentkv_vllm.refuse import refuse
 
 
@@ -34,13 +35,13 @@ class StateLayout:
     @classmethod
     def of(cls, config: EvictionConfig, page_size: int, head_dim: int, dtype: torch.dtype) -> Self:
         """Of a model's KV heads. Raises ValueError on too small a budget, and on a quantised store that holds no more."""
-        record = record_layout(config, head_dim)
+        config, record = settled(config, page_size, head_dim, dtype), record_layout(config, head_dim)
         keeps_only_sinks, item = config.policy_class.keeps_only_sinks, get_dtype_size(dtype)
         if not config.quantised_store:
             moment_pages = record.pages(page_size, item)
             return cls(build_schedule(config, page_size, moment_pages, keeps_only_sinks), record, None)
         packed, part = PackedLayout(config.quantised_store, head_dim), page_size * 2 * head_dim * item
-        page_tokens = packed.tiles_per_page(part) * TILE_TOKENS
+        page_tokens = packed.tokens_per_page(part)
         if page_tokens <= page_size:
             refuse(
                 f"kv_eviction.store_dtype={config.store_dtype!r} would hold {page_tokens} tokens in a page of {page_size}: this "
@@ -58,9 +59,29 @@ class StateLayout:
         schedule = build_schedule(config, page_size, moment_pages, keeps_only_sinks, page_tokens, record_tokens)
         return cls(schedule, record, packed)
 
+    def cache_shape(self, dtype: torch.dtype) -> CacheShape:
+        """What kernels must be able to serve."""
+        store = self.packed.dtype if self.packed else ""
+        return CacheShape(self.record.head_dim, self.schedule.page_size, dtype, store, self.schedule.run_tokens)
+
 
 RECORD_ALIGNMENT = 64
 """Bytes: where a record begins in a store page."""
+AUTO_STORE, AUTO_RUN_TOKENS = "int4", 8
+"""Chosen on a real model (README, "How good is it")."""
+
+
+def settled(config: EvictionConfig, page_size: int, head_dim: int, dtype: torch.dtype) -> EvictionConfig:
+    """`config` with what "auto" means for a model's KV heads, apart from its kernels, which may not have it (vllm_seams)."""
+    store, run_tokens = config.store_dtype, config.run_tokens
+    if store == AUTO:
+        part = page_size * 2 * head_dim * get_dtype_size(dtype)
+        holds_more = PackedLayout(AUTO_STORE, head_dim).tokens_per_page(part) > page_size
+        # Where only sinks are kept, all else is window.
+        store = AUTO_STORE if holds_more and not config.policy_class.keeps_only_sinks else "model"
+    if run_tokens is None:
+        run_tokens = 1 if store == "model" else AUTO_RUN_TOKENS
+    return replace(config, store_dtype=store, run_tokens=run_tokens)
 
 
 def record_layout(config: EvictionConfig, head_dim: int) -> RecordLayout:
@@ -76,12 +97,12 @@ def schedule_of(config: EvictionConfig, page_size: int, head_dim: int, dtype: to
     return StateLayout.of(config, page_size, head_dim, dtype).schedule
 
 
-def expected_schedule(config: EvictionConfig, vllm_config: VllmConfig) -> PageSchedule:
-    """The schedule that a model's layers will get, told before there are any. Raises ValueError on too small a budget."""
+def expected_layout(config: EvictionConfig, vllm_config: VllmConfig) -> StateLayout:
+    """The layout that a model's layers will get, told before there are any. Raises ValueError on too small a budget."""
     model, block_size, layers = vllm_config.model_config, vllm_config.cache_config.block_size, full_layers(vllm_config)
     page_size = int(block_size * layers.page_ratio)
     try:
-        return schedule_of(config, page_size, layers.head_size, model.dtype)
+        return StateLayout.of(config, page_size, layers.head_size, model.dtype)
     except ValueError as error:
         if page_size == block_size:
             raise
@@ -162,9 +183,13 @@ class MomentKVSpec(FullAttentionSpec):
         start-up that the pool has room for them.
         """
         pages = cdiv(vllm_config.model_config.max_model_len, self.block_size)
-        if self.schedule.evict_in_prefill:
+        if self.schedule.exact_prompt_tokens < ANY_PROMPT:
             pages = min(pages, self.schedule.budget_pages)
         return pages * self.page_size_bytes
+
+    @property
+    def layout(self) -> StateLayout:
+        return StateLayout.of(self.config, self.block_size, self.head_size, self.dtype)
 
     @property
     def cacheable_tokens(self) -> int:
@@ -179,9 +204,9 @@ class MomentKVSpec(FullAttentionSpec):
 
     @property
     def has_states(self) -> bool:
-        """Whether what an eviction leaves behind depends on the tokens before it alone. In "full" prefill it depends on where the
-        prompt ended, and a policy may want every query since the first token."""
-        return self.schedule.evict_in_prefill and not self.config.policy_class.observes_every_query()
+        """Whether what an eviction leaves behind may depend on the tokens before it alone. In "full" prefill it depends on where
+        the prompt ended, and a policy may want every query since the first token."""
+        return self.schedule.exact_prompt_tokens < ANY_PROMPT and not self.config.policy_class.observes_every_query()
 
     @property
     def state_fingerprint(self) -> bytes:

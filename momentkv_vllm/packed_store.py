@@ -78,6 +78,9 @@ class PackedLayout:
         """Tiles that fit into a head's part of a page."""
         return part_bytes // self.tile_bytes
 
+    def tokens_per_page(self, part_bytes: int) -> int:
+        return self.tiles_per_page(part_bytes) * TILE_TOKENS
+
 
 def rotated(x: torch.Tensor) -> torch.Tensor:
     """The Walsh-Hadamard transform of the last dimension, orthonormal and its own inverse; float32.

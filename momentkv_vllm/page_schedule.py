@@ -23,6 +23,11 @@ from momentkv_vllm.refuse import refuse
 DEFAULT_RETIRE_SHARE = 32
 """An event retires budget / 32: 5 % of decode attention at 1,024 tokens on 2 CPU cores (make bench-kernels)."""
 
+EXACT_PROMPT_BUDGETS = 4
+"""Prompts up to so many budgets are attended exactly with prefill "auto"."""
+ANY_PROMPT = 1 << 62
+"""As `exact_prompt_tokens`."""
+
 
 def cdiv(a: int, b: int) -> int:
     """Ceiling division."""
@@ -41,7 +46,8 @@ class PageSchedule:
         record_in_store: the moment record lies at the end of the last store page and needs no pages of its own;
             `record_tokens`: slots that this takes from the store.
         run_tokens: neighbours that stay or leave together.
-        evict_in_prefill: False defers every event to the end of the prompt ("full" prefill mode).
+        exact_prompt_tokens: longest prompt that is attended exactly, all of its events deferred to its end; 0: none
+            ("chunked" prefill), ANY_PROMPT: all ("full").
     """
 
     page_size: int
@@ -49,7 +55,7 @@ class PageSchedule:
     moment_pages: int
     window_pages: int
     retire_pages: int = 1
-    evict_in_prefill: bool = True
+    exact_prompt_tokens: int = 0
     store_page_tokens: int = 0
     record_in_store: bool = False
     record_tokens: int = 0
@@ -98,9 +104,9 @@ class PageSchedule:
     def boundary_column(self, committed_tokens: int, prompt_tokens: int = 0) -> int:
         """First column still exact once `committed_tokens` are in; 0 while nothing was ever evicted.
 
-        `prompt_tokens` matters only in "full" prefill mode.
+        `prompt_tokens` matters only where some prompts are exact.
         """
-        if committed_tokens < self._eviction_start(prompt_tokens):
+        if committed_tokens < self.first_event_of(prompt_tokens):
             return 0
         events_after_first = (committed_tokens - self.first_event_tokens) // self.retire_tokens
         return self.store_pages + self.moment_pages + (events_after_first + 1) * self.retire_pages
@@ -114,7 +120,7 @@ class PageSchedule:
 
     def next_event(self, committed_tokens: int, prompt_tokens: int = 0) -> int:
         """The first event after `committed_tokens`."""
-        first = self._eviction_start(prompt_tokens)
+        first = self.first_event_of(prompt_tokens)
         if committed_tokens < first:
             return first
         done = (committed_tokens - self.first_event_tokens) // self.retire_tokens
@@ -122,14 +128,16 @@ class PageSchedule:
 
     def last_event(self, committed_tokens: int, prompt_tokens: int = 0) -> int:
         """The latest event at or before `committed_tokens`; 0 if none yet."""
-        first = self._eviction_start(prompt_tokens)
+        first = self.first_event_of(prompt_tokens)
         if committed_tokens < first:
             return 0
         done = (committed_tokens - self.first_event_tokens) // self.retire_tokens
         return max(first, self.first_event_tokens + done * self.retire_tokens)
 
-    def _eviction_start(self, prompt_tokens: int) -> int:
-        return self.first_event_tokens if self.evict_in_prefill else max(self.first_event_tokens, prompt_tokens)
+    def first_event_of(self, prompt_tokens: int) -> int:
+        """Committed tokens at which a request with such a prompt evicts first. It decides all of its events."""
+        exact = prompt_tokens <= self.exact_prompt_tokens
+        return max(self.first_event_tokens, prompt_tokens) if exact else self.first_event_tokens
 
     def evicted_tokens(self, boundary_column: int) -> int:
         """n: tokens in the moments once every column before `boundary_column` is retired; the same for every head."""
@@ -146,7 +154,11 @@ class PageSchedule:
 
     def least_pool_pages(self, step_tokens: int) -> int:
         """Pages that a pool must have for one sequence; in "full" prefill a prompt may need more, as in stock vLLM."""
-        return self.peak_pages(step_tokens) if self.evict_in_prefill else self.budget_pages
+        if self.exact_prompt_tokens >= ANY_PROMPT:
+            return self.budget_pages
+        # The step that ends an exact prompt may be followed by others before it settles.
+        exact = cdiv(self.exact_prompt_tokens + step_tokens - 1, self.page_size) if self.exact_prompt_tokens else 0
+        return max(self.peak_pages(step_tokens), exact)
 
 
 def build_schedule(
@@ -185,16 +197,28 @@ def build_schedule(
     if keeps_only_sinks:
         window_pages = budget_pages - least_store - moment_pages
     elif config.window_tokens is None:
-        window_pages = max(window_pages, min(budget_pages // 2, budget_pages - least_store - moment_pages))
+        wanted = _auto_window_pages(budget_pages, retire_pages, packed=store_page_tokens > 0)
+        window_pages = max(window_pages, min(wanted, budget_pages - least_store - moment_pages))
     return PageSchedule(
         page_size=page_size,
         store_pages=budget_pages - moment_pages - window_pages,
         moment_pages=moment_pages,
         window_pages=window_pages,
         retire_pages=retire_pages,
-        evict_in_prefill=config.prefill == "chunked",
+        exact_prompt_tokens=_exact_prompt_tokens(config),
         store_page_tokens=store_page_tokens,
         record_in_store=record_tokens is not None,
         record_tokens=record_tokens or 0,
-        run_tokens=config.run_tokens,
+        run_tokens=config.run_tokens or 1,
     )
+
+
+def _exact_prompt_tokens(config: EvictionConfig) -> int:
+    if config.prefill != "auto":
+        return ANY_PROMPT if config.prefill == "full" else 0
+    return config.exact_prompt_tokens or EXACT_PROMPT_BUDGETS * config.budget_tokens
+
+
+def _auto_window_pages(budget_pages: int, retire_pages: int, packed: bool) -> int:
+    """Exact pages at a full budget. A quantised store holds several tokens in the place of an exact one, so it gets more."""
+    return cdiv(budget_pages, 16) + retire_pages if packed else budget_pages // 2

@@ -37,6 +37,9 @@ def garbage_left_alone() -> Iterator[None]:
 class Engine:
     """vLLM's LLMEngine. Eviction keys go to additional_config, everything else to EngineArgs.
 
+    Stores are of the model's dtype unless a test says: a page of these tiny float32 models holds seven pages' tokens in int4, and
+    nothing would be evicted.
+
     pipelined: schedule every step before the last one's output is in. vLLM's CPU platform sets async_scheduling to False whatever
     the user says, so it is set behind its back; the worker then needs vLLM's own stand-ins for CUDA streams and events.
     """
@@ -48,6 +51,7 @@ class Engine:
             "num_gpu_blocks_override": 400, "enable_prefix_caching": False,
         }  # fmt: skip
         if eviction:
+            eviction = {"store_dtype": "model"} | eviction
             defaults["additional_config"] = {"kv_eviction": eviction}
         config = EngineArgs(model=str(model), **{**defaults, **options}).create_engine_config()
         self._streams = contextlib.ExitStack()

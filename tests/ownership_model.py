@@ -18,7 +18,7 @@ from vllm.v1.request import Request, RequestStatus
 from momentkv_vllm.block_manager.scheduler import StartsFromStates
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kv_spec import MomentKVSpec
-from momentkv_vllm.page_schedule import PageSchedule, cdiv
+from momentkv_vllm.page_schedule import ANY_PROMPT, PageSchedule, cdiv
 
 MAX_TOKENS = 64
 
@@ -138,7 +138,12 @@ class Simulation:
         self.rng = rng = random.Random(seed)
         retire, size = rng.randint(1, 2), rng.choice([2, 3, 4])
         plan = PageSchedule(
-            size, rng.randint(1, 3), rng.randint(0, 2), retire + rng.randint(1, 2), retire, rng.random() < 0.7
+            size,
+            rng.randint(1, 3),
+            rng.randint(0, 2),
+            retire + rng.randint(1, 2),
+            retire,
+            rng.choice([0, 0, 0, rng.randint(0, MAX_TOKENS), ANY_PROMPT]),
         )
         self.chunk, self.lag = rng.choice([1, 3, 8, 20]), rng.choice([0, 0, 1])
         self.drafts = 0 if self.lag or size == 2 else rng.choice([0, size - 2])
@@ -151,7 +156,7 @@ class Simulation:
             ),
             model_name="", engine=0,
         )  # fmt: skip
-        least = plan.peak_pages(step_tokens) if plan.evict_in_prefill else cdiv(MAX_TOKENS + step_tokens, size)
+        least = cdiv(MAX_TOKENS + step_tokens, size) if plan.exact_prompt_tokens else plan.peak_pages(step_tokens)
         config = KVCacheConfig(least + rng.choice([rng.randint(1, 20), 60]), [], [KVCacheGroupSpec(["layer"], spec)])
         self.kv = KVCacheManager(config, 4096, size, size, max_in_flight_tokens=step_tokens)
         self.manager, self.stops = self.kv.coordinator.single_type_managers[0], Stops(spec, self.kv)

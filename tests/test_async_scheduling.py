@@ -5,10 +5,10 @@ from engine import random_prompt
 
 pytestmark = pytest.mark.engine
 
-EXACT = {"policy": "momentkv", "budget_tokens": 384, "moment_dtype": "float32"}
+EXACT = {"policy": "momentkv", "budget_tokens": 384, "moment_dtype": "float32", "exact_prompt_tokens": 650}
 
 
-@pytest.mark.parametrize("prefill", ["chunked", "full"])
+@pytest.mark.parametrize("prefill", ["chunked", "full", "auto"])
 def test_tokens_are_those_of_the_synchronous_engine(engine, models, prefill):
     options = {**EXACT, "prefill": prefill, "model": models(seed=1), "enable_prefix_caching": True}
     prompts = [random_prompt(n) for n in (30, 370, 390, 700, 1100)]

@@ -161,7 +161,8 @@ def test_observe_sums_the_attention_of_observed_queries(kernels):
 
 
 def test_observe_takes_over_what_attend_has_computed(kernels):
-    """One query a row, three of five rows observed, long enough for several splits: bit for bit what observe computes alone."""
+    """One query a row, three of five rows observed, long enough for several splits: what observe computes alone, up to
+    the rounding of one more product."""
     d, page_size, slots = 32, 16, [1, 16, 40, 500, 1300]
     cache = poisoned_cache(sum(cdiv(n, page_size) for n in slots) + 1, page_size, d, torch.float32)
     pages, first = torch.zeros(len(slots), cdiv(max(slots), page_size), dtype=torch.int64), 1
@@ -176,9 +177,9 @@ def test_observe_takes_over_what_attend_has_computed(kernels):
     taken = torch.full((len(cache.keys), HEADS, page_size), 7.0)
     alone, want = taken.clone(), taken.clone()
     kernels.observe(cache, Observed(taken), query, lse, work, 0.2)
-    kernels.observe(cache, Observed(alone), query, lse, replace(work, logits=None), 0.2)
+    kernels.observe(cache, Observed(alone), query, lse, replace(work, weights=None), 0.2)
     reference.observe(cache, Observed(want), query, lse, work, 0.2)
-    assert torch.equal(taken, alone)
+    torch.testing.assert_close(taken, alone, rtol=2e-6, atol=1e-7)
     torch.testing.assert_close(taken[used], want[used], rtol=1e-4, atol=1e-5)
 
 

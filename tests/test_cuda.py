@@ -255,7 +255,7 @@ def test_operators_check_what_they_are_given(emulated):
         work.pages[:, :1].contiguous(), work.pages[:, 1:2].contiguous(), moment_pages, work.last_slot.float()
     )
     with pytest.raises(RuntimeError, match="needs the means and the observed attention"):
-        emulated.consolidate(cache, None, retire, find("momentkv")(), 0, 0.1)
+        emulated._consolidate(cache, None, retire, None, 0, 0.1)
 
 
 def test_another_device_is_only_a_copy_away(emulated):

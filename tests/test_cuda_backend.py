@@ -42,7 +42,7 @@ def stock_attention(self, layer, query, key, value, kv_cache, metadata, output, 
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="run by test_interpreter.py")
-@pytest.mark.parametrize("policy", ["momentkv", "keydiff"])
+@pytest.mark.parametrize("policy", ["momentkv", "knorm"])
 def test_the_layer_answers_as_the_cpu_backend(models, monkeypatch, policy):
     """Chunks, first events, decode steps with and without events, rows below the budget beside them."""
     register()

@@ -24,7 +24,7 @@ def test_the_other_instruction_sets(isa):
     # -P: the installed package, not the folder that the tests run in.
     pytest_ = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     # avx512 differs from avx512vnni in integer dot products alone.
-    files = HERE.glob("test_packed_kernels.py" if isa == "avx512" else "test_*_kernels.py")
+    files = HERE.glob("test_[ps]*_kernels.py" if isa == "avx512" else "test_*_kernels.py")
     command = [*pytest_, *files, "-k", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"MOMENTKV_CPU_ISA": isa})
     assert done.returncode == 0, done.stdout[-3000:]
@@ -43,7 +43,7 @@ def test_operators_check_what_they_are_given():
     narrow = replace(work, moment_pages=work.moment_pages[:, :1].contiguous())
     with pytest.raises(RuntimeError, match="moment_pages has 1 pages of .* bytes a head; its record needs"):
         cpu.attend(cache, query, output, None, narrow, 0.1, True)
-    with pytest.raises(RuntimeError, match="logits are left for one query a row"):
+    with pytest.raises(RuntimeError, match="weights are left for one query a row"):
         cpu.attend(cache, query, output, None, replace(work, most_queries=1), 0.1, True)
     work.last_slot[3] = 10_000
     with pytest.raises(RuntimeError, match="row 3 sees more slots"):

@@ -57,35 +57,22 @@ def test_messages_of_the_troubleshooting_guide_are_in_the_code():
                 assert known, f"{quoted!r} is no message of ours"
 
 
-def test_budget_figures_are_those_of_the_committed_results():
-    def cell(name: str, budget: int, prefill: str) -> dict | None:
-        found = [
-            c for c in results(name)["cells"]
-            if (c["method"], c["budget_tokens"], c["prefill"], c["column"]) == ("momentkv", budget, prefill, "bytes")
-        ]  # fmt: skip
-        return found[0] if found else None
-
-    table = rows(
-        "tuning.md", "| budget | share of the context | accuracy, chunked | accuracy, full | KL | perplexity |"
-    )
-    for budget, share, *figures in table:
-        assert share == f"1/{1024 // int(budget)}"
-        accuracy = [cell("quality", int(budget), mode) for mode in ("chunked", "full")]
-        text = cell("quality_code", int(budget), "chunked")
-        want = [f"{a['mean']:.3f}" if a else "-" for a in accuracy]
-        assert figures == [*want, f"{text['kl']:.3f}", f"{text['perplexity']:.2f}"]
-    (full,) = [c for c in results("quality")["cells"] if c["method"] == "full cache"]
-    assert f"full cache {full['mean']:.3f}" in (ROOT / "docs/tuning.md").read_text()
-    for task, *figures, _ in rows("tuning.md", "| task | full cache | 256 | 128 | what it asks |"):
-        cells = [full, cell("quality", 256, "chunked"), cell("quality", 128, "chunked")]
-        assert [float(f) for f in figures] == pytest.approx([c["tasks"][task] for c in cells], abs=0.0051), task
-
-
 def test_speed_figures_are_those_of_the_committed_results():
     decode = {(r["context"], r["batch"]): r for r in results("serving")["decode"] if r["head_dim"] == 128}
     for context, *figures in rows("tuning.md", "| context | batch 1 | batch 8 | batch 32 |"):
         found = [decode.get((int(context), batch), {}).get("speedup") for batch in (1, 8, 32)]
         assert figures == [f"{x:.2f}" if x else "-" for x in found]
+
+
+def test_the_calibration_is_that_of_the_committed_results():
+    from momentkv_vllm.calibrate.curve import Point, smallest, table
+
+    found = json.loads((ROOT / "benchmarks/results/calibrate.json").read_text())
+    points, text = [Point(**p) for p in found["points"]], (ROOT / "docs/tuning.md").read_text()
+    best = smallest(points, found["tolerance"])
+    assert table(points, found["pool_gib"]) in text and f"\n  {found['command']}\n" in text
+    assert found["budget_tokens"] == best.budget_tokens
+    assert f"It loses {best.findable - best.found} of {best.findable} codes" in text
 
 
 def test_memory_figures_are_those_of_the_committed_results():

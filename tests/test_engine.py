@@ -9,7 +9,7 @@ pytestmark = pytest.mark.engine
 
 EVICT = {"policy": "momentkv", "budget_tokens": 256}
 # For equality of tokens between differently cut runs: less rounding, so that only real differences flip a token.
-EXACT = {**EVICT, "moment_dtype": "float32", "budget_tokens": 384}
+EXACT = {**EVICT, "moment_dtype": "float32", "budget_tokens": 384, "exact_prompt_tokens": 650}
 
 
 def test_budget_not_reached_means_stock_tokens(engine):
@@ -57,7 +57,14 @@ def test_prompt_longer_than_the_whole_pool(engine):
 
 @pytest.mark.parametrize(
     ("policy", "prefill"),
-    [*((p, "chunked") for p in names()), ("momentkv", "full"), ("paper", "full"), ("snapkv", "full"), ("h2o", "full")],
+    [
+        *((p, "chunked") for p in names()),
+        ("momentkv", "full"),
+        ("momentkv", "auto"),
+        ("paper", "full"),
+        ("snapkv", "full"),
+        ("h2o", "full"),
+    ],
 )
 def test_tokens_do_not_depend_on_chunk_size_or_batch(engine, models, policy, prefill):
     """The schedule is a pure function of committed tokens: chunks, neighbours and order cannot matter."""

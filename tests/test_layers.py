@@ -16,6 +16,7 @@ LAYERS = [
     {"kv_spec"},
     {"block_manager", "attention"},
     {"vllm_seams"},
+    {"calibrate"},
     {"plugin", "cli", "doctor", "endpoint"},
 ]
 """`attention` (worker) and `block_manager` (scheduler) never import each other: what both need is in `kv_spec` or below."""

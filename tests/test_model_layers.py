@@ -89,7 +89,7 @@ def test_pages_of_layers_that_evict(engine, tmp_path, name, page_size, page_byte
 @pytest.mark.engine
 def test_vllm_may_change_the_page_size_and_the_schedule_follows(engine):
     """It does so for models whose layers need pages of different bytes (vllm/v1/core/kv_cache_utils.py)."""
-    spec = engine(policy="momentkv", budget_tokens=384, block_size=32).manager.kv_cache_spec
+    spec = engine(policy="momentkv", budget_tokens=384, block_size=32, store_dtype="model").manager.kv_cache_spec
 
     def beside(heads):
         other = SlidingWindowSpec(
@@ -113,8 +113,8 @@ def test_a_budget_too_small_for_the_pages_that_vllm_makes(tmp_path):
     model = make_config("Gemma 4 31B", tmp_path)
     layers = full_layers(config_of(model))
     assert (layers.head_size, layers.page_ratio, layers.count, layers.others) == (64, 2.0, 1, 5)
-    carrier = {"kv_eviction": {"policy": "momentkv", "budget_tokens": 192}}
-    with pytest.raises(ValueError, match=r"with pages of 64 tokens the least is 256 .*--block-size 32 is meant for"):
+    carrier = {"kv_eviction": {"policy": "momentkv", "budget_tokens": 128}}
+    with pytest.raises(ValueError, match=r"with pages of 64 tokens the least is 192 .*--block-size 32 is meant for"):
         config_of(model, additional_config=carrier)
 
 
@@ -185,7 +185,7 @@ def test_a_named_family_is_refused_before_loading_and_auto_takes_another(models,
 def test_layers_ask_too(engine, tmp_path, monkeypatch, kernels):
     """A configuration need not tell the head size of the layers that evict."""
     monkeypatch.setattr(select("cpu"), "limits", Limits(range(16, 33, 16)))
-    monkeypatch.setattr("momentkv_vllm.vllm_seams.refusals.refuse_kernels", lambda *given: None)
+    monkeypatch.setattr("momentkv_vllm.vllm_seams.settle.settled_config", lambda _, config: config)
     model = make_model("Gemma 4", tmp_path)
     options = {"policy": "momentkv", "budget_tokens": 256, "max_model_len": 2048, "kernels": kernels}
     if kernels == "cpu":

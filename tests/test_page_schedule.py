@@ -1,11 +1,13 @@
 """The page schedule against a brute-force model that moves tokens one by one."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.page_schedule import PageSchedule, build_schedule, cdiv
+from momentkv_vllm.page_schedule import ANY_PROMPT, PageSchedule, build_schedule, cdiv
 
 
 @st.composite
@@ -22,7 +24,7 @@ def schedules(draw):
         moment_pages=draw(st.integers(0, 3)),
         window_pages=retire + draw(st.integers(1, 4)),
         retire_pages=retire,
-        evict_in_prefill=draw(st.booleans()),
+        exact_prompt_tokens=draw(st.sampled_from([0, 100, ANY_PROMPT])),
         store_page_tokens=draw(st.integers(page_size + 1, 4 * page_size)) if packed else 0,
         record_tokens=draw(st.integers(0, page_size)) if packed else 0,
         run_tokens=run_tokens,
@@ -31,13 +33,13 @@ def schedules(draw):
 
 def walk(plan: PageSchedule, total: int, prompt: int) -> list[tuple[int, int]]:
     """(committed, boundary) after every token, by events alone."""
-    boundary, out = 0, []
+    boundary, out, exact = 0, [], prompt <= plan.exact_prompt_tokens
     for p in range(1, total + 1):
         full = p == plan.first_event_tokens or (
             p > plan.first_event_tokens and (p - plan.first_event_tokens) % plan.retire_tokens == 0
         )
-        late = not plan.evict_in_prefill and p < prompt
-        at_prompt_end = not plan.evict_in_prefill and p == prompt and prompt > plan.first_event_tokens
+        late = exact and p < prompt
+        at_prompt_end = exact and p == prompt and prompt > plan.first_event_tokens
         if (full and not late) or at_prompt_end:
             grown = (max(p, plan.first_event_tokens) - plan.first_event_tokens) // plan.retire_tokens + 1
             boundary = plan.store_pages + plan.moment_pages + grown * plan.retire_pages
@@ -94,8 +96,7 @@ def test_live_pages_never_exceed_the_budget_in_decode(plan, total):
 @settings(max_examples=200, deadline=None)
 @given(schedules(), st.integers(1, 60), st.integers(1, 400))
 def test_live_pages_never_exceed_the_peak_in_chunked_prefill(plan, chunk, total):
-    if not plan.evict_in_prefill:
-        return
+    plan = replace(plan, exact_prompt_tokens=0)
     for start in range(0, total, chunk):
         end = min(total, start + chunk)
         assert live_pages(plan, end, plan.boundary_column(start)) <= plan.peak_pages(chunk)

@@ -122,7 +122,7 @@ class OnlySinks(Good):
 
 
 class Native(Good):
-    observes, reads, native = Observation(), ("means",), "moment_distance"
+    observes, reads, native = Observation(), ("means",), "key_direction"
 
 
 class Heir(find("momentkv")):
@@ -148,7 +148,7 @@ BAD = {
     Infinite: "not finite",
     Undeclared: "not finite",
     Unobserved: "score raises AttributeError: 'NoneType'",
-    Heir: "inherits native 'moment_distance'",
+    Heir: "inherits native 'key_direction'",
     TooEarly: "count is 0",
     Flat: "is not [rows, heads, tokens]",
     Double: "float64",

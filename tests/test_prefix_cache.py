@@ -9,7 +9,9 @@ from vllm import EngineArgs
 pytestmark = pytest.mark.engine
 
 BUDGET = 384
-EXACT = {"policy": "momentkv", "budget_tokens": BUDGET, "moment_dtype": "float32", "state_share": 0}
+EXACT = {
+    "policy": "momentkv", "budget_tokens": BUDGET, "moment_dtype": "float32", "exact_prompt_tokens": 650, "state_share": 0,
+}  # fmt: skip
 SHORT, LONG = random_prompt(200, seed=9), random_prompt(700, seed=8)
 """Two system prompts: below and above the budget."""
 
@@ -19,7 +21,7 @@ def conversations(system: list[int]) -> list[list[int]]:
     return [system + random_prompt(n, seed=n)[1:] for n in (20, 60, 150, 260, 500, 900)]
 
 
-@pytest.mark.parametrize("prefill", ["chunked", "full"])
+@pytest.mark.parametrize("prefill", ["chunked", "full", "auto"])
 def test_tokens_are_those_without_the_cache_and_system_prompts_stay(engine, models, prefill):
     options = {**EXACT, "prefill": prefill, "model": models(seed=1)}
     prompts = conversations(SHORT) + conversations(LONG)

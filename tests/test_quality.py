@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import report
 from quality import run
-from quality.cells import FIRST, FP8, FULL, OFF, OURS, Cell, cells
+from quality.cells import FP8, FULL, OFF, OURS, Cell, cells
 from quality.results import Result, mean_error
 from quality.show import groups, plot, tables, targets
 from server import Server
@@ -17,23 +17,27 @@ from transformers import AutoTokenizer
 
 from momentkv_vllm.config import EvictionConfig
 
+FIRST, EXACT = "snapkv, first", "momentkv, 16 bit"
+
 
 def test_equal_bytes_and_equal_tokens(capsys):
-    """Head dimension 64: a record with an int8 covariance takes two pages of 16 tokens, its means one."""
-    found = list(cells([FIRST, OFF, "knorm", FP8], [512, 64], ["chunked", "full"], 1024, 64))
+    """Head dimension 64: a record with a covariance takes three pages of 16 tokens, its means one, and no page of its own in a
+    quantised store."""
+    found = list(cells([FIRST, EXACT, OURS, "knorm", FP8], [512, 64], ["chunked", "full"], 1024, 64))
     assert found[:2] == [Cell(FULL), Cell(FP8, budget_tokens=512)]
     at_512 = [c for c in found if c.budget_tokens == 512 and c.prefill == "full"]
     assert [(c.method, c.column, c.state_tokens) for c in at_512] == [
-        (FIRST, "bytes", 0), (FIRST, "tokens", 32), (OFF, "bytes", 0), (OFF, "tokens", 16), ("knorm", "bytes", 0),
+        (FIRST, "bytes", 0), (FIRST, "tokens", 48), (EXACT, "bytes", 0), (EXACT, "tokens", 16), (OURS, "bytes", 0),
+        ("knorm", "bytes", 0),
     ]  # fmt: skip
     assert len({c.name for c in found}) == len(found)
-    assert [EvictionConfig.from_dict(c.eviction).budget_tokens for c in at_512] == [512, 544, 512, 528, 512]
+    assert [EvictionConfig.from_dict(c.eviction).budget_tokens for c in at_512] == [512, 560, 512, 528, 512, 512]
     assert {c.engine_options(1024)["additional_config"]["kv_eviction"]["retire_tokens"] for c in at_512} == {16}
-    # 64 tokens are four pages: the state of two leaves no room for store and window.
+    # 64 tokens are four pages: the state of three leaves no room for store and window.
     at_64 = [(c.method, c.column) for c in found if c.budget_tokens == 64 and c.prefill == "chunked"]
-    assert at_64 == [(FIRST, "tokens"), (OFF, "bytes"), (OFF, "tokens"), ("knorm", "bytes")]
+    assert at_64 == [(FIRST, "tokens"), (EXACT, "bytes"), (EXACT, "tokens"), (OURS, "bytes"), ("knorm", "bytes")]
     assert (
-        "left out: momentkv, first / chunked / 64 / equal bytes: kv_eviction.budget_tokens=64 is too small"
+        f"left out: {FIRST} / chunked / 64 / equal bytes: kv_eviction.budget_tokens=64 is too small"
         in capsys.readouterr().out
     )
 
@@ -142,7 +146,7 @@ def test_a_small_run(tmp_path, monkeypatch):
     run.main(arguments)
     written = json.loads((tmp_path / "results/small.json").read_text())
     found = {(c["method"], c["column"]): c for c in written["results"]["cells"]}
-    assert list(found) == [(FULL, "bytes"), (OURS, "bytes"), (OURS, "tokens"), ("streamingllm", "bytes")]
+    assert list(found) == [(FULL, "bytes"), (OURS, "bytes"), ("streamingllm", "bytes")]
     for cell in found.values():
         assert set(cell["tasks"]) == {"niah_single_2", "vt"} and 0 <= cell["mean"] <= 1
         # An untrained guess among 840 words has perplexity 840.

@@ -67,7 +67,7 @@ def test_measured_figures_are_those_of_the_committed_results():
         text = [f"{c:.3f}" if isinstance(c, float) else str(c) for c in row]
         assert "| " + " | ".join(text) + " |" in README, row
     judged = json.loads((ROOT / "benchmarks/results/judge_engine_report.json").read_text())["results"]["cells"]
-    assert judge_overview(judged, "chunked") in README
+    assert judge_overview(judged) in README
     quality, code = (
         json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())["results"]
         for name in ("quality", "quality_code")

@@ -11,7 +11,13 @@ from vllm import EngineArgs
 
 pytestmark = pytest.mark.engine
 
-EXACT = {"policy": "momentkv", "budget_tokens": 384, "moment_dtype": "float32", "enable_prefix_caching": True}
+EXACT = {
+    "policy": "momentkv",
+    "budget_tokens": 384,
+    "moment_dtype": "float32",
+    "enable_prefix_caching": True,
+    "exact_prompt_tokens": 650,
+}
 
 
 def run(folder, model, prompts: list[int], new_tokens: int, options: dict, **more) -> dict:
@@ -23,7 +29,7 @@ def run(folder, model, prompts: list[int], new_tokens: int, options: dict, **mor
     return json.loads(lines[0].removeprefix("RESULT "))
 
 
-@pytest.mark.parametrize("prefill", ["chunked", "full"])
+@pytest.mark.parametrize("prefill", ["chunked", "full", "auto"])
 def test_tokens_are_those_without_drafts(tmp_path, models, prefill):
     seen = run(tmp_path, models(seed=1), [30, 350, 381, 385, 600], 150, {**EXACT, "prefill": prefill})
     assert seen["got"] == seen["want"]
@@ -35,6 +41,12 @@ def test_tokens_are_those_without_drafts(tmp_path, models, prefill):
     assert len(steps) < positions, "no draft was accepted: the test proves nothing"
     assert drafts > positions - len(steps), "no draft was rejected: the test proves nothing"
     assert any(first // 16 < (first + tokens - 1) // 16 for first, tokens in steps), "no draft crossed a page"
+
+
+def test_a_prompt_that_comes_again_starts_from_its_state(tmp_path, models):
+    seen = run(tmp_path, models(seed=1), [900, 900], 120, {**EXACT, "max_num_seqs": 1})
+    assert seen["got"] == seen["want"] and seen["want"][0] == seen["want"][1]
+    assert seen["cached"]["r1"] > 700
 
 
 def test_preemption_with_drafts(tmp_path, models):

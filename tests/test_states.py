@@ -8,7 +8,13 @@ from momentkv_vllm.metrics import STATE_HITS, STATE_MISSED_TOKENS, STATE_SAVED_T
 pytestmark = pytest.mark.engine
 
 BUDGET, RETIRE = 256, 16
-EXACT = {"policy": "momentkv", "budget_tokens": BUDGET, "moment_dtype": "float32", "block_size": 16}
+EXACT = {
+    "policy": "momentkv",
+    "budget_tokens": BUDGET,
+    "moment_dtype": "float32",
+    "block_size": 16,
+    "store_dtype": "model",
+}
 INT4 = {"store_dtype": "int4", "run_tokens": 8}
 SETTINGS = {
     "momentkv": {},
@@ -141,12 +147,9 @@ def test_several_answers_to_one_prompt(engine, models):
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize("steps_ahead", ["async", "drafts"])
-def test_steps_in_flight_and_drafts(engine, models, steps_ahead):
-    drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}
-    ahead = {"pipelined": True} if steps_ahead == "async" else {"speculative_config": drafts}
+def test_steps_in_flight(engine, models):
     options = {**EXACT, "model": models(seed=1)}
-    plain, cached = engine(**options), engine(**options, **ahead, enable_prefix_caching=True)
+    plain, cached = engine(**options), engine(**options, pipelined=True, enable_prefix_caching=True)
     prompts = questions(DOCUMENT)
     for turn in range(2):
         answers = plain.generate(prompts, 90)
@@ -154,6 +157,17 @@ def test_steps_in_flight_and_drafts(engine, models, steps_ahead):
         # Prompts that end at an event, and one token after it.
         prompts = [(p + a)[: event_before(len(p + a)) + turn] for p, a in zip(prompts, answers, strict=True)]
     assert figure(cached, STATE_HITS) >= 3
+
+
+def test_exact_prompts_leave_no_state_and_start_from_none(engine, models):
+    """Prefill auto: up to 650 tokens a prompt is exact. The longer one's states are not for a shorter one that it begins with."""
+    options = {**EXACT, "prefill": "auto", "exact_prompt_tokens": 650, "model": models(seed=1)}
+    prompts = [DOCUMENT[:600], DOCUMENT, DOCUMENT[:640], DOCUMENT + random_prompt(20)[1:]]
+    want = one_by_one(engine(**options), prompts)
+    cached = engine(**options, enable_prefix_caching=True)
+    assert one_by_one(cached, prompts) == want
+    starts = [cached.cached_tokens[f"r{i}"] for i in range(4)]
+    assert max(starts[:3]) < BUDGET and starts[3] > 800
 
 
 def test_a_reset_forgets_states(engine, models):

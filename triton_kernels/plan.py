@@ -74,7 +74,7 @@ def plan(seq_lens, query_start, block_table, attend, retire, schedule, observed:
         seq_lens: [rows] int32 committed tokens at the end of the step, 0 for padding.
         query_start: [rows + 1] int32 index of each row's query in the flat token list; one query a row, none for padding.
         block_table: [rows, columns] int32.
-        schedule: page_schedule.PageSchedule with evict_in_prefill.
+        schedule: page_schedule.PageSchedule without exact prompts.
         observed: queries before an event that the policy observes, 0 if none; observe_all: all queries instead.
     """
     s, m, columns, k = (

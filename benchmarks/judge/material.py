@@ -14,34 +14,21 @@ from quality import ruler
 from quality.wording import English
 from transformers import PreTrainedTokenizerBase
 
+from momentkv_vllm.calibrate.items import GAP, Item, Reader, needle_item, text_item
+
 TEXT_TOKENS = 512
 """The end of a text that is judged."""
 ANSWER_TOKENS = 64
 TURNS = 6
-GAP = "\x00"
-"""Stands for tokens that are put in later."""
 
 
 @dataclass(frozen=True)
-class Item:
-    """prompt, answer: token ids; counted: places of the answer whose probability counts (the digits of a needle)."""
-
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]
-    counted: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Source:
+class Source(Reader):
     """Where items come from: documents and the model's tokenizer; `rng` is the only chance, `read` documents as tokens."""
 
-    tokenizer: PreTrainedTokenizerBase
     documents: Sequence[Document]
     rng: random.Random
     read: dict[str, list[int]] = field(default_factory=dict)
-
-    def ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def whole(self, document: Document) -> list[int]:
         if document.name not in self.read:
@@ -57,24 +44,10 @@ class Source:
                 return ids[at : at + tokens]
         raise ValueError(f"none of {len(self.documents)} documents has {tokens} tokens; take a shorter kind")
 
-    def chat(self, *turns: str) -> str:
-        """The turns of user and assistant by the model's chat template, ready for the assistant's next one."""
-        roles = ("user", "assistant")
-        said = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
-        if not self.tokenizer.chat_template:
-            return "\n\n".join(turns) + "\n"
-        return self.tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
-
-    def fill(self, frame: str, *fillings: list[int]) -> list[int]:
-        """Tokens of `frame` with the fillings in the places of its gaps."""
-        first, *rest = (self.ids(part) if part else [] for part in frame.split(GAP))
-        return first + [t for filling, part in zip(fillings, rest, strict=True) for t in filling + part]
-
 
 def text(source: Source, context: int) -> Item:
     """The end of `context` tokens of running text."""
-    ids = source.stretch(context)
-    return Item(tuple(ids[:-TEXT_TOKENS]), tuple(ids[-TEXT_TOKENS:]), tuple(range(TEXT_TOKENS)))
+    return text_item(source.stretch(context), TEXT_TOKENS)
 
 
 def needle(source: Source, context: int, task: str, answer_tokens: int) -> Item:
@@ -85,12 +58,7 @@ def needle(source: Source, context: int, task: str, answer_tokens: int) -> Item:
     body, begin = one.prompt.rsplit("? ", 1)
     asked, answer = source.chat(f"{GAP}{body}?") + begin, source.ids(" " + ", ".join(one.references))
     missing = context - len(answer) - len(source.fill(asked, []))
-    return _needle_item(source, source.fill(asked, source.stretch(missing)), answer)
-
-
-def _needle_item(source: Source, prompt: list[int], answer: list[int]) -> Item:
-    digits = [i for i, token in enumerate(answer) if any(c.isdigit() for c in source.tokenizer.decode([token]))]
-    return Item(tuple(prompt), tuple(answer), tuple(digits))
+    return needle_item(source, source.fill(asked, source.stretch(missing)), answer)
 
 
 def chat(source: Source, context: int) -> Item:
@@ -106,7 +74,7 @@ def chat(source: Source, context: int) -> Item:
     frame, answer = source.chat(*said, f"{question}?") + begin, source.ids(f" {codes[asked]}")
     room = context - len(answer) - len(source.fill(frame, *[[]] * (2 * TURNS)))
     share = [room // (2 * TURNS) + (i < room % (2 * TURNS)) for i in range(2 * TURNS)]
-    return _needle_item(source, source.fill(frame, *map(source.stretch, share)), answer)
+    return needle_item(source, source.fill(frame, *map(source.stretch, share)), answer)
 
 
 def answer(source: Source, context: int) -> Item:

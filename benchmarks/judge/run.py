@@ -20,9 +20,8 @@ from typing import Any
 import report
 import torch
 from judge import documents, show
-from judge.material import KINDS, SMALL, Item, Material
+from judge.material import KINDS, SMALL, Material
 from judge.shelf import Shelf
-from judge.verdict import Judge
 from quality.cells import FP8, FULL, KNOWN, METHODS, Cell, cells
 from quality.simulate import Eviction, Rounded
 from quality.states import ROUNDED
@@ -30,7 +29,9 @@ from real_model import folder
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
-from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.calibrate.items import Item
+from momentkv_vllm.calibrate.verdict import Judge
+from momentkv_vllm.config import PREFILL_MODES, EvictionConfig
 from momentkv_vllm.kv_spec import StateLayout
 
 BACKENDS = ("engine", "simulator")
@@ -86,7 +87,7 @@ def play(cell: Cell, job: Job, shelves: Shelves, simulator: Any = None) -> None:
         if job.backend == "simulator":
             simulator.ask(items, judge, lambda prompt: simulated(cell, job.dtype, simulator.head_dim, prompt))
         else:
-            from judge.engine import Engine
+            from momentkv_vllm.calibrate.engine import Engine
 
             longest = max(KINDS[kind].context for kind in shelves)
             options = {**cell.engine_options(longest), "dtype": job.dtype}
@@ -137,7 +138,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--items", type=int, default=0, help="of each kind; 0: as many as it has")
     add("--methods", nargs="+", choices=[*KNOWN, *ROUNDED], default=[*METHODS, *ROUNDED])
     add("--budgets", type=int, nargs="+", default=[512, 256, 128], help="tokens")
-    add("--prefill", nargs="+", choices=("chunked", "full"), default=["chunked", "full"])
+    add("--prefill", nargs="+", choices=PREFILL_MODES, default=["chunked", "full"])
     add("--columns", nargs="+", choices=("bytes", "tokens"), default=["bytes"], help="what is equal")
     add(
         "--dtype",

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from judge.material import Item
-from judge.verdict import Reference
 from quality.cells import Cell
 
 import momentkv_vllm
+from momentkv_vllm.calibrate.items import Item
+from momentkv_vllm.calibrate.verdict import Reference
 
 ROOT = Path(__file__).resolve().parents[2] / "build/judge"
 SIMULATOR = [Path(__file__).resolve().parents[1] / f"quality/{name}.py" for name in ("simulate", "states")]
@@ -25,7 +25,7 @@ def _digest(*parts: bytes) -> str:
 def code() -> str:
     """Digest of everything that evicts: a cell of other code is not finished."""
     package = Path(momentkv_vllm.__file__).parent
-    files = [p for p in sorted(package.rglob("*")) if p.suffix in (".py", ".so")]
+    files = [p for p in sorted(package.rglob("*")) if p.suffix in (".py", ".so") and p.parent.name != "calibrate"]
     return _digest(*(p.read_bytes() for p in [*files, *SIMULATOR]))
 
 

@@ -9,7 +9,7 @@ from quality.cells import Cell
 from quality.results import mean_error
 
 Items = list[dict[str, Any]]
-"""By item: `loss`, `found`, `kl` (verdict.py)."""
+"""By item: `loss`, `found`, `kl` (calibrate/verdict.py)."""
 COLUMNS = {"text": ("KL", "perplexity", "x full"), "answers": ("-log p", "more than full")}
 """By the beginning of a kind's name."""
 NEEDLES = ("found", "-log p")
@@ -64,18 +64,19 @@ def _exponential(pair: tuple[float, float]) -> tuple[float, float]:
     return math.exp(mean), math.exp(mean) * error
 
 
-def overview(measured: list[dict[str, Any]], prefill: str) -> str:
-    """Markdown of a results file's cells: what keeps all tokens, then what evicts, at every budget. Codes and digits are the
-    mean over the needles of 1k; +- is one standard error over items."""
+def overview(measured: list[dict[str, Any]]) -> str:
+    """Markdown of a results file's cells: what keeps all tokens, then what evicts, at every budget; in `chunked` prefill where
+    nothing else is said. Codes and digits are the mean over the needles of 1k; +- is one standard error over items."""
     keeping = [c for c in measured if not c["prefill"]]
-    cells = [c for c in measured if c["prefill"] == prefill]
+    cells = [c for c in measured if c["prefill"]]
     budgets = sorted({c["budget_tokens"] for c in cells}, reverse=True)
     head = ["", *(f"KL {b}" for b in budgets), *(f"codes {b}" for b in budgets), *(f"digits {b}" for b in budgets)]
     lines = [[*head, *(f"answers {b}" for b in budgets)]]
     lines += [[c["method"], *_summary([c] * len(budgets))] for c in keeping]
-    for method in dict.fromkeys(c["method"] for c in cells):
-        of = {c["budget_tokens"]: c for c in cells if c["method"] == method}
-        lines.append([method, *_summary([of.get(b) for b in budgets])])
+    for method, prefill in dict.fromkeys((c["method"], c["prefill"]) for c in cells):
+        of = {c["budget_tokens"]: c for c in cells if (c["method"], c["prefill"]) == (method, prefill)}
+        name = method if prefill == "chunked" else f"{method}, {prefill} prefill"
+        lines.append([name, *_summary([of.get(b) for b in budgets])])
     return report.table(lines)
 
 
@@ -86,9 +87,9 @@ def _summary(cells: list[dict[str, Any] | None]) -> list[str]:
         return [item for kind, items in cell["items"].items() if kind.endswith("_1k") for item in items]
 
     columns = (
-        lambda c: c["figures"]["text_2k"]["KL"],
-        lambda c: mean_error([float(i["found"]) for i in needles(c)]),
-        lambda c: mean_error([i["loss"] for i in needles(c)]),
-        lambda c: c["figures"]["answers_2k"]["more than full"],
+        ("{:.3f} +-{:.3f}", lambda c: c["figures"]["text_2k"]["KL"]),
+        ("{:.2f} +-{:.2f}", lambda c: mean_error([float(i["found"]) for i in needles(c)])),
+        ("{:.2f} +-{:.2f}", lambda c: mean_error([i["loss"] for i in needles(c)])),
+        ("{:.2f} +-{:.2f}", lambda c: c["figures"]["answers_2k"]["more than full"]),
     )
-    return ["-" if c is None else "{:.2f} +-{:.2f}".format(*column(c)) for column in columns for c in cells]
+    return ["-" if c is None else form.format(*column(c)) for form, column in columns for c in cells]

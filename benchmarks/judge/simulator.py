@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from judge.material import Item
-from judge.verdict import Judge
 from quality.simulate import Eviction, Rounded, SimulatedModel
+
+from momentkv_vllm.calibrate.items import Item
+from momentkv_vllm.calibrate.verdict import Judge
 
 MAX_TOKENS = 16384
 """Tokens of one forward pass: bounds memory."""

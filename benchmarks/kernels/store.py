@@ -1,44 +1,32 @@
-"""`make bench-store`: attention over a quantised store against 16-bit stores of as many bytes and of as many tokens.
+"""`make bench-store`: attention over a quantised store against 16-bit stores of as many bytes and of as many tokens, and what
+events and observed queries add to it.
 
 Correctness first; then medians of interleaved repeats, caches flushed before every call. Ratios are what counts.
 """
 
+import statistics
 from dataclasses import replace
 from typing import Any
 
 import report
 import torch
 from kernels.cases import CPU, Case, Shape
-from kernels.run import interleaved
+from kernels.run import interleaved, seconds
+from kernels.store_cases import BUDGET, WINDOW, StoreCase
+from tqdm import tqdm
 
 from momentkv_vllm.kernels import select
-from momentkv_vllm.kernels.cache_view import CacheView
-from momentkv_vllm.packed_store import Packed, PackedLayout
+from momentkv_vllm.page_schedule import DEFAULT_RETIRE_SHARE
 
-BUDGET, WINDOW = 1024, 128
 SHAPES = [
     *(Shape(rows=rows) for rows in (1, 8, 32)),
     *(Shape(head_dim=64, rows=rows) for rows in (1, 8, 32)),
     *(Shape(groups=groups) for groups in (1, 8)),
     Shape(rows=4, queries=16),
 ]
-
-
-class StoreCase(Case):
-    """A window of exact tokens behind a full store of `dtype`, in the bytes of BUDGET tokens."""
-
-    def __init__(self, shape: Shape, dtype: str) -> None:
-        super().__init__(replace(shape, slots=BUDGET))
-        s, layout = self.shape, PackedLayout(dtype, shape.head_dim)
-        self.cache = CacheView.of_vllm_cpu(self.cache.kv, s.layout, layout)
-        self.store_pages = (BUDGET - WINDOW) // s.page_size
-        self.tokens = self.store_pages * self.cache.packed.page_tokens
-        for row in range(s.rows):
-            keys, values = torch.randn(2, 1, s.kv_heads, self.tokens, s.head_dim)
-            self.cache.packed.write(self.pages[row : row + 1, : self.store_pages], Packed.of(keys, values, layout))
-        self.work.stored = torch.full((s.rows,), self.tokens)
-        self.work.store_pages = self.store_pages
-        self.work.last_slot = torch.full((s.rows,), WINDOW - s.queries)
+RETIRE_TOKENS = BUDGET // DEFAULT_RETIRE_SHARE
+ROWS = 16
+REPEATS = 48
 
 
 def check(case: StoreCase) -> None:
@@ -62,12 +50,64 @@ def measure(shape: Shape, dtype: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main() -> None:
-    rows = [measure(shape, dtype) for dtype in ("int8", "int4") for shape in SHAPES]
+def case_of(dtype: str, head_dim: int) -> Case:
+    shape = Shape(head_dim=head_dim, rows=ROWS, slots=BUDGET)
+    return Case(shape) if dtype == "model" else StoreCase(shape, dtype)
+
+
+def check_event(dtype: str, head_dim: int) -> None:
+    """Both families store the same. Raises AssertionError."""
+    ours, theirs = (case_of(dtype, head_dim) for _ in range(2))
+    theirs.cache.kv.copy_(ours.cache.kv)
+    theirs.observed.data.copy_(ours.observed.data)
+    for case, family in ((ours, CPU), (theirs, select("reference"))):
+        case.retire(case.retire_work(0, RETIRE_TOKENS // case.shape.page_size), family)
+    page = ours.pages[0, : BUDGET // 2 // ours.shape.page_size]
+    same = (ours.cache.kv[page].view(torch.int16) == theirs.cache.kv[page].view(torch.int16)).float().mean()
+    # A rank that flips between near equals changes a run.
+    assert same > 0.99, f"the families' stores agree in {same:.2%}"
+
+
+def measure_events(dtype: str, head_dim: int) -> dict[str, Any]:
+    """Shares of decode attention: of retiring RETIRE_TOKENS once per so many steps, of observing every query."""
+    check_event(dtype, head_dim)
+    case = case_of(dtype, head_dim)
+    observed = case.observe_work()
+    attend, retire, observing = [], [], []
+    for turn in range(REPEATS):
+        work = case.retire_work(turn % ROWS, RETIRE_TOKENS // case.shape.page_size)
+        attend.append(seconds(lambda: case.attend(True)))
+        retire.append(seconds(lambda: case.retire(work), flush=False))  # noqa: B023  called at once
+        both = seconds(lambda: case.attend_and_observe(observed))
+        observing.append(both / attend[-1] - 1)
+    event = statistics.median(retire[ROWS:]) / statistics.median(attend[ROWS:]) * ROWS
+    return {
+        "store_dtype": dtype, "head_dim": head_dim, "event_in_decode_tokens": event,
+        "retiring_share": event / RETIRE_TOKENS, "observing_share": statistics.median(observing[ROWS:]),
+    }  # fmt: skip
+
+
+def show(rows: list[dict[str, Any]]) -> None:
     print(
-        report.table([list(rows[0]), *([f"{x:.2f}" if isinstance(x, float) else x for x in r.values()] for r in rows)])
+        report.table([list(rows[0]), *([f"{x:.3f}" if isinstance(x, float) else x for x in r.values()] for r in rows)])
     )
-    report.write("store", {"kernels": CPU.label(), "attend": rows})
+
+
+def main() -> None:
+    settings = [(dtype, d) for dtype in ("int4", "int8", "model") for d in (64, 128)]
+    events = [measure_events(*one) for one in tqdm(settings, desc="events")]
+    rows = [measure(shape, dtype) for dtype in ("int8", "int4") for shape in tqdm(SHAPES, desc=dtype)]
+    show(rows)
+    show(events)
+    targets = [
+        report.target(
+            f"{name} / decode attention, {e['store_dtype']}, d={e['head_dim']}", e[key], limit, at_least=False
+        )
+        for name, key, limit in (("retiring", "retiring_share", 0.04), ("observing", "observing_share", 0.1))
+        for e in events
+        if e["store_dtype"] != "int8"
+    ]
+    report.write("store", {"kernels": CPU.label(), "attend": rows, "events": events}, targets)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.kv_spec import record_layout, schedule_of
+from momentkv_vllm.kv_spec import record_layout, schedule_of, settled
 from momentkv_vllm.policies import DEFAULT, names
 from momentkv_vllm.vllm_seams.engine_args import SMALL_BUDGET_TOKENS
 
@@ -33,11 +33,11 @@ ABLATION: dict[str, dict[str, Any]] = {
 }
 """Beside snapkv (none of the two) and paper (both): the paper's ablation of its score (MI) and its correction (NC)."""
 STORES: dict[str, dict[str, Any]] = {
-    "keydiff, int4": {"policy": "keydiff", "store_dtype": "int4", "run_tokens": 8, "window_tokens": 32},
-    "momentkv, int4": {"policy": "momentkv", "store_dtype": "int4", "run_tokens": 8, "window_tokens": 32},
-    "momentkv, int8": {"policy": "momentkv", "store_dtype": "int8", "run_tokens": 8, "window_tokens": 32},
+    "keydiff, int4": {"policy": "keydiff", "store_dtype": "int4", "run_tokens": 8, "window_tokens": None},
+    "momentkv, int8": {"policy": "momentkv", "store_dtype": "int8"},
+    "momentkv, 16 bit": {"policy": "momentkv", "store_dtype": "model"},
 }
-"""Quantised stores."""
+"""Other stores: the best rival in ours, and ours in others."""
 KNOWN = METHODS | ABLATION | STORES
 
 DTYPE = torch.bfloat16
@@ -107,7 +107,7 @@ def cells(
         for prefill in prefills:
             for method in [m for m in methods if m in KNOWN]:
                 cell = Cell(method, prefill, budget)
-                config = EvictionConfig.from_dict(cell.eviction)
+                config = settled(EvictionConfig.from_dict(cell.eviction), cell.page_size, head_dim, DTYPE)
                 # In a quantised store the record lies behind the tokens, so it is part of the budget in any case.
                 record = record_layout(config, head_dim)
                 pages = 0 if config.quantised_store else record.pages(cell.page_size, DTYPE.itemsize)

@@ -32,8 +32,9 @@ class InProcess:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        from quality.forced import ForcedTokens
         from vllm import LLM
+
+        from momentkv_vllm.calibrate.forced import ForcedTokens
 
         self.llm = LLM(model, logits_processors=[ForcedTokens], **options)
         self.tokenizer = self.llm.get_tokenizer()

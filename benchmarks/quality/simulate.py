@@ -176,12 +176,16 @@ class _Layer:
 
     def _forget(self, tokens: Candidates, lost: torch.Tensor) -> None:
         self.evicted = True
-        if self.state is not None:
-            self.state.absorb(tokens.keys, tokens.values, lost, self.exact)
-        if "means" in self.how.policy.reads or self.state is not None:
-            self.exact = mo.merge(self.exact, mo.of_tokens(tokens.keys, tokens.values, lost, self.covariance))
-        else:
+        if "means" not in self.how.policy.reads and self.state is None:
             self.exact = replace(self.exact, count=self.exact.count + lost[:, 0].sum(-1))
+            return
+        # As many of every head: only they are read.
+        gone = lost.argsort(dim=-1, descending=True, stable=True)[..., : int(lost[0, 0].sum())]
+        pick = gone.unsqueeze(-1).expand(-1, -1, -1, tokens.keys.shape[-1])
+        keys, values, lost = tokens.keys.gather(2, pick), tokens.values.gather(2, pick), lost.gather(2, gone)
+        if self.state is not None:
+            self.state.absorb(keys, values, lost, self.exact)
+        self.exact = mo.merge(self.exact, mo.of_tokens(keys, values, lost, self.covariance))
 
 
 def evicting_attention(

@@ -24,7 +24,7 @@ from test_model.code_text import held_out_rows
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from momentkv_vllm.page_schedule import PageSchedule
+from momentkv_vllm.page_schedule import ANY_PROMPT, PageSchedule
 from momentkv_vllm.policies import Candidates, Policy
 from momentkv_vllm.policies.momentkv import MomentKV
 
@@ -112,7 +112,9 @@ def eviction(cell: Cell, dim: int, prompt_tokens: int) -> Eviction:
     make = STATES[cell.state]
     cost = make().tokens(dim) if make else 0
     window = max(2 * RETIRE, round(cell.window * cell.budget))
-    schedule = PageSchedule(1, cell.budget - cost - window, cost, window, RETIRE, cell.prefill == "chunked")
+    schedule = PageSchedule(
+        1, cell.budget - cost - window, cost, window, RETIRE, 0 if cell.prefill == "chunked" else ANY_PROMPT
+    )
     return Eviction(SCORES[cell.score](), schedule, make, SINKS, OBSERVED, prompt_tokens)
 
 

@@ -7,6 +7,8 @@ import random
 import uuid
 from abc import ABC, abstractmethod
 
+from momentkv_vllm.calibrate import items
+
 
 def _words(text: str) -> list[str]:
     return text.split()
@@ -207,14 +209,7 @@ class Compact(Wording):
 class English(Wording):
     """Plain English for real models; the haystack's text comes from a file if one is given, else from a small grammar."""
 
-    ADJECTIVES = _words(
-        "amber brisk calm dusty eager faint gentle hollow icy jolly keen lively mellow narrow olive patient quiet rusty "
-        "silver tender upbeat vivid weary young zesty bright crimson distant early frozen golden humble"
-    )
-    NOUNS = _words(
-        "anchor basket candle dolphin engine falcon garden harbor island jacket kettle lantern meadow needle orchard "
-        "pencil quarry ribbon saddle temple umbrella village window yacht zebra bridge cabin desert ember forest glacier helmet"
-    )
+    ADJECTIVES, NOUNS = items.ADJECTIVES, items.NOUNS
     FIRST = _words(
         "Ada Boris Clara Dmitri Elena Farid Greta Hugo Ines Jonas Kira Leon Mina Nils Olga Pavel Rosa Sami Tessa Viktor"
     )
@@ -236,24 +231,24 @@ class English(Wording):
     def keys(self, rng: random.Random, count: int, long: bool = False) -> list[str]:
         if long:
             return [self._uuid(rng) for _ in range(count)]
-        return list(dict.fromkeys(f"{rng.choice(self.ADJECTIVES)}-{rng.choice(self.NOUNS)}" for _ in range(count)))
+        return list(dict.fromkeys(items.key(rng) for _ in range(count)))
 
     def value(self, rng: random.Random, long: bool = False) -> str:
-        return self._uuid(rng) if long else str(rng.randrange(10**6, 10**7))
+        return self._uuid(rng) if long else items.code(rng)
 
     @staticmethod
     def _uuid(rng: random.Random) -> str:
         return str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
     def needle(self, key: str, value: str) -> str:
-        return f"Note well: the secret code of {key} is {value}."
+        return items.sentence(key, value)
 
     def ask_needles(self, keys: list[str], all_values: bool) -> str:
         if len(keys) > 1:
             return f"\nWhat are the secret codes of {', '.join(keys)}, as the text gives them? The secret codes are"
         if all_values:
             return f"\nWhat are all the secret codes of {keys[0]} in the text? The secret codes of {keys[0]} are"
-        return f"\nWhat is the secret code of {keys[0]} in the text? The secret code of {keys[0]} is"
+        return items.question(keys[0])
 
     def answer_needles(self, keys: list[str], values: list[str]) -> str:
         return ", ".join(values)

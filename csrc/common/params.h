@@ -80,9 +80,9 @@ struct ConsolidateParams {
   const int64_t* retiring;    // [rows, retiring_pages], -1 pads at the end; a row of padding is skipped
   const int64_t* moments;     // [rows, moment_pages]
   const float* num_evicted;   // [rows] before the event
-  const float* score;         // [rows, heads, (store_pages + retiring_pages) * page_size]; null: policies/momentkv.py
+  const float* score;         // [rows, heads, (store_pages + retiring_pages) * page_size]; null: the native score
   float* observed;            // [num_pages, heads, page_size], moved along with the tokens; may be null if score is given
-  float attention_weight;     // of that policy's second term; unused if score is given
+  float attention_weight;     // of the native score's second term; unused if score is given
 };
 
 }  // namespace momentkv

@@ -112,24 +112,29 @@ inline void soften(float* logits, int slots, int visible, float& top, float& mas
   mass = mass * keep + sum(total);
 }
 
-// Where attend leaves the logits of an item's query heads for observe, [groups, row_slots()]; null if it need not.
-inline float* logits_of(const Attend& a, const AttendItem& item) {
-  if (a.logits == nullptr || a.observe_from[item.row] >= a.num_queries[item.row]) return nullptr;
+// Where attend leaves the weights of an item's query heads for observe, [groups, row_weights()]; null if it need not.
+inline float* weights_of(const Attend& a, const AttendItem& item) {
+  if (a.weights == nullptr || a.observe_from[item.row] >= a.num_queries[item.row]) return nullptr;
   const int64_t groups = a.query_heads / a.cache.heads;
-  return a.logits + (item.row * a.query_heads + item.head * groups) * a.row_slots();
+  return a.weights + (item.row * a.query_heads + item.head * groups) * a.row_weights();
 }
 
-// `left`: room for the tile's logits in rows of row_slots(), or null.
+// Leaves the weights of some slots of a query head, and what they are relative to.
+inline void leave(const Attend& a, float* left, int64_t slot, const float* weights, int slots, float top) {
+  std::copy_n(weights, slots, left + slot);
+  std::fill_n(left + a.row_slots() + slot / 8, (slots + 7) / 8, top);
+}
+
+// `left`: where the weights of the tile, which is at `slot`, are left in rows of row_weights(), or null.
 template <int Rows, class T>
 inline void attend_tile(const Attend& a, const Tile<T>& tile, const float* query, const int* visible, float* logits,
-                        float* left, Running run) {
+                        float* left, int64_t slot, Running run) {
   dot_keys<Rows, true>(tile, query, a.cache.head_dim, a.cache.page_size, a.scale, logits);
-  if (left != nullptr)
-    for (int r = 0; r < Rows; ++r)
-      std::copy_n(logits + r * kTileSlots, tile.vectors() * kLanes, left + r * a.row_slots());
   float keep[Rows];
   for (int r = 0; r < Rows; ++r)
     soften(logits + r * kTileSlots, tile.vectors() * kLanes, visible[r], run.top[r], run.mass[r], keep[r]);
+  for (int r = 0; left != nullptr && r < Rows; ++r)
+    leave(a, left + r * a.row_weights(), slot, logits + r * kTileSlots, tile.vectors() * kLanes, run.top[r]);
   add_values<Rows>(tile, logits, keep, a.cache.head_dim, run.out);
 }
 
@@ -239,11 +244,13 @@ void attend_store(const Attend& a, const AttendItem& item, const float* query, i
   for (; first < end; first += kTileSlots) {
     const PackedSlots slots(a.cache, p, item.head, a.pages + item.row * a.max_pages, first, end);
     dot_packed(slots, p, queries, a.scale, logits);
-    if (left != nullptr)
-      for (int r = 0; r < Rows; ++r) std::copy_n(logits + r * kTileSlots, slots.slots, left + r * a.row_slots() + first);
     for (int r = 0; r < Rows; ++r)
       soften(logits + r * kTileSlots, slots.vectors() * kLanes, slots.slots, run.top[r], run.mass[r], keep[r]);
-    add_packed<Bits, Rows>(slots, p, logits, keep, weight_words, out);
+    for (int r = 0; left != nullptr && r < Rows; ++r)
+      leave(a, left + r * a.row_weights(), first, logits + r * kTileSlots, slots.slots, run.top[r]);
+    Vec scales[kTileSlots / kLanes];
+    value_scales(slots, p, scales);
+    add_packed<Bits, Rows>(slots, p, scales, logits, keep, weight_words, out);
   }
   for (int r = 0; r < Rows; ++r) {
     rotate(out + r * p.width, p.width, p.block);
@@ -263,20 +270,19 @@ void attend_rows(const Attend& a, const AttendItem& item, int first_row, float* 
 
   int64_t sees[Rows];  // exact slots that a row sees
   for (int r = 0; r < Rows; ++r) sees[r] = a.last_slot[item.row] + item.first_query + (first_row + r) / groups + 1;
-  float* left = logits_of(a, item);
-  if (left != nullptr) left += first_row * a.row_slots();
+  float* left = weights_of(a, item);
+  if (left != nullptr) left += first_row * a.row_weights();
   const int64_t stored = a.stored_of(item.row), store_end = stored < item.end_slot ? stored : item.end_slot;
   if (item.first_slot < store_end) {
     const auto attend_bits = a.packed.bits == 8 ? attend_store<8, Rows> : attend_store<4, Rows>;
     attend_bits(a, item, packed, item.first_slot, store_end, logits, left, run);
   }
-  if (left != nullptr) left += a.store_slots();
   const int64_t item_end = item.end_slot - stored, end = sees[Rows - 1] < item_end ? sees[Rows - 1] : item_end;
   for (int64_t first = item.first_slot > stored ? item.first_slot - stored : 0; first < end; first += kTileSlots) {
     const Tile<T> tile(a.cache, item.head, a.exact_pages(item.row), first, end);
     int visible[Rows];
     for (int r = 0; r < Rows; ++r) visible[r] = int(sees[r] - first > 0 ? sees[r] - first : 0);
-    attend_tile<Rows>(a, tile, packed, visible, logits, left == nullptr ? nullptr : left + first, run);
+    attend_tile<Rows>(a, tile, packed, visible, logits, left, a.store_slots() + first, run);
   }
   if (item.with_record) {
     const RecordView record{a.cache, a.record_layout, a.moment_pages + item.row * a.num_moment_pages, item.head};

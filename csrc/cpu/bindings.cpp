@@ -95,15 +95,15 @@ void check_rows(const Attend& a, int64_t tokens) {
   }
 }
 
-// Which queries count; their logits, if every row has one query, which attend leaves to observe.
-void set_observing(Attend& a, const AttendTensors& work, const OptionalTensor& logits) {
+// Which queries count; their weights, if every row has one query, which attend leaves to observe.
+void set_observing(Attend& a, const AttendTensors& work, const OptionalTensor& weights) {
   a.observe_from = data_of<int64_t>(work.observe_from, "observe_from", {a.rows});
   a.restart = data_of<bool>(work.restart, "restart", {a.rows});
-  a.logits = data_of<float>(logits, "logits", {a.rows, a.query_heads, a.row_slots()});
-  if (a.logits == nullptr) return;
-  TORCH_CHECK(a.observe_from != nullptr, "logits are left where observe_from says so");
+  a.weights = data_of<float>(weights, "weights", {a.rows, a.query_heads, a.row_weights()});
+  if (a.weights == nullptr) return;
+  TORCH_CHECK(a.observe_from != nullptr, "weights are left where observe_from says so");
   for (int64_t row = 0; row < a.rows; ++row)
-    TORCH_CHECK(a.num_queries[row] == 1, "logits are left for one query a row, row ", row, " has ", a.num_queries[row]);
+    TORCH_CHECK(a.num_queries[row] == 1, "weights are left for one query a row, row ", row, " has ", a.num_queries[row]);
 }
 
 // Attend's work, cut into items. How a row is cut depends on that row only, so its result does not depend on the batch.
@@ -162,14 +162,14 @@ struct Items {
 
 void attend(const Tensor& kv, const Tensor& query, const Tensor& output, const OptionalTensor& lse, MOMENTKV_ATTEND_WORK,
             double scale, bool corrected, MOMENTKV_RECORD, const OptionalTensor& stored, int64_t store_pages,
-            at::IntArrayRef packed, const OptionalTensor& logits) {
+            at::IntArrayRef packed, const OptionalTensor& weights) {
   const AttendTensors work MOMENTKV_ATTEND_WORK_GIVEN;
   Attend a{};
   a.cache = cache_of(kv);
   set_attend(a, kv, query, output, lse, work, scale, corrected, MOMENTKV_RECORD_GIVEN);
   set_store(a, stored, store_pages, packed, {});
   check_rows(a, query.size(0));
-  set_observing(a, work, logits);
+  set_observing(a, work, weights);
   thread_local Items items;
   items.build(a);
   const Kernels& k = kernels();
@@ -182,7 +182,7 @@ void attend(const Tensor& kv, const Tensor& query, const Tensor& output, const O
 
 void observe(const Tensor& kv, const Tensor& observed, const Tensor& query, const Tensor& lse, MOMENTKV_ATTEND_WORK,
              double scale, const OptionalTensor& stored, int64_t store_pages, at::IntArrayRef packed,
-             const OptionalTensor& logits) {
+             const OptionalTensor& weights) {
   const AttendTensors work MOMENTKV_ATTEND_WORK_GIVEN;
   Attend a{};
   a.cache = cache_of(kv);
@@ -190,10 +190,19 @@ void observe(const Tensor& kv, const Tensor& observed, const Tensor& query, cons
   set_store(a, stored, store_pages, packed, observed);
   check_rows(a, query.size(0));
   a.lse = data_of<float>(lse, "lse", {query.size(0), a.query_heads});
-  set_observing(a, work, logits);
+  set_observing(a, work, weights);
   TORCH_CHECK(a.observe_from != nullptr && a.restart != nullptr, "observe needs observe_from and restart");
   const Kernels& k = kernels();
   in_parallel(a.rows * a.cache.heads, [&](int64_t i) { k.observe(a, i, scratch(k.observe_scratch(a))); });
+}
+
+// The native score's second term reads the means and the observed attention of every row that evicts.
+void check_attention_term(const Consolidate& c, bool there) {
+  for (int64_t row = 0; !there && row < c.rows; ++row) {
+    const int64_t stored = c.stored == nullptr ? 0 : c.stored[row], exact = c.retiring_pages + (stored > 0 ? 0 : c.store_pages);
+    TORCH_CHECK(stored + exact * c.cache.page_size <= c.store_tokens, "row ", row,
+                " evicts by a score with attention, which needs the means and the observed attention; give score");
+  }
 }
 
 void consolidate(const Tensor& kv, MOMENTKV_RETIRE_WORK, const OptionalTensor& score, const OptionalTensor& observed,
@@ -212,11 +221,8 @@ void consolidate(const Tensor& kv, MOMENTKV_RETIRE_WORK, const OptionalTensor& s
   c.store_tokens = c.stored == nullptr ? pages * page_size : store_tokens;
   TORCH_CHECK(run_tokens > 0 && page_size % run_tokens == 0 && c.store_tokens % run_tokens == 0, "runs of ", run_tokens,
               " tokens; pages of ", page_size, " and a store of ", c.store_tokens, " must be whole runs");
-  if (c.stored == nullptr) check_native_score(score, observed, has_means);
   TORCH_CHECK(c.stored == nullptr || c.packed.bits != 0, "stored is given; packed must say how the store is quantised");
-  for (int64_t row = 0; c.stored != nullptr && !score && row < c.rows; ++row)
-    TORCH_CHECK(c.stored[row] + (c.stored[row] == 0 ? c.store_pages : 0) * page_size + c.retiring_pages * page_size <= store_tokens,
-                "row ", row, " evicts from a quantised store; give score");
+  if (!score && attention_weight != 0) check_attention_term(c, has_means && observed);
   TORCH_CHECK(c.store_tokens <= pages * c.observed_slots, "a store of ", pages, " pages does not hold ", store_tokens, " tokens");
   const Kernels& k = kernels();
   in_parallel(c.rows * c.cache.heads, [&](int64_t i) { k.consolidate(c, i, scratch(k.consolidate_scratch(c))); });
@@ -249,11 +255,11 @@ TORCH_LIBRARY(momentkv_cpu, m) {
   m.def(
       "attend(Tensor kv, Tensor query, Tensor(a!) output, Tensor(b!)? lse, " MOMENTKV_ATTEND_WORK_SCHEMA
       ", float scale, bool corrected, " MOMENTKV_RECORD_SCHEMA
-      ", Tensor? stored, int store_pages, int[] packed, Tensor(c!)? logits) -> ()",
+      ", Tensor? stored, int store_pages, int[] packed, Tensor(c!)? weights) -> ()",
       &momentkv::attend);
   m.def(
       "observe(Tensor kv, Tensor(a!) observed, Tensor query, Tensor lse, " MOMENTKV_ATTEND_WORK_SCHEMA
-      ", float scale, Tensor? stored, int store_pages, int[] packed, Tensor(b!)? logits) -> ()",
+      ", float scale, Tensor? stored, int store_pages, int[] packed, Tensor(b!)? weights) -> ()",
       &momentkv::observe);
   m.def(
       "consolidate(Tensor(a!) kv, " MOMENTKV_RETIRE_WORK_SCHEMA

@@ -262,7 +262,7 @@ void consolidate(const Consolidate& c, int64_t item, float* scratch) {
   with_type(c.cache.type, [&](auto t) {
     using T = decltype(t);
     // `scratch` is free until the ranks are made.
-    if (c.score == nullptr && e.losers() > 0) score_by_moments<T>(e, f.mean_key, scratch, own_score);
+    if (c.score == nullptr && e.losers() > 0) score_by_direction<T>(e, scratch, own_score);
     choose_losers(e, c.score == nullptr ? own_score : c.score + item * c.candidates, ranks, losers);
     // The record may lie in retiring pages, or behind the store's last tile: tokens are read and written before it.
     if (folds) fold<T>(e, losers, f, f.covariance + d * d);

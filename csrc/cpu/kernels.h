@@ -40,8 +40,9 @@ struct Attend : AttendParams<Cache> {
   float* observed;              // observe: [num_pages, heads, page_size]
   const int64_t* observe_from;  // [rows] first counted query of the row
   const bool* restart;          // [rows] observe: forget earlier mass
-  float* logits;  // [rows, query_heads, row_slots()], where every row has one query: of rows that count, left by attend and
-                  // used up by observe. Null: observe computes them again
+  // [rows, query_heads, row_weights()], where every row has one query: what attend leaves to observe of rows that count. A
+  // weight per slot, then for every 8 slots the logit that they are relative to. Null: observe computes them itself.
+  float* weights;
   PackedLayout packed;
   const int64_t* stored;  // [rows] tokens in a row's quantised store, its first `store_pages` pages; 0: none. Null: no row has one
   int64_t store_pages;
@@ -50,9 +51,10 @@ struct Attend : AttendParams<Cache> {
   int64_t stored_of(int64_t row) const { return stored == nullptr ? 0 : stored[row]; }
   // The pages of a row that are exact, slot 0 first; `last_slot` counts from there.
   const int64_t* exact_pages(int64_t row) const { return pages + row * max_pages + (stored_of(row) > 0 ? store_pages : 0); }
-  // Slots of the store, which come before the exact ones in `logits`.
+  // Slots of the store, which come before the exact ones in `weights`.
   int64_t store_slots() const { return stored == nullptr ? 0 : store_pages * packed.page_tiles * 8; }
   int64_t row_slots() const { return store_slots() + max_pages * cache.page_size; }
+  int64_t row_weights() const { return row_slots() / 8 * 9; }
 };
 
 // One item of `attend`: some queries of a row against a share of its slots, those of a quantised store first.

@@ -1,45 +1,128 @@
 // What observed queries give to every slot that they see. Included once per instruction set.
 
-// Adds the attention of some rows to the mass of kLanes slots; `logits` of a row are `row_slots` from those of the next one.
-// The rows are added one after the other, so that the sum does not depend on how they are grouped.
-inline void add_mass(float* mass, const float* logits, int64_t row_slots, int rows, const float* lse) {
-  Vec total = load(mass);
-  for (int r = 0; r < rows; ++r) total += exp_negative(load(logits + r * row_slots) - lse[r]);
-  store(mass, total);
+typedef float TileVec __attribute__((vector_size(4 * 8)));  // of a tile's tokens
+
+// Weights of `Rows` query rows over some slots, those of a row `stride` from those of the next one, and what each row's are
+// to be multiplied by. The rows are added to a mass one after the other, so that the sum does not depend on how they are grouped.
+template <int Rows>
+struct Weights {
+  const float* rows;
+  int64_t stride;
+  float factor[Rows];
+
+  template <class V>
+  void add_to(float* mass, int64_t slot) const {
+    V total = load_raw<V>(mass);
+    for (int r = 0; r < Rows; ++r) total += load_raw<V>(rows + r * stride + slot) * factor[r];
+    __builtin_memcpy(mass, &total, sizeof total);
+  }
+};
+
+// What attend has left of some rows, from slot 0 on.
+template <int Rows>
+struct LeftWeights : Weights<Rows> {
+  const float *tops, *lse;
+  float top[Rows];
+
+  LeftWeights(const Attend& a, const float* left, const float* row_lse)
+      : Weights<Rows>{left, a.row_weights(), {}}, tops(left + a.row_slots()), lse(row_lse) {
+    std::fill_n(top, Rows, -INFINITY);  // their weights are 0
+  }
+  // Before slots from `slot` on are added; they are of one tile of attend.
+  void move_to(int64_t slot) {
+    for (int r = 0; r < Rows; ++r) {
+      const float now = tops[r * this->stride + slot / 8];
+      if (now == top[r]) continue;
+      top[r] = now;
+      this->factor[r] = expf(now - lse[r]);
+    }
+  }
+};
+
+// Turns logits of a tile into weights, in rows of kTileSlots.
+template <int Rows>
+inline Weights<Rows> weights_of_logits(float* logits, int vectors, const float* lse) {
+  Weights<Rows> weights{logits, kTileSlots, {}};
+  for (int r = 0; r < Rows; ++r) {
+    weights.factor[r] = 1;
+    for (int s = 0; s < vectors * kLanes; s += kLanes) {
+      float* at = logits + r * kTileSlots + s;
+      store(at, exp_negative(load(at) - lse[r]));
+    }
+  }
+  return weights;
+}
+
+// Calls f(slot, mass) for every tile of slots [first, end) of the row's quantised store.
+template <class F>
+inline void each_tile_mass(const Attend& a, const AttendItem& item, int64_t first, int64_t end, F f) {
+  const int64_t page_slots = a.packed.page_tiles * kTileTokens;
+  const int64_t* page = a.pages + item.row * a.max_pages + first / page_slots;
+  for (int64_t slot = first, in_page = first % page_slots; slot < end; slot += kTileTokens, in_page += kTileTokens) {
+    if (in_page == page_slots) in_page = 0, ++page;
+    f(slot, a.observed + (*page * a.cache.heads + item.head) * a.observed_slots + in_page);
+  }
 }
 
 // Adds the attention of `Rows` query rows from `first_row` to the mass of the row's quantised store.
 template <int Bits, int Rows>
-void observe_store(const Attend& a, const AttendItem& item, const float* query, const float* lse, float* left, float* logits) {
+void observe_store(const Attend& a, const AttendItem& item, const float* query, const float* lse, const float* left, float* logits) {
   const PackedLayout& p = a.packed;
-  const int64_t end = a.stored[item.row], page_slots = p.page_tiles * kTileTokens;
-  const int64_t* pages = a.pages + item.row * a.max_pages;
-  std::optional<PackedQueries<Bits, Rows>> queries;
-  if (left == nullptr) queries.emplace(p, query, a.cache.head_dim);
+  const int64_t end = a.stored[item.row];
+  if (left != nullptr) {
+    LeftWeights<Rows> weights(a, left, lse);
+    return each_tile_mass(a, item, 0, end, [&](int64_t slot, float* mass) {
+      if (slot % kTileSlots == 0) weights.move_to(slot);
+      weights.template add_to<TileVec>(mass, slot);
+    });
+  }
+  const PackedQueries<Bits, Rows> queries(p, query, a.cache.head_dim);
   for (int64_t first = 0; first < end; first += kTileSlots) {
-    const PackedSlots slots(a.cache, p, item.head, pages, first, end);
-    if (left == nullptr) dot_packed(slots, p, *queries, a.scale, logits);
-    const int64_t row_slots = left == nullptr ? kTileSlots : a.row_slots();
-    const float* of_rows = left == nullptr ? logits : left + first;
-    for (int s = 0; s < slots.slots; s += kTileTokens) {
-      const int64_t slot = first + s;
-      float* mass = a.observed + (pages[slot / page_slots] * a.cache.heads + item.head) * a.observed_slots + slot % page_slots;
-      for (int t = 0; t < kTileTokens; ++t)
-        for (int r = 0; r < Rows; ++r) mass[t] += expf(of_rows[r * row_slots + s + t] - lse[r]);
+    const PackedSlots slots(a.cache, p, item.head, a.pages + item.row * a.max_pages, first, end);
+    dot_packed(slots, p, queries, a.scale, logits);
+    const auto weights = weights_of_logits<Rows>(logits, slots.vectors(), lse);
+    each_tile_mass(a, item, first, first + slots.slots,
+                   [&](int64_t slot, float* mass) { weights.template add_to<TileVec>(mass, slot - first); });
+  }
+}
+
+// The same of the exact slots that they see.
+template <int Rows, class T>
+void observe_exact(const Attend& a, const AttendItem& item, const float* query, const float* lse, const int64_t* sees,
+                   const float* left, float* logits) {
+  const int64_t page_size = a.cache.page_size;
+  const int64_t* pages = a.exact_pages(item.row);
+  auto mass_of = [&](int64_t slot) {
+    return a.observed + (pages[slot / page_size] * a.cache.heads + item.head) * a.observed_slots + slot % page_size;
+  };
+  if (left != nullptr) {
+    LeftWeights<Rows> weights(a, left, lse);
+    for (int64_t slot = 0; slot < sees[Rows - 1]; slot += kLanes) {
+      weights.move_to(a.store_slots() + slot);
+      weights.template add_to<Vec>(mass_of(slot), a.store_slots() + slot);
     }
+    return;
+  }
+  for (int64_t first = 0; first < sees[Rows - 1]; first += kTileSlots) {
+    const Tile<T> tile(a.cache, item.head, pages, first, sees[Rows - 1]);
+    dot_keys<Rows, false>(tile, query, a.cache.head_dim, page_size, a.scale, logits);
+    for (int r = 0; r < Rows; ++r)
+      for (int64_t t = sees[r] > first ? sees[r] - first : 0; t < tile.vectors() * kLanes; ++t) logits[r * kTileSlots + t] = -INFINITY;
+    const auto weights = weights_of_logits<Rows>(logits, tile.vectors(), lse);
+    for (int s = 0; s < tile.slots; s += kLanes) weights.template add_to<Vec>(mass_of(first + s), s);
   }
 }
 
 template <int Rows, class T>
 void observe_rows(const Attend& a, const AttendItem& item, int first_row, float* scratch) {
-  const int64_t d = a.cache.head_dim, page_size = a.cache.page_size, groups = a.query_heads / a.cache.heads;
-  const int64_t* pages = a.exact_pages(item.row);
-  float *packed = scratch, *logits = scratch + Rows * d, lse[Rows];
-  float* left = logits_of(a, item);
-  if (left != nullptr) left += first_row * a.row_slots();
-  const int64_t row_slots = left == nullptr ? kTileSlots : a.row_slots();  // from one row's logits to the next
+  const int64_t groups = a.query_heads / a.cache.heads;
+  float *packed = scratch, *logits = scratch + Rows * a.cache.head_dim, lse[Rows];
+  const float* left = weights_of(a, item);
+  if (left != nullptr)
+    left += first_row * a.row_weights();
+  else
+    pack_queries<Rows, T>(a, item, first_row, packed);
   int64_t sees[Rows];
-  if (left == nullptr) pack_queries<Rows, T>(a, item, first_row, packed);
   for (int r = 0; r < Rows; ++r) {
     const int64_t query = (first_row + r) / groups, query_head = item.head * groups + (first_row + r) % groups;
     lse[r] = a.lse[(a.first_token[item.row] + query) * a.query_heads + query_head];
@@ -49,20 +132,7 @@ void observe_rows(const Attend& a, const AttendItem& item, int first_row, float*
     const auto observe_bits = a.packed.bits == 8 ? observe_store<8, Rows> : observe_store<4, Rows>;
     observe_bits(a, item, packed, lse, left, logits);
   }
-  for (int64_t first = 0; first < sees[Rows - 1]; first += kTileSlots) {
-    const Tile<T> tile(a.cache, item.head, pages, first, sees[Rows - 1]);
-    if (left == nullptr)
-      dot_keys<Rows, false>(tile, packed, d, page_size, a.scale, logits);
-    else
-      logits = left + a.store_slots() + first;
-    for (int s = 0; s < tile.slots; s += kLanes) {
-      const int64_t slot = first + s;
-      for (int r = 0; r < Rows; ++r)
-        for (int64_t t = sees[r] > slot ? sees[r] - slot : 0; t < kLanes; ++t) logits[r * row_slots + s + t] = -INFINITY;
-      float* mass = a.observed + (pages[slot / page_size] * a.cache.heads + item.head) * a.observed_slots + slot % page_size;
-      add_mass(mass, logits + s, row_slots, Rows, lse);
-    }
-  }
+  observe_exact<Rows, T>(a, item, packed, lse, sees, left, logits);
 }
 
 size_t observe_scratch(const Attend& a) { return 8 * (a.cache.head_dim + kTileSlots); }

@@ -218,17 +218,20 @@ inline float pack_weights(int vectors, const Vec* scales, const float* weights, 
   return highest / 32767;
 }
 
+// Scales of the values, a vector of slots each.
+inline void value_scales(const PackedSlots& t, const PackedLayout& p, Vec* scales) {
+  for (int v = 0; v < t.vectors(); ++v) scales[v] = t.scales(v, p.scales_offset + p.width / kGroup * 2 * kTileTokens);
+}
+
 // out[r][:] = out[r][:] * keep[r] + sum over slots of weights[r][slot] * value_slot, rotated; `words` has room for
 // Rows * kTileSlots. Weights of slots beyond the last one must be zero.
 template <int Bits, int Rows>
-inline void add_packed(const PackedSlots& t, const PackedLayout& p, const float* weights, const float* keep, int16_t* words,
-                       float* out) {
+inline void add_packed(const PackedSlots& t, const PackedLayout& p, const Vec* scales, const float* weights, const float* keep,
+                       int16_t* words, float* out) {
   constexpr int kPlanes = 8 / Bits, kVectors = Code<Bits>::kGroupBytes / kLanes;  // of a group's bytes
   const int64_t groups = p.width / kGroup;
   const int tiles = (t.slots + kTileTokens - 1) / kTileTokens;
   float step[Rows], total[Rows];
-  Vec scales[kTileSlots / kLanes];
-  for (int v = 0; v < t.vectors(); ++v) scales[v] = t.scales(v, p.scales_offset + groups * 2 * kTileTokens);
   for (int r = 0; r < Rows; ++r)
     step[r] = pack_weights(t.vectors(), scales, weights + r * kTileSlots, words + r * kTileSlots, total[r]);
   for (int64_t g = 0; g < groups; ++g) {
@@ -263,7 +266,8 @@ inline int64_t key_byte(int64_t byte, int token) { return byte / 4 * 4 * kTileTo
 inline int64_t value_byte(const PackedLayout& p, int64_t byte, int token) {
   return p.values_offset + token / 2 * 2 * p.code_bytes + byte * 2 + token % 2;
 }
-inline uint8_t* scale_at(const PackedLayout& p, uint8_t* tile, int64_t group, int token) {
+template <class Byte>
+inline Byte* scale_at(const PackedLayout& p, Byte* tile, int64_t group, int token) {
   return tile + p.scales_offset + (group * kTileTokens + token) * 2;
 }
 

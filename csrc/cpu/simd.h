@@ -100,10 +100,27 @@ inline float to_float(BFloat16 x) { return bits_as<float>(uint32_t(x.bits) << 16
 inline float to_float(Float16 x) { return float(bits_as<_Float16>(x.bits)); }
 
 inline float sum(Vec v) {
+#if MOMENTKV_LANES == 16
+  return _mm512_reduce_add_ps((__m512)v);
+#endif
   float total = 0;
   for (int i = 0; i < kLanes; ++i) total += v[i];
   return total;
 }
+
+inline Vec square_root(Vec v) {
+#if MOMENTKV_LANES == 16
+  return (Vec)_mm512_sqrt_ps((__m512)v);
+#elif MOMENTKV_LANES == 8
+  return (Vec)_mm256_sqrt_ps((__m256)v);
+#else
+  for (int i = 0; i < kLanes; ++i) v[i] = sqrtf(v[i]);
+  return v;
+#endif
+}
+
+// `v` without its NaNs.
+inline Vec without_nan(Vec v) { return v == v ? v : Vec{}; }
 
 inline Vec absolute(Vec v) { return bits_as<Vec>(bits_as<BitVec>(v) & 0x7fffffffu); }
 

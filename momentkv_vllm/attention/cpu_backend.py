@@ -26,7 +26,6 @@ from momentkv_vllm.attention.stock_rows import StockPart, StockRows, stock_part
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
-from momentkv_vllm.kernels.limits import CacheShape
 from momentkv_vllm.kv_spec import MomentKVSpec
 
 logger = init_logger(__name__)
@@ -78,13 +77,12 @@ class MomentKVMetadataBuilder(CPUAttentionMetadataBuilder):
             self.isa = "vec"
             self._set_isa_to_layers(layer_names)
         check_cache_layout(self.isa, kv_cache_spec)
-        shape = CacheShape.of(config, kv_cache_spec.head_size, kv_cache_spec.block_size, kv_cache_spec.dtype)
-        kernels = select(config.kernels, shape=shape)
+        kernels = select(config.kernels, shape=kv_cache_spec.layout.cache_shape(kv_cache_spec.dtype))
         logger.info_once("--kv-eviction %s: kernels %s", config.policy, kernels.label())
         self.planner = StepPlanner(kv_cache_spec.schedule, config, config.policy_class)
         if get_tensor_model_parallel_rank() == 0:
             self.monitor = Monitor(kv_cache_spec)
-        if config.prefill == "full":
+        if config.prefill != "chunked":
             # Makes the runner hand prompt lengths to builders (CommonAttentionMetadata.rswa_prefix_lens), the only field
             # that carries them. Nothing else on a CPU worker reads this attribute of this process's config copy (ledger of
             # patches: vllm_seams/__init__.py).

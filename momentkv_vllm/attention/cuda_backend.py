@@ -156,8 +156,4 @@ class CudaMomentKVImpl(EvictingImpl, TritonAttentionImpl):
 
 
 def _plans_on_device(config: EvictionConfig) -> bool:
-    return (
-        config.policy_class.native == "moment_distance"
-        and config.prefill == "chunked"
-        and config.kernels != "reference"
-    )
+    return config.policy_class.native is not None and config.prefill == "chunked" and config.kernels != "reference"

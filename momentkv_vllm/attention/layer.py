@@ -19,7 +19,6 @@ from momentkv_vllm.attention.step_plan import StepPlan
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import KernelFamily, select
 from momentkv_vllm.kernels.cache_view import CacheView
-from momentkv_vllm.kernels.limits import CacheShape
 from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.worklists import AttendWork, fresh_pages
 from momentkv_vllm.kv_spec import StateLayout
@@ -49,10 +48,9 @@ class EvictingImpl:
         if self.config is None:
             return
         self.policy = config.policy_class()
-        self.layout: StateLayout | None = None
         page_size, dtype = vllm_config.cache_config.block_size, vllm_config.model_config.dtype
-        shape = CacheShape.of(config, head_size, page_size, dtype)
-        self.kernels: KernelFamily = select(config.kernels, self.device_type, shape)
+        self.layout = StateLayout.of(config, page_size, head_size, dtype)
+        self.kernels: KernelFamily = select(config.kernels, self.device_type, self.layout.cache_shape(dtype))
         self.observed: Observed | None = None
 
     def fused_output_quant_supported(self, quant_key) -> bool:
@@ -63,7 +61,7 @@ class EvictingImpl:
         """The layer's cache as kernels see it."""
         # Only the cache itself knows how many tokens vLLM has put on a page (MomentKVSpec.__post_init__).
         page_size = kv_cache.shape[2]
-        if self.layout is None or self.layout.schedule.page_size != page_size:
+        if self.layout.schedule.page_size != page_size:
             self.layout = StateLayout.of(self.config, page_size, self.head_size, kv_cache.dtype)
         return self.view(kv_cache, self.layout.record, self.layout.packed)
 

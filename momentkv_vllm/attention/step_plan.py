@@ -23,6 +23,9 @@ MAX_SLOTS_PER_WORK = 1 << 16
 MAX_QUERIES = 128
 """Queries of one segment: bounds the logits of the reference kernels in "full" prefill (queries x heads x context)."""
 
+NEVER = 1 << 62
+"""A position that no token has."""
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -128,12 +131,14 @@ class StepPlanner:
             position = stop
 
     def _observe_from(self, position: int, prompt: int) -> int:
-        """First observed position before the next event; a huge number when nothing is observed."""
+        """First observed position before the next event; NEVER when nothing is observed."""
         if not self.observe:
-            return 1 << 62
+            return NEVER
         if self.observe_all:
             return 0
         event = self.schedule.next_event(position, prompt)
+        if not self.schedule.evicted_tokens(self.schedule.boundary_column(event, prompt)):
+            return NEVER  # a quantised store still has room: nobody competes
         return max(event - self.config.observation_tokens, self.schedule.last_event(position, prompt))
 
     def _round(self, segments: list[Segment], table: np.ndarray) -> Round:

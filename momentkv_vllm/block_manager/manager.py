@@ -12,6 +12,7 @@ from momentkv_vllm.block_manager.keeping import KeepsStates, PrefixState
 from momentkv_vllm.block_manager.metrics import PageMetrics
 from momentkv_vllm.block_manager.startup import announce
 from momentkv_vllm.kv_spec import MomentKVSpec
+from momentkv_vllm.page_schedule import ANY_PROMPT
 
 
 class MomentKVManager(ChecksIntegrity, KeepsStates, FullAttentionManager):
@@ -36,8 +37,8 @@ class MomentKVManager(ChecksIntegrity, KeepsStates, FullAttentionManager):
         super().__init__(kv_cache_spec, **kwargs)
         self.schedule = kv_cache_spec.schedule
         # Bounds what a waiting request must find free: with eviction it never holds its whole prompt.
-        if self.schedule.evict_in_prefill:
-            self.max_admission_blocks_per_request = self.schedule.peak_pages(kv_cache_spec.step_tokens)
+        if self.schedule.exact_prompt_tokens < ANY_PROMPT:
+            self.max_admission_blocks_per_request = self.schedule.least_pool_pages(kv_cache_spec.step_tokens)
         self.evicting: dict[str, int] = {}
         self.live_pages: dict[str, int] = {}
         self.prefixes: dict[str, PrefixState] = {}

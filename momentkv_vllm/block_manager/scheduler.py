@@ -104,7 +104,7 @@ class RestartsSessions(StartsFromStates):
     That is right as long as the worker's state is what the schedule says of the longer prompt. Where it is not, the session is
     read again from its first token, as a preempted request is:
 
-    * `full` prefill, and the session has evicted. One request over the same text would not have, yet.
+    * Its shorter prompt was exact, and the session has evicted. One request over the same text would not have, yet.
     * A step in flight, whose token vLLM discards, has already reached what the next event depends on (async scheduling).
     """
 
@@ -124,10 +124,11 @@ class RestartsSessions(StartsFromStates):
         return super()._handle_stopped_request(request)
 
     def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
-        boundary = self.page_schedule.boundary_column(session.num_computed_tokens, session.num_prompt_tokens)
+        before = self.page_schedule.first_event_of(session.num_prompt_tokens)
         super()._update_request_as_session(session, update)
-        longer = self.page_schedule.boundary_column(session.num_computed_tokens, session.num_prompt_tokens)
-        if boundary != longer or session in self.overtaken:
+        longer = self.page_schedule.first_event_of(session.num_prompt_tokens)
+        other_events = before != longer and min(before, longer) <= session.num_computed_tokens
+        if other_events or session in self.overtaken:
             self.overtaken.discard(session)
             self._read_again(session)
 

@@ -10,6 +10,7 @@ Idea of what to keep: Marconi (arXiv 2411.19379). No code of it is used.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from weakref import WeakKeyDictionary
 
 from vllm.v1.core.block_pool import BlockPool
@@ -67,7 +68,7 @@ class StateCache:
 
     def hits(self, request: Request, after: int) -> Iterator[tuple[int, list[KVCacheBlock]]]:
         """Events after `after` that the request can start from, the latest first, with the row of pages up to there."""
-        if not self.held:
+        if not self.held or not self._evicts_at_fixed_counts(request):
             return
         hashes = self._hashes(request)
         for event, name in self._events(hashes, request.num_tokens - 1, after):
@@ -79,31 +80,31 @@ class StateCache:
 
     def plan(self, request: Request, start: int) -> None:
         """Decide what the request keeps while it reads on from `start`; nothing if its text is below the budget."""
-        if request.num_tokens <= self.schedule.first_event_tokens:
+        if request.num_tokens <= self.schedule.first_event_tokens or not self._evicts_at_fixed_counts(request):
             return
         hashes, end = self._hashes(request), request.num_tokens - 1
         known = next((event for event, name in self._events(hashes, end) if name in self.known), 0)
         self.plans[request] = ReadingPlan(start, known, tuple(sorted(self._worth_keeping(start, known, end))))
 
     def _worth_keeping(self, start: int, known: int, end: int) -> set[int]:
-        """Where texts parted before, and otherwise a place that lies before a question of usual length; the prompt's end; what
-        the user asked for."""
+        """Where texts parted before, otherwise a place near the prompt's end that lies before a question of usual length; and
+        what the user asked for."""
         last, gap = self.schedule.last_event, self.schedule.first_event_tokens // GAP_SHARE
         step = self.interval_tokens or end + 1
         keep = {event for event in map(last, range(step, end + 1, step)) if event > start}
         if known > start:
             keep.add(known)
-        for event in (last(end - gap), last(end)):
-            if event and event - max(start, known) >= gap:
-                keep.add(event)
-        return keep
+        near_end = (event for event in (last(end - gap), last(end)) if event and event - max(start, known) >= gap)
+        return keep | set(islice(near_end, 1))
 
     def has(self, request: Request, event: int) -> bool:
         """Whether the state at that event of the request's text is held."""
         return self._pages(self._name(request, event)) is not None
 
     def covers(self, request: Request, event: int) -> bool:
-        """Whether the tokens up to that event are known, and so the state's key."""
+        """Whether the request has a state there whose key is known: that of its tokens."""
+        if not self._evicts_at_fixed_counts(request):
+            return False
         return 0 < event <= min(request.num_tokens, len(self._hashes(request)) * self.schedule.page_size)
 
     def hold(self, request: Request, event: int, pages: Sequence[KVCacheBlock]) -> None:
@@ -156,6 +157,11 @@ class StateCache:
                 assert page.block_id not in owned, f"page {page.block_id} is a state's and a request's"
                 assert self.pool.cached_block_hash_to_block.contain(page.block_hash, page.block_id)
         assert len(self.held) <= self.most_states, f"{len(self.held)} states, {self.most_states} are allowed"
+
+    def _evicts_at_fixed_counts(self, request: Request) -> bool:
+        """An exact prompt longer than the budget moves the first event to its end, and what is left depends on where that was:
+        such a request leaves no state and starts from none."""
+        return self.schedule.first_event_of(request.num_prompt_tokens) == self.schedule.first_event_tokens
 
     def _hashes(self, request: Request) -> Sequence[BlockHash]:
         """Of the request's full pages."""

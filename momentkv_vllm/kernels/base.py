@@ -118,9 +118,10 @@ class KernelFamily(ABC):
             work: store, retiring and moment pages, and the number of tokens evicted before this event.
         """
         score = None
-        if work.evicts and (policy.native not in self.native_scores or work.stored is not None):
+        if work.evicts and policy.native not in self.native_scores:
             score = policy.score(candidates(cache, observed, work, scale, self.read_store)).contiguous()
-        self._consolidate(cache, observed.mass if observed else None, work, score, sink_tokens, ATTENTION_WEIGHT)
+        attention_weight = ATTENTION_WEIGHT if policy.observes else 0.0
+        self._consolidate(cache, observed.mass if observed else None, work, score, sink_tokens, attention_weight)
 
     def read_store(self, cache: CacheView, pages: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of quantised store pages [rows, n], float32 [rows, heads, slots, head_dim]."""
@@ -139,5 +140,5 @@ class KernelFamily(ABC):
         self, cache: CacheView, mass: Tensor | None, work: RetireWork, score: Tensor | None, sink_tokens: int,
         attention_weight: float,
     ) -> None:  # fmt: skip
-        """score: [rows, heads, candidates] float32; None: the native one, whose second term `attention_weight` is for, or none
-        because nothing is evicted."""
+        """score: [rows, heads, candidates] float32; None: the native one, whose second term `attention_weight` is for (0: it
+        has none), or none because nothing is evicted."""

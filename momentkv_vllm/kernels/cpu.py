@@ -23,7 +23,7 @@ class Cpu(KernelFamily):
     name = "cpu"
     devices = ("cpu",)
     limits = Limits(range(16, 513, 16), page_step=16, dtypes=(torch.float32, torch.bfloat16, torch.float16))
-    native_scores = ("moment_distance",)
+    native_scores = ("key_direction",)
 
     def objections(self) -> list[str]:
         if _why_missing:
@@ -49,19 +49,21 @@ class Cpu(KernelFamily):
 
     def attend(self, cache: CacheView, query, output, lse, work: AttendWork, scale: float, corrected: bool) -> None:
         if work.observe_from is not None and work.query_bound() == 1:
-            # Observing is then one pass over what attention has computed, not another one over the keys. Rows that are not
-            # observed leave their part alone: it costs addresses and no memory.
+            # Observing is then one pass over the weights that attention has computed, not another one over the keys. Rows that
+            # are not observed leave their part alone: it costs addresses and no memory.
             store_slots = 0 if work.stored is None else work.store_pages * cache.packed.page_tokens
-            shape = (len(work.pages), query.shape[1], store_slots + work.pages.shape[1] * cache.page_size)
-            if work.logits is None or work.logits.shape != shape:
-                work.logits = query.new_empty(shape, dtype=torch.float32)
+            # A weight per slot, then what they are relative to for every eight.
+            slots = store_slots + work.pages.shape[1] * cache.page_size
+            shape = (len(work.pages), query.shape[1], slots + slots // 8)
+            if work.weights is None or work.weights.shape != shape:
+                work.weights = query.new_empty(shape, dtype=torch.float32)
         given = cache.kv, query, output, lse, *work.arguments(), scale, corrected
         store = work.stored, work.store_pages, cache.packed_arguments
-        _ops.attend(*given, *cache.record_arguments, *store, work.logits)
+        _ops.attend(*given, *cache.record_arguments, *store, work.weights)
 
     def _observe(self, cache: CacheView, mass, query, lse, work: AttendWork, scale: float) -> None:
         store = work.stored, work.store_pages, cache.packed_arguments
-        _ops.observe(cache.kv, mass, query, lse, *work.arguments(), scale, *store, work.logits)
+        _ops.observe(cache.kv, mass, query, lse, *work.arguments(), scale, *store, work.weights)
 
     def read_store(self, cache: CacheView, pages):
         return _ops.read_store(cache.kv, pages, cache.packed_arguments)

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 import torch
 
-from momentkv_vllm.config import EvictionConfig
-
 
 @dataclass(frozen=True)
 class CacheShape:
@@ -18,10 +16,6 @@ class CacheShape:
     dtype: torch.dtype
     store_dtype: str = ""
     run_tokens: int = 1
-
-    @classmethod
-    def of(cls, config: EvictionConfig, head_size: int, page_size: int, dtype: torch.dtype) -> "CacheShape":
-        return cls(head_size, page_size, dtype, config.quantised_store, config.run_tokens)
 
 
 @dataclass(frozen=True)

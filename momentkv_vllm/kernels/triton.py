@@ -31,7 +31,7 @@ class Triton(KernelFamily):
     name = "triton"
     devices = ("cuda",)
     limits = Limits(range(1, 257), page_step=16, dtypes=(torch.float32, torch.bfloat16, torch.float16), stores=False)
-    native_scores = ("moment_distance",)
+    native_scores = ()
 
     def objections(self) -> list[str]:
         if _why_missing:

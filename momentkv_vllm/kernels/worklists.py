@@ -35,8 +35,8 @@ class AttendWork:
     stored:       [rows] int64 tokens in the row's quantised store, its first `store_pages` pages; 0: all its pages are exact.
                   None: no store is quantised.
     store_pages:  see there.
-    logits:       [rows, num_heads, slots of `pages`] float32 of one query a row, which one layer's attend may leave to its
-                  observe; made by a family that does, at the first layer of a step.
+    weights:      [rows, num_heads, n] float32 of one query a row, which one layer's attend may leave to its observe; made by a
+                  family that does, at the first layer of a step.
     most_queries: the largest of `num_queries` where the host knows it, else 0: on a GPU, asking it waits for the device.
     only_chunks:  the host knows that every row has several queries.
     """
@@ -54,7 +54,7 @@ class AttendWork:
     only_chunks: bool = False
     stored: Tensor | None = None
     store_pages: int = 0
-    logits: Tensor | None = None
+    weights: Tensor | None = None
 
     def arguments(self) -> list[Tensor | None]:
         """The tensors that operators in C++ and CUDA take, in their order."""

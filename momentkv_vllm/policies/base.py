@@ -10,7 +10,9 @@ import torch
 from momentkv_vllm.moments import Moments
 
 READS = ("means", "covariance", "order", "head")
-NATIVE_SCORES = ("moment_distance",)
+AS_PUBLISHED = {"store_dtype": "model", "run_tokens": 1}
+"""Defaults of other people's methods: tokens as the model has them, one by one. A quantised store is a setting away."""
+NATIVE_SCORES = ("key_direction",)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ class Policy(ABC):
         reads: what else its score depends on, of READS. "means" and "covariance" of the moments: a record is kept for them even
             with correction off. "order": a token's place among the candidates. "head": the head's number in its worker, so that
             tensor parallel workers keep other tokens than one worker would.
-        native: a score that kernels compute in place of `score`: "moment_distance" (policies/momentkv.py).
+        native: a score that kernels compute in place of `score`: "key_direction" (key_direction.py), with the attention term if
+            the policy observes, which then must observe "mass" and read "means".
         keeps_only_sinks: it never keeps a retired token: the page schedule turns the store into window (StreamingLLM).
         defaults: its own defaults of `EvictionConfig`'s keys; what the user sets goes before.
     """
@@ -109,6 +112,8 @@ def objections(policy: Any) -> list[str]:
         found.append(f"reads is {policy.reads!r}, not a tuple of {', '.join(READS)}")
     if policy.native not in (None, *NATIVE_SCORES):
         found.append(f"native is {policy.native!r}; no kernel computes that")
+    elif policy.native and policy.observes and not (policy.observes.what == "mass" and "means" in policy.reads):
+        found.append(f"native {policy.native!r} needs the observed mass and 'means' in reads")
     elif policy.native and _owner(policy, "native") is not _owner(policy, "score"):
         found.append(
             f"it inherits native {policy.native!r}, and kernels would not compute its own score; set native = None"

@@ -2,7 +2,7 @@
 
 import torch
 
-from momentkv_vllm.policies.base import Candidates, Observation, Policy
+from momentkv_vllm.policies.base import AS_PUBLISHED, Candidates, Observation, Policy
 
 
 class ExpectedAttention(Policy):
@@ -16,7 +16,7 @@ class ExpectedAttention(Policy):
     source = "arXiv 2510.00636"
     summary = "expected attention of a Gaussian query x norm of its value; prompt read in full"
     observes = Observation(what="logits")
-    defaults = {"correction": "off", "prefill": "full", "window_tokens": 16, "observation_tokens": 128}
+    defaults = AS_PUBLISHED | {"correction": "off", "prefill": "full", "window_tokens": 16, "observation_tokens": 128}
 
     def score(self, tokens: Candidates) -> torch.Tensor:
         count, total, squares = tokens.attention.unbind(-1)

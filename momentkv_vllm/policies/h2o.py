@@ -2,7 +2,7 @@
 
 import torch
 
-from momentkv_vllm.policies.base import Candidates, Observation, Policy
+from momentkv_vllm.policies.base import AS_PUBLISHED, Candidates, Observation, Policy
 
 
 class H2O(Policy):
@@ -16,7 +16,7 @@ class H2O(Policy):
     summary = "attention received from all queries so far"
     observes = Observation(queries="all")
     # Half of the budget is recent tokens, as published.
-    defaults = {"correction": "off"}
+    defaults = AS_PUBLISHED | {"correction": "off"}
 
     def score(self, tokens: Candidates) -> torch.Tensor:
         return tokens.attention.clone()

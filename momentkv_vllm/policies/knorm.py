@@ -2,7 +2,7 @@
 
 import torch
 
-from momentkv_vllm.policies.base import Candidates, Policy
+from momentkv_vllm.policies.base import AS_PUBLISHED, Candidates, Policy
 
 
 class KNorm(Policy):
@@ -11,7 +11,7 @@ class KNorm(Policy):
     name = "knorm"
     source = "arXiv 2406.11430"
     summary = "minus the norm of its key"
-    defaults = {"correction": "off", "window_tokens": 16}
+    defaults = AS_PUBLISHED | {"correction": "off", "window_tokens": 16}
 
     def score(self, tokens: Candidates) -> torch.Tensor:
         return -tokens.keys.norm(dim=-1)

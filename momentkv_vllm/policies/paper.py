@@ -2,7 +2,7 @@
 
 import torch
 
-from momentkv_vllm.policies.base import Candidates, Observation, Policy
+from momentkv_vllm.policies.base import AS_PUBLISHED, Candidates, Observation, Policy
 
 POOL = 4
 """Neighbouring tokens pooled before scoring (the paper's protocol)."""
@@ -22,7 +22,7 @@ class Paper(Policy):
     observes = Observation()
     reads = ("means", "covariance", "order")
     # Section "Protocol": evict after the prompt, one sink, the last 32 queries observed and kept.
-    defaults = {
+    defaults = AS_PUBLISHED | {
         "correction": "first", "prefill": "full", "sink_tokens": 1, "window_tokens": 32, "observation_tokens": 32
     }  # fmt: skip
 

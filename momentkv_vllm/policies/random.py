@@ -2,7 +2,7 @@
 
 import torch
 
-from momentkv_vllm.policies.base import Candidates, Policy
+from momentkv_vllm.policies.base import AS_PUBLISHED, Candidates, Policy
 
 _MIX = 0x9E3779B97F4A7C15 - (1 << 64)
 
@@ -18,7 +18,7 @@ class Random(Policy):
     name = "random"
     summary = "fixed pseudo-random priority: a uniform sample of the past"
     reads = ("order", "head")
-    defaults = {"correction": "off", "window_tokens": 16}
+    defaults = AS_PUBLISHED | {"correction": "off", "window_tokens": 16}
 
     def score(self, tokens: Candidates) -> torch.Tensor:
         rows, heads, num, _ = tokens.keys.shape

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from momentkv_vllm.policies.base import Candidates, Observation, Policy
+from momentkv_vllm.policies.base import AS_PUBLISHED, Candidates, Observation, Policy
 
 KERNEL = 5
 """Width of the average over neighbouring tokens (odd)."""
@@ -21,7 +21,7 @@ class SnapKV(Policy):
     observes = Observation()
     reads = ("order",)
     # The observation window is kept.
-    defaults = {"correction": "off", "prefill": "full", "window_tokens": 32, "observation_tokens": 32}
+    defaults = AS_PUBLISHED | {"correction": "off", "prefill": "full", "window_tokens": 32, "observation_tokens": 32}
 
     def score(self, tokens: Candidates) -> torch.Tensor:
         first = (tokens.moments.count == 0)[:, None, None]

@@ -2,7 +2,7 @@
 
 import torch
 
-from momentkv_vllm.policies.base import Candidates, Observation, Policy
+from momentkv_vllm.policies.base import AS_PUBLISHED, Candidates, Observation, Policy
 
 
 class TOVA(Policy):
@@ -16,7 +16,7 @@ class TOVA(Policy):
     source = "arXiv 2401.06104"
     summary = "attention of the newest query"
     observes = Observation()
-    defaults = {"correction": "off", "window_tokens": 16, "observation_tokens": 1}
+    defaults = AS_PUBLISHED | {"correction": "off", "window_tokens": 16, "observation_tokens": 1}
 
     def score(self, tokens: Candidates) -> torch.Tensor:
         return tokens.attention.clone()

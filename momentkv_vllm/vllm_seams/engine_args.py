@@ -71,9 +71,13 @@ def _evicting_config(engine_args: Any, config: EvictionConfig, create: Callable[
             vllm_config = create()
         _keep_windows(vllm_config, engine_args.disable_hybrid_kv_cache_manager)
     refuse_unsupported(vllm_config, config, backend)
-    choose_scheduler(vllm_config)
-    # Imported late: prometheus must not be touched by processes that only parse options.
+    # Imported late: torch and prometheus must not be touched by processes that only parse options.
     from momentkv_vllm.metrics import serve_metrics
+    from momentkv_vllm.vllm_seams.settle import settled_config
+
+    settled = settled_config(vllm_config, config)
+    vllm_config.additional_config = {**vllm_config.additional_config, CONFIG_KEY: settled.to_dict()}
+    choose_scheduler(vllm_config)
 
     serve_metrics()
     return vllm_config

@@ -46,8 +46,12 @@ def gpu_rows(platform: Any, vllm_config: "VllmConfig", config: EvictionConfig) -
     drafts = vllm_config.speculative_config is not None
     return [
         Unsupported(untested, not insists, f"insist with {ALLOW_UNTESTED_GPU.name}=1"),
-        Unsupported("prefill 'full' on a GPU", config.prefill == "full", "use --kv-eviction-config.prefill chunked"),
+        Unsupported(
+            f"prefill {config.prefill!r} on a GPU",
+            config.prefill != "chunked",
+            "use --kv-eviction-config.prefill chunked",
+        ),
         Unsupported("speculative decoding on a GPU", drafts, "leave --speculative-config out"),
         Unsupported(f"store_dtype {config.store_dtype!r} on a GPU", config.quantised_store, "use store_dtype 'model'"),
-        Unsupported(f"run_tokens {config.run_tokens} on a GPU", config.run_tokens > 1, "use run_tokens 1"),
+        Unsupported(f"run_tokens {config.run_tokens} on a GPU", (config.run_tokens or 1) > 1, "use run_tokens 1"),
     ]

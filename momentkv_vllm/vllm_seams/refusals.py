@@ -45,7 +45,6 @@ def refuse_unsupported(vllm_config: "VllmConfig", config: EvictionConfig, backen
     ]
     refuse_first(rows, f"--kv-eviction {config.policy}")
     _refuse_page_size(vllm_config)
-    refuse_kernels(vllm_config, config)
     _refuse_budget(vllm_config, config)
 
 
@@ -194,17 +193,6 @@ def _draft_rows(vllm_config: "VllmConfig", config: EvictionConfig) -> list[Unsup
     ]
 
 
-def refuse_kernels(vllm_config: "VllmConfig", config: EvictionConfig) -> None:
-    from vllm.platforms import current_platform
-
-    from momentkv_vllm.kernels import CacheShape, select
-
-    layers, model = full_layers(vllm_config), vllm_config.model_config
-    page_size = int(vllm_config.cache_config.block_size * layers.page_ratio)
-    shape = CacheShape.of(config, layers.head_size, page_size, model.dtype)
-    select(config.kernels, current_platform.device_type, shape)
-
-
 def _refuse_page_size(vllm_config: "VllmConfig") -> None:
     page_size, leave_out = vllm_config.cache_config.block_size, "leave it out"
     if page_size % 16:
@@ -219,9 +207,9 @@ def _refuse_page_size(vllm_config: "VllmConfig") -> None:
 
 def _refuse_budget(vllm_config: "VllmConfig", config: EvictionConfig) -> None:
     """The budget must hold state and window; said here because here the user still sees it."""
-    from momentkv_vllm.kv_spec import expected_schedule
+    from momentkv_vllm.kv_spec import expected_layout
 
-    schedule = expected_schedule(config, vllm_config)
+    schedule = expected_layout(config, vllm_config).schedule
     pool = vllm_config.cache_config.num_gpu_blocks_override
     step = vllm_config.max_in_flight_tokens
     need = schedule.least_pool_pages(step)

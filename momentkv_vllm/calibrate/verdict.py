@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from judge.material import Item
+
+from momentkv_vllm.calibrate.items import Item
 
 TOP = 512
 """Tokens of the full cache's distribution that KL tells apart; all others count as one event."""
@@ -39,7 +40,7 @@ class Judge:
         """Logits [places, vocabulary] of item `number` for the places of its answer from `first` on."""
         item, places = self.items[number], slice(first, first + len(logits))
         log_probs = logits.float().log_softmax(-1)
-        right = torch.tensor(item.answer[places]).unsqueeze(-1)
+        right = torch.tensor(item.answer[places], device=logits.device).unsqueeze(-1)
         self._loss[number][places] = -log_probs.gather(-1, right).squeeze(-1)
         self._right[number][places] = (log_probs.argmax(-1) == right.squeeze(-1)).float()
         if self.reference is None:
@@ -47,8 +48,8 @@ class Judge:
             self._top_ids[number][places] = ids.int()
             self._kl[number][places] = 0.0
         else:
-            full = self.reference.log_probs[number][places]
-            mine = log_probs.gather(-1, self.reference.ids[number][places].long())
+            full = self.reference.log_probs[number][places].to(logits.device)
+            mine = log_probs.gather(-1, self.reference.ids[number][places].long().to(logits.device))
             self._kl[number][places] = truncated_kl(full, mine)
 
     def full_cache(self) -> Reference:

@@ -1,0 +1,30 @@
+"""What "auto" means for a model on this machine, decided once, before anything is loaded, and told to every process."""
+
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from momentkv_vllm.config import AUTO, EvictionConfig
+from momentkv_vllm.kernels import select
+from momentkv_vllm.kv_spec import expected_layout, settled
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+
+def settled_config(vllm_config: "VllmConfig", config: EvictionConfig) -> EvictionConfig:
+    """`config` without "auto" where the model or the kernels decide. Raises ValueError if no kernels can serve it."""
+    from vllm.platforms import current_platform
+
+    layout = expected_layout(config, vllm_config)
+    model, device = vllm_config.model_config, current_platform.device_type
+    try:
+        select(config.kernels, device, layout.cache_shape(model.dtype))
+    except ValueError as error:
+        if config.store_dtype != AUTO or layout.packed is None:
+            raise
+        logger.warning("momentkv: store_dtype auto is model, not %s: %s", layout.packed.dtype, error)
+        return settled_config(vllm_config, replace(config, store_dtype="model"))
+    return settled(config, layout.schedule.page_size, layout.record.head_dim, model.dtype)
