@@ -51,7 +51,8 @@ class EvictionConfig:
         observation_tokens: queries before an eviction whose attention a policy may use that observes the last ones.
         retire_tokens: tokens between two evictions, rounded up to whole pages; None ("auto"): 1/32 of the budget, one page at
             least.
-        state_share: share of the KV pool that states of evicted prefixes may fill in the prefix cache, 0 to 1; 0: none are kept.
+        state_share: share of the KV pool that stores and moments of evicted prefixes may fill in the prefix cache, 0 to 1 (then
+            vLLM's order of last use alone decides); 0: none are kept.
         state_interval_tokens: a prompt keeps its state every so many tokens while it is read; 0: only where it is likely to be
             used (block_manager/states.py).
         kernels: kernel family ("auto" takes the fastest that works here; a named one never falls back).
@@ -69,7 +70,7 @@ class EvictionConfig:
     run_tokens: int | None = None
     observation_tokens: int = 16
     retire_tokens: int | None = None
-    state_share: float = 0.5
+    state_share: float = 1.0
     state_interval_tokens: int = 0
     kernels: str = AUTO
 
