@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_OFFLINE = 1
 export VLLM_NO_USAGE_STATS = 1
 
-.PHONY: help setup real-model demo test test-fast test-sanitize bench-kernels bench-store bench-serving lint format doctor lock policies-table model code-model test-gpu bench-gpu bench-gpu-engine bench-quality bench-quality-simulator bench-quality-toy bench-ablation bench-states bench-rope oracle clean bench-prefix bench-dashboard bench-metrics bench-load soak fuzz bench-memory audit image-cpu image-test
+.PHONY: help setup real-model demo test test-fast test-sanitize bench-kernels bench-store bench-serving lint format doctor lock policies-table model code-model test-gpu bench-gpu bench-gpu-engine bench-quality bench-quality-simulator bench-quality-toy bench-ablation bench-states bench-rope oracle clean bench-prefix bench-resume bench-dashboard bench-metrics bench-load soak fuzz bench-memory audit image-cpu image-test
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
@@ -73,6 +73,9 @@ bench-serving: setup ## stock vLLM against momentkv: decode tokens/s, first toke
 
 bench-prefix: setup ## prompt tokens saved by prefix caching under a shared system prompt, stock against momentkv
 	PYTHONPATH=benchmarks $(BIN)/python -P -m serving.prefix
+
+bench-resume: setup ## prompt tokens computed of conversations and documents that come again, stock against momentkv (10 minutes)
+	PYTHONPATH=benchmarks $(BIN)/python -P -m serving.resume
 
 test-gpu:       ## check the GPU kernels on a machine with torch, triton and a GPU (PYTHON=...; needs no vLLM)
 	$(PYTHON) benchmarks/gpu/run.py --check

@@ -51,6 +51,10 @@ class EvictionConfig:
         observation_tokens: queries before an eviction whose attention a policy may use that observes the last ones.
         retire_tokens: tokens between two evictions, rounded up to whole pages; None ("auto"): 1/32 of the budget, one page at
             least.
+        state_share: share of the KV pool that stores and moments of evicted prefixes may fill in the prefix cache, 0 to 1 (then
+            vLLM's order of last use alone decides); 0: none are kept.
+        state_interval_tokens: a prompt keeps its state every so many tokens while it is read; 0: only where it is likely to be
+            used (block_manager/states.py).
         kernels: kernel family ("auto" takes the fastest that works here; a named one never falls back).
     """
 
@@ -66,6 +70,8 @@ class EvictionConfig:
     run_tokens: int | None = None
     observation_tokens: int = 16
     retire_tokens: int | None = None
+    state_share: float = 1.0
+    state_interval_tokens: int = 0
     kernels: str = AUTO
 
     def __post_init__(self) -> None:
@@ -80,6 +86,8 @@ class EvictionConfig:
         _count("budget_tokens", self.budget_tokens, 1)
         _count("sink_tokens", self.sink_tokens, 0)
         _count("observation_tokens", self.observation_tokens, 1)
+        _count("state_interval_tokens", self.state_interval_tokens, 0)
+        _share("state_share", self.state_share)
         # The dataclass is frozen.
         for key in ("window_tokens", "retire_tokens", "exact_prompt_tokens"):
             object.__setattr__(self, key, _count_or_auto(key, getattr(self, key)))
@@ -151,6 +159,11 @@ def _count(key: str, value: Any, least: int, others: str = "") -> None:
     # bool is an int in Python: `true` in JSON must not become the budget 1.
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{CONFIG_KEY}.{key}={value!r} is not a whole number of tokens >= {least}{others}")
+
+
+def _share(key: str, value: Any) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise ValueError(f"{CONFIG_KEY}.{key}={value!r} is not a number from 0 to 1")
 
 
 def _count_or_auto(key: str, value: Any) -> int | None:

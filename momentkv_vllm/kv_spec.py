@@ -1,6 +1,8 @@
 """The KV cache spec of layers that evict: what a sequence costs, and the page schedule both sides share."""
 
+import json
 from dataclasses import dataclass, fields, replace
+from hashlib import sha256
 from typing import Self
 
 import torch
@@ -199,6 +201,19 @@ class MomentKVSpec(FullAttentionSpec):
         if self.config.policy_class.observes_every_query():
             return 0
         return max(0, self.schedule.first_event_tokens - self.unshared_tokens) // self.block_size * self.block_size
+
+    @property
+    def has_states(self) -> bool:
+        """Whether what an eviction leaves behind may depend on the tokens before it alone. In "full" prefill it depends on where
+        the prompt ended, and a policy may want every query since the first token."""
+        return self.schedule.exact_prompt_tokens < ANY_PROMPT and not self.config.policy_class.observes_every_query()
+
+    @property
+    def state_fingerprint(self) -> bytes:
+        """Of all that shapes a state besides the tokens; an engine has one kernel family."""
+        config = {key: value for key, value in self.config.to_dict().items() if not key.startswith("state_")}
+        shape = [self.block_size, self.num_kv_heads, self.head_size, str(self.dtype)]
+        return sha256(json.dumps([config, shape], sort_keys=True).encode()).digest()
 
     @property
     def unshared_tokens(self) -> int:

@@ -79,8 +79,16 @@ SEQUENCES = Metric(
 STOCK_PAGES = Metric("momentkv:stock_pages", "gauge", "Pages that stock vLLM would hold for the same sequences now.")
 POOL_PAGES = Metric("momentkv:pool_pages", "gauge", "Pages of the KV pool, free ones included.")
 BUDGET_PAGES = Metric("momentkv:budget_pages", "gauge", "Budget of one sequence, in pages.")
+STATE_LOOKUPS = Metric("momentkv:state_lookups", "counter", "Texts longer than the budget that were admitted.")
+STATE_HITS = Metric("momentkv:state_hits", "counter", "Those that went on from a cached state.")
+STATE_SAVED_TOKENS = Metric("momentkv:state_saved_tokens", "counter", "Tokens that were not read again thanks to it.")
+STATE_MISSED_TOKENS = Metric(
+    "momentkv:state_missed_tokens", "counter", "Tokens that an earlier text had too, read again for want of a state."
+)
+STATES = Metric("momentkv:states", "gauge", "States in the prefix cache now.")
 CORE_METRICS = (
-    RETIRED_PAGES, EVICTED_TOKENS, FREED_BYTES, LIVE_PAGES, SEQUENCES, STOCK_PAGES, POOL_PAGES, BUDGET_PAGES
+    RETIRED_PAGES, EVICTED_TOKENS, FREED_BYTES, LIVE_PAGES, SEQUENCES, STOCK_PAGES, POOL_PAGES, BUDGET_PAGES,
+    STATE_LOOKUPS, STATE_HITS, STATE_SAVED_TOKENS, STATE_MISSED_TOKENS, STATES,
 )  # fmt: skip
 """Written by the engine core (block_manager/metrics.py)."""
 

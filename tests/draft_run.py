@@ -42,7 +42,7 @@ def main(task: dict) -> None:
     got = e.generate(prompts, task["new_tokens"])
     events = [list(e.manager.schedule.events(first, first + tokens)) for first, tokens in steps]
     result = {
-        "want": want, "got": got, "steps": steps, "events": events, "preemptions": e.preemptions,
+        "want": want, "got": got, "steps": steps, "events": events, "preemptions": e.preemptions, "cached": e.cached_tokens,
         "peaks": [plain.peak_pages, e.peak_pages], "retired": [[x.manager.metrics.values[m, 0] for m in (RETIRED_PAGES, EVICTED_TOKENS)] for x in (plain, e)],
     }  # fmt: skip
     for each in (e, plain):

@@ -15,7 +15,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
-from momentkv_vllm.block_manager.scheduler import StopsAtEvents
+from momentkv_vllm.block_manager.scheduler import StartsFromStates
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kv_spec import MomentKVSpec
 from momentkv_vllm.page_schedule import ANY_PROMPT, PageSchedule, cdiv
@@ -33,10 +33,14 @@ class NoLimit:
     def _reserve_prefill_lookahead(self, request, num_computed_tokens, num_new_tokens):
         return num_new_tokens
 
+    def _get_local_prefix_cache_hit(self, request):
+        return *self.kv_cache_manager.get_computed_blocks(request), False
 
-class Stops(StopsAtEvents, NoLimit):
-    def __init__(self, spec: MomentKVSpec) -> None:
-        self.bind(spec, caches_prefixes=True)
+
+class Stops(StartsFromStates, NoLimit):
+    def __init__(self, spec: MomentKVSpec, kv: KVCacheManager) -> None:
+        self.kv_cache_manager = kv
+        self.bind(spec, True, kv.coordinator.single_type_managers[0].keep_states())
 
 
 @dataclass
@@ -146,12 +150,16 @@ class Simulation:
         step_tokens = (self.chunk + self.drafts) * (1 + self.lag)
         spec = MomentKVSpec(
             block_size=size, num_kv_heads=1, head_size=8, dtype=None, schedule=plan, step_tokens=step_tokens,
-            config=EvictionConfig("momentkv", plan.first_event_tokens), model_name="", engine=0,
+            config=EvictionConfig(
+                rng.choice(["momentkv", "keydiff"]), plan.first_event_tokens, observation_tokens=rng.randint(1, 8),
+                state_share=rng.choice([0.1, 0.5, 1.0]), state_interval_tokens=rng.choice([0, 0, 7]),
+            ),
+            model_name="", engine=0,
         )  # fmt: skip
         least = cdiv(MAX_TOKENS + step_tokens, size) if plan.exact_prompt_tokens else plan.peak_pages(step_tokens)
-        config = KVCacheConfig(least + rng.randint(1, 20), [], [KVCacheGroupSpec(["layer"], spec)])
+        config = KVCacheConfig(least + rng.choice([rng.randint(1, 20), 60]), [], [KVCacheGroupSpec(["layer"], spec)])
         self.kv = KVCacheManager(config, 4096, size, size, max_in_flight_tokens=step_tokens)
-        self.manager, self.stops = self.kv.coordinator.single_type_managers[0], Stops(spec)
+        self.manager, self.stops = self.kv.coordinator.single_type_managers[0], Stops(spec, self.kv)
         self.worker = Worker(plan, config.num_blocks)
         self.hasher = get_request_block_hasher(size, cheap_hash)
         self.waiting = deque(self.sequence(f"r{i}") for i in range(rng.randint(2, 6)))
@@ -164,8 +172,20 @@ class Simulation:
         """Prompts share one of two beginnings, so that prefixes hit at every length."""
         shared = [self.rng.choice([3, 4])] * self.rng.randint(0, 24)
         prompt = shared + [self.rng.randrange(3) for _ in range(self.rng.randint(1, 16))]
+        return self.asks(name, prompt)
+
+    def asks(self, name: str, prompt: list[int]) -> Sequence:
         settings = SamplingParams(max_tokens=self.rng.randint(1, 20))
         return Sequence(Request(name, prompt, settings, None, block_hasher=self.hasher))
+
+    def goes_on(self, s: Sequence) -> None:
+        """Sometimes somebody goes on from a text that ended, or from a place in it."""
+        text = list(s.request.all_token_ids)
+        if len(self.total) < 12 and self.rng.random() < 0.6:
+            prompt = text[: self.rng.randint(1 + min(len(text), 34) // 2, 1 + min(len(text), 34))]
+            prompt += [self.rng.randrange(3) for _ in range(self.rng.randint(0, 6))]
+            self.waiting.append(self.asks(f"r{len(self.total)}", prompt))
+            self.total.append(self.waiting[-1])
 
     @property
     def alive(self) -> bool:
@@ -174,7 +194,9 @@ class Simulation:
     def run(self) -> None:
         while self.alive:
             if self.running and self.rng.random() < 0.03:
-                self.drop(self.rng.choice(self.running), abort=True)
+                s = self.rng.choice(self.running)
+                self.drop(s, abort=True)
+                self.goes_on(s)
             before = self.preemptions
             works = self.schedule()
             copies, retained = self.kv.take_kv_cache_block_copies()
@@ -220,7 +242,7 @@ class Simulation:
 
     def admit(self, s: Sequence, works: dict[str, Work]) -> bool:
         r = s.request
-        blocks, hit, _ = self.kv.get_computed_blocks(r)
+        blocks, hit, _, _ = self.stops._get_local_prefix_cache_hit(r)
         tokens = self.stops._reserve_prefill_lookahead(r, hit, min(r.num_tokens - hit, self.chunk))
         must_fit = self.rng.random() < 0.5
         if self.kv.allocate_slots(r, tokens, hit, blocks, full_sequence_must_fit=must_fit) is None:
@@ -269,5 +291,6 @@ class Simulation:
             if s.done and s in self.running:
                 self.running.remove(s)
                 self.kv.free(r)
+                self.goes_on(s)
             elif s.done and s in self.waiting:
                 self.waiting.remove(s)

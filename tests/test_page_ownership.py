@@ -4,7 +4,7 @@ import pytest
 from ownership_model import Simulation, cheap_hash
 from vllm.v1.core.kv_cache_utils import init_none_hash
 
-from momentkv_vllm.metrics import RETIRED_PAGES
+from momentkv_vllm.metrics import RETIRED_PAGES, STATE_HITS
 from momentkv_vllm.plugin import register
 
 SCHEDULES = 10_000
@@ -18,7 +18,7 @@ def registered():
 
 @pytest.mark.parametrize("part", range(4))
 def test_random_schedules(part):
-    hits = preemptions = evicted = 0
+    hits = preemptions = evicted = resumed = 0
     for seed in range(part, SCHEDULES, 4):
         simulation = Simulation(seed)
         try:
@@ -28,6 +28,6 @@ def test_random_schedules(part):
         hits += simulation.hits
         preemptions += simulation.preemptions
         evicted += simulation.manager.metrics.values[RETIRED_PAGES, 0] > 0
-    assert hits > SCHEDULES / 4 and preemptions > SCHEDULES / 40 and evicted > SCHEDULES / 10, (
-        "too tame to prove anything"
-    )
+        resumed += simulation.manager.metrics.values[STATE_HITS, 0]
+    assert hits > SCHEDULES / 4 and preemptions > SCHEDULES / 40, "too tame to prove anything"
+    assert evicted > SCHEDULES / 10 and resumed > SCHEDULES / 10, "too tame to prove anything"

@@ -1,4 +1,6 @@
-"""Prefix caching with eviction: hits are honoured, rewritten pages never reach another request, shared prompts stay cached."""
+"""Prefix caching below the budget: hits are honoured, rewritten pages never reach another request, shared prompts stay cached.
+
+Without states (tests/test_states.py), so that hits end before the first eviction."""
 
 import pytest
 from engine import random_prompt
@@ -7,7 +9,9 @@ from vllm import EngineArgs
 pytestmark = pytest.mark.engine
 
 BUDGET = 384
-EXACT = {"policy": "momentkv", "budget_tokens": BUDGET, "moment_dtype": "float32", "exact_prompt_tokens": 650}
+EXACT = {
+    "policy": "momentkv", "budget_tokens": BUDGET, "moment_dtype": "float32", "exact_prompt_tokens": 650, "state_share": 0,
+}  # fmt: skip
 SHORT, LONG = random_prompt(200, seed=9), random_prompt(700, seed=8)
 """Two system prompts: below and above the budget."""
 

@@ -93,7 +93,7 @@ CALLS = [
     ),
     (
         "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.add_local_computed_blocks",
-        ["request_id", "new_computed_blocks"],
+        ["request_id", "new_computed_blocks", "num_local_computed_tokens"],
         "block_manager/manager.py",
     ),
     (
@@ -125,6 +125,56 @@ CALLS = [
     ("vllm.v1.core.block_pool:BlockPool.free_blocks", ["ordered_blocks"], "block_manager/manager.py"),
     ("vllm.v1.core.block_pool:BlockPool.move_block_hashes", ["src_block", "dst_block"], "block_manager/manager.py"),
     ("vllm.v1.core.block_pool:BlockPool.evict_blocks", ["block_ids"], "block_manager/manager.py"),
+    (
+        "vllm.v1.core.block_pool:BlockPool.cache_full_blocks",
+        ["request", "blocks", "num_cached_blocks", "num_full_blocks", "block_size", "kv_cache_group_id", "block_mask"],
+        "block_manager/states.py",
+    ),
+    (
+        "vllm.v1.core.block_pool:BlockPool.get_cached_block",
+        ["block_hash", "kv_cache_group_ids"],
+        "block_manager/states.py",
+    ),
+    ("vllm.v1.core.block_pool:BlockHashToBlockMap.insert", ["key", "block"], "block_manager/states.py"),
+    ("vllm.v1.core.block_pool:BlockHashToBlockMap.contain", ["key", "block_id"], "block_manager/states.py"),
+    (
+        "vllm.v1.core.kv_cache_utils:KVCacheBlock.set_block_hash",
+        ["block_hash", "num_tokens"],
+        "block_manager/states.py",
+    ),
+    (
+        "vllm.v1.core.kv_cache_utils:resolve_block_hashes",
+        ["block_hashes", "hash_block_size", "block_size"],
+        "block_manager/states.py",
+    ),
+    (
+        "vllm.v1.core.kv_cache_utils:make_block_hash_with_group_id",
+        ["block_hash", "group_id"],
+        "block_manager/states.py",
+    ),
+    (
+        "vllm.v1.core.sched.scheduler:Scheduler._get_local_prefix_cache_hit",
+        ["request"],
+        "block_manager/scheduler.py",
+    ),
+    (
+        "vllm.v1.core.kv_cache_manager:KVCacheManager.prefix_cache_lookup_enabled",
+        ["request"],
+        "block_manager/scheduler.py",
+    ),
+    (
+        "vllm.v1.core.single_type_kv_cache_manager:SlidingWindowManager.find_longest_cache_hit",
+        [
+            "block_hashes",
+            "max_length",
+            "kv_cache_group_ids",
+            "block_pool",
+            "kv_cache_spec",
+            "drop_eagle_block",
+            "alignment_tokens",
+        ],
+        "block_manager/scheduler.py",
+    ),
     (
         "vllm.v1.core.sched.scheduler:Scheduler._reserve_prefill_lookahead",
         ["request", "num_computed_tokens", "num_new_tokens"],

@@ -43,6 +43,12 @@ def test_tokens_are_those_without_drafts(tmp_path, models, prefill):
     assert any(first // 16 < (first + tokens - 1) // 16 for first, tokens in steps), "no draft crossed a page"
 
 
+def test_a_prompt_that_comes_again_starts_from_its_state(tmp_path, models):
+    seen = run(tmp_path, models(seed=1), [900, 900], 120, {**EXACT, "max_num_seqs": 1})
+    assert seen["got"] == seen["want"] and seen["want"][0] == seen["want"][1]
+    assert seen["cached"]["r1"] > 700
+
+
 def test_preemption_with_drafts(tmp_path, models):
     tight = {"num_gpu_blocks_override": 80, "watermark": 0.0}
     seen = run(tmp_path, models(seed=1), [200, 210, 220, 230, 240], 220, EXACT, **tight)

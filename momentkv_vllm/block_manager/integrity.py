@@ -27,6 +27,8 @@ class ChecksIntegrity:
         for number, count in owners.items():
             found = self.block_pool.blocks[number].ref_cnt
             assert found == count, f"page {number} has {count} owners, but is referenced {found} times"
+        if self.states:
+            self.states.check_integrity(set(owners))
         free = self.block_pool.get_num_free_blocks()
         total = self.block_pool.num_gpu_blocks - 1
         assert len(owners) + other_pages + free == total, (

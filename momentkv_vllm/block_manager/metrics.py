@@ -10,6 +10,11 @@ from momentkv_vllm.metrics import (
     POOL_PAGES,
     RETIRED_PAGES,
     SEQUENCES,
+    STATE_HITS,
+    STATE_LOOKUPS,
+    STATE_MISSED_TOKENS,
+    STATE_SAVED_TOKENS,
+    STATES,
     STOCK_PAGES,
     MetricWriter,
 )
@@ -30,6 +35,17 @@ class PageMetrics(MetricWriter):
         self.add(RETIRED_PAGES, pages)
         self.add(EVICTED_TOKENS, tokens)
         self.add(FREED_BYTES, pages * self._page_bytes)
+
+    def looked_up(self, start: int, known: int) -> None:
+        """A request beyond the budget was admitted: `start` tokens came with a state (0: none), and up to `known` an earlier
+        request had the same text."""
+        self.add(STATE_LOOKUPS, 1)
+        self.add(STATE_HITS, start > 0)
+        self.add(STATE_SAVED_TOKENS, start)
+        self.add(STATE_MISSED_TOKENS, max(0, known - start))
+
+    def states_held(self, states: int) -> None:
+        self.set(STATES, states)
 
     def holdings(self, live_pages: int, absent_pages: int, sequences: int, evicting: int) -> None:
         """State of all sequences: pages they own and pages they retired, how many own any and how many evict."""

@@ -1,15 +1,20 @@
-"""vLLM's schedulers with what the page schedule adds: two boundaries for a step's tokens, and sessions whose prompt grows.
+"""vLLM's schedulers with what the page schedule adds: boundaries for a step's tokens, requests that start from the state of an
+evicted prefix, and sessions whose prompt grows.
 
 Chosen through vLLM's own option `scheduler_cls`, unless the user has set it.
 """
 
 from weakref import WeakSet
 
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request, StreamingUpdate
 
+from momentkv_vllm.block_manager.manager import MomentKVManager
+from momentkv_vllm.block_manager.states import StateCache
 from momentkv_vllm.kv_spec import MomentKVSpec
 from momentkv_vllm.refuse import refuse
 
@@ -20,12 +25,14 @@ class StopsAtEvents:
     * A step that would reach the first event stops at the end of the cacheable prefix. The manager caches pages one step after
       they were filled, and the step that reaches the first event rewrites them: without the stop, a prompt whose first chunk is
       longer than the budget would leave nothing in the prefix cache. Prompts below the budget are scheduled as vLLM does.
+    * A step that reads past two events stops at the first of them if the request shall keep its state there (states.py).
     * Draft tokens stop before the tokens that the next event depends on: a page is retired for good, and what a policy has
       observed stays observed, so these steps have one token and no drafts.
     """
 
-    def bind(self, spec: MomentKVSpec, caches_prefixes: bool) -> None:
+    def bind(self, spec: MomentKVSpec, caches_prefixes: bool, states: StateCache | None = None) -> None:
         """Take over what the spec says; `caches_prefixes` False: there is no prefix to stop at."""
+        self.states = states
         self.page_schedule = spec.schedule
         self.unshared_tokens = spec.unshared_tokens
         self.cacheable_tokens = spec.cacheable_tokens if caches_prefixes else 0
@@ -36,14 +43,62 @@ class StopsAtEvents:
         if num_computed_tokens < request.num_tokens - 1:  # it reads known tokens, without drafts
             uncached = self.cacheable_tokens - num_computed_tokens
             reaches_event = num_computed_tokens + tokens >= self.page_schedule.first_event_tokens
-            return min(tokens, uncached) if uncached > 0 and reaches_event else tokens
+            if uncached > 0 and reaches_event:
+                return min(tokens, uncached)
+            return self._until_kept_state(request, num_computed_tokens, tokens)
         if tokens <= 1:
             return tokens
         event = self.page_schedule.next_event(num_computed_tokens, request.num_prompt_tokens)
         return min(tokens, max(1, event - self.unshared_tokens - num_computed_tokens))
 
+    def _until_kept_state(self, request: Request, start: int, tokens: int) -> int:
+        """Such that a step's end comes before the next event after one at which the state shall be kept."""
+        plan = self.states and self.states.plans.get(request)
+        keep = next((event for event in plan.keep if event > start), None) if plan else None
+        reads_past = keep is not None and self.page_schedule.next_event(keep) <= start + tokens
+        return keep - start if reads_past else tokens
 
-class RestartsSessions(StopsAtEvents):
+
+class StartsFromStates(StopsAtEvents):
+    """A request whose text is longer than the budget starts from the latest state of its beginning, if one is cached."""
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        hit = super()._get_local_prefix_cache_hit(request)
+        if self.states is None or not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
+            return hit
+        for event, row in self.states.hits(request, after=hit[1]):
+            groups = self._rows_of_all_groups(request, event, row)
+            if groups:
+                hit = KVCacheBlocks(groups), event, 0, False
+                break
+        self.states.plan(request, start=hit[1])
+        return hit
+
+    def _rows_of_all_groups(
+        self, request: Request, tokens: int, row: list[KVCacheBlock]
+    ) -> tuple[list[KVCacheBlock], ...] | None:
+        """`row` beside what layers with a window need at `tokens`; None if that is not cached."""
+        coordinator, groups = self.kv_cache_manager.coordinator, []
+        for manager in coordinator.single_type_managers:
+            if manager.kv_cache_group_id == self.states.group_id:
+                groups.append(row)
+                continue
+            (blocks,), length = manager.find_longest_cache_hit(
+                block_hashes=request.block_hashes,
+                max_length=tokens,
+                kv_cache_group_ids=[manager.kv_cache_group_id],
+                block_pool=manager.block_pool,
+                kv_cache_spec=manager.kv_cache_spec,
+                drop_eagle_block=False,
+                alignment_tokens=coordinator.scheduler_block_size,
+            )
+            if length != tokens:
+                return None
+            groups.append(blocks)
+        return tuple(groups)
+
+
+class RestartsSessions(StartsFromStates):
     """Sessions whose prompt arrives in pieces (vLLM's `resumable` requests) keep their pages from one piece to the next.
 
     That is right as long as the worker's state is what the schedule says of the longer prompt. Where it is not, the session is
@@ -55,7 +110,10 @@ class RestartsSessions(StopsAtEvents):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.bind(_evicting_spec(self.kv_cache_config), self.kv_cache_manager.enable_caching)
+        spec, cache = _evicting_spec(self.kv_cache_config), self.kv_cache_manager
+        (evicting,) = (m for m in cache.coordinator.single_type_managers if isinstance(m, MomentKVManager))
+        self.evicting = evicting
+        self.bind(spec, cache.enable_caching, evicting.keep_states())
         self.overtaken: WeakSet[Request] = WeakSet()
 
     def _handle_stopped_request(self, request: Request) -> bool:
@@ -75,7 +133,8 @@ class RestartsSessions(StopsAtEvents):
             self._read_again(session)
 
     def _read_again(self, session: Request) -> None:
-        """Give back what the session holds; vLLM then schedules it like a new request."""
+        """Give back what the session holds; vLLM then schedules it like a new request. Its pages are no state of its text."""
+        self.evicting.forget_state(session.request_id)
         self._free_request_blocks(session)
         self.encoder_cache_manager.free(session)
         waits_with_pages = session in self.kv_holding_waiting

@@ -1,0 +1,43 @@
+"""What the block manager says at start-up, and the pool that it refuses."""
+
+from vllm.logger import init_logger
+
+from momentkv_vllm.kv_spec import MomentKVSpec
+from momentkv_vllm.policies import origin
+from momentkv_vllm.refuse import WITHOUT, refuse
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+def announce(spec: MomentKVSpec, pool_pages: int) -> None:
+    """The start-up line, and the refusal of a pool that cannot hold one sequence while it is prefilled."""
+    schedule = spec.schedule
+    budget = schedule.budget_pages
+    need = schedule.least_pool_pages(spec.step_tokens)
+    if need > pool_pages:
+        refuse(
+            f"the KV pool has {pool_pages} pages of {schedule.page_size} tokens, but a sequence needs up to {need}: {budget} "
+            f"for --kv-budget {spec.config.budget_tokens} and {need - budget} for a prefill step of {spec.step_tokens} "
+            f"tokens",
+            "lower --max-num-batched-tokens or --kv-budget",
+            "give the KV cache more memory",
+            WITHOUT,
+        )
+    logger.info(
+        "momentkv: policy %s (%s), budget %d tokens = %d pages of %d (store %d, moments %d, window %d), state %d bytes a "
+        "sequence and layer (%.0f %% of the budget), pool %d pages: about %d sequences at full budget",
+        spec.config.policy, origin(spec.config.policy), schedule.first_event_tokens, budget, schedule.page_size,
+        schedule.store_pages, schedule.moment_pages, schedule.window_pages, spec.state_bytes,
+        100 * schedule.moment_pages / budget, pool_pages, pool_pages // budget,
+    )  # fmt: skip
+    if schedule.is_packed:
+        logger.info(
+            "momentkv: store_dtype %s holds %d tokens in the memory of %d; nothing is evicted until it is full",
+            spec.config.store_dtype, schedule.held_tokens, schedule.first_event_tokens,
+        )  # fmt: skip
+    if 3 * schedule.moment_pages > budget:
+        logger.warning(
+            "momentkv: the moment state takes %d of %d budget pages, more than a third; a larger --kv-budget, a smaller "
+            "--block-size, or --kv-eviction-config.correction zeroth leaves more room for tokens",
+            schedule.moment_pages, budget,
+        )  # fmt: skip

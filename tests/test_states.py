@@ -1,0 +1,197 @@
+"""Requests that start from the state of an evicted prefix: the tokens are those of a request that read everything."""
+
+import pytest
+from engine import Engine, random_prompt
+
+from momentkv_vllm.metrics import STATE_HITS, STATE_MISSED_TOKENS, STATE_SAVED_TOKENS, STATES
+
+pytestmark = pytest.mark.engine
+
+BUDGET, RETIRE = 256, 16
+EXACT = {
+    "policy": "momentkv",
+    "budget_tokens": BUDGET,
+    "moment_dtype": "float32",
+    "block_size": 16,
+    "store_dtype": "model",
+}
+INT4 = {"store_dtype": "int4", "run_tokens": 8}
+SETTINGS = {
+    "momentkv": {},
+    "momentkv, first": {"correction": "first"},
+    "momentkv, int4": {**INT4, "window_tokens": 64},
+    "momentkv, int4, first": {**INT4, "correction": "first", "moment_dtype": "int8"},
+    "keydiff": {"policy": "keydiff"},
+    "keydiff, int4": {"policy": "keydiff", **INT4},
+    "keydiff, off": {"policy": "keydiff", "correction": "off"},
+    "streamingllm": {"policy": "streamingllm"},
+    "tova, events of two pages": {"policy": "tova", "prefill": "chunked", "retire_tokens": 32},
+    "expected_attention": {"policy": "expected_attention", "prefill": "chunked"},
+}
+DOCUMENT = random_prompt(900, seed=3)
+
+
+def questions(document: list[int], count: int = 3) -> list[list[int]]:
+    return [document + random_prompt(20 + 10 * i, seed=i)[1:] for i in range(count)]
+
+
+def event_before(tokens: int) -> int:
+    return tokens // RETIRE * RETIRE
+
+
+def one_by_one(e: Engine, prompts: list[list[int]], new: int = 24, **sampling) -> list[list[int]]:
+    return [e.generate([p], new, **sampling)[0] for p in prompts]
+
+
+def figure(e: Engine, metric) -> float:
+    return e.manager.metrics.values[metric, 0]
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_tokens_are_those_without_the_cache(engine, models, kind):
+    """A document with three questions, then a conversation that goes on from the last answer."""
+    options = {**EXACT, **SETTINGS[kind], "model": models(seed=1)}
+    plain, cached = engine(**options), engine(**options, enable_prefix_caching=True)
+    prompts = questions(DOCUMENT)
+    for turn in range(2):
+        answers = one_by_one(plain, prompts)
+        assert one_by_one(cached, prompts) == answers
+        prompts = [p + a + random_prompt(30, seed=turn)[1:] for p, a in zip(prompts, answers, strict=True)]
+    starts = [cached.cached_tokens[f"r{i}"] for i in range(6)]
+    assert starts[0] == 0 and min(starts[1:]) > 3 * len(DOCUMENT) // 4
+    assert figure(cached, STATE_HITS) == 5 and figure(cached, STATE_SAVED_TOKENS) == sum(starts)
+    assert not any(plain.cached_tokens.values())
+
+
+def test_where_requests_start(engine, models):
+    """The second question starts a quarter of a budget before the first prompt's end, the third where the second left the
+    document, and the next turn at the last event of the answer."""
+    e = engine(**EXACT, model=models(seed=1), enable_prefix_caching=True)
+    prompts = questions(DOCUMENT, 4)
+    answers = one_by_one(e, prompts)
+    e.generate([prompts[3] + answers[3] + random_prompt(30)[1:]], 4)
+    e.generate([prompts[2]], 4)
+    starts = [e.cached_tokens[f"r{i}"] for i in range(6)]
+    early, end = event_before(len(prompts[0]) - 1 - BUDGET // 4), event_before(len(DOCUMENT))
+    assert starts == [0, early, end, end, event_before(len(prompts[3]) + 23), end]
+    assert figure(e, STATE_MISSED_TOKENS) == end - early + event_before(len(prompts[2]) - 1) - end
+
+
+@pytest.mark.parametrize("chunk", [32, 70, 1024])
+def test_states_do_not_depend_on_the_chunk_size(engine, models, chunk):
+    options = {**EXACT, "model": models(seed=1)}
+    want = one_by_one(engine(**options), questions(DOCUMENT))
+    cached = engine(**options, enable_prefix_caching=True, max_num_batched_tokens=chunk)
+    assert [one_by_one(cached, questions(DOCUMENT)) for _ in range(2)] == [want, want]
+    assert cached.cached_tokens["r1"] > 800
+
+
+@pytest.mark.parametrize("policy", ["momentkv", "keydiff"])
+@pytest.mark.parametrize("pages", [36, 70])
+def test_a_tight_pool_with_preemption(engine, models, policy, pages):
+    """The pool holds one sequence and a chunk, or two; the states come and go."""
+    options = {**EXACT, "policy": policy, "model": models(seed=1), "max_num_batched_tokens": 128}
+    documents = [random_prompt(n, seed=n) for n in (500, 620)]
+    prompts = [q for d in documents for q in questions(d)]
+    want = engine(**options).generate(prompts, 100)
+    tight = engine(**options, enable_prefix_caching=True, num_gpu_blocks_override=pages, watermark=0.0)
+    assert [tight.generate(prompts, 100) for _ in range(2)] == [want, want]
+    assert figure(tight, STATE_HITS)
+    assert tight.preemptions or pages == 36
+
+
+def test_a_preempted_request_goes_on_from_its_own_state(engine, models):
+    options = {**EXACT, "model": models(seed=1)}
+    prompts = [random_prompt(240, seed) for seed in (1, 2, 3)]
+    want = one_by_one(engine(**options), prompts, 200)
+    tight = engine(
+        **options, enable_prefix_caching=True, num_gpu_blocks_override=48, max_num_batched_tokens=100, watermark=0.0
+    )
+    assert tight.generate(prompts, 200) == want
+    assert tight.preemptions and figure(tight, STATE_HITS)
+
+
+def test_an_aborted_request_leaves_its_state(engine, models):
+    options = {**EXACT, "model": models(seed=1), "max_num_batched_tokens": 64}
+    want = engine(**options).generate([DOCUMENT], 20)
+    e = engine(**options, enable_prefix_caching=True)
+    name = e.add(DOCUMENT, 50)
+    e.run(lambda step: e.abort(name) if step == 9 else None)
+    assert e.generate([DOCUMENT], 20) == want
+    assert e.cached_tokens["r1"] > 500
+
+
+def test_what_differs_shares_no_state(engine, models):
+    """cache_salt is part of the key; without it the same text finds the state."""
+    e = engine(**EXACT, model=models(seed=1), enable_prefix_caching=True)
+    salted = {"prompt_token_ids": DOCUMENT, "cache_salt": "a"}
+    want = e.generate([DOCUMENT], 20)
+    for prompt in (salted, salted, {**salted, "cache_salt": "b"}, DOCUMENT):
+        assert e.generate([prompt], 20) == want
+    assert [e.cached_tokens[f"r{i}"] > 0 for i in range(5)] == [False, False, True, False, True]
+
+
+def test_several_answers_to_one_prompt(engine, models):
+    options = {**EXACT, "model": models(seed=1)}
+    sampling = {"n": 3, "temperature": 1.0, "seed": 7}
+    answers = []
+    for caching in (False, True):
+        e = engine(**options, enable_prefix_caching=caching)
+        e.generate([DOCUMENT], 4)
+        e.add(DOCUMENT, 30, **sampling)
+        found = {}
+        while e.vllm.has_unfinished_requests():
+            found |= {o.request_id: [x.token_ids for x in o.outputs] for o in e.step() if o.finished}
+        answers.append(list(found.values()))
+        assert bool(figure(e, STATE_HITS)) == caching
+    assert answers[0] == answers[1]
+
+
+def test_steps_in_flight(engine, models):
+    options = {**EXACT, "model": models(seed=1)}
+    plain, cached = engine(**options), engine(**options, pipelined=True, enable_prefix_caching=True)
+    prompts = questions(DOCUMENT)
+    for turn in range(2):
+        answers = plain.generate(prompts, 90)
+        assert cached.generate(prompts, 90) == answers
+        # Prompts that end at an event, and one token after it.
+        prompts = [(p + a)[: event_before(len(p + a)) + turn] for p, a in zip(prompts, answers, strict=True)]
+    assert figure(cached, STATE_HITS) >= 3
+
+
+def test_exact_prompts_leave_no_state_and_start_from_none(engine, models):
+    """Prefill auto: up to 650 tokens a prompt is exact. The longer one's states are not for a shorter one that it begins with."""
+    options = {**EXACT, "prefill": "auto", "exact_prompt_tokens": 650, "model": models(seed=1)}
+    prompts = [DOCUMENT[:600], DOCUMENT, DOCUMENT[:640], DOCUMENT + random_prompt(20)[1:]]
+    want = one_by_one(engine(**options), prompts)
+    cached = engine(**options, enable_prefix_caching=True)
+    assert one_by_one(cached, prompts) == want
+    starts = [cached.cached_tokens[f"r{i}"] for i in range(4)]
+    assert max(starts[:3]) < BUDGET and starts[3] > 800
+
+
+def test_a_reset_forgets_states(engine, models):
+    e = engine(**EXACT, model=models(seed=1), enable_prefix_caching=True)
+    e.generate([DOCUMENT], 8)
+    assert figure(e, STATES) > 1 and e.vllm.reset_prefix_cache()
+    e.generate([DOCUMENT], 8)
+    assert e.cached_tokens["r1"] == 0
+
+
+@pytest.mark.parametrize("values", [{"state_share": 0}, {"prefill": "full"}])
+def test_without_states_a_hit_ends_at_the_budget(engine, models, values):
+    e = engine(**EXACT, **values, model=models(seed=1), enable_prefix_caching=True)
+    e.generate([DOCUMENT], 8)
+    e.generate([DOCUMENT], 8)
+    assert e.cached_tokens["r1"] == BUDGET - 16 and not figure(e, STATES)
+
+
+def test_an_interval_and_a_share_of_the_pool(engine, models):
+    """Pool of 399 pages, states of 8: a share of 0.1 has room for 4 of the 10 that the interval asks for."""
+    options = {**EXACT, "model": models(seed=1), "enable_prefix_caching": True, "state_interval_tokens": 64}
+    many, few = engine(**options, state_share=1), engine(**options, state_share=0.1)
+    for e in (many, few):
+        e.generate([DOCUMENT], 8)
+        e.generate([DOCUMENT[:700] + random_prompt(100)[1:]], 8)
+    assert many.cached_tokens["r1"] == 640 and few.cached_tokens["r1"] < 640
+    assert figure(few, STATES) == few.manager.states.most_states < figure(many, STATES)
