@@ -46,7 +46,8 @@ class EvictionConfig:
             all arithmetic is float32.
         store_dtype: storage type of the tokens that eviction retains; the newest ones and all of a sequence below its budget
             have the model's. "int8" and "int4" hold more of them in the same memory: nothing is evicted until they are full.
-            "auto" is "int4" where the kernels have it and a page then holds more tokens, else "model".
+            "auto" is "int4" for models of 16 bits and "int8" for those of 32, where the kernels have it and a page then holds
+            more tokens, else "model".
         run_tokens: neighbours that are retained or evicted together; None ("auto"): 8 with a quantised store, else 1.
         observation_tokens: queries before an eviction whose attention a policy may use that observes the last ones.
         retire_tokens: tokens between two evictions, rounded up to whole pages; None ("auto"): 1/32 of the budget, one page at

@@ -67,18 +67,20 @@ class StateLayout:
 
 RECORD_ALIGNMENT = 64
 """Bytes: where a record begins in a store page."""
-AUTO_STORE, AUTO_RUN_TOKENS = "int4", 8
-"""Chosen on a real model (README, "How good is it")."""
+AUTO_STORES, AUTO_RUN_TOKENS = {2: "int4", 4: "int8"}, 8
+"""By the bytes of a model's number: a quarter of its bits. Chosen on a real model (README, "How good is it"); who computes in
+float32 wants the same tokens in every batch, and a number that falls to the other side of a step of 4 bits can change them."""
 
 
 def settled(config: EvictionConfig, page_size: int, head_dim: int, dtype: torch.dtype) -> EvictionConfig:
     """`config` with what "auto" means for a model's KV heads, apart from its kernels, which may not have it (vllm_seams)."""
     store, run_tokens = config.store_dtype, config.run_tokens
     if store == AUTO:
-        part = page_size * 2 * head_dim * get_dtype_size(dtype)
-        holds_more = PackedLayout(AUTO_STORE, head_dim).tokens_per_page(part) > page_size
+        item = get_dtype_size(dtype)
+        store, part = AUTO_STORES[item], page_size * 2 * head_dim * item
         # Where only sinks are kept, all else is window.
-        store = AUTO_STORE if holds_more and not config.policy_class.keeps_only_sinks else "model"
+        if config.policy_class.keeps_only_sinks or PackedLayout(store, head_dim).tokens_per_page(part) <= page_size:
+            store = "model"
     if run_tokens is None:
         run_tokens = 1 if store == "model" else AUTO_RUN_TOKENS
     return replace(config, store_dtype=store, run_tokens=run_tokens)

@@ -37,8 +37,8 @@ def garbage_left_alone() -> Iterator[None]:
 class Engine:
     """vLLM's LLMEngine. Eviction keys go to additional_config, everything else to EngineArgs.
 
-    Stores are of the model's dtype unless a test says: a page of these tiny float32 models holds seven pages' tokens in int4, and
-    nothing would be evicted.
+    Stores are of the model's dtype unless a test says: a page of these tiny float32 models holds three pages' tokens in int8, and
+    little would be evicted.
 
     pipelined: schedule every step before the last one's output is in. vLLM's CPU platform sets async_scheduling to False whatever
     the user says, so it is set behind its back; the worker then needs vLLM's own stand-ins for CUDA streams and events.

@@ -87,28 +87,31 @@ def test_states_do_not_depend_on_the_chunk_size(engine, models, chunk):
 
 
 @pytest.mark.parametrize("policy", ["momentkv", "keydiff"])
-@pytest.mark.parametrize("pages", [36, 70])
-def test_a_tight_pool_with_preemption(engine, models, policy, pages):
+@pytest.mark.parametrize("pages", [36, 58])
+def test_a_tight_pool(engine, models, policy, pages):
     """The pool holds one sequence and a chunk, or two; the states come and go."""
     options = {**EXACT, "policy": policy, "model": models(seed=1), "max_num_batched_tokens": 128}
-    documents = [random_prompt(n, seed=n) for n in (500, 620)]
+    documents = [random_prompt(n, seed=n) for n in (510, 630)]
     prompts = [q for d in documents for q in questions(d)]
     want = engine(**options).generate(prompts, 100)
     tight = engine(**options, enable_prefix_caching=True, num_gpu_blocks_override=pages, watermark=0.0)
     assert [tight.generate(prompts, 100) for _ in range(2)] == [want, want]
-    assert figure(tight, STATE_HITS)
-    assert tight.preemptions or pages == 36
+    assert figure(tight, STATE_HITS) or pages == 36
 
 
 def test_a_preempted_request_goes_on_from_its_own_state(engine, models):
-    options = {**EXACT, "model": models(seed=1)}
-    prompts = [random_prompt(240, seed) for seed in (1, 2, 3)]
-    want = one_by_one(engine(**options), prompts, 200)
-    tight = engine(
-        **options, enable_prefix_caching=True, num_gpu_blocks_override=48, max_num_batched_tokens=100, watermark=0.0
-    )
-    assert tight.generate(prompts, 200) == want
-    assert tight.preemptions and figure(tight, STATE_HITS)
+    options = {**EXACT, "model": models(seed=1), "max_num_batched_tokens": 100}
+    prompt = random_prompt(500)
+    want = engine(**options).generate([prompt], 80)
+    e = engine(**options, enable_prefix_caching=True)
+
+    def preempt(step):
+        if step == 40:
+            e.scheduler._preempt_request(e.scheduler.running.pop(), 0.0)
+
+    name = e.add(prompt, 80)
+    assert [e.run(preempt)[name]] == want
+    assert e.preemptions == 1 and figure(e, STATE_HITS) == 1 and figure(e, STATE_SAVED_TOKENS) > 500
 
 
 def test_an_aborted_request_leaves_its_state(engine, models):
