@@ -156,9 +156,17 @@ class PageSchedule:
         """Pages that a pool must have for one sequence; in "full" prefill a prompt may need more, as in stock vLLM."""
         if self.exact_prompt_tokens >= ANY_PROMPT:
             return self.budget_pages
+        return max(self.peak_pages(step_tokens), self._exact_prompt_pages(step_tokens))
+
+    def what_needs_pages(self, step_tokens: int) -> str:
+        """What takes those pages beyond the budget, in words."""
+        if self.exact_prompt_tokens < ANY_PROMPT and self._exact_prompt_pages(step_tokens) > self.peak_pages(step_tokens):
+            return f"a prompt of exact_prompt_tokens={self.exact_prompt_tokens}"
+        return f"a prefill step of {step_tokens} tokens"
+
+    def _exact_prompt_pages(self, step_tokens: int) -> int:
         # The step that ends an exact prompt may be followed by others before it settles.
-        exact = cdiv(self.exact_prompt_tokens + step_tokens - 1, self.page_size) if self.exact_prompt_tokens else 0
-        return max(self.peak_pages(step_tokens), exact)
+        return cdiv(self.exact_prompt_tokens + step_tokens - 1, self.page_size) if self.exact_prompt_tokens else 0
 
 
 def build_schedule(

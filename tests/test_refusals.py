@@ -170,3 +170,12 @@ def test_flags_and_additional_config_are_one_thing(models):
     both = parser.parse_args((line + " --kv-eviction-config.budget_tokens 128").split())
     with pytest.raises(ValueError, match="contradicts"):
         EngineArgs.from_cli_args(both)
+
+
+def test_a_pool_too_small_for_an_exact_prompt(models):
+    carrier = {"kv_eviction": {"policy": "momentkv", "budget_tokens": 256, "prefill": "auto"}}
+    options = {"max_num_batched_tokens": 128, "num_gpu_blocks_override": 60, "max_model_len": 4096}
+    with pytest.raises(ValueError, match="a prompt of exact_prompt_tokens=1024; lower .*exact_prompt_tokens"):
+        config_of(models(), additional_config=carrier, **options)
+    carrier["kv_eviction"]["exact_prompt_tokens"] = 500
+    assert config_of(models(), additional_config=carrier, **options)

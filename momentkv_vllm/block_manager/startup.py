@@ -17,9 +17,9 @@ def announce(spec: MomentKVSpec, pool_pages: int) -> None:
     if need > pool_pages:
         refuse(
             f"the KV pool has {pool_pages} pages of {schedule.page_size} tokens, but a sequence needs up to {need}: {budget} "
-            f"for --kv-budget {spec.config.budget_tokens} and {need - budget} for a prefill step of {spec.step_tokens} "
-            f"tokens",
-            "lower --max-num-batched-tokens or --kv-budget",
+            f"for --kv-budget {spec.config.budget_tokens} and {need - budget} for "
+            f"{schedule.what_needs_pages(spec.step_tokens)}",
+            "lower --max-num-batched-tokens, exact_prompt_tokens or --kv-budget",
             "give the KV cache more memory",
             WITHOUT,
         )

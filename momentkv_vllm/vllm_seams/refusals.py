@@ -216,7 +216,7 @@ def _refuse_budget(vllm_config: "VllmConfig", config: EvictionConfig) -> None:
     if pool is not None and need > pool - 1:
         refuse(
             f"--num-gpu-blocks-override {pool} leaves {pool - 1} pages of {schedule.page_size} tokens, but a sequence needs up "
-            f"to {need}: {schedule.budget_pages} for --kv-budget {config.budget_tokens}, the rest for a prefill step of {step} "
-            f"tokens",
-            "lower --max-num-batched-tokens or --kv-budget", "give it more pages", WITHOUT,
+            f"to {need}: {schedule.budget_pages} for --kv-budget {config.budget_tokens}, the rest for "
+            f"{schedule.what_needs_pages(step)}",
+            "lower --max-num-batched-tokens, exact_prompt_tokens or --kv-budget", "give it more pages", WITHOUT,
         )  # fmt: skip
