@@ -160,7 +160,9 @@ class PageSchedule:
 
     def what_needs_pages(self, step_tokens: int) -> str:
         """What takes those pages beyond the budget, in words."""
-        if self.exact_prompt_tokens < ANY_PROMPT and self._exact_prompt_pages(step_tokens) > self.peak_pages(step_tokens):
+        if self.exact_prompt_tokens < ANY_PROMPT and self._exact_prompt_pages(step_tokens) > self.peak_pages(
+            step_tokens
+        ):
             return f"a prompt of exact_prompt_tokens={self.exact_prompt_tokens}"
         return f"a prefill step of {step_tokens} tokens"
 
