@@ -30,7 +30,17 @@ PACKAGE = ROOT / "examples/momentkv-policy-vatp"
 GUIDE = (ROOT / "docs/policies.md").read_text()
 BUDGET, PAGE = 256, 16
 OPTIONS = [
-    *("--kv-eviction", "vatp", "--kv-budget", str(BUDGET), "--dtype", "float32", "--enable-prompt-tokens-details"),
+    *(
+        "--kv-eviction",
+        "vatp",
+        "--kv-budget",
+        str(BUDGET),
+        "--kv-eviction-config.store_dtype",
+        "model",
+        "--dtype",
+        "float32",
+        "--enable-prompt-tokens-details",
+    ),
     *("--num-gpu-blocks-override", "81", "--max-num-batched-tokens", "256", "--max-model-len", "6000"),
 ]
 

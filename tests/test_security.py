@@ -17,7 +17,16 @@ from momentkv_vllm.versions import TESTED_VLLM
 
 ROOT = Path(__file__).parent.parent
 KEY = "a-secret"
-BUDGET = ["--kv-eviction", "momentkv", "--kv-budget", "256", "--dtype", "float32"]
+BUDGET = [
+    "--kv-eviction",
+    "momentkv",
+    "--kv-budget",
+    "256",
+    "--dtype",
+    "float32",
+    "--kv-eviction-config.state_share",
+    "0",
+]
 POOL = ["--num-gpu-blocks-override", "81", "--max-num-batched-tokens", "256", "--max-model-len", "3000"]
 PROMPT = " ".join(f"w{t - 4}" for t in random_prompt(900)[1:])
 
@@ -72,7 +81,9 @@ def test_requests_cannot_change_the_eviction(server, engine, folder):
         evicted.append(server.metrics()["momentkv:evicted_tokens_total"] - before)
     assert evicted[0] > 0 and set(evicted) == {evicted[0]}
     other = engine(**OTHER, model=folder / "model", max_num_batched_tokens=256, max_model_len=3000)
-    ours = engine(policy="momentkv", budget_tokens=256, model=folder / "model", max_num_batched_tokens=256)
+    ours = engine(
+        policy="momentkv", budget_tokens=256, store_dtype="auto", model=folder / "model", max_num_batched_tokens=256
+    )
     prompt = other.vllm.get_tokenizer().encode(PROMPT)
     assert ours.generate([prompt], 24) == [want] != other.generate([prompt], 24)
 
@@ -138,7 +149,7 @@ def unsafe(source: str) -> list[str]:
             if (
                 isinstance(node, ast.keyword)
                 and node.arg in ("shell", "trust_remote_code")
-                and ast.unparse(node.value) != "False"
+                and ast.unparse(node.value) not in ("False", "given.trust_remote_code")  # the user's own flag
             ):
                 found.append(f"{node.lineno}: {node.arg}=")
         found += [f"{node.lineno}: import {name}" for name in names if name in FORBIDDEN_MODULES]

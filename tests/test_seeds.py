@@ -49,8 +49,11 @@ def test_prompts_are_cut_only_where_it_has_a_use(engine, options):
     e = engine(**EVICT | options, max_num_batched_tokens=1024, enable_prefix_caching=True)
     below = [random_prompt(n) for n in (200, 241, 249, 255)]
     assert [steps_of(e, p)[0] for p in below] == [200, 241, 249, 255], "below the budget as in stock vLLM"
-    first, second = steps_of(e, random_prompt(400))[:2]
-    assert first == e.manager.kv_cache_spec.cacheable_tokens and first + second == 400
-    assert steps_of(e, random_prompt(400))[0] == 400 - first, "the second time nothing is left to cache"
+    first, *rest = steps_of(e, random_prompt(400))
+    assert first == e.manager.kv_cache_spec.cacheable_tokens
+    # A state is kept a quarter of the budget before the prompt's end, and the second time it is read from there.
+    read = [320 - first, 80] if e.manager.states else [400 - first]
+    assert rest[: len(read)] == read
+    assert steps_of(e, random_prompt(400))[0] <= read[-1], "the second time nothing is left to cache"
     uncached = engine(**EVICT | options, max_num_batched_tokens=1024)
     assert steps_of(uncached, random_prompt(400))[0] == 400

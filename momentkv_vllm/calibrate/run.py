@@ -8,7 +8,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import pickle
 import random
 import shlex
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,9 @@ SHARES = (8, 4, 2)
 GRAIN, LEAST_BUDGET = 32, 128
 JUDGED = 4
 """The last 1/4 of a stretch is judged."""
+
+Arrays = list[list[Any]]
+"""A `Reference` as numpy arrays."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -54,19 +56,19 @@ class Job:
     texts: int
 
 
-def measure(job: Job, budget: int, reference: bytes | None) -> tuple[list[dict], dict[str, float], bytes]:
-    """Results by item, the engine's room, and (of budget 0, which needs none) the reference for the others, pickled: a tensor in
-    a process's result would be shared memory of a process that ends. Raises ValueError if the engine does not start."""
+def measure(job: Job, budget: int, reference: Arrays | None) -> tuple[list[dict], dict[str, float], Arrays | None]:
+    """Results by item, the engine's room, and (of budget 0, which needs none) the reference for the others, as arrays: a tensor
+    in a process's result would be shared memory of a process that ends. Raises ValueError if the engine does not start."""
     from momentkv_vllm.calibrate.engine import arguments, start
-    from momentkv_vllm.calibrate.verdict import Judge
+    from momentkv_vllm.calibrate.verdict import Judge, Reference
 
-    judge = Judge(job.items, pickle.loads(reference) if reference else None)
+    judge = Judge(job.items, Reference.from_arrays(reference) if reference else None)
     with _loading(job.model, Exception):
         engine = start(arguments(job.model, job.flags, job.context, budget))
     engine.ask(job.items, judge)
     room = engine.room(job.context)
     engine.close()
-    return judge.results(), room, b"" if reference else pickle.dumps(judge.full_cache())
+    return judge.results(), room, None if reference else judge.full_cache().to_arrays()
 
 
 def measure_all(job: Job, budgets: Sequence[int], pool_gib: float | None) -> tuple[list[curve.Point], float]:

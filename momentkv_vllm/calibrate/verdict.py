@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from momentkv_vllm.calibrate.items import Item
@@ -19,6 +20,13 @@ class Reference:
 
     ids: list[torch.Tensor]
     log_probs: list[torch.Tensor]
+
+    def to_arrays(self) -> list[list[np.ndarray]]:
+        return [[x.numpy() for x in tensors] for tensors in (self.ids, self.log_probs)]
+
+    @classmethod
+    def from_arrays(cls, arrays: list[list[np.ndarray]]) -> "Reference":
+        return cls(*([torch.from_numpy(x) for x in part] for part in arrays))
 
 
 @dataclass
