@@ -17,6 +17,8 @@ EXACT = {
     "moment_dtype": "float32",
     "enable_prefix_caching": True,
     "exact_prompt_tokens": 650,
+    # No drafts where queries are observed.
+    "observation_tokens": 8,
 }
 
 

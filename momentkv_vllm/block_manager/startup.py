@@ -28,7 +28,7 @@ def announce(spec: MomentKVSpec, pool_pages: int) -> None:
         "sequence and layer (%.0f %% of the budget), pool %d pages: about %d sequences at full budget",
         spec.config.policy, origin(spec.config.policy), schedule.first_event_tokens, budget, schedule.page_size,
         schedule.store_pages, schedule.moment_pages, schedule.window_pages, spec.state_bytes,
-        100 * schedule.moment_pages / budget, pool_pages, pool_pages // budget,
+        100 * spec.state_bytes / (budget * spec.page_size_bytes), pool_pages, pool_pages // budget,
     )  # fmt: skip
     if schedule.is_packed:
         logger.info(
