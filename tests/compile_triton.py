@@ -82,7 +82,8 @@ def pack(case: Case, dtype: str) -> None:
     case.work.last_slot -= 2 * case.shape.page_size
 
 
-def main(capability: int, shapes: list[Shape], stores: list[tuple[Shape, str, int]]) -> None:
+def main(capability: int, shapes: list[tuple[Shape, str, int]]) -> None:
+    """shapes: with the dtype of a quantised store, "" for none, and its runs."""
     triton.runtime.driver.set_active(Target(capability))
     launch = JITFunction.run
     seen = set()
@@ -100,24 +101,19 @@ def main(capability: int, shapes: list[Shape], stores: list[tuple[Shape, str, in
 
     JITFunction.run = compile_only
     policy, family = find("momentkv"), Triton()
-    for shape in shapes:
+    for shape, dtype, run in shapes:
         case = Case(shape, "cpu")
-        case.attend(family, True, lse=True)
-        if shape.queries > 1:
-            continue
-        family.observe(case.cache, case.mass, case.query, case.lse, case.work, case.scale)
-        family.consolidate(case.cache, case.mass, case.retire_work(1), policy(), SINKS, case.scale)
-        family.write(case.cache, case.key, case.value, torch.tensor([20]), case.mass)
-    for shape, dtype, run in stores:
-        case = Case(shape, "cpu")
-        pack(case, dtype)
+        if dtype:
+            pack(case, dtype)
         case.attend(family, True, lse=True)
         if shape.queries > 1:
             continue
         family.observe(case.cache, case.mass, case.query, case.lse, case.work, case.scale)
         retire = case.retire_work(1)
-        retire.stored, retire.run_tokens, retire.store_tokens = case.work.stored, run, STORED
+        if dtype:
+            retire.stored, retire.run_tokens, retire.store_tokens = case.work.stored, run, STORED
         family.consolidate(case.cache, case.mass, retire, policy(), SINKS, case.scale)
+        family.write(case.cache, case.key, case.value, torch.tensor([20]), case.mass)
     config = EvictionConfig(policy="momentkv", budget_tokens=256)
     planner = DecodePlanner(build_schedule(config, 16, 1, False), config, policy, 2, "cpu")
     table = torch.ones(2, 40, dtype=torch.int32)
@@ -128,4 +124,4 @@ if __name__ == "__main__":
     small = {"head_dim": 64, "kv_heads": 1, "rows": 1, "slots": 64}
     served = small | {"head_dim": 128, "groups": 4}
     stores = [(Shape(**served), "int4", 8), (Shape(**served, queries=3), "int4", 8), (Shape(**small), "int8", 1)]
-    main(int(sys.argv[1]), [Shape(**small), Shape(**small, queries=3)], stores)
+    main(int(sys.argv[1]), [(Shape(**small), "", 1), (Shape(**small, queries=3), "", 1), *stores])

@@ -45,6 +45,24 @@ class Tiles(NamedTuple):
     head: int
 
 
+class EventLists(NamedTuple):
+    """A retire list: its store and retiring pages with their strides by row and their numbers, tokens in quantised stores (None:
+    there are none), and tokens that a full store holds."""
+
+    store: torch.Tensor
+    retiring: torch.Tensor
+    stored: torch.Tensor | None
+    row_store: int
+    row_retiring: int
+    store_pages: int
+    retiring_pages: int
+    capacity: int
+
+    def most_candidates(self, page_size: int) -> int:
+        """Of a row."""
+        return max(self.store_pages * page_size, self.capacity) + self.retiring_pages * page_size
+
+
 class Sizes(NamedTuple):
     """Compile-time sizes of a head and a page; block_d: dimensions padded to a power of two that a matrix product takes."""
 
@@ -107,6 +125,12 @@ def record_sizes(cache: Any) -> RecordSizes:
 
 def tiles_of(cache: Any) -> Tiles:
     return Tiles(cache.raw, cache.raw.view(torch.int16), *cache.raw.stride()[:2])
+
+
+def event_lists(cache: Any, work: Any) -> EventLists:
+    store, retiring = work.store_pages, work.retiring_pages
+    by_row, pages = (store.stride(0), retiring.stride(0)), (store.shape[1], retiring.shape[1])
+    return EventLists(store, retiring, work.stored, *by_row, *pages, work.capacity(cache.page_size))
 
 
 def store_sizes(cache: Any, work: Any) -> StoreSizes:

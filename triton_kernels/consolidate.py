@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .arguments import record_sizes, records_of, sizes, store_sizes, tiles_of, tokens_of
+from .arguments import event_lists, record_sizes, records_of, sizes, store_sizes, tiles_of, tokens_of
 from .choose import choose
 from .common import program_head
 from .event import event_of, exact_slots, load_keys, load_values, mass_at, store_slots
@@ -66,29 +66,15 @@ def _fill(
 
 @triton.jit
 def _consolidate(
-    score, mass, loser_list, winner_list, store, retiring, stored, moment_pages, num_evicted, tokens, tiles, records,
-    s_row, s_head, s_term, l_row, l_head, w_row, w_head, m_page, m_head, row_store, row_retiring, row_moments,
-    store_pages, num_retiring, capacity, sink_tokens, attention_weight,
+    score, mass, loser_list, winner_list, lists, moment_pages, num_evicted, tokens, tiles, records,
+    s_row, s_head, s_term, l_row, l_head, w_row, w_head, m_page, m_head, row_moments, sink_tokens, attention_weight,
     RUNS: tl.constexpr, RUN: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_W: tl.constexpr,
     TERMS: tl.constexpr, HAS_MASS: tl.constexpr, HAS_MEANS: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
     RECORD: tl.constexpr,
 ):  # fmt: skip
     """Program (row, KV head): choose, fold, fill, write the record, a barrier between each."""
     row, head = tl.program_id(0), program_head()
-    event = event_of(
-        store,
-        retiring,
-        stored,
-        row,
-        row_store,
-        row_retiring,
-        store_pages,
-        num_retiring,
-        capacity,
-        BLOCK_K,
-        SIZES,
-        STORE,
-    )
+    event = event_of(lists, row, BLOCK_K, SIZES, STORE)
     if event.candidates == 0:
         return
     loser_list += row * l_row + head * l_head
@@ -126,30 +112,28 @@ def consolidate(cache, mass, work, score, sink_tokens: int, attention_weight: fl
         attention_weight: of the native score's second term; 0: it has none, nothing of `mass` is read.
     """
     rows, heads = len(work.num_evicted), cache.keys.shape[1]
-    store_pages, num_retiring = work.store_pages.shape[1], work.retiring_pages.shape[1]
-    if num_retiring == 0:
+    lists = event_lists(cache, work)
+    if lists.retiring_pages == 0:
         return
-    capacity, retiring = work.capacity(cache.page_size), num_retiring * cache.page_size
-    most = max(store_pages * cache.page_size, capacity) + retiring
+    most = lists.most_candidates(cache.page_size)
     is_native = score is None and work.evicts
     if is_native:
-        terms = score_terms(cache, mass if attention_weight else None, work)
+        terms = score_terms(cache, mass if attention_weight else None, work, lists)
     else:
         terms = torch.zeros(rows, heads, 1, most, device=cache.keys.device) if score is None else score.unsqueeze(2)
     # At a quantised store's first event all that stay are moved.
-    most_winners = capacity if work.stored is not None else retiring
+    most_winners = lists.capacity if work.stored is not None else lists.retiring_pages * cache.page_size
     losers, winners = (
         torch.empty(rows, heads, n, dtype=torch.int32, device=cache.keys.device)
-        for n in (most - capacity, most_winners)
+        for n in (most - lists.capacity, most_winners)
     )
     moved = mass if mass is not None else terms
     _consolidate[(rows, heads)](
-        terms, moved, losers, winners, work.store_pages, work.retiring_pages, work.stored, work.moment_pages, work.num_evicted,
-        tokens_of(cache), tiles_of(cache), records_of(cache), *terms.stride()[:3], *losers.stride()[:2], *winners.stride()[:2],
-        *moved.stride()[:2], work.store_pages.stride(0), work.retiring_pages.stride(0), work.moment_pages.stride(0),
-        store_pages, num_retiring, capacity, sink_tokens, attention_weight,
+        terms, moved, losers, winners, lists, work.moment_pages, work.num_evicted, tokens_of(cache), tiles_of(cache),
+        records_of(cache), *terms.stride()[:3], *losers.stride()[:2], *winners.stride()[:2], *moved.stride()[:2],
+        work.moment_pages.stride(0), sink_tokens, attention_weight,
         RUNS=triton.next_power_of_2(triton.cdiv(most, work.run_tokens)), RUN=work.run_tokens,
-        BLOCK_K=triton.next_power_of_2(num_retiring), BLOCK_L=BLOCK_L, BLOCK_W=_moved_together(cache),
+        BLOCK_K=triton.next_power_of_2(lists.retiring_pages), BLOCK_L=BLOCK_L, BLOCK_W=_moved_together(cache),
         TERMS=terms.shape[2] if is_native else 0,
         HAS_MASS=mass is not None, HAS_MEANS=cache.record_layout.has_means, SIZES=sizes(cache), STORE=store_sizes(cache, work),
         RECORD=record_sizes(cache), num_warps=8,

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .retained import exact_keys, exact_values
 from .store import rotated, stored_keys, stored_values, tiles_at
 
 
@@ -30,23 +31,20 @@ class Event(NamedTuple):
 
 
 @triton.jit
-def event_of(
-    store, retiring, stored, row, row_store, row_retiring, store_pages, num_retiring, capacity,
-    BLOCK_K: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
-):  # fmt: skip
-    """Of a row; its list of retiring pages ends in -1 where it retires fewer than num_retiring."""
+def event_of(lists, row, BLOCK_K: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr):
+    """Of a row; its list of retiring pages ends in -1 where it retires fewer than others."""
     k = tl.arange(0, BLOCK_K)
-    retiring += row * row_retiring
-    due = tl.sum((tl.load(retiring + k, mask=k < num_retiring, other=-1) >= 0).to(tl.int32), 0)
-    exact = tl.full((), 0, tl.int32) + store_pages * SIZES.page
+    retiring = lists.retiring + row * lists.row_retiring
+    due = tl.sum((tl.load(retiring + k, mask=k < lists.retiring_pages, other=-1) >= 0).to(tl.int32), 0)
+    exact = tl.full((), 0, tl.int32) + lists.store_pages * SIZES.page
     packed, filled = exact * 0, exact
     if STORE.bits:
-        packed = tl.load(stored + row).to(tl.int32)
+        packed = tl.load(lists.stored + row).to(tl.int32)
         exact = tl.where(packed > 0, 0, exact)
         filled = packed
     candidates = tl.where(due > 0, packed + exact + due * SIZES.page, 0)
-    losers = tl.maximum(candidates - capacity, 0)
-    return Event(store + row * row_store, retiring, packed, exact, filled, candidates, losers)
+    losers = tl.maximum(candidates - lists.capacity, 0)
+    return Event(lists.store + row * lists.row_store, retiring, packed, exact, filled, candidates, losers)
 
 
 @triton.jit
@@ -78,32 +76,31 @@ def mass_at(mass, m_page, event, i, real, SIZES: tl.constexpr, STORE: tl.constex
 
 
 @triton.jit
+def _or_stored(x, y, inside, SIZES: tl.constexpr, STORE: tl.constexpr):
+    """x [N, D], but where `inside` the store's rotated numbers y."""
+    d = tl.arange(0, SIZES.block_d)
+    return tl.where(inside[:, None] & (d < SIZES.head_dim)[None, :], rotated(y, STORE.block), x)
+
+
+@triton.jit
 def load_keys(tokens, tiles, head, event, i, real, SIZES: tl.constexpr, STORE: tl.constexpr):
     """Keys [N, D] float32 of candidates i, zero where not `real`."""
-    d = tl.arange(0, SIZES.block_d)
     page, slot = exact_slots(event, i, real, SIZES)
-    mask = (real & (i >= event.packed))[:, None] & (d < SIZES.head_dim)[None, :]
-    at = tokens.k + head * tokens.k_head + (page * tokens.k_page + slot * tokens.k_slot)[:, None]
-    x = tl.load(at + (d * tokens.k_dim)[None, :], mask=mask, other=0.0).to(tl.float32)
+    x = tl.trans(exact_keys(tokens, head, page, slot, real & (i >= event.packed), SIZES)).to(tl.float32)
     if STORE.bits:
         inside = real & (i < event.packed)
         tile = tiles_at(tiles, head, event.store, i, inside, STORE)
-        y = rotated(tl.trans(stored_keys(tiles, tile, i, inside, SIZES.block_d, STORE)), STORE.block)
-        x = tl.where(inside[:, None] & (d < SIZES.head_dim)[None, :], y, x)
+        x = _or_stored(x, tl.trans(stored_keys(tiles, tile, i, inside, SIZES.block_d, STORE)), inside, SIZES, STORE)
     return x
 
 
 @triton.jit
 def load_values(tokens, tiles, head, event, i, real, SIZES: tl.constexpr, STORE: tl.constexpr):
     """Values, likewise."""
-    d = tl.arange(0, SIZES.block_d)
     page, slot = exact_slots(event, i, real, SIZES)
-    mask = (real & (i >= event.packed))[:, None] & (d < SIZES.head_dim)[None, :]
-    at = tokens.v + head * tokens.v_head + (page * tokens.v_page + slot * tokens.v_slot)[:, None]
-    x = tl.load(at + (d * tokens.v_dim)[None, :], mask=mask, other=0.0).to(tl.float32)
+    x = exact_values(tokens, head, page, slot, real & (i >= event.packed), SIZES).to(tl.float32)
     if STORE.bits:
         inside = real & (i < event.packed)
         tile = tiles_at(tiles, head, event.store, i, inside, STORE)
-        y = rotated(stored_values(tiles, tile, i, inside, SIZES.block_d, STORE), STORE.block)
-        x = tl.where(inside[:, None] & (d < SIZES.head_dim)[None, :], y, x)
+        x = _or_stored(x, stored_values(tiles, tile, i, inside, SIZES.block_d, STORE), inside, SIZES, STORE)
     return x

@@ -16,7 +16,7 @@ def exact_keys(tokens, head, page, slot, real, SIZES: tl.constexpr):
 
 
 @triton.jit
-def _exact_values(tokens, head, page, slot, real, SIZES: tl.constexpr):
+def exact_values(tokens, head, page, slot, real, SIZES: tl.constexpr):
     """[N, D], likewise."""
     d = tl.arange(0, SIZES.block_d)
     at = tokens.v + head * tokens.v_head + (page * tokens.v_page + slot * tokens.v_slot)[:, None]
@@ -40,7 +40,7 @@ def _attend_exact(q, acc, peak, total, slots, limit, end, tokens, head, pages, s
     k = exact_keys(tokens, head, page, slot, real, SIZES)
     logits = tl.where(slots[None, :] <= limit[:, None], dot(q, k) * scale_log2, float("-inf"))
     p, shrink, peak = _weights(logits, peak)
-    v = _exact_values(tokens, head, page, slot, real, SIZES)
+    v = exact_values(tokens, head, page, slot, real, SIZES)
     return acc * shrink[:, None] + dot(p, v), peak, total * shrink + tl.sum(p, 1)
 
 

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .arguments import record_sizes, records_of, sizes, store_sizes, tiles_of, tokens_of
+from .arguments import EventLists, record_sizes, records_of, sizes, store_sizes, tiles_of, tokens_of
 from .common import float_at, program_head
 from .event import event_of, load_keys, load_values, mass_at
 
@@ -23,26 +23,12 @@ def _directions(keys):
 
 @triton.jit
 def _sums(
-    sums, store, retiring, stored, num_evicted, tokens, tiles, s_row, s_head, s_tile, row_store, row_retiring,
-    store_pages, num_retiring, capacity,
+    sums, lists, num_evicted, tokens, tiles, s_row, s_head, s_tile,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HAS_ATTENTION: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
     """Program (row, KV head, tile): the tile's sum of directions [D] and, where nothing is evicted yet, of values [D]."""
     row, head, tile = tl.program_id(0), program_head(), tl.program_id(2)
-    event = event_of(
-        store,
-        retiring,
-        stored,
-        row,
-        row_store,
-        row_retiring,
-        store_pages,
-        num_retiring,
-        capacity,
-        BLOCK_K,
-        SIZES,
-        STORE,
-    )
+    event = event_of(lists, row, BLOCK_K, SIZES, STORE)
     i = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     if (event.losers == 0) | (tile * BLOCK_N >= event.candidates):
         return
@@ -65,28 +51,14 @@ def _added(sums, s_tile, tiles, D: tl.constexpr):
 
 @triton.jit
 def _terms(
-    terms, sums, mass, store, retiring, stored, moment_pages, num_evicted, tokens, tiles, records,
-    t_row, t_head, t_term, s_row, s_head, s_tile, m_page, m_head, row_store, row_retiring, row_moments,
-    store_pages, num_retiring, capacity,
+    terms, sums, mass, lists, moment_pages, num_evicted, tokens, tiles, records,
+    t_row, t_head, t_term, s_row, s_head, s_tile, m_page, m_head, row_moments,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HAS_ATTENTION: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
     RECORD: tl.constexpr,
 ):  # fmt: skip
     """Program (row, KV head, tile): how far a key is turned from all others; attention times how far a value lies off."""
     row, head, tile = tl.program_id(0), program_head(), tl.program_id(2)
-    event = event_of(
-        store,
-        retiring,
-        stored,
-        row,
-        row_store,
-        row_retiring,
-        store_pages,
-        num_retiring,
-        capacity,
-        BLOCK_K,
-        SIZES,
-        STORE,
-    )
+    event = event_of(lists, row, BLOCK_K, SIZES, STORE)
     i = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     if (event.losers == 0) | (tile * BLOCK_N >= event.candidates):
         return
@@ -114,33 +86,26 @@ def _terms(
         tl.store(at + t_term, seen * tl.sqrt(tl.sum(away * away, 1)), mask=real)
 
 
-def score_terms(cache, mass: torch.Tensor | None, work) -> torch.Tensor:
+def score_terms(cache, mass: torch.Tensor | None, work, lists: EventLists) -> torch.Tensor:
     """[rows, heads, terms, candidates] float32, not yet relative to their means; the second term only with `mass`.
 
     Rows that evict nothing are left as they are (uninitialised).
     """
     rows, heads, device = len(work.num_evicted), cache.keys.shape[1], cache.keys.device
-    store_pages, num_retiring = work.store_pages.shape[1], work.retiring_pages.shape[1]
-    capacity, shape = work.capacity(cache.page_size), sizes(cache)
-    most = max(store_pages * cache.page_size, capacity) + num_retiring * cache.page_size
+    shape, most = sizes(cache), lists.most_candidates(cache.page_size)
     num_tiles, num_terms = triton.cdiv(most, BLOCK_N), 1 if mass is None else 2
     terms = torch.empty(rows, heads, num_terms, most, dtype=torch.float32, device=device)
     sums = torch.empty(rows, heads, num_tiles, num_terms * shape.block_d, dtype=torch.float32, device=device)
-    lists = work.store_pages, work.retiring_pages, work.stored
-    by_row = work.store_pages.stride(0), work.retiring_pages.stride(0)
-    counts = store_pages, num_retiring, capacity
     known = {
-        "BLOCK_N": BLOCK_N, "BLOCK_K": triton.next_power_of_2(num_retiring), "HAS_ATTENTION": mass is not None,
+        "BLOCK_N": BLOCK_N, "BLOCK_K": triton.next_power_of_2(lists.retiring_pages), "HAS_ATTENTION": mass is not None,
         "SIZES": shape, "STORE": store_sizes(cache, work), "num_warps": 4,
     }  # fmt: skip
     grid = (rows, heads, num_tiles)
-    _sums[grid](
-        sums, *lists, work.num_evicted, tokens_of(cache), tiles_of(cache), *sums.stride()[:3], *by_row, *counts, **known
-    )
+    _sums[grid](sums, lists, work.num_evicted, tokens_of(cache), tiles_of(cache), *sums.stride()[:3], **known)
     read = mass if mass is not None else terms
     _terms[grid](
-        terms, sums, read, *lists, work.moment_pages, work.num_evicted, tokens_of(cache), tiles_of(cache), records_of(cache),
-        *terms.stride()[:3], *sums.stride()[:3], *read.stride()[:2], *by_row, work.moment_pages.stride(0), *counts,
+        terms, sums, read, lists, work.moment_pages, work.num_evicted, tokens_of(cache), tiles_of(cache), records_of(cache),
+        *terms.stride()[:3], *sums.stride()[:3], *read.stride()[:2], work.moment_pages.stride(0),
         RECORD=record_sizes(cache), **known,
     )  # fmt: skip
     return terms
