@@ -314,16 +314,31 @@ inline void write_token(const PackedLayout& p, float* key, float* value, uint8_t
   for (int64_t j = 0; j < p.code_bytes; ++j) tile[value_byte(p, j, token)] = packed_byte<Bits>(codes, j);
 }
 
+// Which byte of a token's codes holds number n; that number, of such a byte.
+template <int Bits>
+inline int64_t code_byte(int64_t n) { return Bits == 8 ? n : n / kGroup * 16 + n % 16; }
+template <int Bits>
+inline float number_of(uint8_t byte, int64_t n, const uint8_t* scale) {
+  const int shift = Bits == 8 ? 0 : int(n % kGroup / 16 * 4);
+  return (float(byte >> shift & ((1 << Bits) - 1)) - Code<Bits>::kMiddle) * to_float(load_raw<BFloat16>(scale));
+}
+
+// Number n of a tile's token, rotated.
+template <int Bits>
+inline float key_number(const PackedLayout& p, const uint8_t* tile, int token, int64_t n) {
+  return number_of<Bits>(tile[key_byte(code_byte<Bits>(n), token)], n, scale_at(p, tile, n / kGroup, token));
+}
+template <int Bits>
+inline float value_number(const PackedLayout& p, const uint8_t* tile, int token, int64_t n) {
+  return number_of<Bits>(tile[value_byte(p, code_byte<Bits>(n), token)], n, scale_at(p, tile, p.width / kGroup, token));
+}
+
 // A token of a tile as float32 [width], not rotated.
 template <int Bits>
-inline void read_token(const PackedLayout& p, uint8_t* tile, int token, float* key, float* value) {
-  const int64_t groups = p.width / kGroup;
-  auto scale = [&](int64_t group) { return to_float(load_raw<BFloat16>(scale_at(p, tile, group, token))); };
+inline void read_token(const PackedLayout& p, const uint8_t* tile, int token, float* key, float* value) {
   for (int64_t i = 0; i < p.width; ++i) {
-    const int64_t byte = Bits == 8 ? i : i / kGroup * 16 + i % 16;
-    const int shift = Bits == 8 ? 0 : i % kGroup / 16 * 4, mask = (1 << Bits) - 1;
-    key[i] = (float(tile[key_byte(byte, token)] >> shift & mask) - Code<Bits>::kMiddle) * scale(i / kGroup);
-    value[i] = (float(tile[value_byte(p, byte, token)] >> shift & mask) - Code<Bits>::kMiddle) * scale(groups);
+    key[i] = key_number<Bits>(p, tile, token, i);
+    value[i] = value_number<Bits>(p, tile, token, i);
   }
   rotate(key, p.width, p.block);
   rotate(value, p.width, p.block);

@@ -33,28 +33,6 @@ inline float square_of_padding(const PackedLayout& p, F number) {
   return square * 16 / float(p.block);
 }
 
-template <int Bits>
-inline float number_of(const uint8_t* tile, int64_t byte_at, int64_t n, BFloat16 scale) {
-  const int shift = Bits == 8 ? 0 : int(n % kGroup / 16 * 4);
-  return (float(tile[byte_at] >> shift & ((1 << Bits) - 1)) - Code<Bits>::kMiddle) * to_float(scale);
-}
-
-template <int Bits>
-inline float square_of_key_padding(const PackedLayout& p, const uint8_t* tile, int token) {
-  return square_of_padding(p, [&](int64_t n) {
-    const int64_t byte = Bits == 8 ? n : n / kGroup * 16 + n % 16;
-    return number_of<Bits>(tile, key_byte(byte, token), n, load_raw<BFloat16>(scale_at(p, tile, n / kGroup, token)));
-  });
-}
-
-template <int Bits>
-inline float square_of_value_padding(const PackedLayout& p, const uint8_t* tile, int token) {
-  const BFloat16 scale = load_raw<BFloat16>(scale_at(p, tile, p.width / kGroup, token));
-  return square_of_padding(p, [&](int64_t n) {
-    return number_of<Bits>(tile, value_byte(p, Bits == 8 ? n : n / kGroup * 16 + n % 16, token), n, scale);
-  });
-}
-
 // 1 / ||key|| of some slots, a vector each.
 template <int Bits>
 inline void inverse_norms(const PackedSlots& t, const PackedLayout& p, int64_t head_dim, Vec* inverse) {
@@ -74,8 +52,10 @@ inline void inverse_norms(const PackedSlots& t, const PackedLayout& p, int64_t h
       square += to_floats(squares) * (half * half);
     }
     if (p.width > head_dim)
-      for (int i = 0; i < kLanes && v * kLanes + i < t.slots; ++i)
-        square[i] -= square_of_key_padding<Bits>(p, t.tiles[(v * kLanes + i) / kTileTokens], (v * kLanes + i) % kTileTokens);
+      for (int i = 0, slot = v * kLanes; i < kLanes && slot < t.slots; ++i, ++slot)
+        square[i] -= square_of_padding(p, [&](int64_t n) {
+          return key_number<Bits>(p, t.tiles[slot / kTileTokens], slot % kTileTokens, n);
+        });
     inverse[v] = inverse_root(not_negative(square));
   }
 }
@@ -237,7 +217,8 @@ void distances_of_packed_values(const Event& e, const float* mean, float* distan
     float square[kTileTokens];
     squares_of_tile<Bits>(p, point, tile, square);
     for (int t = 0; t < kTileTokens; ++t) {
-      if (p.width > e.c.cache.head_dim) square[t] -= square_of_value_padding<Bits>(p, tile, t);
+      if (p.width > e.c.cache.head_dim)
+        square[t] -= square_of_padding(p, [&](int64_t n) { return value_number<Bits>(p, tile, t, n); });
       distance[slot + t] = mass[t] * sqrtf(square[t] < 0 ? 0 : square[t]);
     }
   }
