@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from momentkv_vllm.calibrate.curve import markdown
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -45,7 +47,4 @@ def write(name: str, results: Any, targets: Sequence[dict[str, Any]] = ()) -> Pa
 
 def table(rows: Sequence[Sequence[Any]]) -> str:
     """Rows, the first one the heading, as a Markdown table with aligned columns."""
-    text = [[f"{c:.3f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
-    widths = [max(len(row[i]) for row in text) for i in range(len(text[0]))]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in text]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+    return markdown([[f"{c:.3f}" if isinstance(c, float) else str(c) for c in row] for row in rows])

@@ -40,7 +40,7 @@ class StateLayout:
         if not config.quantised_store:
             moment_pages = record.pages(page_size, item)
             return cls(build_schedule(config, page_size, moment_pages, keeps_only_sinks), record, None)
-        packed, part = PackedLayout(config.quantised_store, head_dim), page_size * 2 * head_dim * item
+        packed, part = PackedLayout(config.quantised_store, head_dim), head_bytes(page_size, head_dim, dtype)
         page_tokens = packed.tokens_per_page(part)
         if page_tokens <= page_size:
             refuse(
@@ -72,12 +72,16 @@ AUTO_STORES, AUTO_RUN_TOKENS = {2: "int4", 4: "int8"}, 8
 float32 wants the same tokens in every batch, and a number that falls to the other side of a step of 4 bits can change them."""
 
 
+def head_bytes(page_size: int, head_dim: int, dtype: torch.dtype) -> int:
+    """What a KV head owns of a page."""
+    return page_size * 2 * head_dim * get_dtype_size(dtype)
+
+
 def settled(config: EvictionConfig, page_size: int, head_dim: int, dtype: torch.dtype) -> EvictionConfig:
     """`config` with what "auto" means for a model's KV heads, apart from its kernels, which may not have it (vllm_seams)."""
     store, run_tokens = config.store_dtype, config.run_tokens
     if store == AUTO:
-        item = get_dtype_size(dtype)
-        store, part = AUTO_STORES[item], page_size * 2 * head_dim * item
+        store, part = AUTO_STORES[get_dtype_size(dtype)], head_bytes(page_size, head_dim, dtype)
         # Where only sinks are kept, all else is window.
         if config.policy_class.keeps_only_sinks or PackedLayout(store, head_dim).tokens_per_page(part) <= page_size:
             store = "model"

@@ -10,8 +10,7 @@ from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.moments import Moments
 from momentkv_vllm.policies import Candidates, Policy
 from momentkv_vllm.policies.base import objections
-from momentkv_vllm.policies.key_direction import key_direction
-from momentkv_vllm.policies.momentkv import ATTENTION_WEIGHT
+from momentkv_vllm.policies.key_direction import attention_weight, key_direction
 
 COUNTS = (0.0, 100.0, 37.0)
 """Evicted tokens of each row: the first row is at its first event."""
@@ -40,7 +39,7 @@ def check_policy(policy: type[Policy]) -> None:
         kept = result[:, :, :STORE].amin(-1) >= result[:, :, STORE:].amax(-1)
         assert kept.all(), f"{policy.name}: keeps_only_sinks, but a retiring token scores higher than one of the store"
     if policy.native == "key_direction":
-        native = key_direction(tokens, ATTENTION_WEIGHT if policy.observes else 0.0)
+        native = key_direction(tokens, attention_weight(policy))
         _same(policy, "native: its score is not what the kernels compute", result, native)
 
 

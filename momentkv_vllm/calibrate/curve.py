@@ -57,8 +57,12 @@ def smallest(points: Sequence[Point], tolerance: float) -> Point | None:
 def table(points: Sequence[Point], pool_gib: float) -> str:
     """Markdown; +- is one standard error over the texts."""
     heading = ("budget", "KL", "perplexity", "codes found", "tokens held", f"sequences in {pool_gib:.3g} GiB")
-    rows = [heading, *(_cells(p) for p in points)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(heading))]
+    return markdown([heading, *(_cells(p) for p in points)])
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table with aligned columns; the first row is its heading."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 

@@ -15,7 +15,7 @@ from momentkv_vllm.kernels.limits import CacheShape, Limits
 from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork, fresh_pages
 from momentkv_vllm.policies.base import Policy
-from momentkv_vllm.policies.momentkv import ATTENTION_WEIGHT
+from momentkv_vllm.policies.key_direction import attention_weight
 
 
 class KernelFamily(ABC):
@@ -120,8 +120,8 @@ class KernelFamily(ABC):
         score = None
         if work.evicts and policy.native not in self.native_scores:
             score = policy.score(candidates(cache, observed, work, scale, self.read_store)).contiguous()
-        attention_weight = ATTENTION_WEIGHT if policy.observes else 0.0
-        self._consolidate(cache, observed.mass if observed else None, work, score, sink_tokens, attention_weight)
+        mass = observed.mass if observed else None
+        self._consolidate(cache, mass, work, score, sink_tokens, attention_weight(policy))
 
     def read_store(self, cache: CacheView, pages: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of quantised store pages [rows, n], float32 [rows, heads, slots, head_dim]."""

@@ -3,7 +3,15 @@
 import torch
 import torch.nn.functional as F
 
-from momentkv_vllm.policies.base import Candidates
+from momentkv_vllm.policies.base import Candidates, Policy
+
+ATTENTION_WEIGHT = 0.25
+"""w of a policy that observes attention; 0.5 and 0.25 are alike (benchmarks/judge/README.md). Kernels are given it."""
+
+
+def attention_weight(policy: Policy | type[Policy]) -> float:
+    """The w with which kernels compute a native policy's score; 0 for one that knows no attention."""
+    return ATTENTION_WEIGHT if policy.observes else 0.0
 
 
 def key_direction(tokens: Candidates, attention_weight: float = 0.0) -> torch.Tensor:

@@ -3,11 +3,7 @@
 import torch
 
 from momentkv_vllm.policies.base import Candidates, Observation, Policy
-from momentkv_vllm.policies.key_direction import key_direction
-
-ATTENTION_WEIGHT = 0.25
-"""w: more keeps running text closer to the full cache, less keeps more needles (make bench-states). Kernels
-are given it."""
+from momentkv_vllm.policies.key_direction import attention_weight, key_direction
 
 
 class MomentKV(Policy):
@@ -16,7 +12,7 @@ class MomentKV(Policy):
     The second term is the paper's moment-informed score (arXiv 2606.01563, eq. 10, to zeroth order): the error that the
     last `observation_tokens` queries would have made without token j. No query has asked yet for most of what a prompt
     holds, so the first term, KeyDiff's, keeps the keys that point away from the others: they are what a later query can
-    single out. Alone, either term fails: attention loses every needle that was not asked for at its eviction, distance
+    single out. Alone, either term fails: attention loses every needle that was not asked for at its eviction, the angle
     loses the running text (README, "How good is it").
     Before a sequence's first eviction v' is the mean value of the candidates themselves.
     """
@@ -29,4 +25,4 @@ class MomentKV(Policy):
     native = "key_direction"
 
     def score(self, tokens: Candidates) -> torch.Tensor:
-        return key_direction(tokens, ATTENTION_WEIGHT)
+        return key_direction(tokens, attention_weight(self))
