@@ -60,6 +60,23 @@ def test_wrong_names_are_seen_in_every_folder(tmp_path):
     assert missing_files(tmp_path / "a.md") == gone
 
 
+def test_figures_of_quantised_stores_are_those_of_the_committed_results():
+    found = json.loads((ROOT / "benchmarks/results/store.json").read_text())["results"]
+
+    def span(rows, key, dtype):
+        figures = [row[key] for row in rows if row["store_dtype"] == dtype]
+        return f"{min(figures):.2f}-{max(figures):.2f}"
+
+    by_bytes, by_tokens = (
+        " / ".join(span(found["attend"], f"to_same_{what}", dtype) for dtype in ("int8", "int4"))
+        for what in ("bytes", "tokens")
+    )
+    assert f"| 1.3 / 1.8 | {by_bytes} |" in README and f"| 0.8 / 0.7 | {by_tokens} |" in README
+    retiring = {row["store_dtype"]: f"{row['retiring_share']:.2f}" for row in found["events"]}
+    assert f"| 0.04 | {retiring['int4']} (16 bit: {retiring['model']}) |" in README
+    assert f"| 0.1 | {span(found['events'], 'observing_share', 'int4')} |" in README
+
+
 def test_measured_figures_are_those_of_the_committed_results():
     demo = json.loads((ROOT / "benchmarks/results/demo.json").read_text())["results"]["table"]
     for row in demo[1:]:
