@@ -32,12 +32,14 @@ ABLATION: dict[str, dict[str, Any]] = {
     "paper, zeroth": {"policy": "paper", "correction": "zeroth"},
 }
 """Beside snapkv (none of the two) and paper (both): the paper's ablation of its score (MI) and its correction (NC)."""
+IN_OUR_STORE: dict[str, Any] = {"store_dtype": "int4", "run_tokens": 8, "window_tokens": None}
 STORES: dict[str, dict[str, Any]] = {
-    "keydiff, int4": {"policy": "keydiff", "store_dtype": "int4", "run_tokens": 8, "window_tokens": None},
     "momentkv, int8": {"policy": "momentkv", "store_dtype": "int8"},
     "momentkv, 16 bit": {"policy": "momentkv", "store_dtype": "model"},
+    **{f"{name}, int4": {"policy": name, **IN_OUR_STORE} for name in BASELINES},
+    **{f"{name}, int4": {**ablated, **IN_OUR_STORE} for name, ablated in ABLATION.items()},
 }
-"""Other stores: the best rival in ours, and ours in others."""
+"""Other stores: ours in others, and the others' scores, corrections and prompts in ours."""
 KNOWN = METHODS | ABLATION | STORES
 
 DTYPE = torch.bfloat16
