@@ -31,7 +31,14 @@ CHOICES = {
     "kernels": config.KERNELS,
 }
 """Legal values of the settings that are no counts."""
-CHOSEN_CELLS = (("full cache", None), ("fp8 KV", None), ("momentkv", 256), ("momentkv", 128), ("streamingllm", 256))
+CHOSEN_CELLS = (
+    ("full cache", None),
+    ("fp8 KV", None),
+    ("momentkv", 512),
+    ("momentkv", 256),
+    ("momentkv", 128),
+    ("streamingllm", 256),
+)
 """Method and budget of the README's rows; codes are asked in 1,024 tokens, the rest in 2,048."""
 
 
