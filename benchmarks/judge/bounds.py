@@ -2,9 +2,8 @@
 
     PYTHONPATH=benchmarks python -P -m judge.bounds --documents LEVAL --what default oracle shared errors
 
-One text at a time in transformers, float32, with the product's page schedule, quantised store, runs and default score. Unlike
-quality/simulate.py all tokens stay where they are and a mask per head says who is alive: so heads may hold different numbers of
-runs, and an oracle may look at the attention of queries to come. The settings are the product's for `--budget`, chunked.
+One text at a time, float32, with the product's page schedule, quantised store, runs and default score. Unlike quality/simulate.py
+a mask per head says which tokens are alive: so heads may differ, and an oracle may look at queries to come.
 """
 
 import argparse
@@ -61,6 +60,7 @@ class Layer:
         self.alive = torch.ones(1, self.heads, self.tokens, dtype=torch.bool)
         self.mass, self.recent = torch.zeros(2, 1, self.heads, self.tokens)
         self.boundary, self.means, self.sums = 0, None, []
+        self.gone: list[torch.Tensor | float] = [0.0, 0.0, 0.0]
         self.output = torch.empty_like(self.query)
         self.future = self._future() if how.oracle or how.shared == "oracle" else None
 
@@ -154,9 +154,7 @@ class Layer:
     def _retire(self, event: int) -> None:
         plan = self.how.layout.schedule
         end, run = plan.boundary_column(event) * plan.page_size, plan.run_tokens
-        new = slice(self.boundary, end)
-        self.held_k[:, :, new], self.held_v[:, :, new] = (x[:, :, new] for x in self.packed)
-        self.boundary, self.recent = end, 0.9 * self.recent + self.mass
+        new, self.boundary, self.recent = slice(self.boundary, end), end, 0.9 * self.recent + self.mass
         alive = self.alive[..., :end].unflatten(-1, (-1, run))[..., 0]
         part = plan.store_tokens // run
         if alive[0, 0].sum() > part or self.means:
@@ -164,8 +162,10 @@ class Layer:
             score[..., 0] = torch.inf
             score = score.masked_fill(~alive, -torch.inf)
             rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-            self.alive[..., :end] = ((rank < self._parts(score, alive, part, event)) & alive).repeat_interleave(run, -1)
-            self._summarise(end)
+            kept = alive & (rank < self._parts(score, alive, part, event))
+            self._forget((alive & ~kept).repeat_interleave(run, -1), end)
+        # Like the product: scores and moments have read the new ones as they were.
+        self.held_k[:, :, new], self.held_v[:, :, new] = (x[:, :, new] for x in self.packed)
         self.mass = torch.zeros_like(self.mass)
 
     def _parts(self, score: torch.Tensor, alive: torch.Tensor, part: int, event: int) -> torch.Tensor | int:
@@ -179,15 +179,19 @@ class Layer:
             what = by[self.how.shared][..., :end].unflatten(-1, (score.shape[-1], -1)).mean(-1)
         best = what.masked_fill(~alive, -torch.inf).sort(dim=-1, descending=True).values
         best[..., : part // 5] = torch.inf
-        least = best.flatten().topk(min(part * self.heads, best.numel())).values[-1]
-        return (best >= least).sum(-1, keepdim=True)
+        taken = torch.zeros(best.numel()).index_fill(
+            0, best.flatten().topk(min(part * self.heads, best.numel())).indices, 1
+        )
+        return taken.view_as(best).sum(-1, keepdim=True)
 
-    def _summarise(self, end: int) -> None:
-        gone = (~self.alive[..., :end]).float().unsqueeze(-1)
-        count = gone.sum(2)
-        keys, values = ((x[:, :, :end] * gone).sum(2) / count.clamp(min=1) for x in self.packed)
-        # A head that keeps everything has a mass of nothing.
-        self.means = count.squeeze(-1), keys, values
+    def _forget(self, lost: torch.Tensor, end: int) -> None:
+        """lost: [1, heads, end] joins the evicted, of which a head may have none."""
+        self.alive[..., :end] &= ~lost
+        gone = lost.float().unsqueeze(-1)
+        held = torch.ones_like(gone), self.held_k[:, :, :end], self.held_v[:, :, :end]
+        self.gone = [total + (x * gone).sum(2) for total, x in zip(self.gone, held, strict=True)]
+        count, keys, values = self.gone
+        self.means = count.squeeze(-1), keys / count.clamp(min=1), values / count.clamp(min=1)
 
 
 class Model:
