@@ -87,7 +87,7 @@ class StepPlanner:
         Args:
             query_start: [num_requests + 1] start of each request in the flat token list.
             seq_lens: [num_requests] committed tokens at the end of the step.
-            prompt_lens: [num_requests] prompt lengths; read in "full" prefill mode only.
+            prompt_lens: [num_requests] prompt lengths; read where the schedule `reads_prompt_lengths`.
             block_table: [num_requests, columns] page numbers.
         """
         table = block_table.numpy()
