@@ -31,12 +31,18 @@ def test_tokens_do_not_depend_on_chunk_size_or_batch(engine, models, kind):
 
 
 def test_preemption_gives_the_same_tokens(engine, models):
-    options = {**COARSE, "model": models(seed=1)}
-    prompts = [random_prompt(n, seed=5) for n in (200, 210, 420, 430, 440)]
-    calm = engine(**options).generate(prompts, 250)
-    tight = engine(**options, num_gpu_blocks_override=80, watermark=0.0)
-    assert tight.generate(prompts, 250) == calm
-    assert tight.preemptions, "the pool was meant to be too small"
+    """While the prompt is read, and again while it is answered: the tokens of the answer are then read too, in the finer grain."""
+    options = {**COARSE, "model": models(seed=1), "max_num_batched_tokens": 100}
+    prompt = random_prompt(700)
+    e = engine(**options)
+    calm = e.generate([prompt], 80)
+
+    def preempt(step):
+        if step in (4, 60):
+            e.scheduler._preempt_request(e.scheduler.running.pop(), 0.0)
+
+    name = e.add(prompt, 80)
+    assert [e.run(preempt)[name]] == calm and e.preemptions == 2
 
 
 def test_the_grain_is_held_while_a_prompt_is_read_and_no_longer(engine):
@@ -67,5 +73,5 @@ def test_a_pool_that_the_grain_does_not_fit_is_refused(engine):
 
 def test_below_the_budget_tokens_are_stock(engine, models):
     prompts = [random_prompt(n) for n in (30, 200, 239)]
-    stock = engine(models(seed=1), block_size=PAGE).generate(prompts, 16)
+    stock = engine(models(seed=1)).generate(prompts, 16)
     assert engine(**COARSE, model=models(seed=1)).generate(prompts, 16) == stock
