@@ -52,8 +52,8 @@ class EvictionConfig:
         observation_tokens: queries before an eviction whose attention a policy may use that observes the last ones.
         retire_tokens: tokens between two evictions, rounded up to whole pages; None ("auto"): 1/32 of the budget, one page at
             least.
-        prefill_retire_tokens: tokens between two evictions while a prompt is read, rounded up to a multiple of `retire_tokens`; a
-            sequence holds up to so many more meanwhile. None ("auto"): `retire_tokens`. No part of prompts that are exact.
+        prefill_retire_tokens: likewise while a prompt is read in chunks, rounded up to a multiple of `retire_tokens`; a sequence
+            holds up to so many tokens more meanwhile; None ("auto"): `retire_tokens`.
         state_share: share of the KV pool that stores and moments of evicted prefixes may fill in the prefix cache, 0 to 1 (then
             vLLM's order of last use alone decides); 0: none are kept.
         state_interval_tokens: a prompt keeps its state every so many tokens while it is read; 0: only where it is likely to be
