@@ -38,7 +38,12 @@ STORES: dict[str, dict[str, Any]] = {
     "momentkv, 16 bit": {"policy": "momentkv", "store_dtype": "model"},
 }
 """Other stores: the best rival in ours, and ours in others."""
-KNOWN = METHODS | ABLATION | STORES
+GRAINS: dict[str, dict[str, Any]] = {
+    f"momentkv, prompts every {tokens}": {"policy": "momentkv", "prefill_retire_tokens": tokens}
+    for tokens in (64, 128, 256, 512)
+}
+"""Ours, with events further apart while a prompt is read."""
+KNOWN = METHODS | ABLATION | STORES | GRAINS
 
 DTYPE = torch.bfloat16
 
