@@ -117,7 +117,7 @@ class StepPlanner:
     def _segments(self, row: int, first_token: int, start: int, end: int, prompt: int) -> Iterator[Segment]:
         schedule = self.schedule
         events = set(schedule.events(start, end, prompt))
-        most = MAX_EXACT_QUERIES if prompt <= schedule.exact_prompt_tokens else MAX_QUERIES
+        most = MAX_EXACT_QUERIES if 0 < prompt <= schedule.exact_prompt_tokens else MAX_QUERIES
         first_cut = start + most - (start - schedule.first_event_tokens) % most
         position = start
         for stop in sorted(events | {end} | set(range(first_cut, end, most))):
