@@ -21,7 +21,7 @@ MAX_SLOTS_PER_WORK = 1 << 16
 (2 * 4 * num_kv_heads * head_dim bytes a slot: 512 MiB at 8 heads of 128)."""
 
 MAX_QUERIES, MAX_EXACT_QUERIES = 512, 128
-"""Queries of one segment, and of one in a prompt that is exact, whose context no budget bounds: bounds the logits of the
+"""Queries of one segment, and of one in a prompt that is exact or of unknown length (0): bounds the logits of the
 reference kernels (queries x heads x context)."""
 
 NEVER = 1 << 62
@@ -117,7 +117,7 @@ class StepPlanner:
     def _segments(self, row: int, first_token: int, start: int, end: int, prompt: int) -> Iterator[Segment]:
         schedule = self.schedule
         events = set(schedule.events(start, end, prompt))
-        most = MAX_EXACT_QUERIES if 0 < prompt <= schedule.exact_prompt_tokens else MAX_QUERIES
+        most = MAX_EXACT_QUERIES if prompt <= schedule.exact_prompt_tokens else MAX_QUERIES
         first_cut = start + most - (start - schedule.first_event_tokens) % most
         position = start
         for stop in sorted(events | {end} | set(range(first_cut, end, most))):
