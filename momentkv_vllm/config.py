@@ -52,6 +52,8 @@ class EvictionConfig:
         observation_tokens: queries before an eviction whose attention a policy may use that observes the last ones.
         retire_tokens: tokens between two evictions, rounded up to whole pages; None ("auto"): 1/32 of the budget, one page at
             least.
+        prefill_retire_tokens: likewise while a prompt is read in chunks, rounded up to a multiple of `retire_tokens`; a sequence
+            holds up to so many tokens more meanwhile; None ("auto"): `retire_tokens`.
         state_share: share of the KV pool that stores and moments of evicted prefixes may fill in the prefix cache, 0 to 1 (then
             vLLM's order of last use alone decides); 0: none are kept.
         state_interval_tokens: a prompt keeps its state every so many tokens while it is read; 0: only where it is likely to be
@@ -71,6 +73,7 @@ class EvictionConfig:
     run_tokens: int | None = None
     observation_tokens: int = 16
     retire_tokens: int | None = None
+    prefill_retire_tokens: int | None = None
     state_share: float = 1.0
     state_interval_tokens: int = 0
     kernels: str = AUTO
@@ -90,7 +93,7 @@ class EvictionConfig:
         _count("state_interval_tokens", self.state_interval_tokens, 0)
         _share("state_share", self.state_share)
         # The dataclass is frozen.
-        for key in ("window_tokens", "retire_tokens", "exact_prompt_tokens"):
+        for key in ("window_tokens", "retire_tokens", "prefill_retire_tokens", "exact_prompt_tokens"):
             object.__setattr__(self, key, _count_or_auto(key, getattr(self, key)))
         if self.run_tokens in (AUTO, None):
             object.__setattr__(self, "run_tokens", None)

@@ -185,8 +185,8 @@ class MomentKVSpec(FullAttentionSpec):
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """What a sequence of max_model_len holds between steps: the figure behind vLLM's reported concurrency.
 
-        The pages of the chunk being prefilled come on top, once for all sequences of a step; the manager checks at
-        start-up that the pool has room for them.
+        While a prompt is read, tokens that wait for the next of its events (`reading_pages`) and the chunk being prefilled
+        come on top; the manager checks at start-up that the pool has room for them.
         """
         pages = cdiv(vllm_config.model_config.max_model_len, self.block_size)
         if self.schedule.exact_prompt_tokens < ANY_PROMPT:

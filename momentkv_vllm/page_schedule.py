@@ -10,14 +10,15 @@ A block-table row by column, once the sequence evicts (column j = logical page j
     [ S+M .. b )   retired         really freed to vLLM's pool
     [ b .. end )   window pages    the newest tokens, exact, in order
 
-Eviction events happen at fixed token counts: first when the budget is full (`first_event_tokens`), then every `retire_tokens`.
-The event at count e retires every page before `boundary_column(e)`.
+Eviction events happen at fixed token counts: first when the budget is full (`first_event_tokens`), then every `retire_tokens`,
+or every `prefill_retire_tokens` while a prompt is read; at its end one more event catches up with the finer grain. The event at
+count e retires every page before `boundary_column(e)`.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from momentkv_vllm.config import AUTO, EvictionConfig
+from momentkv_vllm.event_counts import EventCounts
 from momentkv_vllm.refuse import refuse
 
 DEFAULT_RETIRE_SHARE = 32
@@ -35,13 +36,14 @@ def cdiv(a: int, b: int) -> int:
 
 
 @dataclass(frozen=True)
-class PageSchedule:
+class PageSchedule(EventCounts):
     """Page arithmetic of one configuration.
 
     Attributes:
         page_size: tokens a page.
         store_pages, moment_pages, window_pages: S, M, W above; S + M + W = `budget_pages`.
         retire_pages: pages leaving the window at an event (the window shrinks by so many, then grows again).
+        prefill_retire_pages: likewise while a prompt is read, a multiple of `retire_pages`; 0: as many.
         store_page_tokens: tokens of a store page; more than `page_size` where the store is quantised, 0 for `page_size`.
         record_in_store: the moment record lies at the end of the last store page and needs no pages of its own;
             `record_tokens`: slots that this takes from the store.
@@ -60,6 +62,7 @@ class PageSchedule:
     record_in_store: bool = False
     record_tokens: int = 0
     run_tokens: int = 1
+    prefill_retire_pages: int = 0
 
     @property
     def budget_pages(self) -> int:
@@ -97,6 +100,10 @@ class PageSchedule:
         return self.retire_pages * self.page_size
 
     @property
+    def prefill_retire_tokens(self) -> int:
+        return max(self.prefill_retire_pages, self.retire_pages) * self.page_size
+
+    @property
     def first_event_tokens(self) -> int:
         """Committed tokens at which the budget is full: below it the run is stock attention."""
         return self.budget_pages * self.page_size
@@ -104,40 +111,13 @@ class PageSchedule:
     def boundary_column(self, committed_tokens: int, prompt_tokens: int = 0) -> int:
         """First column still exact once `committed_tokens` are in; 0 while nothing was ever evicted.
 
-        `prompt_tokens` matters only where some prompts are exact.
+        `prompt_tokens` matters where `reads_prompt_lengths` says so.
         """
-        if committed_tokens < self.first_event_of(prompt_tokens):
+        event = self.last_event(committed_tokens, prompt_tokens)
+        if event == 0:
             return 0
-        events_after_first = (committed_tokens - self.first_event_tokens) // self.retire_tokens
+        events_after_first = (event - self.first_event_tokens) // self.retire_tokens
         return self.store_pages + self.moment_pages + (events_after_first + 1) * self.retire_pages
-
-    def events(self, start: int, end: int, prompt_tokens: int = 0) -> Iterator[int]:
-        """Token counts e in (start, end] at which an eviction event happens, ascending."""
-        event = self.next_event(start, prompt_tokens)
-        while event <= end:
-            yield event
-            event = self.next_event(event, prompt_tokens)
-
-    def next_event(self, committed_tokens: int, prompt_tokens: int = 0) -> int:
-        """The first event after `committed_tokens`."""
-        first = self.first_event_of(prompt_tokens)
-        if committed_tokens < first:
-            return first
-        done = (committed_tokens - self.first_event_tokens) // self.retire_tokens
-        return self.first_event_tokens + (done + 1) * self.retire_tokens
-
-    def last_event(self, committed_tokens: int, prompt_tokens: int = 0) -> int:
-        """The latest event at or before `committed_tokens`; 0 if none yet."""
-        first = self.first_event_of(prompt_tokens)
-        if committed_tokens < first:
-            return 0
-        done = (committed_tokens - self.first_event_tokens) // self.retire_tokens
-        return max(first, self.first_event_tokens + done * self.retire_tokens)
-
-    def first_event_of(self, prompt_tokens: int) -> int:
-        """Committed tokens at which a request with such a prompt evicts first. It decides all of its events."""
-        exact = prompt_tokens <= self.exact_prompt_tokens
-        return max(self.first_event_tokens, prompt_tokens) if exact else self.first_event_tokens
 
     def evicted_tokens(self, boundary_column: int) -> int:
         """n: tokens in the moments once every column before `boundary_column` is retired; the same for every head."""
@@ -150,7 +130,12 @@ class PageSchedule:
 
     def peak_pages(self, step_tokens: int) -> int:
         """Most pages a sequence can own when at most `step_tokens` of its tokens are scheduled and not yet settled."""
-        return self.budget_pages + cdiv(max(0, step_tokens - 1), self.page_size)
+        return self.reading_pages + cdiv(max(0, step_tokens - 1), self.page_size)
+
+    @property
+    def reading_pages(self) -> int:
+        """Most pages a sequence can own between two steps while its prompt is read; afterwards `budget_pages`."""
+        return self.budget_pages + max(0, self.prefill_retire_pages - self.retire_pages)
 
     def least_pool_pages(self, step_tokens: int) -> int:
         """Pages that a pool must have for one sequence; in "full" prefill a prompt may need more, as in stock vLLM."""
@@ -164,7 +149,10 @@ class PageSchedule:
             step_tokens
         ):
             return f"a prompt of exact_prompt_tokens={self.exact_prompt_tokens}"
-        return f"a prefill step of {step_tokens} tokens"
+        step = f"a prefill step of {step_tokens} tokens"
+        if self.reading_pages == self.budget_pages:
+            return step
+        return f"{step} and prefill_retire_tokens={self.prefill_retire_tokens}"
 
     def _exact_prompt_pages(self, step_tokens: int) -> int:
         # The step that ends an exact prompt may be followed by others before it settles.
@@ -190,8 +178,7 @@ def build_schedule(
     retire_pages = max(1, cdiv(share if config.retire_tokens is None else config.retire_tokens, page_size))
     least_window = 1 if config.window_tokens is None else config.window_tokens
     window_pages = cdiv(least_window, page_size) + retire_pages
-    least_store = cdiv(config.sink_tokens, page_size) if keeps_only_sinks else cdiv(config.sink_tokens + 1, page_size)
-    least_store = max(1, least_store)
+    least_store = max(1, cdiv(config.sink_tokens + (not keeps_only_sinks), page_size))
     least_pages = least_store + moment_pages + window_pages
     budget_pages = config.budget_tokens // page_size
     if budget_pages < least_pages:
@@ -220,6 +207,7 @@ def build_schedule(
         record_in_store=record_tokens is not None,
         record_tokens=record_tokens or 0,
         run_tokens=config.run_tokens or 1,
+        prefill_retire_pages=retire_pages * cdiv(config.prefill_retire_tokens or 1, retire_pages * page_size),
     )
 
 

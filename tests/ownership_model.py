@@ -1,13 +1,14 @@
 """A brute-force model of who owns which page: vLLM's real block manager with ours in it, a random scheduler, and a worker that
 moves symbols instead of tensors and checks every page it reads.
 
-A slot holds what its KV would depend on: the hash of the tokens up to its position and, past the first event, the boundary at
-which it was computed. A store or moment page holds the prefix that was folded into it. Pages are never cleared.
+A slot holds what its KV would depend on: the hash of the tokens up to its position and the events before it. A store or moment
+page holds the prefix that was folded into it, likewise. Pages are never cleared.
 """
 
 import random
 from collections import deque
 from dataclasses import dataclass, field
+from functools import cache
 
 from vllm import SamplingParams
 from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -79,6 +80,11 @@ class Work:
     table: list[int]
 
 
+@cache
+def events_until(plan: PageSchedule, position: int, prompt: int) -> tuple[int, ...]:
+    return tuple(plan.events(0, position, prompt))
+
+
 class Worker:
     def __init__(self, plan: PageSchedule, pages: int) -> None:
         self.plan = plan
@@ -99,12 +105,13 @@ class Worker:
         self.pages[w.table[column]][place] = slot
 
     def slot(self, w: Work, position: int):
-        boundary = self.plan.boundary_column(position, w.sequence.request.num_prompt_tokens)
-        return (w.sequence.hash(position), boundary) if boundary else w.sequence.hash(position)
+        events = events_until(self.plan, position, w.sequence.request.num_prompt_tokens)
+        return (w.sequence.hash(position), events) if events else w.sequence.hash(position)
 
     def state(self, w: Work, event: int, column: int) -> list:
         """A store or moment page after the event at that token count."""
-        return [("state", w.sequence.hash(event - 1), column)] * self.plan.page_size
+        events = events_until(self.plan, event, w.sequence.request.num_prompt_tokens)
+        return [("state", w.sequence.hash(event - 1), column, events)] * self.plan.page_size
 
     def walk(self, w: Work) -> None:
         prompt, certain = w.sequence.request.num_prompt_tokens, w.end - w.drafts
@@ -144,6 +151,7 @@ class Simulation:
             retire + rng.randint(1, 2),
             retire,
             rng.choice([0, 0, 0, rng.randint(0, MAX_TOKENS), ANY_PROMPT]),
+            prefill_retire_pages=retire * rng.choice([0, 0, 2, 3]),
         )
         self.chunk, self.lag = rng.choice([1, 3, 8, 20]), rng.choice([0, 0, 1])
         self.drafts = 0 if self.lag or size == 2 else rng.choice([0, size - 2])

@@ -129,6 +129,16 @@ def test_a_gpu_is_refused_unless_the_user_insists(monkeypatch, caplog, insists):
     assert any(row.present for row in gpu.gpu_rows(other, SimpleNamespace(speculative_config=None), config))
 
 
+@pytest.mark.parametrize("values", [{"prefill": "auto"}, {"prefill_retire_tokens": 256}])
+def test_events_that_depend_on_a_prompt_s_length_are_refused_on_a_gpu(monkeypatch, values):
+    monkeypatch.setenv(gpu.ALLOW_UNTESTED_GPU.name, "1")
+    platform = SimpleNamespace(device_type="cuda", is_cpu=lambda: False, is_cuda=lambda: True)
+    rows = gpu.gpu_rows(platform, SimpleNamespace(speculative_config=None), EvictionConfig("momentkv", **values))
+    (refused,) = [row for row in rows if row.present]
+    ((key, value),) = values.items()
+    assert key in refused.feature and str(value) in refused.feature and key in refused.way_out
+
+
 def test_the_layout_is_checked():
     strided = torch.zeros(3, PAGE, HEADS, 2 * D).transpose(1, 2)
     with pytest.raises(ValueError, match="LBHNC"):

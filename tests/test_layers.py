@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "momentkv_vllm"
 LAYERS = [
-    {"refuse", "environment", "moments", "model_layers", "versions", "metrics", "_cpu", "_cuda"},
+    {"refuse", "environment", "moments", "event_counts", "model_layers", "versions", "metrics", "_cpu", "_cuda"},
     {"policies"},
     {"config"},
     {"page_schedule", "page_layout", "packed_store", "records", "testing"},

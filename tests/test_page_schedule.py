@@ -28,6 +28,7 @@ def schedules(draw):
         store_page_tokens=draw(st.integers(page_size + 1, 4 * page_size)) if packed else 0,
         record_tokens=draw(st.integers(0, page_size)) if packed else 0,
         run_tokens=run_tokens,
+        prefill_retire_pages=retire * draw(st.integers(0, 5)),
     )
 
 
@@ -35,9 +36,10 @@ def walk(plan: PageSchedule, total: int, prompt: int) -> list[tuple[int, int]]:
     """(committed, boundary) after every token, by events alone."""
     boundary, out, exact = 0, [], prompt <= plan.exact_prompt_tokens
     for p in range(1, total + 1):
-        full = p == plan.first_event_tokens or (
-            p > plan.first_event_tokens and (p - plan.first_event_tokens) % plan.retire_tokens == 0
-        )
+        past = p - plan.first_event_tokens
+        # While more of the prompt is to come than to the next event of the finer grain, events are further apart.
+        reads = not exact and past >= 0 and p + plan.retire_tokens <= prompt
+        full = past >= 0 and past % (plan.prefill_retire_tokens if reads else plan.retire_tokens) == 0
         late = exact and p < prompt
         at_prompt_end = exact and p == prompt and prompt > plan.first_event_tokens
         if (full and not late) or at_prompt_end:
@@ -99,7 +101,38 @@ def test_live_pages_never_exceed_the_peak_in_chunked_prefill(plan, chunk, total)
     plan = replace(plan, exact_prompt_tokens=0)
     for start in range(0, total, chunk):
         end = min(total, start + chunk)
-        assert live_pages(plan, end, plan.boundary_column(start)) <= plan.peak_pages(chunk)
+        boundary = plan.boundary_column(start, total)
+        assert live_pages(plan, end, boundary) <= plan.peak_pages(chunk)
+        assert live_pages(plan, start, boundary) <= plan.reading_pages
+
+
+@settings(max_examples=300, deadline=None)
+@given(schedules(), st.integers(0, 400), st.integers(0, 400))
+def test_a_prompt_s_grain_ends_with_it(plan, prompt, new):
+    """From its last token on a request has evicted what one without a coarse grain has, and owns no more than its budget."""
+    plan = replace(plan, exact_prompt_tokens=0)
+    one_grain = replace(plan, prefill_retire_pages=0)
+    committed = prompt + new
+    assert plan.boundary_column(committed, prompt) == one_grain.boundary_column(committed)
+    assert plan.next_event(committed, prompt) == one_grain.next_event(committed)
+    assert list(plan.events(prompt, committed, prompt)) == list(one_grain.events(prompt, committed))
+    events = list(plan.events(0, prompt, prompt))
+    assert events[:1] == list(one_grain.events(0, prompt))[:1], "the budget is full when it is full"
+    gaps = [b - a for a, b in zip(events, events[1:])]
+    assert all(gap == plan.prefill_retire_tokens for gap in gaps[:-1]) and all(
+        gap <= plan.prefill_retire_tokens and gap % plan.retire_tokens == 0 for gap in gaps[-1:]
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(schedules(), st.integers(0, 400), st.integers(0, 400), st.integers(0, 400))
+def test_common_events_are_those_of_every_longer_prompt(plan, committed, prompt, longer):
+    plan = replace(plan, exact_prompt_tokens=0)
+    common = plan.last_common_event(committed, prompt)
+    mine, others = (list(plan.events(0, committed, p)) for p in (prompt, prompt + longer))
+    assert mine[: mine.index(common) + 1 if common else 0] == others[: others.index(common) + 1 if common else 0]
+    after = [e for e in mine if e > common]
+    assert not after or list(plan.events(0, after[0], 10**6)) != mine[: mine.index(after[0]) + 1]
 
 
 def test_below_the_budget_nothing_happens():

@@ -15,7 +15,12 @@ from momentkv_vllm.environment import ALLOW_UNTESTED_VLLM
 from momentkv_vllm.vllm_seams import refusals
 
 EVICT = {"kv_eviction": {"policy": "momentkv", "budget_tokens": 256}}
-FULL = {"kv_eviction": {"policy": "momentkv", "budget_tokens": 256, "prefill": "full"}}
+LENGTHS_DECIDE = {
+    "prefill 'full'": {"prefill": "full"},
+    "prefill 'auto'": {"prefill": "auto"},
+    "prefill_retire_tokens=64": {"prefill_retire_tokens": 64},
+}
+"""Settings with which the events of a request depend on the length of its prompt."""
 STOCK_SCHEDULER = "vllm.v1.core.sched.scheduler.Scheduler"
 
 
@@ -49,13 +54,21 @@ def test_options(models, options, words):
         assert word in str(error.value)
 
 
-def test_a_scheduler_that_would_not_read_a_session_again(models):
-    """A session that has evicted and whose prompt grows: the schedule of the longer prompt is another one in `full` prefill,
-    and with steps in flight in any (tests/test_sessions.py). One that derives from ours knows."""
+@pytest.mark.parametrize("setting", LENGTHS_DECIDE)
+def test_a_scheduler_that_would_not_read_a_longer_prompt_again(models, setting):
+    """A session that has evicted and whose prompt grows: the schedule of the longer prompt is another one
+    (tests/test_sessions.py). A scheduler that derives from ours knows."""
+    carried = {"kv_eviction": EVICT["kv_eviction"] | LENGTHS_DECIDE[setting]}
     with pytest.raises(
-        ValueError, match=f"--scheduler-cls {STOCK_SCHEDULER} with prefill 'full'.*use prefill 'chunked'"
+        ValueError, match=f"--scheduler-cls {STOCK_SCHEDULER} with {setting}.*use prefill 'chunked' without"
     ):
-        config_of(models(), additional_config=FULL, scheduler_cls=STOCK_SCHEDULER)
+        config_of(models(), additional_config=carried, scheduler_cls=STOCK_SCHEDULER)
+    own = type("Own", (MomentKVScheduler,), {})
+    assert config_of(models(), additional_config=carried, scheduler_cls=own).scheduler_config.scheduler_cls is own
+
+
+def test_a_scheduler_that_would_not_read_a_session_again(models):
+    """With steps in flight it must in any case."""
     config = config_of(models(), scheduler_cls=STOCK_SCHEDULER)
     config.scheduler_config.async_scheduling = True
     eviction = EvictionConfig.from_vllm(config)
@@ -63,8 +76,6 @@ def test_a_scheduler_that_would_not_read_a_session_again(models):
         refusals.refuse_unsupported(config, eviction)
     config.scheduler_config.scheduler_cls = type("Own", (AsyncMomentKVScheduler,), {})
     refusals.refuse_unsupported(config, eviction)
-    own = type("Own", (MomentKVScheduler,), {})
-    assert config_of(models(), additional_config=FULL, scheduler_cls=own).scheduler_config.scheduler_cls is own
 
 
 def changed_model(folder, source, **changes):

@@ -44,11 +44,13 @@ def ask_in_pieces(
 
 
 @pytest.mark.parametrize("pipelined", [False, True])
-@pytest.mark.parametrize("prefill", ["chunked", "full", "auto"])
+@pytest.mark.parametrize("prefill", ["chunked", "coarse", "full", "auto"])
 def test_answers_are_those_of_one_request(engine, models, prefill, pipelined):
-    """Pieces end below the budget, evict, and go on evicting; after exact prompts the longer prompt is read again."""
+    """Pieces end below the budget, evict, and go on evicting; after exact prompts, and where events in a prompt are further
+    apart, the longer prompt is read again."""
+    values = {"prefill": "chunked", "prefill_retire_tokens": 64} if prefill == "coarse" else {"prefill": prefill}
     e = engine(
-        models(seed=1), policy="momentkv", budget_tokens=384, prefill=prefill, exact_prompt_tokens=650, pipelined=pipelined,
+        models(seed=1), policy="momentkv", budget_tokens=384, **values, exact_prompt_tokens=650, pipelined=pipelined,
         enable_prefix_caching=True, max_num_batched_tokens=128,
     )  # fmt: skip
     answers, texts = ask_in_pieces(e, PIECES)

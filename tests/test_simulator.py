@@ -13,6 +13,7 @@ OTHERS = {
     "momentkv, off": {"policy": "momentkv", "correction": "off"},
     "momentkv, first": {"policy": "momentkv", "correction": "first", "moment_dtype": "int8"},
     "momentkv, full": {"policy": "momentkv", "prefill": "full", "observation_tokens": 20},
+    "momentkv, a coarse grain": {"policy": "momentkv", "prefill_retire_tokens": 96},
     "snapkv, chunked": {"policy": "snapkv", "prefill": "chunked", "correction": "zeroth"},
     "paper, chunked": {"policy": "paper", "prefill": "chunked"},
 }

@@ -31,9 +31,10 @@ def run(folder, model, prompts: list[int], new_tokens: int, options: dict, **mor
     return json.loads(lines[0].removeprefix("RESULT "))
 
 
-@pytest.mark.parametrize("prefill", ["chunked", "full", "auto"])
+@pytest.mark.parametrize("prefill", ["chunked", "coarse", "full", "auto"])
 def test_tokens_are_those_without_drafts(tmp_path, models, prefill):
-    seen = run(tmp_path, models(seed=1), [30, 350, 381, 385, 600], 150, {**EXACT, "prefill": prefill})
+    values = {"prefill": "chunked", "prefill_retire_tokens": 64} if prefill == "coarse" else {"prefill": prefill}
+    seen = run(tmp_path, models(seed=1), [30, 350, 381, 385, 600], 150, {**EXACT, **values})
     assert seen["got"] == seen["want"]
     assert seen["retired"][0] == seen["retired"][1] and seen["retired"][0][0] > 0
     assert not any(seen["events"]), "an event depends on draft tokens"

@@ -21,6 +21,8 @@ SETTINGS = {
     "momentkv, first": {"correction": "first"},
     "momentkv, int4": {**INT4, "window_tokens": 64},
     "momentkv, int4, first": {**INT4, "correction": "first", "moment_dtype": "int8"},
+    "momentkv, a coarse grain": {"prefill_retire_tokens": 96},
+    "momentkv, int4, a coarse grain": {**INT4, "prefill_retire_tokens": 64, "window_tokens": 64},
     "keydiff": {"policy": "keydiff"},
     "keydiff, int4": {"policy": "keydiff", **INT4},
     "keydiff, off": {"policy": "keydiff", "correction": "off"},

@@ -34,3 +34,18 @@ def test_the_last_queries_before_an_event_that_evicts_are_observed(store_dtype):
 @pytest.mark.parametrize("store_dtype", ["model", "int4"])
 def test_a_policy_of_all_queries_sees_every_one(store_dtype):
     assert all(planned("h2o", store_dtype)[0])
+
+
+@pytest.mark.parametrize(("grain", "events"), [(None, 225), (256, 29), (512, 15)])
+def test_one_attend_and_one_consolidation_for_each_event_of_a_prompt(grain, events):
+    """8,192 tokens in steps of 2,048 at a budget of 1,024: the first event there, then one every 32 tokens, or every `grain`."""
+    config = EvictionConfig("momentkv", 1024, prefill_retire_tokens=grain)
+    schedule = StateLayout.of(config, PAGE, 128, torch.bfloat16).schedule
+    planner, prompt, step = StepPlanner(schedule, config, config.policy_class), 8192, 2048
+    table = torch.arange(1, 1 + prompt // PAGE)[None]
+    rounds = [
+        r for end in range(step, prompt + 1, step) for r in planner.build([0, step], [end], [prompt], table).rounds
+    ]
+    assert sum(len(r.retires) for r in rounds) == events
+    # The first 1,024 tokens are two segments of 512.
+    assert [len(r.attends) for r in rounds] == [1] * (events + 1)

@@ -40,7 +40,12 @@ STORES: dict[str, dict[str, Any]] = {
     **{f"{name}, int4": {**ablated, **IN_OUR_STORE} for name, ablated in ABLATION.items()},
 }
 """Other stores: ours in others, and the others' scores, corrections and prompts in ours."""
-KNOWN = METHODS | ABLATION | STORES
+GRAINS: dict[str, dict[str, Any]] = {
+    f"momentkv, prompts every {tokens}": {"policy": "momentkv", "prefill_retire_tokens": tokens}
+    for tokens in (64, 128, 256, 512)
+}
+"""Ours, with events further apart while a prompt is read."""
+KNOWN = METHODS | ABLATION | STORES | GRAINS
 
 DTYPE = torch.bfloat16
 

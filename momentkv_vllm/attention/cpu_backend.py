@@ -82,7 +82,7 @@ class MomentKVMetadataBuilder(CPUAttentionMetadataBuilder):
         self.planner = StepPlanner(kv_cache_spec.schedule, config, config.policy_class)
         if get_tensor_model_parallel_rank() == 0:
             self.monitor = Monitor(kv_cache_spec)
-        if config.prefill != "chunked":
+        if self.planner.schedule.reads_prompt_lengths:
             # Makes the runner hand prompt lengths to builders (CommonAttentionMetadata.rswa_prefix_lens), the only field
             # that carries them. Nothing else on a CPU worker reads this attribute of this process's config copy (ledger of
             # patches: vllm_seams/__init__.py).

@@ -20,8 +20,9 @@ MAX_SLOTS_PER_WORK = 1 << 16
 """Retained slots that one work list may name: bounds the float32 copies of the reference kernels
 (2 * 4 * num_kv_heads * head_dim bytes a slot: 512 MiB at 8 heads of 128)."""
 
-MAX_QUERIES = 128
-"""Queries of one segment: bounds the logits of the reference kernels in "full" prefill (queries x heads x context)."""
+MAX_QUERIES, MAX_EXACT_QUERIES = 512, 128
+"""Queries of one segment, and of one in a prompt that is exact or of unknown length (0): bounds the logits of the
+reference kernels (queries x heads x context)."""
 
 NEVER = 1 << 62
 """A position that no token has."""
@@ -87,7 +88,7 @@ class StepPlanner:
         Args:
             query_start: [num_requests + 1] start of each request in the flat token list.
             seq_lens: [num_requests] committed tokens at the end of the step.
-            prompt_lens: [num_requests] prompt lengths; read in "full" prefill mode only.
+            prompt_lens: [num_requests] prompt lengths; read where the schedule `reads_prompt_lengths`.
             block_table: [num_requests, columns] page numbers.
         """
         table = block_table.numpy()
@@ -116,9 +117,10 @@ class StepPlanner:
     def _segments(self, row: int, first_token: int, start: int, end: int, prompt: int) -> Iterator[Segment]:
         schedule = self.schedule
         events = set(schedule.events(start, end, prompt))
-        first_cut = (start // MAX_QUERIES + 1) * MAX_QUERIES
+        most = MAX_EXACT_QUERIES if prompt <= schedule.exact_prompt_tokens else MAX_QUERIES
+        first_cut = start + most - (start - schedule.first_event_tokens) % most
         position = start
-        for stop in sorted(events | {end} | set(range(first_cut, end, MAX_QUERIES))):
+        for stop in sorted(events | {end} | set(range(first_cut, end, most))):
             yield Segment(
                 row=row,
                 first_token=first_token + position - start,

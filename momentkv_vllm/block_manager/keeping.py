@@ -73,7 +73,8 @@ class KeepsStates:
 
     def _keep_state(self, state: PrefixState) -> None:
         """Keep the state that the request's pages hold before the coming step, if its plan says so."""
-        request, event = state.request, self.schedule.last_event(state.request.num_computed_tokens)
+        request = state.request
+        event = self.schedule.last_event(request.num_computed_tokens, request.num_prompt_tokens)
         planned = event in state.keep and self.states.covers(request, event)
         state.keep = [e for e in state.keep if e > event]
         row = self.req_to_blocks[request.request_id]
@@ -89,7 +90,7 @@ class KeepsStates:
 
     def _leave_state(self, request: Request) -> None:
         """The request gives its pages back: they hold the state of its last event once the steps in flight are done."""
-        event = self.schedule.last_event(request.num_computed_tokens)
+        event = self.schedule.last_event(request.num_computed_tokens, request.num_prompt_tokens)
         if not self.states or not self.states.covers(request, event):
             return
         row = self.req_to_blocks[request.request_id]

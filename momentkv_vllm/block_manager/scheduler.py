@@ -55,7 +55,7 @@ class StopsAtEvents:
         """Such that a step's end comes before the next event after one at which the state shall be kept."""
         plan = self.states and self.states.plans.get(request)
         keep = next((event for event in plan.keep if event > start), None) if plan else None
-        reads_past = keep is not None and self.page_schedule.next_event(keep) <= start + tokens
+        reads_past = keep and self.page_schedule.next_event(keep, request.num_prompt_tokens) <= start + tokens
         return keep - start if reads_past else tokens
 
 
@@ -104,7 +104,8 @@ class RestartsSessions(StartsFromStates):
     That is right as long as the worker's state is what the schedule says of the longer prompt. Where it is not, the session is
     read again from its first token, as a preempted request is:
 
-    * Its shorter prompt was exact, and the session has evicted. One request over the same text would not have, yet.
+    * The session has evicted where one request over the same text would not have: its shorter prompt was exact, or it ended, so
+      that events came in the finer grain.
     * A step in flight, whose token vLLM discards, has already reached what the next event depends on (async scheduling).
     """
 
@@ -124,13 +125,16 @@ class RestartsSessions(StartsFromStates):
         return super()._handle_stopped_request(request)
 
     def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
-        before = self.page_schedule.first_event_of(session.num_prompt_tokens)
+        before = self._past_events(session)
         super()._update_request_as_session(session, update)
-        longer = self.page_schedule.first_event_of(session.num_prompt_tokens)
-        other_events = before != longer and min(before, longer) <= session.num_computed_tokens
-        if other_events or session in self.overtaken:
+        if self._past_events(session) != before or session in self.overtaken:
             self.overtaken.discard(session)
             self._read_again(session)
+
+    def _past_events(self, session: Request) -> list[int]:
+        """All that its prompt's length has decided so far."""
+        schedule, prompt = self.page_schedule, session.num_prompt_tokens
+        return list(schedule.events(0, session.num_computed_tokens, prompt)) if schedule.reads_prompt_lengths else []
 
     def _read_again(self, session: Request) -> None:
         """Give back what the session holds; vLLM then schedules it like a new request. Its pages are no state of its text."""

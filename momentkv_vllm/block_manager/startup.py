@@ -30,6 +30,12 @@ def announce(spec: MomentKVSpec, pool_pages: int) -> None:
         schedule.store_pages, schedule.moment_pages, schedule.window_pages, spec.state_bytes,
         100 * spec.state_bytes / (budget * spec.page_size_bytes), pool_pages, pool_pages // budget,
     )  # fmt: skip
+    if schedule.reading_pages > budget:
+        logger.info(
+            "momentkv: while its prompt is read, a sequence evicts every %d tokens (prefill_retire_tokens) and holds up to %d "
+            "pages",
+            schedule.prefill_retire_tokens, schedule.reading_pages,
+        )  # fmt: skip
     if schedule.is_packed:
         logger.info(
             "momentkv: store_dtype %s holds %d tokens in the memory of %d; nothing is evicted until it is full",

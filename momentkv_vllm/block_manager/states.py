@@ -1,15 +1,17 @@
 """States of evicted prefixes in vLLM's prefix cache: where a later request over the same beginning goes on reading.
 
 A state is what columns [0, S+M) hold right after the event at a token count. It depends on the tokens before and on nothing else,
-so its pages can be cached like a block. Their keys: the hash of the block that ends at the event (it covers the prefix, LoRA,
-cache_salt and multimodal inputs), a fingerprint of what shapes a state, and the column. The exact pages from `boundary_column` to
-the event have vLLM's own keys. All of them lie in vLLM's hash table and free list: the least recently used go first.
+so its pages can be cached like a block. (Where events are further apart in a prompt than after it, that is so in the prompt.)
+Their keys: the hash of the block that ends at the event (it covers the prefix, LoRA, cache_salt and multimodal inputs), a
+fingerprint of what shapes a state, and the column. The exact pages from `boundary_column` to the event have vLLM's own keys. All
+of them lie in vLLM's hash table and free list: the least recently used go first.
 
 Idea of what to keep: Marconi (arXiv 2411.19379). No code of it is used.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from weakref import WeakKeyDictionary
 
@@ -71,7 +73,7 @@ class StateCache:
         if not self.held or not self._evicts_at_fixed_counts(request):
             return
         hashes = self._hashes(request)
-        for event, name in self._events(hashes, request.num_tokens - 1, after):
+        for event, name in self._events(request, request.num_tokens - 1, after):
             pages = self._pages(name)
             window = self._window(hashes, event) if pages else None
             if window is not None:
@@ -82,14 +84,14 @@ class StateCache:
         """Decide what the request keeps while it reads on from `start`; nothing if its text is below the budget."""
         if request.num_tokens <= self.schedule.first_event_tokens or not self._evicts_at_fixed_counts(request):
             return
-        hashes, end = self._hashes(request), request.num_tokens - 1
-        known = next((event for event, name in self._events(hashes, end) if name in self.known), 0)
-        self.plans[request] = ReadingPlan(start, known, tuple(sorted(self._worth_keeping(start, known, end))))
+        end, last = request.num_tokens - 1, self._last_event(request)
+        known = next((event for event, name in self._events(request, end) if name in self.known), 0)
+        self.plans[request] = ReadingPlan(start, known, tuple(sorted(self._worth_keeping(start, known, end, last))))
 
-    def _worth_keeping(self, start: int, known: int, end: int) -> set[int]:
+    def _worth_keeping(self, start: int, known: int, end: int, last: Callable[[int], int]) -> set[int]:
         """Where texts parted before, otherwise a place near the prompt's end that lies before a question of usual length; and
         what the user asked for."""
-        last, gap = self.schedule.last_event, self.schedule.first_event_tokens // GAP_SHARE
+        gap = self.schedule.first_event_tokens // GAP_SHARE
         step = self.interval_tokens or end + 1
         keep = {event for event in map(last, range(step, end + 1, step)) if event > start}
         if known > start:
@@ -105,7 +107,8 @@ class StateCache:
         """Whether the request has a state there whose key is known: that of its tokens."""
         if not self._evicts_at_fixed_counts(request):
             return False
-        return 0 < event <= min(request.num_tokens, len(self._hashes(request)) * self.schedule.page_size)
+        known = min(request.num_tokens, len(self._hashes(request)) * self.schedule.page_size)
+        return 0 < event <= known and event == self._last_event(request)(event)
 
     def hold(self, request: Request, event: int, pages: Sequence[KVCacheBlock]) -> None:
         """Cache `pages`, which have no key, as the request's state at that event; over the bound the oldest state leaves."""
@@ -139,7 +142,7 @@ class StateCache:
 
     def remember(self, request: Request, after: int = 0) -> None:
         """Note the events of the request's text after `after`."""
-        for _, name in self._events(self._hashes(request), request.num_tokens, after):
+        for _, name in self._events(request, request.num_tokens, after):
             self.known[name] = None
         while len(self.known) > MAX_KNOWN:
             del self.known[next(iter(self.known))]
@@ -167,11 +170,15 @@ class StateCache:
         """Of the request's full pages."""
         return resolve_block_hashes(request.block_hashes, self.pool.hash_block_size, self.schedule.page_size)
 
-    def _events(self, hashes: Sequence[BlockHash], end: int, after: int = 0) -> Iterator[tuple[int, BlockHash]]:
-        """Events in (after, end] and the hashes of the blocks that end there, the latest first."""
-        schedule, size = self.schedule, self.schedule.page_size
-        last = schedule.last_event(min(end, len(hashes) * size))
-        for event in range(last, max(schedule.first_event_tokens - 1, after), -schedule.retire_tokens):
+    def _last_event(self, request: Request) -> Callable[[int], int]:
+        """The request's latest event, at or before a token count, whose state may be another text's."""
+        return partial(self.schedule.last_common_event, prompt_tokens=request.num_prompt_tokens)
+
+    def _events(self, request: Request, end: int, after: int = 0) -> Iterator[tuple[int, BlockHash]]:
+        """Such events in (after, end] and the hashes of the blocks that end there, the latest first."""
+        schedule, size, hashes = self.schedule, self.schedule.page_size, self._hashes(request)
+        last = self._last_event(request)(min(end, len(hashes) * size))
+        for event in range(last, max(schedule.first_event_tokens - 1, after), -schedule.prefill_retire_tokens):
             yield event, hashes[event // size - 1]
 
     def _name(self, request: Request, event: int) -> BlockHash:

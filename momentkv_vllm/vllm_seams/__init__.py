@@ -12,6 +12,6 @@ that a user could have given (engine_args.py sets some that were left open). The
 | model_arch_config.rswa_window | attention/cpu_backend.py | builders learn no prompt lengths | their metadata has them |
 
 The first three are in place before vLLM builds its parser. The fourth mends stock vLLM as well. The last is a value, no method:
-set in the worker's copy of the model config, for `full` prefill. tests/test_seams.py is the second ledger: it finds every patch
-in our source, wants it in this table, and says by name which target vLLM renamed.
+set in the worker's copy of the model config where a page schedule asks for prompt lengths. tests/test_seams.py is the second
+ledger: it finds every patch in our source, wants it in this table, and says by name which target vLLM renamed.
 """

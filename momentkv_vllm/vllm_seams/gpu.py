@@ -51,5 +51,10 @@ def gpu_rows(platform: Any, vllm_config: "VllmConfig", config: EvictionConfig) -
             config.prefill != "chunked",
             "use --kv-eviction-config.prefill chunked",
         ),
+        Unsupported(
+            f"prefill_retire_tokens={config.prefill_retire_tokens} on a GPU, whose steps know no prompt lengths yet",
+            config.prefill_retire_tokens is not None,
+            "leave prefill_retire_tokens out",
+        ),
         Unsupported("speculative decoding on a GPU", drafts, "leave --speculative-config out"),
     ]

@@ -127,6 +127,8 @@ def _engine_rows(vllm_config: "VllmConfig", config: EvictionConfig, platform: An
     # A CPU has one backend, whatever a model's hook in vLLM writes here (Gemma 4's: models/config.py); only the user is obeyed.
     attention = backend if platform.is_cpu() else vllm_config.attention_config.backend
     own, leave_out = _has_own_scheduler(vllm_config), "leave --scheduler-cls out, derive it from ours"
+    coarse = f"prefill_retire_tokens={config.prefill_retire_tokens}" if config.prefill_retire_tokens else ""
+    exact = f"prefill {config.prefill!r}" if config.prefill != "chunked" else ""
     return [
         Unsupported(
             f"--attention-backend {getattr(attention, 'name', attention)}",
@@ -140,10 +142,10 @@ def _engine_rows(vllm_config: "VllmConfig", config: EvictionConfig, platform: An
         ),
         # Our schedulers read such a session again (block_manager/scheduler.py); another one would answer wrongly.
         Unsupported(
-            f"--scheduler-cls {scheduler.scheduler_cls} with prefill 'full' (a session whose prompt grows after an eviction must "
-            f"be read again)",
-            own and config.prefill == "full",
-            f"{leave_out}, use prefill 'chunked'",
+            f"--scheduler-cls {scheduler.scheduler_cls} with {exact or coarse} (a session whose prompt grows after an eviction "
+            f"must be read again)",
+            own and (exact or coarse),
+            f"{leave_out}, use prefill 'chunked' without prefill_retire_tokens",
         ),
         Unsupported(
             f"--scheduler-cls {scheduler.scheduler_cls} with --async-scheduling (a session whose prompt grows under a step in "
