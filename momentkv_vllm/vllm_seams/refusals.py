@@ -11,6 +11,7 @@ from momentkv_vllm.model_layers import full_layers, has_windows
 from momentkv_vllm.refuse import WITHOUT, Unsupported, refuse, refuse_first
 from momentkv_vllm.versions import TESTED_VLLM, installed_vllm
 from momentkv_vllm.vllm_seams.gpu import BACKEND_NAMES, gpu_rows
+from momentkv_vllm.vllm_seams.hybrids import hybrid_rows
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -38,6 +39,7 @@ def refuse_unsupported(vllm_config: "VllmConfig", config: EvictionConfig, backen
     rows = [
         *gpu_rows(platform, vllm_config, config),
         *_model_rows(vllm_config),
+        *hybrid_rows(vllm_config, platform),
         *_cache_rows(vllm_config, config),
         *_parallel_rows(vllm_config, platform),
         *_engine_rows(vllm_config, config, platform, backend),
@@ -60,7 +62,6 @@ def _model_rows(vllm_config: "VllmConfig") -> list[Unsupported]:
         Unsupported("MLA models (multi-head latent attention)", model.use_mla),
         Unsupported("encoder-decoder models", model.is_encoder_decoder),
         Unsupported("attention-free models", model.is_attention_free),
-        Unsupported("hybrid models (Mamba or linear attention beside attention)", model.is_hybrid),
         Unsupported("models that read images in both directions (prefix-LM)", model.is_mm_prefix_lm, text_only),
         Unsupported("models with KV sharing between layers", getattr(text, "num_kv_shared_layers", None)),
         Unsupported("models with logits soft-capping", getattr(text, "attn_logit_softcapping", None)),
@@ -70,7 +71,7 @@ def _model_rows(vllm_config: "VllmConfig") -> list[Unsupported]:
         Unsupported(
             f"models with {layers.count} full-attention layers and {layers.others} sliding-window layers (fewer than 1.5 times "
             f"as many as those)",
-            layers.others and layers.count >= 1.5 * layers.others,
+            layers.others and layers.count >= 1.5 * layers.others and not model.is_hybrid,
         ),
         Unsupported(
             f"models whose sliding-window layers have {layers.page_ratio:g} times the KV of their full-attention layers (a whole "
