@@ -18,6 +18,11 @@ class PageBlocks:
     pages: int = 1
 
     @property
+    def tokens(self) -> int:
+        """Of a block."""
+        return self.pages * self.schedule.page_size
+
+    @property
     def rewritten(self) -> int:
         """Blocks that hold store and moments, wholly or in part: never freed while the sequence lives."""
         return cdiv(self.schedule.store_pages + self.schedule.moment_pages, self.pages)

@@ -11,25 +11,30 @@ logger = init_logger(f"vllm.{__name__}")
 
 def announce(spec: MomentKVSpec, pool_pages: int) -> None:
     """The start-up line, and the refusal of a pool that cannot hold one sequence while it is prefilled."""
-    schedule = spec.schedule
-    budget = schedule.budget_pages
-    need = schedule.least_pool_pages(spec.step_tokens)
+    schedule, blocks = spec.schedule, spec.blocks
+    need = blocks.least_pool(spec.step_tokens)
     if need > pool_pages:
         refuse(
-            f"the KV pool has {pool_pages} pages of {schedule.page_size} tokens, but a sequence needs up to {need}: {budget} "
-            f"for --kv-budget {spec.config.budget_tokens} and {need - budget} for "
+            f"the KV pool has {pool_pages} pages of {blocks.tokens} tokens, but a sequence needs up to {need}: {blocks.budget} "
+            f"for --kv-budget {spec.config.budget_tokens} and {need - blocks.budget} for "
             f"{schedule.what_needs_pages(spec.step_tokens)}",
             "lower --max-num-batched-tokens, exact_prompt_tokens or --kv-budget",
             "give the KV cache more memory",
             WITHOUT,
         )
+    budget = schedule.budget_pages
     logger.info(
         "momentkv: policy %s (%s), budget %d tokens = %d pages of %d (store %d, moments %d, window %d), state %d bytes a "
         "sequence and layer (%.0f %% of the budget), pool %d pages: about %d sequences at full budget",
         spec.config.policy, origin(spec.config.policy), schedule.first_event_tokens, budget, schedule.page_size,
         schedule.store_pages, schedule.moment_pages, schedule.window_pages, spec.state_bytes,
-        100 * spec.state_bytes / (budget * spec.page_size_bytes), pool_pages, pool_pages // budget,
+        100 * spec.state_bytes * blocks.pages / (budget * spec.page_size_bytes), pool_pages, pool_pages // blocks.budget,
     )  # fmt: skip
+    if blocks.pages > 1:
+        logger.info(
+            "momentkv: pages lie in vLLM's blocks of %d tokens, which the pool counts: a sequence holds up to %d at full budget",
+            blocks.tokens, blocks.budget,
+        )  # fmt: skip
     if schedule.is_packed:
         logger.info(
             "momentkv: store_dtype %s holds %d tokens in the memory of %d; nothing is evicted until it is full",

@@ -19,6 +19,9 @@ logger = logging.getLogger(f"vllm.{__name__}")
 
 NOT_ON_CPUS = {
     "JambaForCausalLM": "Mamba1 layers",
+    "OlmoHybridForCausalLM": "the kernels of OLMo Hybrid",
+    "Qwen4ExpForCausalLM": "the kernels of Qwen4Exp",
+    "Qwen4ExpForConditionalGeneration": "the kernels of Qwen4Exp",
 }
 """Architectures that vLLM 0.32.0 cannot run on a CPU without eviction either, by what stands against it."""
 SENSIBLE_BLOCKS = 2

@@ -209,15 +209,18 @@ def _refuse_page_size(vllm_config: "VllmConfig") -> None:
 def _refuse_budget(vllm_config: "VllmConfig", config: EvictionConfig) -> None:
     """The budget must hold state and window; said here because here the user still sees it."""
     from momentkv_vllm.kv_spec import expected_layout
+    from momentkv_vllm.page_blocks import PageBlocks
 
-    schedule = expected_layout(config, vllm_config).schedule
+    schedule, block_size = expected_layout(config, vllm_config).schedule, vllm_config.cache_config.block_size
     pool = vllm_config.cache_config.num_gpu_blocks_override
     step = vllm_config.max_in_flight_tokens
-    need = schedule.least_pool_pages(step)
+    # Pages of layers that evict beside larger ones have more tokens than vLLM's blocks (model_layers.py, page_ratio).
+    blocks = PageBlocks(schedule, max(1, block_size // schedule.page_size))
+    need = blocks.least_pool(step)
     if pool is not None and need > pool - 1:
         refuse(
-            f"--num-gpu-blocks-override {pool} leaves {pool - 1} pages of {schedule.page_size} tokens, but a sequence needs up "
-            f"to {need}: {schedule.budget_pages} for --kv-budget {config.budget_tokens}, the rest for "
+            f"--num-gpu-blocks-override {pool} leaves {pool - 1} pages of {blocks.tokens} tokens, but a sequence needs up "
+            f"to {need}: {blocks.budget} for --kv-budget {config.budget_tokens}, the rest for "
             f"{schedule.what_needs_pages(step)}",
             "lower --max-num-batched-tokens, exact_prompt_tokens or --kv-budget", "give it more pages", WITHOUT,
         )  # fmt: skip
