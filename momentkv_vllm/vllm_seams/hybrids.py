@@ -68,11 +68,8 @@ def hybrid_rows(vllm_config: "VllmConfig", platform: Any) -> list[Unsupported]:
         return []
     lacks = NOT_ON_CPUS.get(model.architecture)
     staged = vllm_config.parallel_config.pipeline_parallel_size > 1
-    unmanaged, leave_out = vllm_config.scheduler_config.disable_hybrid_kv_cache_manager, "leave the option out"
-    mode, what = (
-        vllm_config.cache_config.mamba_cache_mode,
-        "of hybrid models (Mamba, linear attention, ... beside attention)",
-    )
+    unmanaged = vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+    what = "of hybrid models (Mamba, linear attention, ... beside attention)"
     return [
         Unsupported(f"GPUs for layers {what}", not platform.is_cpu()),
         Unsupported(f"{lacks}, which vLLM cannot run on a CPU (also without eviction)", lacks and platform.is_cpu()),
@@ -83,6 +80,5 @@ def hybrid_rows(vllm_config: "VllmConfig", platform: Any) -> list[Unsupported]:
         ),
         Unsupported(f"speculative decoding {what}", vllm_config.speculative_config, "leave --speculative-config out"),
         Unsupported(f"pipeline parallelism {what}", staged, "use tensor or data parallelism"),
-        Unsupported(f"--disable-hybrid-kv-cache-manager {what}", unmanaged, leave_out),
-        Unsupported(f"--mamba-cache-mode {mode} {what}", mode not in ("none", "align"), leave_out),
+        Unsupported(f"--disable-hybrid-kv-cache-manager {what}", unmanaged, "leave the option out"),
     ]
