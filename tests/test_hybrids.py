@@ -32,7 +32,7 @@ def carrier(budget, **settings):
     return {"kv_eviction": {"policy": "momentkv", "budget_tokens": budget} | settings}
 
 
-@pytest.mark.parametrize("row", rows("models.md", "| model | vLLM's block on a CPU"), ids=lambda row: row[0])
+@pytest.mark.parametrize("row", rows("hybrids.md", "| model | vLLM's block on a CPU"), ids=lambda row: row[0])
 def test_blocks_of_published_shapes(tmp_path, row):
     name, block, sensible, held = row
     config, architecture, settings = PUBLISHED[name]

@@ -435,7 +435,7 @@ def test_every_patch_is_in_both_ledgers():
     functions = sum(name.split(".")[0].endswith("_runner") for name in PATCHES)
     said = {4: "four", 5: "five"}[methods] + " patched methods, " + {1: "one patched function"}[functions]
     said += " and " + {1: "one value"}[len(PATCHES) - methods - functions]
-    assert said in (PACKAGE.parent / "README.md").read_text()
+    assert said in (PACKAGE.parent / "docs/design.md").read_text()
 
 
 def test_the_runner_gives_prompt_lengths_to_builders_where_a_model_asks():
