@@ -56,6 +56,7 @@ def _model_rows(vllm_config: "VllmConfig") -> list[Unsupported]:
     text = model.hf_text_config
     value_size = getattr(text, "v_head_dim", None)
     other_values = value_size not in (None, layers.head_size) and not getattr(text, "kv_lora_rank", None)
+    shared = getattr(text, "num_kv_shared_layers", None)
     text_only = "take its text alone with --language-model-only"
     return [
         Unsupported("runner 'pooling' (embedding and scoring models)", model.runner_type != "generate"),
@@ -63,7 +64,11 @@ def _model_rows(vllm_config: "VllmConfig") -> list[Unsupported]:
         Unsupported("encoder-decoder models", model.is_encoder_decoder),
         Unsupported("attention-free models", model.is_attention_free),
         Unsupported("models that read images in both directions (prefix-LM)", model.is_mm_prefix_lm, text_only),
-        Unsupported("models with KV sharing between layers", getattr(text, "num_kv_shared_layers", None)),
+        Unsupported(
+            f"models with KV sharing between layers ({shared} of {model.model_arch_config.total_num_hidden_layers} read the "
+            f"cache of an earlier layer, which would evict before they have)",
+            shared,
+        ),
         Unsupported("models with logits soft-capping", getattr(text, "attn_logit_softcapping", None)),
         Unsupported(
             f"models with key heads of {layers.head_size} and value heads of {value_size} numbers", other_values
