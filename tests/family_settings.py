@@ -257,7 +257,7 @@ FAMILIES = {
     "Qwen3-Next": Family(
         "Qwen3NextConfig",
         EXPERTS | GDN | {"head_dim": 256, "partial_rotary_factor": 0.25, "shared_expert_intermediate_size": 64,
-                         "num_hidden_layers": 4, "layer_types": ["linear_attention"] * 3 + [F]},
+                         "num_hidden_layers": 8, "layer_types": (["linear_attention"] * 3 + [F]) * 2},
         "gated DeltaNet beside attention",
         dtype="bfloat16",
     ),
@@ -275,7 +275,7 @@ FAMILIES = {
     "LFM2": Family(
         "Lfm2Config",
         {"num_hidden_layers": 4, "layer_types": ["conv", "conv", F, "conv"], "block_auto_adjust_ff_dim": False,
-         "conv_dim": 128},
+         "conv_dim": 128, "block_dim": 128},
         "short convolutions beside attention",
     ),
     "Zamba2": Family(
