@@ -82,6 +82,13 @@ def full_layers(vllm_config: Any) -> FullLayers:
     )
 
 
+def has_mamba(model: Any) -> bool:
+    """Whether the layers that keep states are of Mamba: their names in configurations do not tell, what these know of them does
+    (gated DeltaNet has heads, a short convolution a length)."""
+    others = ("linear_key_head_dim", "conv_L_cache")
+    return keeps_states(model) and not any(hasattr(model.hf_text_config, key) for key in others)
+
+
 def _beside_states(model: Any) -> FullLayers:
     text = model.hf_text_config
     types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []

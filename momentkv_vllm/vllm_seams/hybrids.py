@@ -9,7 +9,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.model_layers import full_layers, has_windows, keeps_states
+from momentkv_vllm.model_layers import full_layers, has_mamba, has_windows, keeps_states
 from momentkv_vllm.refuse import Unsupported
 
 if TYPE_CHECKING:
@@ -79,6 +79,12 @@ def hybrid_rows(vllm_config: "VllmConfig", platform: Any) -> list[Unsupported]:
             layers.others and layers.count >= 1.5 * layers.others,
         ),
         Unsupported(f"speculative decoding {what}", vllm_config.speculative_config, "leave --speculative-config out"),
+        Unsupported(
+            "--enable-prefix-caching of models with Mamba layers on a CPU (vLLM's engine ends at a prompt of several steps, also "
+            "without eviction)",
+            has_mamba(model) and vllm_config.cache_config.enable_prefix_caching,
+            "leave the option out",
+        ),
         Unsupported(f"pipeline parallelism {what}", staged, "use tensor or data parallelism"),
         Unsupported(f"--disable-hybrid-kv-cache-manager {what}", unmanaged, "leave the option out"),
     ]
