@@ -9,6 +9,21 @@ from momentkv_vllm.refuse import WITHOUT, refuse
 logger = init_logger(f"vllm.{__name__}")
 
 
+def refuse_pool_without_states(spec: MomentKVSpec, pool_pages: int, groups: int, caches_prefixes: bool) -> None:
+    """Raises ValueError for a pool in which a request would wait for ever: beside its pages it has a block of each of the
+    `groups` of layers that keep states, and where prefixes are cached a second one while the state moves on."""
+    least, states = spec.blocks.least_pool(spec.step_tokens), groups * (2 if caches_prefixes else 1)
+    if spec.splits_blocks and least + states > pool_pages:
+        refuse(
+            f"the KV pool has {pool_pages} blocks of {spec.block_size} tokens, but a sequence needs up to {least + states}: "
+            f"{least} for --kv-budget {spec.config.budget_tokens} and a step of {spec.step_tokens} tokens, {states} for states "
+            f"of other layers",
+            "lower --max-num-batched-tokens or --kv-budget",
+            "give the KV cache more memory",
+            WITHOUT,
+        )
+
+
 def announce(spec: MomentKVSpec, pool_pages: int) -> None:
     """The start-up line, and the refusal of a pool that cannot hold one sequence while it is prefilled."""
     schedule, blocks = spec.schedule, spec.blocks
