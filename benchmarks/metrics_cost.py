@@ -16,6 +16,7 @@ from momentkv_vllm.block_manager.metrics import PageMetrics
 from momentkv_vllm.environment import METRICS_DIR
 from momentkv_vllm.kernels import select
 from momentkv_vllm.metrics import CONSOLIDATE_SECONDS
+from momentkv_vllm.page_blocks import PageBlocks
 from momentkv_vllm.page_schedule import PageSchedule
 
 PLAN = PageSchedule(page_size=16, store_pages=31, moment_pages=1, window_pages=32, retire_pages=2)
@@ -40,7 +41,10 @@ def main() -> None:
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
     with tempfile.TemporaryDirectory() as folder:
         METRICS_DIR.set(folder)
-        spec = SimpleNamespace(model_name="m", engine=0, schedule=PLAN, page_bytes=1 << 20)
+        blocks = PageBlocks(PLAN)
+        spec = SimpleNamespace(
+            model_name="m", engine=0, schedule=PLAN, blocks=blocks, splits_blocks=False, page_bytes=1 << 20
+        )
         monitor, pages, case = (
             Monitor(spec),
             PageMetrics(spec, 4096),

@@ -23,6 +23,8 @@ MOMENT_DTYPES = ("int8", "bfloat16", "float32")
 AUTO = "auto"
 """As a number of tokens: None, the value that follows from the budget."""
 KERNELS = (AUTO, "cpu", "triton", "cuda", "reference")
+SMALL_BUDGET_TOKENS = 1024
+"""Budgets up to this get pages of 16 tokens instead of 32: a page is the grain of store, moments and window."""
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -103,6 +105,11 @@ class EvictionConfig:
     @property
     def active(self) -> bool:
         return self.policy != OFF
+
+    @property
+    def default_page_tokens(self) -> int:
+        """Tokens of a page where the user chooses none: the grain of store, moments and window."""
+        return 16 if self.budget_tokens <= SMALL_BUDGET_TOKENS else 32
 
     @property
     def policy_class(self) -> type[Policy]:

@@ -1,6 +1,7 @@
 """The KV cache spec of layers that evict: what a sequence costs, and the page schedule both sides share."""
 
 import json
+import math
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from typing import Self
@@ -12,8 +13,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from momentkv_vllm.config import AUTO, EvictionConfig
 from momentkv_vllm.kernels.limits import CacheShape
-from momentkv_vllm.model_layers import full_layers
+from momentkv_vllm.model_layers import full_layers, keeps_states
 from momentkv_vllm.packed_store import TILE_TOKENS, PackedLayout
+from momentkv_vllm.page_blocks import PageBlocks
 from momentkv_vllm.page_layout import RecordLayout
 from momentkv_vllm.page_schedule import ANY_PROMPT, PageSchedule, build_schedule, cdiv
 from momentkv_vllm.refuse import refuse
@@ -98,6 +100,11 @@ def record_layout(config: EvictionConfig, head_dim: int) -> RecordLayout:
     return RecordLayout(head_dim, config.moment_dtype, has_means=means, has_covariance=covariance)
 
 
+def page_tokens(config: EvictionConfig, block_size: int, splits_blocks: bool) -> int:
+    """Tokens of a page: vLLM's block, or a part of it where a block is as large as the state of another layer."""
+    return math.gcd(config.default_page_tokens, block_size) if splits_blocks else block_size
+
+
 def schedule_of(config: EvictionConfig, page_size: int, head_dim: int, dtype: torch.dtype) -> PageSchedule:
     """The page schedule of this configuration for a model's KV heads. Raises ValueError on too small a budget."""
     return StateLayout.of(config, page_size, head_dim, dtype).schedule
@@ -106,11 +113,11 @@ def schedule_of(config: EvictionConfig, page_size: int, head_dim: int, dtype: to
 def expected_layout(config: EvictionConfig, vllm_config: VllmConfig) -> StateLayout:
     """The layout that a model's layers will get, told before there are any. Raises ValueError on too small a budget."""
     model, block_size, layers = vllm_config.model_config, vllm_config.cache_config.block_size, full_layers(vllm_config)
-    page_size = int(block_size * layers.page_ratio)
+    page_size = page_tokens(config, int(block_size * layers.page_ratio), keeps_states(model))
     try:
         return StateLayout.of(config, page_size, layers.head_size, model.dtype)
     except ValueError as error:
-        if page_size == block_size:
+        if page_size <= block_size:
             raise
         raise ValueError(
             f"{error} (--block-size {block_size} is meant for this model's sliding-window layers: vLLM gives all layers pages of "
@@ -123,11 +130,12 @@ class MomentKVSpec(FullAttentionSpec):
     """Full attention whose sequences never hold more than a budget.
 
     Attributes:
-        schedule: which pages a sequence holds; that of `block_size` always.
+        schedule: which pages a sequence holds; that of `page_tokens` always.
         config: the user's settings.
         step_tokens: most tokens of one request scheduled and not yet settled.
         model_name, engine: labels of the metrics.
         layers: how many layers evict, each counted once per tensor-parallel rank.
+        splits_blocks: the model has layers that keep a state, and blocks as large as that, of several pages.
     """
 
     schedule: PageSchedule
@@ -136,6 +144,7 @@ class MomentKVSpec(FullAttentionSpec):
     model_name: str
     engine: int
     layers: int = 0
+    splits_blocks: bool = False
 
     def __post_init__(self) -> None:
         """vLLM gives all layers of a model pages of as many bytes, by copies of the spec with more tokens per page
@@ -148,8 +157,9 @@ class MomentKVSpec(FullAttentionSpec):
                 f"--kv-eviction cannot read padded pages: those of this model's full-attention layers have "
                 f"{self.real_page_size_bytes} bytes, and vLLM pads them to {self.page_size_padded}, those of its other layers"
             )
-        if self.block_size != self.schedule.page_size:
-            schedule = schedule_of(self.config, self.block_size, self.head_size, self.dtype)
+        page_size = page_tokens(self.config, self.block_size, self.splits_blocks)
+        if page_size != self.schedule.page_size:
+            schedule = schedule_of(self.config, page_size, self.head_size, self.dtype)
             object.__setattr__(self, "schedule", schedule)
 
     @classmethod
@@ -160,16 +170,17 @@ class MomentKVSpec(FullAttentionSpec):
                 f"--kv-eviction needs key and value heads of one size, this model has {spec.head_size} and {spec.head_size_v}"
             )
         known = {f.name: getattr(spec, f.name) for f in fields(spec) if f.init}
-        model = vllm_config.model_config.served_model_name
-        parallel = vllm_config.parallel_config
+        model, splits = vllm_config.model_config.served_model_name, keeps_states(vllm_config.model_config)
+        page_size, parallel = page_tokens(config, spec.block_size, splits), vllm_config.parallel_config
         return cls(
             **known,
-            schedule=schedule_of(config, spec.block_size, spec.head_size, spec.dtype),
+            schedule=schedule_of(config, page_size, spec.head_size, spec.dtype),
             config=config,
             step_tokens=vllm_config.max_in_flight_tokens,
             model_name=model[0] if isinstance(model, list) else model,
             engine=parallel.data_parallel_index,
             layers=layers * parallel.tensor_parallel_size,
+            splits_blocks=splits,
         )
 
     @classmethod
@@ -188,14 +199,19 @@ class MomentKVSpec(FullAttentionSpec):
         While a prompt is read, tokens that wait for the next of its events (`reading_pages`) and the chunk being prefilled
         come on top; the manager checks at start-up that the pool has room for them.
         """
-        pages = cdiv(vllm_config.model_config.max_model_len, self.block_size)
+        blocks = cdiv(vllm_config.model_config.max_model_len, self.block_size)
         if self.schedule.exact_prompt_tokens < ANY_PROMPT:
-            pages = min(pages, self.schedule.budget_pages)
-        return pages * self.page_size_bytes
+            blocks = min(blocks, self.blocks.budget)
+        return blocks * self.page_size_bytes
+
+    @property
+    def blocks(self) -> PageBlocks:
+        """vLLM's blocks of the schedule's pages."""
+        return PageBlocks(self.schedule, self.block_size // self.schedule.page_size)
 
     @property
     def layout(self) -> StateLayout:
-        return StateLayout.of(self.config, self.block_size, self.head_size, self.dtype)
+        return StateLayout.of(self.config, self.schedule.page_size, self.head_size, self.dtype)
 
     @property
     def cacheable_tokens(self) -> int:
@@ -211,7 +227,10 @@ class MomentKVSpec(FullAttentionSpec):
     @property
     def has_states(self) -> bool:
         """Whether what an eviction leaves behind may depend on the tokens before it alone. In "full" prefill it depends on where
-        the prompt ended, and a policy may want every query since the first token."""
+        the prompt ended, and a policy may want every query since the first token. Where other layers keep states, vLLM has them
+        at the ends of blocks, which evictions are not."""
+        if self.splits_blocks:
+            return False
         return self.schedule.exact_prompt_tokens < ANY_PROMPT and not self.config.policy_class.observes_every_query()
 
     @property
@@ -232,7 +251,7 @@ class MomentKVSpec(FullAttentionSpec):
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of a page over all layers that evict, of all ranks of an engine."""
+        """Bytes of one of vLLM's blocks over all layers that evict, of all ranks of an engine."""
         return self.page_size_bytes * self.layers
 
     @property
@@ -240,7 +259,7 @@ class MomentKVSpec(FullAttentionSpec):
         """Bytes of one sequence's moment pages in one layer, or of the records in its last store page."""
         if self.schedule.record_in_store:
             return record_layout(self.config, self.head_size).num_bytes * self.num_kv_heads
-        return self.schedule.moment_pages * self.page_size_bytes
+        return self.schedule.moment_pages * self.page_size_bytes // self.blocks.pages
 
 
 def _base_fields(spec: FullAttentionSpec) -> dict:

@@ -8,6 +8,10 @@ _WINDOW_KEYS = (
 )  # fmt: skip
 """Names that model configurations give to sliding windows: a number, or one per layer."""
 
+_ATTENTION_TYPES = ("attention", "full_attention", "hybrid")
+_STATE_TYPES = ("mamba", "linear_attention", "conv", "hybrid")
+"""How configurations of models with states name their layers; "hybrid" is both in one (Zamba2)."""
+
 
 def named_windows(model: Any) -> set[int]:
     """Every sliding window in tokens that the model's configuration names. Layers may have others; none if all of them are
@@ -33,6 +37,12 @@ def has_windows(model: Any) -> bool:
     return bool(model.attention_chunk_size) or any(hides_tokens(w, model) for w in named_windows(model))
 
 
+def keeps_states(model: Any) -> bool:
+    """Whether layers with a state (Mamba, gated DeltaNet, short convolutions) stand beside those that attend: vLLM then makes
+    blocks as large as a state."""
+    return bool(model.is_hybrid)
+
+
 @dataclass(frozen=True)
 class FullLayers:
     """The layers that attend to all tokens, as far as the configuration tells.
@@ -53,6 +63,8 @@ class FullLayers:
 def full_layers(vllm_config: Any) -> FullLayers:
     """Read from `layer_types` where there are any; otherwise every layer is taken for one of them."""
     model = vllm_config.model_config
+    if keeps_states(model):
+        return _beside_states(model)
     arch, types = model.model_arch_config, getattr(model.hf_text_config, "layer_types", None) or []
     types = types[: arch.total_num_hidden_layers]
     full = [i for i, kind in enumerate(types) if kind == "full_attention"]
@@ -68,6 +80,20 @@ def full_layers(vllm_config: Any) -> FullLayers:
         len(full),
         min(kinds.values(), default=0),
     )
+
+
+def has_mamba(model: Any) -> bool:
+    """Whether the layers that keep states are of Mamba: their names in configurations do not tell, what these know of them does
+    (gated DeltaNet has heads, a short convolution a length)."""
+    others = ("linear_key_head_dim", "conv_L_cache")
+    return keeps_states(model) and not any(hasattr(model.hf_text_config, key) for key in others)
+
+
+def _beside_states(model: Any) -> FullLayers:
+    text = model.hf_text_config
+    types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []
+    count, others = (sum(kind in kinds for kind in types) for kinds in (_ATTENTION_TYPES, _STATE_TYPES))
+    return FullLayers(model.get_head_size(), 1.0, count, others)
 
 
 def _heads_differ(model: Any) -> bool:

@@ -55,6 +55,7 @@ class Family:
         special: what is special about its attention, for the table.
         refused: words of the refusal; empty for families that are served.
         by_layers: config.json does not tell why it is refused, its layers do.
+        dtype: its layers run in no other on a CPU.
     """
 
     config: str
@@ -62,6 +63,7 @@ class Family:
     special: str = ""
     refused: str = ""
     by_layers: bool = False
+    dtype: str = "float32"
 
     @property
     def model_class(self) -> str:
@@ -69,7 +71,12 @@ class Family:
         return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
 
 
-HYBRID, SHARED, CAPPED, WINDOWS = "hybrid", "KV sharing between layers", "soft-capping", "nothing to evict"
+NOT_ON_CPUS, SHARED, CAPPED, WINDOWS = (
+    "which vLLM cannot run on a CPU",
+    "KV sharing between layers",
+    "soft-capping",
+    "nothing to evict",
+)
 
 # fmt: off
 FAMILIES = {
@@ -162,7 +169,6 @@ FAMILIES = {
         MAMBA2 | {"num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 128,
                   "layer_types": ["mamba", "mamba", "attention", "mamba"], "num_hidden_layers": 4},
         "Mamba2 beside attention",
-        HYBRID,
     ),
     "SmolLM3": Family(
         "SmolLM3Config", {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "use_sliding_window": False}, "1 of 4 layers without RoPE"
@@ -179,7 +185,6 @@ FAMILIES = {
         "FalconH1Config",
         MAMBA2 | HEAD | {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_state": 32},
         "Mamba2 and attention in each layer",
-        HYBRID,
     ),
     "Mixtral": Family("MixtralConfig", EXPERTS | {"sliding_window": None}, "experts"),
     "GPT-OSS": Family(
@@ -234,7 +239,6 @@ FAMILIES = {
         HEAD | {"num_hidden_layers": 6, "hybrid_override_pattern": "M-M*M-", "ssm_state_size": 64, "mamba_num_heads": 8,
                 "mamba_head_dim": 32, "n_groups": 1, "expand": 2, "chunk_size": 64},
         "Mamba2 beside attention",
-        HYBRID,
     ),
     "Jais 2": Family("Jais2Config"),
     "HyperCLOVA X": Family("HyperCLOVAXConfig"),
@@ -252,16 +256,46 @@ FAMILIES = {
     ),
     "Qwen3-Next": Family(
         "Qwen3NextConfig",
-        EXPERTS | GDN | {"head_dim": 64, "partial_rotary_factor": 0.25, "shared_expert_intermediate_size": 64,
-                         "num_hidden_layers": 4, "layer_types": ["linear_attention"] * 3 + [F]},
+        EXPERTS | GDN | {"head_dim": 256, "partial_rotary_factor": 0.25, "shared_expert_intermediate_size": 64,
+                         "num_hidden_layers": 8, "layer_types": (["linear_attention"] * 3 + [F]) * 2},
         "gated DeltaNet beside attention",
-        HYBRID,
+        dtype="bfloat16",
+    ),
+    "Qwen3.5": Family(
+        "Qwen3_5TextConfig",
+        GDN | {"head_dim": 256, "num_hidden_layers": 4, "layer_types": ["linear_attention"] * 3 + [F]},
+        "gated DeltaNet beside attention",
+        dtype="bfloat16",
     ),
     "LFM2-MoE": Family(
         "Lfm2MoeConfig",
         EXPERTS | {"num_hidden_layers": 4, "layer_types": ["conv", "conv", F, "conv"], "num_dense_layers": 1},
         "short convolutions beside attention",
-        HYBRID,
+    ),
+    "LFM2": Family(
+        "Lfm2Config",
+        {"num_hidden_layers": 4, "layer_types": ["conv", "conv", F, "conv"], "block_auto_adjust_ff_dim": False,
+         "conv_dim": 128, "block_dim": 128},
+        "short convolutions beside attention",
+    ),
+    "Zamba2": Family(
+        "Zamba2Config",
+        {"num_hidden_layers": 6, "layers_block_type": ["mamba", "mamba", "hybrid"] * 2, "num_key_value_heads": 4,
+         "n_mamba_heads": 8, "mamba_d_state": 64, "mamba_headdim": 32, "num_mem_blocks": 1, "use_mem_rope": True},
+        "Mamba2, and attention of shared weights",
+    ),
+    "OLMo Hybrid": Family(
+        "OlmoHybridConfig",
+        {"num_hidden_layers": 4, "layer_types": ["linear_attention"] * 3 + [F], "linear_num_key_heads": 2,
+         "linear_num_value_heads": 2, "linear_key_head_dim": 64, "linear_value_head_dim": 128},
+        "gated DeltaNet beside attention",
+        NOT_ON_CPUS,
+    ),
+    "Jamba": Family(
+        "JambaConfig",
+        {"num_hidden_layers": 4, "attn_layer_period": 4, "attn_layer_offset": 2, "num_experts": 2, "mamba_dt_rank": 16},
+        "Mamba1 beside attention",
+        NOT_ON_CPUS,
     ),
     "DeepSeek V3": Family(
         "DeepseekV3Config",

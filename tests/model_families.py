@@ -26,7 +26,7 @@ def make_config(name: str, folder: Path) -> Path:
     return folder
 
 
-def make_model(name: str, folder: Path, dtype: str = "float32") -> Path:
+def make_model(name: str, folder: Path, dtype: str = "") -> Path:
     """The tiny member of a family, made once, with attention sharp enough that a wrong KV cache changes its tokens."""
     if (folder / "config.json").exists():
         return folder
@@ -35,6 +35,6 @@ def make_model(name: str, folder: Path, dtype: str = "float32") -> Path:
     config = getattr(transformers, family.config)(**COMMON | family.settings)
     model = transformers.AutoModelForCausalLM.from_config(config)
     sharpen(model)
-    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    model.to(getattr(torch, dtype or family.dtype)).save_pretrained(folder)
     save_tokenizer(folder)
     return folder

@@ -139,11 +139,14 @@ class Worker:
 
 
 class Simulation:
-    """One random schedule: lengths, chunks, arrivals, aborts, preemptions, prefix hits, drafts, steps in flight."""
+    """One random schedule: lengths, chunks, arrivals, aborts, preemptions, prefix hits, drafts, steps in flight.
 
-    def __init__(self, seed: int) -> None:
-        self.rng = rng = random.Random(seed)
-        retire, size = rng.randint(1, 2), rng.choice([2, 3, 4])
+    pages: those of a block, as in models whose other layers keep states."""
+
+    def __init__(self, seed: int, pages: int = 1) -> None:
+        self.rng, self.pages = random.Random(seed), pages
+        rng = self.rng
+        retire, size = rng.randint(1, 2), rng.choice([2, 3, 4] if pages == 1 else [2, 4])
         plan = PageSchedule(
             size,
             rng.randint(1, 3),
@@ -157,19 +160,21 @@ class Simulation:
         self.drafts = 0 if self.lag or size == 2 else rng.choice([0, size - 2])
         step_tokens = (self.chunk + self.drafts) * (1 + self.lag)
         spec = MomentKVSpec(
-            block_size=size, num_kv_heads=1, head_size=8, dtype=None, schedule=plan, step_tokens=step_tokens,
+            block_size=size * pages, num_kv_heads=1, head_size=8, dtype=None, schedule=plan, step_tokens=step_tokens,
             config=EvictionConfig(
                 rng.choice(["momentkv", "keydiff"]), plan.first_event_tokens, observation_tokens=rng.randint(1, 8),
                 state_share=rng.choice([0.1, 0.5, 1.0]), state_interval_tokens=rng.choice([0, 0, 7]),
             ),
-            model_name="", engine=0,
+            model_name="", engine=0, splits_blocks=pages > 1,
         )  # fmt: skip
-        least = cdiv(MAX_TOKENS + step_tokens, size) if plan.exact_prompt_tokens else plan.peak_pages(step_tokens)
+        assert spec.schedule == plan
+        whole, peak = cdiv(MAX_TOKENS + step_tokens, size * pages), spec.blocks.least_pool(step_tokens)
+        least = whole if plan.exact_prompt_tokens else peak
         config = KVCacheConfig(least + rng.choice([rng.randint(1, 20), 60]), [], [KVCacheGroupSpec(["layer"], spec)])
-        self.kv = KVCacheManager(config, 4096, size, size, max_in_flight_tokens=step_tokens)
+        self.kv = KVCacheManager(config, 4096, size * pages, size * pages, max_in_flight_tokens=step_tokens)
         self.manager, self.stops = self.kv.coordinator.single_type_managers[0], Stops(spec, self.kv)
-        self.worker = Worker(plan, config.num_blocks)
-        self.hasher = get_request_block_hasher(size, cheap_hash)
+        self.worker = Worker(plan, config.num_blocks * pages)
+        self.hasher = get_request_block_hasher(size * pages, cheap_hash)
         self.waiting = deque(self.sequence(f"r{i}") for i in range(rng.randint(2, 6)))
         self.total = list(self.waiting)
         self.running: list[Sequence] = []
@@ -265,7 +270,11 @@ class Simulation:
         r = s.request
         end = r.num_computed_tokens + tokens
         samples = end - drafts >= r.num_tokens + r.num_output_placeholders
-        return Work(s, r.num_computed_tokens, end, drafts, samples, list(self.kv.get_block_ids(r.request_id)[0]))
+        table = [page for block in self.kv.get_block_ids(r.request_id)[0] for page in self.pages_of(block)]
+        return Work(s, r.num_computed_tokens, end, drafts, samples, table)
+
+    def pages_of(self, block: int) -> range:
+        return range(block * self.pages, (block + 1) * self.pages)
 
     def drop(self, s: Sequence, abort: bool = False) -> None:
         """Preempt or abort: all pages go back at once, steps in flight still run."""
@@ -280,7 +289,8 @@ class Simulation:
 
     def finish_step(self) -> None:
         works, copies = self.in_flight.popleft()
-        self.worker.execute(works, copies)
+        pairs = [(self.pages_of(source), self.pages_of(to)) for source, to in copies]
+        self.worker.execute(works, [pair for each in pairs for pair in zip(*each)])
         for w in works:
             s, r = w.sequence, w.sequence.request
             r.num_in_flight_tokens -= w.end - w.start

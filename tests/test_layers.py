@@ -10,7 +10,7 @@ LAYERS = [
     {"refuse", "environment", "moments", "event_counts", "model_layers", "versions", "metrics", "_cpu", "_cuda"},
     {"policies"},
     {"config"},
-    {"page_schedule", "page_layout", "packed_store", "records", "testing"},
+    {"page_schedule", "page_blocks", "page_layout", "packed_store", "records", "testing"},
     {"triton_kernels"},
     {"kernels"},
     {"kv_spec"},

@@ -118,6 +118,12 @@ def test_a_budget_too_small_for_the_pages_that_vllm_makes(tmp_path):
         config_of(model, additional_config=carrier)
 
 
+@pytest.mark.parametrize(("name", "words"), [("Gemma 3n", "5 of 10 read the cache"), ("Gemma 4 E", "6 of 12 read the")])
+def test_layers_that_share_kv_are_counted(tmp_path, name, words):
+    with pytest.raises(ValueError, match=words):
+        config_of(make_config(name, tmp_path))
+
+
 def test_gemma_4_is_refused_a_backend_only_if_the_user_names_it(tmp_path):
     """vLLM writes TRITON_ATTN into its configuration on any machine, a CPU does not read it."""
     model = make_config("Gemma 4", tmp_path)

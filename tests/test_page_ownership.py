@@ -7,7 +7,7 @@ from vllm.v1.core.kv_cache_utils import init_none_hash
 from momentkv_vllm.metrics import RETIRED_PAGES, STATE_HITS
 from momentkv_vllm.plugin import register
 
-SCHEDULES = 10_000
+SCHEDULES, OF_BLOCKS = 10_000, 400
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,3 +31,19 @@ def test_random_schedules(part):
         resumed += simulation.manager.metrics.values[STATE_HITS, 0]
     assert hits > SCHEDULES / 4 and preemptions > SCHEDULES / 40, "too tame to prove anything"
     assert evicted > SCHEDULES / 10 and resumed > SCHEDULES / 10, "too tame to prove anything"
+
+
+@pytest.mark.parametrize("pages", [3, 5])
+def test_random_schedules_of_pages_inside_blocks(pages):
+    """vLLM's blocks are as large as the states of a model's other layers, our pages are not."""
+    hits = preemptions = evicted = 0
+    for seed in range(OF_BLOCKS):
+        simulation = Simulation(seed, pages)
+        try:
+            simulation.run()
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+        hits += simulation.hits
+        preemptions += simulation.preemptions
+        evicted += simulation.manager.metrics.values[RETIRED_PAGES, 0] > 0
+    assert hits > OF_BLOCKS / 10 and preemptions > OF_BLOCKS / 40 and evicted > OF_BLOCKS / 10, "too tame"

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 
-from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.config import SMALL_BUDGET_TOKENS, EvictionConfig
 from momentkv_vllm.kv_spec import record_layout, schedule_of, settled
 from momentkv_vllm.policies import DEFAULT, names
-from momentkv_vllm.vllm_seams.engine_args import SMALL_BUDGET_TOKENS
 
 FULL = "full cache"
 FP8 = "fp8 KV"

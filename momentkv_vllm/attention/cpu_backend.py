@@ -46,7 +46,8 @@ class MomentKVBackend(EvictingBackend, CPUAttentionBackend):
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: AttentionSpec | None = None) -> list[int | MultipleOf]:
         if isinstance(kv_cache_spec, MomentKVSpec):
-            return [MultipleOf(16)]
+            # Named as a number, vLLM splits its blocks into kernel blocks of that size.
+            return [kv_cache_spec.schedule.page_size] if kv_cache_spec.splits_blocks else [MultipleOf(16)]
         return CPUAttentionBackend.get_supported_kernel_block_sizes(kv_cache_spec)
 
     @staticmethod

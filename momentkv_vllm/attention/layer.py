@@ -21,8 +21,8 @@ from momentkv_vllm.kernels import KernelFamily, select
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.worklists import AttendWork, fresh_pages
-from momentkv_vllm.kv_spec import StateLayout
-from momentkv_vllm.model_layers import hides_tokens
+from momentkv_vllm.kv_spec import StateLayout, page_tokens
+from momentkv_vllm.model_layers import hides_tokens, keeps_states
 from momentkv_vllm.refuse import Unsupported, refuse_first
 
 
@@ -48,7 +48,8 @@ class EvictingImpl:
         if self.config is None:
             return
         self.policy = config.policy_class()
-        page_size, dtype = vllm_config.cache_config.block_size, vllm_config.model_config.dtype
+        model, dtype = vllm_config.model_config, vllm_config.model_config.dtype
+        page_size = page_tokens(config, vllm_config.cache_config.block_size, keeps_states(model))
         self.layout = StateLayout.of(config, page_size, head_size, dtype)
         self.kernels: KernelFamily = select(config.kernels, self.device_type, self.layout.cache_shape(dtype))
         self.observed: Observed | None = None

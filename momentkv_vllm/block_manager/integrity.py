@@ -48,7 +48,7 @@ class ChecksIntegrity:
         )
 
     def _check_request(self, request_id: str, blocks: list[KVCacheBlock]) -> None:
-        boundary = self.evicting.get(request_id, 0)
+        boundary = self.blocks.retired(self.evicting.get(request_id, 0))
         sealed = request_id in self.prefixes and self.prefixes[request_id].sealed
         assert not boundary or not self.enable_caching or sealed, f"{request_id} evicts unsealed"
         for column, block in enumerate(blocks):

@@ -19,7 +19,8 @@ class MomentKVManager(ChecksIntegrity, KeepsStates, FullAttentionManager):
     """Block manager of a group of evicting layers (vllm/v1/core/single_type_kv_cache_manager.py).
 
     It frees columns [S+M, boundary) of a request once the tokens that made the worker retire them are settled; the
-    worker, which runs the same schedule, retired them at the end of the step that computed those tokens.
+    worker, which runs the same schedule, retired them at the end of the step that computed those tokens. A page here is a
+    block of vLLM's, which holds several of the schedule's in models whose other layers keep states (page_blocks.py).
 
     Prefix caching: the worker rewrites columns [0, S+M) from the first event on. Such a page must have a single owner, and must
     leave the prefix cache before it is rewritten. If the policy observes attention, all pages of the budget have a single
@@ -35,10 +36,10 @@ class MomentKVManager(ChecksIntegrity, KeepsStates, FullAttentionManager):
 
     def __init__(self, kv_cache_spec: MomentKVSpec, **kwargs) -> None:
         super().__init__(kv_cache_spec, **kwargs)
-        self.schedule = kv_cache_spec.schedule
+        self.schedule, self.blocks = kv_cache_spec.schedule, kv_cache_spec.blocks
         # Bounds what a waiting request must find free: with eviction it never holds its whole prompt.
         if self.schedule.exact_prompt_tokens < ANY_PROMPT:
-            self.max_admission_blocks_per_request = self.schedule.least_pool_pages(kv_cache_spec.step_tokens)
+            self.max_admission_blocks_per_request = self.blocks.least_pool(kv_cache_spec.step_tokens)
         self.evicting: dict[str, int] = {}
         self.live_pages: dict[str, int] = {}
         self.prefixes: dict[str, PrefixState] = {}
@@ -51,8 +52,8 @@ class MomentKVManager(ChecksIntegrity, KeepsStates, FullAttentionManager):
 
     @property
     def rewritten_pages(self) -> int:
-        """S+M: columns before this one are rewritten once the request evicts."""
-        return self.schedule.store_pages + self.schedule.moment_pages
+        """Columns before this one are rewritten once the request evicts: S+M, or the blocks that hold these pages."""
+        return self.blocks.rewritten
 
     @property
     def private_pages(self) -> int:
@@ -124,10 +125,10 @@ class MomentKVManager(ChecksIntegrity, KeepsStates, FullAttentionManager):
         # A request that was preempted starts again at zero; its pages were all freed.
         if boundary <= before or request_id not in self.req_to_blocks:
             return
-        first = max(before, self.rewritten_pages)
-        self._remove_blocks_in_range(request_id, first, boundary)
+        first, last = self.blocks.retired(before) or self.rewritten_pages, self.blocks.retired(boundary)
+        self._remove_blocks_in_range(request_id, first, last)
         self.evicting[request_id] = boundary
-        freed = boundary - first
+        freed = last - first
         self.total_retired += freed
         self._count_live(request_id, -freed)
         newly_evicted = self.schedule.evicted_tokens(boundary) - self.schedule.evicted_tokens(before)
@@ -141,7 +142,7 @@ class MomentKVManager(ChecksIntegrity, KeepsStates, FullAttentionManager):
         elif state and state.request:
             self._cache_last_step(state.request)
         blocks = super().pop_blocks_for_free(request_id)
-        self.total_retired -= max(0, self.evicting.pop(request_id, 0) - self.rewritten_pages)
+        self.total_retired -= max(0, self.blocks.retired(self.evicting.pop(request_id, 0)) - self.rewritten_pages)
         self.total_live -= self.live_pages.pop(request_id, 0)
         self._publish()
         return blocks

@@ -21,14 +21,15 @@ from momentkv_vllm.metrics import (
 
 
 class PageMetrics(MetricWriter):
-    """One engine's pages and sequences (momentkv_vllm/metrics.py)."""
+    """One engine's pages and sequences (momentkv_vllm/metrics.py); pages are vLLM's blocks, and where these hold several pages
+    of the schedule, those of store and moments count as store."""
 
     def __init__(self, spec: MomentKVSpec, pool_pages: int) -> None:
         super().__init__(CORE_METRICS, spec.model_name, spec.engine)
-        self._schedule = spec.schedule
+        self._blocks, self._moment_pages = spec.blocks, 0 if spec.splits_blocks else spec.schedule.moment_pages
         self._page_bytes = spec.page_bytes
         self.set(POOL_PAGES, pool_pages)
-        self.set(BUDGET_PAGES, spec.schedule.budget_pages)
+        self.set(BUDGET_PAGES, spec.blocks.budget)
 
     def retired(self, pages: int, tokens: int) -> None:
         """Pages were freed and tokens evicted."""
@@ -49,7 +50,7 @@ class PageMetrics(MetricWriter):
 
     def holdings(self, live_pages: int, absent_pages: int, sequences: int, evicting: int) -> None:
         """State of all sequences: pages they own and pages they retired, how many own any and how many evict."""
-        store, moments = evicting * self._schedule.store_pages, evicting * self._schedule.moment_pages
+        store, moments = evicting * (self._blocks.rewritten - self._moment_pages), evicting * self._moment_pages
         for index, pages in enumerate((store, moments, live_pages - store - moments)):
             self.set(LIVE_PAGES, pages, index)
         self.set(STOCK_PAGES, live_pages + absent_pages)

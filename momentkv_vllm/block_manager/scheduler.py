@@ -14,6 +14,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request, StreamingUpdate
 
 from momentkv_vllm.block_manager.manager import MomentKVManager
+from momentkv_vllm.block_manager.startup import refuse_pool_without_states
 from momentkv_vllm.block_manager.states import StateCache
 from momentkv_vllm.kv_spec import MomentKVSpec
 from momentkv_vllm.refuse import refuse
@@ -112,8 +113,10 @@ class RestartsSessions(StartsFromStates):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         spec, cache = _evicting_spec(self.kv_cache_config), self.kv_cache_manager
-        (evicting,) = (m for m in cache.coordinator.single_type_managers if isinstance(m, MomentKVManager))
+        managers = cache.coordinator.single_type_managers
+        (evicting,) = (m for m in managers if isinstance(m, MomentKVManager))
         self.evicting = evicting
+        refuse_pool_without_states(spec, cache.block_pool.num_gpu_blocks - 1, len(managers) - 1, cache.enable_caching)
         self.bind(spec, cache.enable_caching, evicting.keep_states())
         self.overtaken: WeakSet[Request] = WeakSet()
 
@@ -149,13 +152,13 @@ class RestartsSessions(StartsFromStates):
 
 
 def _evicting_spec(kv_cache_config: KVCacheConfig) -> MomentKVSpec:
-    """The spec of the one group of layers that evict. Models with sliding-window layers have other groups beside it; vLLM
+    """The spec of the one group of layers that evict. Models with windows or states have other groups beside it; vLLM
     makes several of it if most layers evict, which the metrics' one set of books cannot tell apart."""
     specs = [g.kv_cache_spec for g in kv_cache_config.kv_cache_groups if isinstance(g.kv_cache_spec, MomentKVSpec)]
     if len(specs) != 1:
         refuse(
             f"--kv-eviction: vLLM makes {len(specs)} KV cache groups of this model's full-attention layers, supported is 1 "
-            f"(fewer than 1.5 times as many full-attention layers as sliding-window layers)"
+            f"(fewer than 1.5 times as many full-attention layers as other layers with a cache)"
         )
     return specs[0]
 

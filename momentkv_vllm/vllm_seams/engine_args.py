@@ -13,16 +13,14 @@ from typing import Any
 
 from momentkv_vllm.config import CONFIG_KEY, EvictionConfig
 from momentkv_vllm.environment import unknown_variables
-from momentkv_vllm.model_layers import has_windows, hides_tokens, named_windows
+from momentkv_vllm.model_layers import has_windows, hides_tokens, keeps_states, named_windows
 from momentkv_vllm.policies import OFF, builtins, names, origin
 from momentkv_vllm.refuse import refuse
 from momentkv_vllm.vllm_seams.gpu import choose_backend
+from momentkv_vllm.vllm_seams.hybrids import align_blocks, say_what_blocks_cost
 from momentkv_vllm.vllm_seams.refusals import SLIDING_PAGE_TOKENS, refuse_unsupported, refuse_untested_vllm
 
 logger = logging.getLogger(f"vllm.{__name__}")
-
-SMALL_BUDGET_TOKENS = 1024
-"""Budgets up to this get pages of 16 tokens instead of 32: a page is the grain of store, moments and window."""
 
 
 def patch_engine_args() -> None:
@@ -61,8 +59,11 @@ def _evicting_config(engine_args: Any, config: EvictionConfig, create: Callable[
     for name in unknown_variables():
         logger.warning("momentkv: the environment variable %s is unknown, docs/operations.md lists ours", name)
     refuse_untested_vllm()
+    chose_caching = engine_args.enable_prefix_caching is None
     backend, chose_page_size = choose_backend(engine_args), _set_defaults(engine_args, config)
     vllm_config = create()
+    if keeps_states(vllm_config.model_config):
+        vllm_config = _hybrid_config(engine_args, vllm_config, create if chose_caching else None)
     _say_which_windows_are_none(vllm_config.model_config)
     if has_windows(vllm_config.model_config):
         if chose_page_size and engine_args.block_size % SLIDING_PAGE_TOKENS:
@@ -71,6 +72,8 @@ def _evicting_config(engine_args: Any, config: EvictionConfig, create: Callable[
             vllm_config = create()
         _keep_windows(vllm_config, engine_args.disable_hybrid_kv_cache_manager)
     refuse_unsupported(vllm_config, config, backend)
+    if keeps_states(vllm_config.model_config):
+        say_what_blocks_cost(vllm_config, config)
     # Imported late: torch and prometheus must not be touched by processes that only parse options.
     from momentkv_vllm.metrics import serve_metrics
     from momentkv_vllm.vllm_seams.settle import settled_config
@@ -142,7 +145,7 @@ def _set_defaults(engine_args: Any, config: EvictionConfig) -> bool:
     """Choose what the user left open, in ways that eviction needs; said in one line each. True if that was the page size."""
     choose_block_size = engine_args.block_size is None
     if choose_block_size:
-        engine_args.block_size = 16 if config.budget_tokens <= SMALL_BUDGET_TOKENS else 32
+        engine_args.block_size = config.default_page_tokens
         logger.info("momentkv: --block-size not given, using %d", engine_args.block_size)
     if engine_args.enable_prefix_caching is None and config.policy_class.observes_every_query():
         engine_args.enable_prefix_caching = False
@@ -159,6 +162,22 @@ def _say_which_windows_are_none(model: Any) -> None:
             "momentkv: the sliding window of %d tokens hides nothing with --max-model-len %d: its layers evict like any other",
             window, model.max_model_len,
         )  # fmt: skip
+
+
+def _hybrid_config(engine_args: Any, vllm_config: Any, create: Callable[[], Any] | None) -> Any:
+    """The configuration of a model some of whose layers keep states, with vLLM's blocks for it; without prefix caching unless
+    the user chose (`create` None)."""
+    if create and vllm_config.cache_config.enable_prefix_caching:
+        engine_args.enable_prefix_caching = False
+        logger.warning(
+            "momentkv: prefix caching is switched off: the states of this model's other layers are found at the ends of vLLM's "
+            "large blocks only; --enable-prefix-caching insists"
+        )
+        vllm_config = create()
+    align_blocks(vllm_config)
+    # States at every block, not at the end of the prompt alone: hits end before the first eviction.
+    _keep_windows(vllm_config, engine_args.disable_hybrid_kv_cache_manager)
+    return vllm_config
 
 
 def _keep_windows(vllm_config: Any, disable_hybrid_manager: bool | None) -> None:

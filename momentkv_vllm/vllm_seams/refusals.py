@@ -11,6 +11,7 @@ from momentkv_vllm.model_layers import full_layers, has_windows
 from momentkv_vllm.refuse import WITHOUT, Unsupported, refuse, refuse_first
 from momentkv_vllm.versions import TESTED_VLLM, installed_vllm
 from momentkv_vllm.vllm_seams.gpu import BACKEND_NAMES, gpu_rows
+from momentkv_vllm.vllm_seams.hybrids import hybrid_rows
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -38,6 +39,7 @@ def refuse_unsupported(vllm_config: "VllmConfig", config: EvictionConfig, backen
     rows = [
         *gpu_rows(platform, vllm_config, config),
         *_model_rows(vllm_config),
+        *hybrid_rows(vllm_config, platform),
         *_cache_rows(vllm_config, config),
         *_parallel_rows(vllm_config, platform),
         *_engine_rows(vllm_config, config, platform, backend),
@@ -54,15 +56,19 @@ def _model_rows(vllm_config: "VllmConfig") -> list[Unsupported]:
     text = model.hf_text_config
     value_size = getattr(text, "v_head_dim", None)
     other_values = value_size not in (None, layers.head_size) and not getattr(text, "kv_lora_rank", None)
+    shared = getattr(text, "num_kv_shared_layers", None)
     text_only = "take its text alone with --language-model-only"
     return [
         Unsupported("runner 'pooling' (embedding and scoring models)", model.runner_type != "generate"),
         Unsupported("MLA models (multi-head latent attention)", model.use_mla),
         Unsupported("encoder-decoder models", model.is_encoder_decoder),
         Unsupported("attention-free models", model.is_attention_free),
-        Unsupported("hybrid models (Mamba or linear attention beside attention)", model.is_hybrid),
         Unsupported("models that read images in both directions (prefix-LM)", model.is_mm_prefix_lm, text_only),
-        Unsupported("models with KV sharing between layers", getattr(text, "num_kv_shared_layers", None)),
+        Unsupported(
+            f"models with KV sharing between layers ({shared} of {model.model_arch_config.total_num_hidden_layers} read the "
+            f"cache of an earlier layer, which would evict before they have)",
+            shared,
+        ),
         Unsupported("models with logits soft-capping", getattr(text, "attn_logit_softcapping", None)),
         Unsupported(
             f"models with key heads of {layers.head_size} and value heads of {value_size} numbers", other_values
@@ -70,7 +76,7 @@ def _model_rows(vllm_config: "VllmConfig") -> list[Unsupported]:
         Unsupported(
             f"models with {layers.count} full-attention layers and {layers.others} sliding-window layers (fewer than 1.5 times "
             f"as many as those)",
-            layers.others and layers.count >= 1.5 * layers.others,
+            layers.others and layers.count >= 1.5 * layers.others and not model.is_hybrid,
         ),
         Unsupported(
             f"models whose sliding-window layers have {layers.page_ratio:g} times the KV of their full-attention layers (a whole "
@@ -210,15 +216,18 @@ def _refuse_page_size(vllm_config: "VllmConfig") -> None:
 def _refuse_budget(vllm_config: "VllmConfig", config: EvictionConfig) -> None:
     """The budget must hold state and window; said here because here the user still sees it."""
     from momentkv_vllm.kv_spec import expected_layout
+    from momentkv_vllm.page_blocks import PageBlocks
 
-    schedule = expected_layout(config, vllm_config).schedule
+    schedule, block_size = expected_layout(config, vllm_config).schedule, vllm_config.cache_config.block_size
     pool = vllm_config.cache_config.num_gpu_blocks_override
     step = vllm_config.max_in_flight_tokens
-    need = schedule.least_pool_pages(step)
+    # Pages of layers that evict beside larger ones have more tokens than vLLM's blocks (model_layers.py, page_ratio).
+    blocks = PageBlocks(schedule, max(1, block_size // schedule.page_size))
+    need = blocks.least_pool(step)
     if pool is not None and need > pool - 1:
         refuse(
-            f"--num-gpu-blocks-override {pool} leaves {pool - 1} pages of {schedule.page_size} tokens, but a sequence needs up "
-            f"to {need}: {schedule.budget_pages} for --kv-budget {config.budget_tokens}, the rest for "
+            f"--num-gpu-blocks-override {pool} leaves {pool - 1} pages of {blocks.tokens} tokens, but a sequence needs up "
+            f"to {need}: {blocks.budget} for --kv-budget {config.budget_tokens}, the rest for "
             f"{schedule.what_needs_pages(step)}",
             "lower --max-num-batched-tokens, exact_prompt_tokens or --kv-budget", "give it more pages", WITHOUT,
         )  # fmt: skip

@@ -10,6 +10,7 @@ def register_seams() -> None:
 
     from momentkv_vllm.block_manager.manager import MomentKVManager
     from momentkv_vllm.kv_spec import MomentKVSpec
+    from momentkv_vllm.vllm_seams.block_memory import patch_block_memory
     from momentkv_vllm.vllm_seams.cpu_runner import patch_cpu_runner
 
     # The CPU platform always asks for CPU_ATTN (vllm/platforms/cpu.py), so ours takes its place.
@@ -21,3 +22,4 @@ def register_seams() -> None:
     KVCacheSpecRegistry.register(MomentKVSpec, MomentKVManager, uniform_type_base_spec=FullAttentionSpec)
     if current_platform.is_cpu():
         patch_cpu_runner()
+        patch_block_memory()
