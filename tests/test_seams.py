@@ -188,6 +188,8 @@ CALLS = [
     ),
     ("vllm.v1.core.sched.scheduler:Scheduler._free_request_blocks", ["request"], "block_manager/scheduler.py"),
     ("vllm.v1.worker.cpu_model_runner:CPUModelRunner.sample_tokens", ["grammar_output"], "vllm_seams/cpu_runner.py"),
+    ("vllm.v1.worker.gpu_worker:Worker.determine_available_memory", ["self"], "vllm_seams/gpu.py"),
+    ("vllm.v1.worker.gpu_model_runner:GPUModelRunner.get_kv_cache_spec", ["self"], "vllm_seams/gpu.py"),
     (
         "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl",
         ["num_heads", "head_size", "scale", "num_kv_heads", "alibi_slopes", "sliding_window", "kv_cache_dtype"],
@@ -325,6 +327,14 @@ def test_layers_give_their_window_to_ours_and_ask_what_one_token_takes():
     assert "block_size=1," in source(f"{attention}.get_kv_cache_spec")
 
 
+def test_pages_get_what_the_worker_says_is_available():
+    """vllm_seams/gpu.py takes off what lies beside them, and asks the runner for the layers' specs."""
+    text = source("vllm.v1.worker.gpu_worker:Worker.get_kv_cache_spec")
+    assert "self.model_runner.get_kv_cache_spec()" in text
+    sizes = source("vllm.v1.engine.core:EngineCore._initialize_kv_caches")
+    assert "self.model_executor.determine_available_memory()" in sizes
+
+
 def test_the_scheduler_lets_us_shorten_running_and_waiting_requests_last():
     """Between our word on the number of tokens and the allocation nothing may change it."""
     text = source("vllm.v1.core.sched.scheduler:Scheduler.schedule")
@@ -361,6 +371,7 @@ PATCHES = {
     "EngineArgs.from_cli_args": "vllm_seams/engine_args.py",
     "EngineArgs.create_engine_config": "vllm_seams/engine_args.py",
     "CPUModelRunner.sample_tokens": "vllm_seams/cpu_runner.py",
+    "Worker.determine_available_memory": "vllm_seams/gpu.py",
     "model_arch_config.rswa_window": "attention/cpu_backend.py",
 }
 """Everything of vLLM's that we overwrite, and where. The other ledger, with reasons: vllm_seams/__init__.py."""
@@ -393,7 +404,9 @@ def test_every_patch_is_in_both_ledgers():
     rows = re.findall(r"^\| (\w+\.\w+) \| (\S+) \|", (PACKAGE / "vllm_seams/__init__.py").read_text(), re.M)
     assert {name: where if "/" in where else f"vllm_seams/{where}" for name, where in rows} == PATCHES
     methods = sum(name[0].isupper() for name in PATCHES)
-    said = {4: "four", 5: "five"}[methods] + " patched methods and " + {1: "one value"}[len(PATCHES) - methods]
+    said = (
+        {4: "four", 5: "five", 6: "six"}[methods] + " patched methods and " + {1: "one value"}[len(PATCHES) - methods]
+    )
     assert said in (PACKAGE.parent / "README.md").read_text()
 
 

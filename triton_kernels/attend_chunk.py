@@ -20,7 +20,7 @@ def _with_partial(acc, peak, total, out, log2_mass):
     return acc * shrink[:, None] + out * weight[:, None], higher, total * shrink + weight
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_pages"])
 def _chunk(
     query, output, lse_out, first_token, num_queries, pages, last_slot, stored, moment_pages, num_evicted, tokens, tiles,
     records, q_token, q_head, out_token, out_head, lse_token, row_pages, row_moments, store_pages, scale,

@@ -17,9 +17,11 @@ SPLIT_SLOTS = 256
 """Slots of a split. Fixed, not fitted to the batch, so that a row's result does not depend on the others; not measured yet
 (make bench-gpu tries 128, 256 and 512)."""
 BLOCK_N = 64
+LEAST_PARTS = 8
+"""Parts that the second kernel is compiled for at least, so that few lists need one of their own."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_pages", "l_row", "l_head"])
 def _partials(
     query, part_out, part_lse, first_token, num_queries, pages, last_slot, stored, moment_pages, num_evicted, tokens, tiles,
     records, q_token, q_head, o_row, o_head, o_part, l_row, l_head, l_part, row_pages, row_moments, store_pages, scale,
@@ -67,7 +69,7 @@ def _partials(
     tl.store(out_at, out, mask=tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["l_row", "l_head", "num_parts"])
 def _reduce(
     part_out, part_lse, output, lse_out, first_token, num_queries,
     o_row, o_head, o_part, l_row, l_head, l_part, out_token, out_head, lse_token, num_parts,
@@ -118,6 +120,6 @@ def attend_decode(cache, query, output, lse, work, scale: float, corrected: bool
     _reduce[(rows, num_heads)](
         part_out, part_lse, output, lse if lse is not None else part_lse, work.first_token, work.num_queries,
         *part_out.stride()[:3], *part_lse.stride()[:3], *output.stride()[:2], 0 if lse is None else lse.stride(0), parts,
-        GROUPS=groups, HEAD_DIM=head_dim, BLOCK_D=shape.block_d, BLOCK_P=triton.next_power_of_2(parts),
+        GROUPS=groups, HEAD_DIM=head_dim, BLOCK_D=shape.block_d, BLOCK_P=max(LEAST_PARTS, triton.next_power_of_2(parts)),
         HAS_LSE=lse is not None, num_warps=4,
     )  # fmt: skip

@@ -9,9 +9,10 @@ that a user could have given (engine_args.py sets some that were left open). The
 | EngineArgs.from_cli_args | engine_args.py | the parsed options reach no config | same |
 | EngineArgs.create_engine_config | engine_args.py | nothing is refused before the engine starts | vLLM has a config hook |
 | CPUModelRunner.sample_tokens | cpu_runner.py | a seed and a long prompt end a CPU engine | vLLM rewinds CPU generators |
+| Worker.determine_available_memory | gpu.py | what is observed lies beside the granted memory | specs ask for it |
 | model_arch_config.rswa_window | attention/cpu_backend.py | builders learn no prompt lengths | their metadata has them |
 
-The first three are in place before vLLM builds its parser. The fourth mends stock vLLM as well. The last is a value, no method:
-set in the worker's copy of the model config, for `full` prefill. tests/test_seams.py is the second ledger: it finds every patch
-in our source, wants it in this table, and says by name which target vLLM renamed.
+The first three are in place before vLLM builds its parser. The fourth mends stock vLLM as well, the fifth is made on CUDA only.
+The last is a value, no method: set in the worker's copy of the model config, for `full` prefill. tests/test_seams.py is the second
+ledger: it finds every patch in our source, wants it in this table, and says by name which target vLLM renamed.
 """

@@ -11,6 +11,7 @@ def register_seams() -> None:
     from momentkv_vllm.block_manager.manager import MomentKVManager
     from momentkv_vllm.kv_spec import MomentKVSpec
     from momentkv_vllm.vllm_seams.cpu_runner import patch_cpu_runner
+    from momentkv_vllm.vllm_seams.gpu import patch_gpu_worker
 
     # The CPU platform always asks for CPU_ATTN (vllm/platforms/cpu.py), so ours takes its place.
     register_backend(AttentionBackendEnum.CPU_ATTN, "momentkv_vllm.attention.cpu_backend.MomentKVBackend")
@@ -21,3 +22,5 @@ def register_seams() -> None:
     KVCacheSpecRegistry.register(MomentKVSpec, MomentKVManager, uniform_type_base_spec=FullAttentionSpec)
     if current_platform.is_cpu():
         patch_cpu_runner()
+    elif current_platform.is_cuda():
+        patch_gpu_worker()
