@@ -4,7 +4,9 @@ No GPU and no compiler: Triton decides by types, alignment and constants whether
 """
 
 import sys
+from pathlib import Path
 
+sys.path.append(str(Path(__file__).parent))  # -P leaves it out
 import torch
 import triton
 from compile_triton import Target

@@ -6,10 +6,7 @@ import triton.language as tl
 from .arguments import attending_warps, record_sizes, records_of, sizes, store_sizes, tiles_of, tokens_of
 from .common import LN2, LOG2E, narrow, program_head, record_partial
 from .retained import attend_retained, stored_tokens
-
-BLOCK_M, BLOCK_N = 64, 64
-"""(query, head of the group) pairs and slots of a tile; half as many slots above 128 dimensions, for shared memory. Not
-measured yet (make bench-gpu)."""
+from .tuning import CHUNK, Tuning
 
 
 @triton.jit
@@ -64,12 +61,14 @@ def _chunk(
         tl.store(lse_out + token * lse_token + query_head, (peak + tl.log2(safe)) * LN2, mask=real)
 
 
-def attend_chunk(cache, query, output, lse, work, scale: float, corrected: bool, most_queries: int) -> None:
+def attend_chunk(
+    cache, query, output, lse, work, scale: float, corrected: bool, most_queries: int, tuning: Tuning = CHUNK
+) -> None:
     """Rows of `work` with more than one query. Shapes as in kernels/base.py; most_queries bounds work.num_queries."""
     rows, num_heads, heads = len(work.last_slot), query.shape[1], cache.keys.shape[1]
     groups = num_heads // heads
-    block_n = BLOCK_N if query.shape[2] <= 128 else BLOCK_N // 2
-    block_m = max(BLOCK_M, triton.next_power_of_2(groups))
+    block_n = tuning.tile if query.shape[2] <= 128 else tuning.tile // 2
+    block_m = max(tuning.rows, triton.next_power_of_2(groups))
     grid = (triton.cdiv(most_queries, block_m // groups), heads, rows)
     _chunk[grid](
         query, output, lse if lse is not None else output, work.first_token, work.num_queries, work.pages, work.last_slot,
@@ -78,5 +77,5 @@ def attend_chunk(cache, query, output, lse, work, scale: float, corrected: bool,
         work.moment_pages.stride(0), work.store_pages, scale,
         GROUPS=groups, BLOCK_M=block_m, BLOCK_N=block_n, CORRECTED=corrected, HAS_LSE=lse is not None,
         SIZES=sizes(cache), STORE=store_sizes(cache, work), RECORD=record_sizes(cache),
-        num_warps=attending_warps(work),
+        num_warps=attending_warps(work), num_stages=tuning.stages,
     )  # fmt: skip

@@ -12,11 +12,8 @@ import triton.language as tl
 from .arguments import attending_warps, record_sizes, records_of, sizes, store_sizes, tiles_of, tokens_of
 from .common import LN2, narrow, program_head, record_partial
 from .retained import attend_retained, stored_tokens
+from .tuning import DECODE, Tuning
 
-SPLIT_SLOTS = 256
-"""Slots of a split. Fixed, not fitted to the batch, so that a row's result does not depend on the others; not measured yet
-(make bench-gpu tries 128, 256 and 512)."""
-BLOCK_N = 64
 LEAST_PARTS = 8
 """Parts that the second kernel is compiled for at least, so that few lists need one of their own."""
 
@@ -97,13 +94,19 @@ def _reduce(
         tl.store(lse_out + token * lse_token + query_head, peak + tl.log(total))
 
 
-def attend_decode(cache, query, output, lse, work, scale: float, corrected: bool, split: int = SPLIT_SLOTS) -> None:
-    """Rows of `work` with one query; other rows are left to attend_chunk. Shapes as in kernels/base.py."""
+def attend_decode(cache, query, output, lse, work, scale: float, corrected: bool, tuning: Tuning = DECODE) -> None:
+    """Rows of `work` with one query; other rows are left to attend_chunk. Shapes as in kernels/base.py.
+
+    A split is fixed, not fitted to the batch, so that a row's result does not depend on the others.
+    """
     rows, (num_heads, head_dim), heads = len(work.last_slot), query.shape[1:], cache.keys.shape[1]
     groups = num_heads // heads
     packed_slots = work.store_pages * cache.packed.page_tokens if work.stored is not None else 0
+    slots = work.pages.shape[1] * cache.page_size
+    # A split longer than any list is one as long as the longest: a number that compiled kernels share.
+    split = min(tuning.split, triton.next_power_of_2(max(packed_slots, slots)))
     store_splits = triton.cdiv(packed_slots, split)
-    parts = corrected + store_splits + triton.cdiv(work.pages.shape[1] * cache.page_size, split)
+    parts = corrected + store_splits + triton.cdiv(slots, split)
     # Written before they are read; inside a CUDA graph they come from its own pool.
     part_out = torch.empty(rows, heads, parts, groups, head_dim, dtype=torch.float32, device=query.device)
     part_lse = torch.empty(rows, heads, parts, groups, dtype=torch.float32, device=query.device)
@@ -113,9 +116,9 @@ def attend_decode(cache, query, output, lse, work, scale: float, corrected: bool
         work.moment_pages, work.num_evicted, tokens_of(cache), tiles_of(cache), records_of(cache), *query.stride()[:2],
         *part_out.stride()[:3], *part_lse.stride()[:3], work.pages.stride(0), work.moment_pages.stride(0), work.store_pages,
         scale, store_splits,
-        GROUPS=groups, BLOCK_M=max(16, triton.next_power_of_2(groups)), SPLIT=split, BLOCK_N=min(BLOCK_N, split),
+        GROUPS=groups, BLOCK_M=max(16, triton.next_power_of_2(groups)), SPLIT=split, BLOCK_N=min(tuning.tile, split),
         RECORDS=int(corrected), SIZES=shape, STORE=store_sizes(cache, work), RECORD=record_sizes(cache),
-        num_warps=attending_warps(work),
+        num_warps=attending_warps(work), num_stages=tuning.stages,
     )  # fmt: skip
     _reduce[(rows, num_heads)](
         part_out, part_lse, output, lse if lse is not None else part_lse, work.first_token, work.num_queries,
