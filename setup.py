@@ -34,6 +34,7 @@ def native_build() -> dict:
     modules = [cpu_kernels()] if cpu else []
     if cuda_wanted(cuda):
         modules.append(cuda_kernels())
+    # On GPU machines, with csrc/cpu left out, ninja compiles files side by side.
     return {"ext_modules": modules, "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=not cpu)}}
 
 

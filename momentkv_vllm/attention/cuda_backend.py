@@ -25,6 +25,7 @@ from vllm.v1.attention.backends.triton_attn import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from momentkv_vllm.attention.at_end import LayerTable, RetireAtEnd
 from momentkv_vllm.attention.layer import EvictingImpl
 from momentkv_vllm.attention.spec_hook import EvictingBackend, require_bounded_spec
 from momentkv_vllm.attention.step_plan import MAX_SLOTS_PER_WORK, StepPlan, StepPlanner
@@ -49,6 +50,7 @@ class CudaMomentKVMetadata(TritonAttentionMetadata):
 
     eviction: StepPlan | None = None
     stock_part: StockPart | None = None
+    at_end: RetireAtEnd | None = None
 
 
 class CudaMomentKVBackend(EvictingBackend, TritonAttentionBackend):
@@ -106,6 +108,7 @@ class CudaMomentKVMetadataBuilder(TritonAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.planner: StepPlanner | None = None
         self.decode_planner: DecodePlanner | None = None
+        self.layers, self.layer_table = max(1, len(layer_names)), LayerTable(device)
         self.places = torch.empty(0, 0, dtype=torch.long)
         config = EvictionConfig.from_vllm(vllm_config)
         if not config.active:
@@ -134,7 +137,8 @@ class CudaMomentKVMetadataBuilder(TritonAttentionMetadataBuilder):
             step = self.decode_planner.update(
                 common.seq_lens[:n], common.query_start_loc[: n + 1], common.block_table_tensor[:n]
             )
-            return CudaMomentKVMetadata(**vars(stock), eviction=step)
+            at_end = RetireAtEnd(step.rounds[0].retires.pop(), self.layers, self.layer_table)
+            return CudaMomentKVMetadata(**vars(stock), eviction=step, at_end=at_end)
         starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
         step, table = self._step_on_host(common, starts)
         if not step.rounds:
@@ -168,6 +172,17 @@ class CudaMomentKVImpl(EvictingImpl, TritonAttentionImpl):
 
     device_type = "cuda"
     view = staticmethod(CacheView.of_vllm_gpu)
+
+    def forward(
+        self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None
+    ) -> torch.Tensor:
+        """As vLLM's."""
+        scales = output_scale, output_block_scale
+        result = super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
+        at_end: RetireAtEnd | None = getattr(attn_metadata, "at_end", None)
+        if at_end is not None:
+            at_end.attended(self, self.view_of(kv_cache))
+        return result
 
 
 def _family(config: EvictionConfig, spec: MomentKVSpec) -> KernelFamily:

@@ -13,7 +13,7 @@ from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.in_torch import add_logits, candidates, read_store
 from momentkv_vllm.kernels.limits import CacheShape, Limits
 from momentkv_vllm.kernels.observed import Observed
-from momentkv_vllm.kernels.worklists import AttendWork, RetireWork, fresh_pages
+from momentkv_vllm.kernels.worklists import AttendWork, LayersOf, RetireWork, fresh_pages
 from momentkv_vllm.policies.base import Policy
 from momentkv_vllm.policies.key_direction import attention_weight
 
@@ -122,6 +122,13 @@ class KernelFamily(ABC):
             score = policy.score(candidates(cache, observed, work, scale, self.read_store)).contiguous()
         mass = observed.mass if observed else None
         self._consolidate(cache, mass, work, score, sink_tokens, attention_weight(policy))
+
+    def consolidate_layers(
+        self, layers: LayersOf, work: RetireWork, policy: Policy, sink_tokens: int, scale: float
+    ) -> None:
+        """`consolidate` in several layers; a family may do it in one launch."""
+        for cache, observed in zip(layers.caches, layers.observed, strict=True):
+            self.consolidate(cache, observed, work, policy, sink_tokens, scale)
 
     def read_store(self, cache: CacheView, pages: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of quantised store pages [rows, n], float32 [rows, heads, slots, head_dim]."""
