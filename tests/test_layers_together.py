@@ -6,9 +6,9 @@ import os
 import pytest
 import torch
 
-from momentkv_vllm.attention.at_end import LayerTable
 from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.layer_table import LayerTable
 from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.worklists import LayersOf, RetireWork
 from momentkv_vllm.packed_store import PackedLayout
@@ -17,8 +17,8 @@ from momentkv_vllm.policies import find
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="run by test_interpreter.py")
-LAYERS, ROWS, HEADS, D, PAGE, STORE = 3, 5, 2, 32, 16, 2
-DUE = [0, 2, 3, 4]
+LAYERS, ROWS, HEADS, D, PAGE, STORE = 2, 3, 1, 32, 16, 2
+DUE = [0, 2]
 
 
 def cache_of(layer: int, packed: PackedLayout | None, record: RecordLayout) -> tuple[CacheView, Observed]:
@@ -33,10 +33,10 @@ def cache_of(layer: int, packed: PackedLayout | None, record: RecordLayout) -> t
 
 
 def event(packed: PackedLayout | None, capacity: int, stored: int, evicted: int) -> RetireWork:
-    """Row 1 retires nothing, row 3 a page less than the others; pages of a row: two of the store, three, two of the record."""
+    """Row 1 retires nothing, row 2 a page less than row 0; pages of a row: two of the store, three, two of the record."""
     pages = torch.arange(1, 1 + ROWS * 7).view(ROWS, 7)
     retiring = pages[:, 2:5].clone()
-    retiring[1], retiring[3, 2] = -1, -1
+    retiring[1], retiring[2, 2] = -1, -1
     return RetireWork(
         store_pages=pages[:, :STORE].contiguous(), retiring_pages=retiring, moment_pages=pages[:, 5:].contiguous(),
         num_evicted=torch.full((ROWS,), float(evicted)), run_tokens=8 if packed else 1,
@@ -47,7 +47,9 @@ def event(packed: PackedLayout | None, capacity: int, stored: int, evicted: int)
 
 @pytest.mark.parametrize("policy", ["momentkv", "keydiff"])
 @pytest.mark.parametrize("store", ["model", "int4"])
-def test_layers_together_are_layers_one_by_one(policy, store):
+def test_layers_together_are_layers_one_by_one(monkeypatch, policy, store):
+    """A program's rows take turns here."""
+    monkeypatch.setattr("momentkv_vllm.triton_kernels.consolidate_layers.ROWS_AT_ONCE", 1)
     packed = PackedLayout(store, D) if store == "int4" else None
     record = RecordLayout(D, has_covariance=packed is None)
     policy, family = find(policy)(), select("triton", "cpu")

@@ -45,7 +45,25 @@ def _chunk(
     in_store = stored_tokens(stored, row, STORE)
     exact_pages = pages + tl.where(in_store > 0, store_pages, 0)
     acc, peak, total = attend_retained(
-        q, limit, 0, in_store, 0, end, tokens, tiles, head, pages, exact_pages, scale, BLOCK_N, SIZES, STORE
+        q,
+        limit,
+        0,
+        in_store,
+        0,
+        end,
+        tokens,
+        tiles,
+        head,
+        pages,
+        exact_pages,
+        scale,
+        limit,
+        limit,
+        real,
+        BLOCK_N,
+        SIZES,
+        STORE,
+        False,
     )
     if CORRECTED:
         evicted = tl.load(num_evicted + row)

@@ -71,12 +71,13 @@ class Layer:
         self.work = self.planner.update(lens.int(), self.query_start, self.table).rounds[0]
 
     def forward(self) -> None:
-        attend, retire = self.work.attends[0], self.work.retires[0]
+        self.attend()
+        self.retire(self.work.retires[0])
+
+    def attend(self) -> None:
         self.family.write(self.cache, self.key, self.value, self.slots, self.mass)
-        lse = torch.empty(self.query.shape[:2], device=self.device)
-        self.family.attend(self.cache, self.query, self.output, lse, attend, self.scale, True)
-        self.family.observe(self.cache, self.mass, self.query, lse, attend, self.scale)
-        self.retire(retire)
+        given = self.query, self.output, self.work.attends[0], self.scale, True
+        self.family.attend_and_observe(self.cache, self.mass, *given)
 
     def retire(self, work: RetireWork) -> None:
         self.family.consolidate(self.cache, self.mass, work, self.policy, SINKS, self.scale)

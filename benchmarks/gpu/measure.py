@@ -9,6 +9,8 @@ from check import POLICY, ROUNDING, close, reference
 from machine import Timer
 from shape import SINKS
 
+from momentkv_vllm.kernels.layer_table import LayerTable
+from momentkv_vllm.kernels.worklists import LayersOf
 from momentkv_vllm.page_schedule import DEFAULT_RETIRE_SHARE
 
 LAYERS = 32
@@ -96,13 +98,23 @@ def step(family, timer: Timer, store: str, rows: int, device: str, tiny: bool) -
     _, heads, groups, d, budget = graph.sizes_of(tiny)
     layers = [graph.Layer(family, device, store, rows, heads, groups, d, budget) for _ in range(2 if tiny else LAYERS)]
     row = {"family": family.name, "store": store, "rows": rows, "layers": len(layers)}
+    caches, observed = [layer.cache for layer in layers], [layer.mass for layer in layers]
+    together = LayersOf(caches, observed, LayerTable(device).of(caches, observed))
     # Row i is i tokens ahead: in one step none of the first rows is near its event, in the other one of them retires.
     for name, number in (("idle", 5 if tiny else 20), ("due", layers[0].schedule.retire_tokens + 4)):
         for layer in layers:
             layer.prepare(number)
-        seconds = timer(lambda: [layer.forward() for layer in layers])
+        seconds = timer(lambda: forward(layers, together))
         row |= {f"{name}_us": seconds * 1e6, f"{name}_rows_due": layers[0].retired()}
     return row
+
+
+def forward(layers: list[graph.Layer], together: LayersOf) -> None:
+    """As attention/cuda_backend.py: every layer attends, then all retire."""
+    first = layers[0]
+    for layer in layers:
+        layer.attend()
+    first.family.consolidate_layers(together, first.work.retires[0], first.policy, SINKS, first.scale)
 
 
 def prefill(

@@ -25,7 +25,7 @@ from vllm.v1.attention.backends.triton_attn import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from momentkv_vllm.attention.at_end import LayerTable, RetireAtEnd
+from momentkv_vllm.attention.at_end import RetireAtEnd
 from momentkv_vllm.attention.layer import EvictingImpl
 from momentkv_vllm.attention.spec_hook import EvictingBackend, require_bounded_spec
 from momentkv_vllm.attention.step_plan import MAX_SLOTS_PER_WORK, StepPlan, StepPlanner
@@ -36,6 +36,7 @@ from momentkv_vllm.attention.warm_up import warm_up
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import KernelFamily, select
 from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.layer_table import LayerTable
 from momentkv_vllm.kv_spec import MomentKVSpec
 
 logger = init_logger(__name__)
@@ -183,6 +184,13 @@ class CudaMomentKVImpl(EvictingImpl, TritonAttentionImpl):
         if at_end is not None:
             at_end.attended(self, self.view_of(kv_cache))
         return result
+
+    def _attend(self, cache, query, output, attend, sampling) -> None:
+        """Attention of single queries is observed on the way; nothing is sampled here, and no layer has sinks."""
+        if attend.observe_from is None or attend.most_queries != 1:
+            return super()._attend(cache, query, output, attend, sampling)
+        target, corrected = torch.empty_like(query) if attend.observe_only else output, self.config.correction != "off"
+        self.kernels.attend_and_observe(cache, self._observing(cache), query, target, attend, self.scale, corrected)
 
 
 def _family(config: EvictionConfig, spec: MomentKVSpec) -> KernelFamily:

@@ -7,6 +7,7 @@ of page numbers index vLLM's block pool. reference.py is the specification that 
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from momentkv_vllm.kernels.cache_view import CacheView
@@ -103,6 +104,15 @@ class KernelFamily(ABC):
             add_logits(cache, observed.data, query, work, scale)
         else:
             self._observe(cache, observed.mass, query, lse, work, scale)
+
+    def attend_and_observe(
+        self, cache: CacheView, observed: Observed, query: Tensor, output: Tensor, work: AttendWork, scale: float,
+        corrected: bool,
+    ) -> None:  # fmt: skip
+        """`attend`, then `observe`; a family may do both in one pass where every row has one query."""
+        lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+        self.attend(cache, query, output, lse, work, scale, corrected)
+        self.observe(cache, observed, query, lse, work, scale)
 
     def consolidate(
         self, cache: CacheView, observed: Observed | None, work: RetireWork, policy: Policy, sink_tokens: int,

@@ -57,6 +57,14 @@ class Triton(KernelFamily):
         if bound > 1:
             _chunk.attend_chunk(cache, query, output, lse, work, scale, corrected, bound)
 
+    def attend_and_observe(
+        self, cache: CacheView, observed, query, output, work: AttendWork, scale: float, corrected
+    ) -> None:
+        if observed.mass is None or work.most_queries != 1:
+            return super().attend_and_observe(cache, observed, query, output, work, scale, corrected)
+        corrected = corrected and cache.record_layout.has_means
+        _decode.attend_decode(cache, query, output, None, work, scale, corrected, mass=observed.mass)
+
     def _observe(self, cache: CacheView, mass, query, lse, work: AttendWork, scale: float) -> None:
         _observe.observe(cache, mass, query, lse, work, scale)
 

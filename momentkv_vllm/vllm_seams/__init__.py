@@ -12,7 +12,7 @@ that a user could have given (engine_args.py sets some that were left open). The
 | Worker.determine_available_memory | gpu.py | what is observed lies beside the granted memory | specs ask for it |
 | model_arch_config.rswa_window | attention/cpu_backend.py | builders learn no prompt lengths | their metadata has them |
 
-The first three are in place before vLLM builds its parser. The fourth mends stock vLLM as well, the fifth is made on CUDA only.
-The last is a value, no method: set in the worker's copy of the model config, for `full` prefill. tests/test_seams.py is the second
-ledger: it finds every patch in our source, wants it in this table, and says by name which target vLLM renamed.
+The first three are in place before vLLM builds its parser. The fourth mends stock vLLM as well, the fifth is CUDA's only.
+The last is a value, no method: set in the worker's copy of the model config, for `full` prefill. tests/test_seams.py is the
+second ledger: it finds every patch in our source, wants it in this table, and says by name which target vLLM renamed.
 """
