@@ -103,3 +103,36 @@ def test_the_limits_fit_what_is_lent():
     done = subprocess.run([sys.executable, "-P", "-c", code.format(folders)], capture_output=True, text=True)
     a, b, c, d = map(int, done.stdout.split())
     assert a + b + c < 560 and d < 540 and a + b + c + d <= 13 * 60
+
+
+def test_parts_of_vllm_hold_what_the_engine_needs_and_fit(tmp_path):
+    import zipfile
+
+    import pack
+
+    wheel, other = tmp_path / "vllm-0.32.0.whl", tmp_path / "msgspec.whl"
+    needed = {
+        "vllm/__init__.py": b"x" * 500,
+        "vllm/_C_stable_libtorch.abi3.so": os.urandom(3000),
+        "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so": os.urandom(2500),
+        "vllm-0.32.0.dist-info/METADATA": b"Name: vllm",
+        "msgspec/_core.so": os.urandom(900),
+    }
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, content in needed.items():
+            if not name.startswith("msgspec"):
+                archive.writestr(name, content)
+        archive.writestr("vllm/_moe_C_stable_libtorch.abi3.so", os.urandom(9000))
+        archive.writestr("vllm/third_party/deep_gemm/x.py", b"no")
+    with zipfile.ZipFile(other, "w") as archive:
+        archive.writestr("msgspec/_core.so", needed["msgspec/_core.so"])
+    paths = pack.write([wheel, other], tmp_path / "site", 4096)
+    assert len(paths) == 2 and all(path.stat().st_size <= 4096 for path in paths)
+    for path in paths:
+        subprocess.run([sys.executable, "-m", "zipfile", "-e", str(path), str(tmp_path / "there")], check=True)
+    there = {
+        str(p.relative_to(tmp_path / "there")): p.read_bytes() for p in (tmp_path / "there").rglob("*") if p.is_file()
+    }
+    assert there == needed
+    with pytest.raises(ValueError, match="_C_stable_libtorch"):
+        pack.parts([wheel], 2000)

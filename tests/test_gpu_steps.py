@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from layer_sides import COLUMNS, HEADS, PAGE, TABLE, D, Side, common_of, config_of, new_cache
+from layer_sides import COLUMNS, HEADS, LAYER, PAGE, TABLE, D, Side, common_of, config_of, new_cache, new_tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8StaticTensorSym
@@ -160,6 +160,41 @@ def test_chunks_and_decode_rows_launch_their_own_kernels_only(models, monkeypatc
         family.attend(cache, query, query, None, replace(work, only_chunks=False, most_queries=2), 1.0, True)
         assert seen == ["_partials", "_reduce", "_chunk"]
     assert kinds == {True, False}
+
+
+KERNELS = {"_decode": ("_partials", "_reduce"), "_chunk": ("_chunk",), "_write": ("_write",), "_observe": ("_observe",)}
+KERNELS |= {"_consolidate": ("_consolidate",), "_consolidate_layers": ("_consolidate_layers",)}
+
+
+def test_a_decode_step_launches_three_kernels_a_layer_and_three_a_step(models, monkeypatch):
+    """Also where rows are observed or retire: a captured step is one for all. Nothing is copied but where the layers lie, once."""
+    seen, layers = [], 4
+    for module, names in KERNELS.items():
+        for name in names:
+            monkeypatch.setattr(getattr(triton, module), name, Launches(name, seen))
+    from momentkv_vllm.triton_kernels import plan, score
+
+    for module, names in ((plan, ("_plan", "_due")), (score, ("_sums", "_terms"))):
+        for name in names:
+            monkeypatch.setattr(module, name, Launches(name, seen))
+    monkeypatch.setattr(triton.Triton, "objections", lambda self: [])
+    monkeypatch.setattr(triton.Triton, "runs_on", lambda self, device: True)
+    register()
+    config = config_of(models())
+    sides = [Side(config, CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder) for _ in range(layers)]
+    builder = sides[0].builder
+    builder.layers = layers
+    tokens = new_tokens(3, torch.Generator().manual_seed(0))
+    for lens in ([100, 120, 5], [95, 97, 96], [200, 31, 7]):
+        seen.clear()
+        with Copies() as copies:
+            common = common_of(lens, [1, 1, 1])
+            metadata = builder.build(0, common)
+            for side in sides:
+                side.impl.do_kv_cache_update(LAYER, *tokens[1:], side.cache, common.slot_mapping)
+                side.impl.forward(LAYER, *tokens, side.cache, metadata, torch.empty_like(tokens[0]))
+        assert seen == ["_plan", "_due", *["_write", "_partials", "_reduce"] * layers, "_consolidate_layers"]
+        assert copies.count == 0
 
 
 @pytest.mark.parametrize("impl", [MomentKVImpl, CudaMomentKVImpl])
