@@ -1,8 +1,8 @@
 """What run D needs of vLLM, in parts that can be carried: `pack.py WHEEL... --into build/site`.
 
-WHEEL: vllm-0.32.0's of CUDA, and those of Python packages that the GPU machine lacks (shared/docs/gpu.md, section 4), fetched with
-`pip download --no-deps`. Writes part0.zip and so on, none above LIMIT, each of whole files; there, for every part,
-`python3 -m zipfile -e part0.zip /tmp/site`, then PYTHONPATH=/tmp/site. Of vLLM's libraries only those that an H100 or H200 asks for.
+WHEEL: vllm-0.32.0's of CUDA, and those of Python packages that the GPU machine lacks (shared/docs/gpu.md, section 4), fetched
+with `pip download --no-deps`. Writes part0.zip and so on, none above LIMIT, each of whole files. There, for every part,
+`python3 -m zipfile -e part0.zip /tmp/site`, then PYTHONPATH=/tmp/site. Of vLLM's libraries only those that an H100 asks for.
 """
 
 import argparse
