@@ -1,5 +1,7 @@
 """A decode layer over whole retiring periods: graph replay against eager, and a family's life against the reference's."""
 
+from dataclasses import replace
+
 import torch
 from shape import SINKS
 
@@ -92,7 +94,7 @@ class ReferenceLayer(Layer):
     def retire(self, work: RetireWork) -> None:
         due = (work.retiring_pages >= 0).any(1)
         if due.any():
-            super().retire(mapped(work, lambda _, x: x[due]))
+            super().retire(mapped(replace(work, due=None), lambda _, x: x[due]))
 
 
 def sizes_of(tiny: bool) -> tuple[int, ...]:
