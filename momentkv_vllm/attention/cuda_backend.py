@@ -39,7 +39,7 @@ from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.layer_table import LayerTable
 from momentkv_vllm.kv_spec import MomentKVSpec
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")
 
 ANY_SLOTS = 1 << 62
 """Retained slots of one work list: kernels read them in place, and every further list is a launch more."""
