@@ -78,14 +78,14 @@ bench-prefix: setup ## prompt tokens saved by prefix caching under a shared syst
 bench-resume: setup ## prompt tokens computed of conversations and documents that come again, stock against momentkv (10 minutes)
 	PYTHONPATH=benchmarks $(BIN)/python -P -m serving.resume
 
-test-gpu:       ## check the GPU kernels on a machine with torch, triton and a GPU (PYTHON=...; needs no vLLM)
-	$(PYTHON) benchmarks/gpu/run.py --check
+test-gpu:       ## check the GPU kernels on a machine with torch, triton and a GPU (PYTHON=...; needs no vLLM; 5 minutes)
+	$(PYTHON) benchmarks/gpu/run.py A
 
-bench-gpu:      ## check, then time the GPU kernels; gpu.json and gpu.png go to $$OUT or benchmarks/results
-	$(PYTHON) benchmarks/gpu/run.py
+bench-gpu:      ## check, then time the GPU kernels: decode, prefill; gpu_A.json and so on go to $$OUT or benchmarks/results (9 minutes)
+	$(PYTHON) benchmarks/gpu/run.py A B C
 
 bench-gpu-engine: ## stock vLLM against momentkv in the engine on a GPU, CUDA graphs on (PYTHON=...; needs vllm==0.32.0 and this package)
-	PYTHONPATH=benchmarks $(PYTHON) -P -m gpu.engine
+	$(PYTHON) benchmarks/gpu/run.py D
 
 bench-dashboard: setup ## the Grafana dashboard's panels, drawn from a real run that a real Prometheus scrapes (4 minutes)
 	PYTHONPATH=benchmarks $(BIN)/python -P -m dashboard

@@ -29,7 +29,8 @@ def native_build() -> dict:
     modules = [cpu_kernels()] if cpu else []
     if cuda_wanted(cuda):
         modules.append(cuda_kernels())
-    return {"ext_modules": modules, "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=False)}}
+    # On GPU machines, with csrc/cpu left out, ninja compiles files side by side.
+    return {"ext_modules": modules, "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=not cpu)}}
 
 
 def files(folder: str, *suffixes: str) -> list[str]:

@@ -25,6 +25,7 @@ from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.triton import Triton
+from momentkv_vllm.kernels.worklists import LayersOf
 from momentkv_vllm.packed_store import PackedLayout
 from momentkv_vllm.page_schedule import build_schedule
 from momentkv_vllm.policies import find
@@ -113,6 +114,10 @@ def main(capability: int, shapes: list[tuple[Shape, str, int]]) -> None:
         if dtype:
             retire.stored, retire.run_tokens, retire.store_tokens = case.work.stored, run, STORED
         family.consolidate(case.cache, case.mass, retire, policy(), SINKS, case.scale)
+        family.attend_and_observe(case.cache, case.mass, case.query, case.output, case.work, case.scale, True)
+        retire.due = torch.zeros(1 + shape.rows, dtype=torch.int64)
+        layers = LayersOf([case.cache] * 2, [case.mass] * 2, torch.zeros(2, 2, dtype=torch.int64))
+        family.consolidate_layers(layers, retire, policy(), SINKS, case.scale)
         family.write(case.cache, case.key, case.value, torch.tensor([20]), case.mass)
     config = EvictionConfig(policy="momentkv", budget_tokens=256)
     planner = DecodePlanner(build_schedule(config, 16, 1, False), config, policy, 2, "cpu")

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-OVER_STORES = {"_partials", "_chunk", "_observe", "_sums", "_terms", "_consolidate"}
-KERNELS = {(name, 0) for name in {"_write", "_reduce", "_plan"} | OVER_STORES}
+OVER_STORES = {"_partials", "_chunk", "_observe", "_sums", "_terms", "_consolidate", "_consolidate_layers"}
+OVER_STORES |= {"_reduce"}
+KERNELS = {(name, 0) for name in {"_write", "_plan", "_due"} | OVER_STORES}
 KERNELS |= {(name, 4) for name in OVER_STORES} | {(name, 8) for name in OVER_STORES - {"_chunk"}}
 MOST_SHARED_BYTES = 227 << 10  # what a block of an H100 can have
 

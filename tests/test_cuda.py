@@ -139,6 +139,22 @@ def test_the_first_order_step_is_limited_to_the_spread(kernels):
     assert_close(got, want, ROUNDING[torch.bfloat16])
 
 
+def test_rows_that_observe_nothing_read_nothing(kernels):
+    """Most rows of most steps: their pages could lie anywhere. Others get what they got beside them."""
+    cache, work, query = shared.serving_batch(torch.bfloat16, 64, "bfloat16", "zeroth", 4)
+    _, lse = shared.run_attend(reference, cache, query, work, 0.125, True)
+    watched = torch.arange(len(work.num_queries)) % 2 == 0
+    work.observe_from = torch.where(watched, 0, work.num_queries)
+    work.restart = watched
+    want = torch.zeros(cache.keys.shape[:3])
+    reference.observe(cache, Observed(want), query, lse, work, 0.125)
+    used = torch.cat([row[row > 0] for row in work.pages[watched]])
+    work.pages[~watched] = 1 << 40
+    mass = torch.zeros(cache.keys.shape[:3])
+    kernels.observe(cache, Observed(mass), query, lse, work, 0.125)
+    torch.testing.assert_close(mass[used], want[used], rtol=1e-4, atol=1e-5)
+
+
 def test_padding_rows_are_not_touched(kernels):
     """A captured launch covers the largest batch: rows without queries are skipped, whatever their pages say."""
     cache, work, query = shared.serving_batch(torch.bfloat16, 64, "bfloat16", "zeroth", 4)

@@ -71,16 +71,23 @@ def test_decode_steps_reuse_their_buffers(models):
     """What a captured graph holds on to: every list at its address, of its shape, whatever retires."""
     register()
     cuda = Side(config_of(models()), CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder)
-    captured = cuda.builder.build_for_cudagraph_capture(common_of([1, 1, 1], [1, 1, 1])).eviction.rounds[0]
+    captured = lists_of(cuda.builder.build_for_cudagraph_capture(common_of([1, 1, 1], [1, 1, 1])))
     schedule = cuda.builder.planner.schedule
     due = [schedule.first_event_tokens, schedule.first_event_tokens + schedule.retire_tokens, 5]
-    replayed = cuda.builder.build(0, common_of(due, [1, 1, 1])).eviction.rounds[0]
-    for before, now in ((captured.attends[0], replayed.attends[0]), (captured.retires[0], replayed.retires[0])):
+    replayed = lists_of(cuda.builder.build(0, common_of(due, [1, 1, 1])))
+    for before, now in zip(captured, replayed, strict=True):
         for name, x in vars(before).items():
             if isinstance(x, torch.Tensor):
                 assert x.data_ptr() == getattr(now, name).data_ptr() and x.shape == getattr(now, name).shape, name
-    assert (replayed.retires[0].retiring_pages >= 0).any(1).tolist() == [True, True, False]
-    assert captured.attends[0].most_queries == 1
+    assert (replayed[1].retiring_pages >= 0).any(1).tolist() == [True, True, False]
+    assert replayed[1].due[:3].tolist() == [2, 0, 1]
+    assert captured[0].most_queries == 1
+
+
+def lists_of(metadata):
+    """What attends, and what retires at the end of the step."""
+    (round_,) = metadata.eviction.rounds
+    return [*round_.attends, metadata.at_end.work]
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,8 @@ def check_schedule(config: EvictionConfig, schedule: PageSchedule):
         attend, retire_work = made.attends[0], made.retires[0]
         assert places_of(attend) == {name: places[name] for name in places_of(attend)}
         assert attend.num_queries.tolist() == [1, 1, 1, 0, 1, 1] and (retire_work.retiring_pages[3] == -1).all()
+        due = [row for row in range(6) if (retire_work.retiring_pages[row] >= 0).any()]
+        assert retire_work.due[: 1 + len(due)].tolist() == [len(due), *due]
         events += int((retire_work.retiring_pages >= 0).any(1).sum())
         for row in (0, 1, 2, 4, 5):
             check_row(host, attend, retire_work, row, int(query_start[row]), lens[row], table)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from layer_sides import HEADS, TABLE, D, Side, common_of, config_of, new_cache
+from layer_sides import COLUMNS, HEADS, LAYER, PAGE, TABLE, D, Side, common_of, config_of, new_cache, new_tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8StaticTensorSym
@@ -12,7 +12,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8Static
 from momentkv_vllm.attention import upload
 from momentkv_vllm.attention.cpu_backend import MomentKVImpl
 from momentkv_vllm.attention.cuda_backend import CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder
-from momentkv_vllm.attention.step_plan import StepPlan
+from momentkv_vllm.attention.step_plan import MAX_SLOTS_PER_WORK, StepPlan
 from momentkv_vllm.kernels import triton
 from momentkv_vllm.plugin import register
 
@@ -46,8 +46,7 @@ def test_a_mixed_step_copies_once(models, monkeypatch):
     """To `meta`, which has no data: whatever asked it for a number, and so waited for a GPU, would raise."""
     builder = side_of(models).builder
     pinned = []
-    monkeypatch.setattr(upload, "is_pin_memory_available", lambda: True)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
+    monkeypatch.setattr(upload, "_pinning", lambda device: pinned.append(device) or {})
     common = mixed_step()
     there = {
         k: getattr(common, k).to("meta") for k in ("query_start_loc", "seq_lens", "block_table_tensor", "slot_mapping")
@@ -79,6 +78,52 @@ def test_lists_arrive_as_they_were_made(models):
     assert got.stock_part.tokens.tolist() == list(range(30))
     assert got.stock_part.metadata.query_start_loc.tolist() == [0, 30]
     assert got.stock_part.metadata.max_query_len == 30
+
+
+def test_a_step_that_is_planned_leaves_the_last_one_as_it_was(models):
+    """On the CPU lists lie where the host wrote them, as a copy still does that the device has not made."""
+    builder = side_of(models).builder
+    first = builder.build(0, mixed_step())
+    before = [x.clone() for x in tensors_of(first)]
+    second = builder.build(0, common_of([40, 130, 161], [10, 120, 11]))
+    assert all(torch.equal(a, b) for a, b in zip(tensors_of(first), before, strict=True))
+    blocks = [{x.untyped_storage().data_ptr() for x in tensors_of(step)} for step in (first, second)]
+    assert not blocks[0] & blocks[1]
+
+
+def test_pinned_memory_is_asked_for_on_a_gpu_only(monkeypatch):
+    monkeypatch.setattr(upload, "is_pin_memory_available", lambda: True)
+    assert upload._pinning(torch.device("cuda")) == {"pin_memory": True} and not upload._pinning(torch.device("cpu"))
+    monkeypatch.setattr(upload, "is_pin_memory_available", lambda: False)
+    assert not upload._pinning(torch.device("cuda"))
+
+
+def test_decode_rows_of_a_mixed_step_are_one_list(models, monkeypatch):
+    """However many slots they retain: kernels read them in place."""
+    monkeypatch.setattr(triton.Triton, "objections", lambda self: [])
+    builder = side_of(models, budget_tokens=192).builder
+    rows = 700
+    table = torch.arange(1, rows * COLUMNS + 1).view(rows, COLUMNS)
+    lens, new = [220] * rows, [2, *[1] * (rows - 1)]
+    step = builder.build(0, common_of(lens, new, table)).eviction
+    (decode,) = [a for a in step.rounds[0].attends if not a.only_chunks]
+    assert len(decode.first_token) == rows - 1 and decode.pages.numel() * PAGE > MAX_SLOTS_PER_WORK
+
+
+def test_places_of_a_block_table_are_made_once(models):
+    """A context of 128K tokens has 8,192 columns a row."""
+    builder = side_of(models).builder
+    builder.build(0, mixed_step())
+    places = builder.places
+    builder.build(0, common_of([31, 201, 151], [1, 1, 1])), builder.build(0, common_of([40, 210], [9, 9]))
+    assert builder.places is places
+    assert builder._places_of(torch.zeros(2, COLUMNS)).tolist() == places[:2].tolist()
+    assert builder._places_of(torch.zeros(2, 5)).tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]
+
+
+def tensors_of(metadata) -> list[torch.Tensor]:
+    lists = lists_of(metadata.eviction)
+    return [x for work in lists for x in vars(work).values() if isinstance(x, torch.Tensor)]
 
 
 def lists_of(step: StepPlan) -> list:
@@ -115,6 +160,41 @@ def test_chunks_and_decode_rows_launch_their_own_kernels_only(models, monkeypatc
         family.attend(cache, query, query, None, replace(work, only_chunks=False, most_queries=2), 1.0, True)
         assert seen == ["_partials", "_reduce", "_chunk"]
     assert kinds == {True, False}
+
+
+KERNELS = {"_decode": ("_partials", "_reduce"), "_chunk": ("_chunk",), "_write": ("_write",), "_observe": ("_observe",)}
+KERNELS |= {"_consolidate": ("_consolidate",), "_consolidate_layers": ("_consolidate_layers",)}
+
+
+def test_a_decode_step_launches_three_kernels_a_layer_and_three_a_step(models, monkeypatch):
+    """Also where rows are observed or retire: a captured step is one for all. Nothing is copied but where the layers lie, once."""
+    seen, layers = [], 4
+    for module, names in KERNELS.items():
+        for name in names:
+            monkeypatch.setattr(getattr(triton, module), name, Launches(name, seen))
+    from momentkv_vllm.triton_kernels import plan, score
+
+    for module, names in ((plan, ("_plan", "_due")), (score, ("_sums", "_terms"))):
+        for name in names:
+            monkeypatch.setattr(module, name, Launches(name, seen))
+    monkeypatch.setattr(triton.Triton, "objections", lambda self: [])
+    monkeypatch.setattr(triton.Triton, "runs_on", lambda self, device: True)
+    register()
+    config = config_of(models())
+    sides = [Side(config, CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder) for _ in range(layers)]
+    builder = sides[0].builder
+    builder.layers = layers
+    tokens = new_tokens(3, torch.Generator().manual_seed(0))
+    for lens in ([100, 120, 5], [95, 97, 96], [200, 31, 7]):
+        seen.clear()
+        with Copies() as copies:
+            common = common_of(lens, [1, 1, 1])
+            metadata = builder.build(0, common)
+            for side in sides:
+                side.impl.do_kv_cache_update(LAYER, *tokens[1:], side.cache, common.slot_mapping)
+                side.impl.forward(LAYER, *tokens, side.cache, metadata, torch.empty_like(tokens[0]))
+        assert seen == ["_plan", "_due", *["_write", "_partials", "_reduce"] * layers, "_consolidate_layers"]
+        assert copies.count == 0
 
 
 @pytest.mark.parametrize("impl", [MomentKVImpl, CudaMomentKVImpl])

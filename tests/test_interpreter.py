@@ -21,6 +21,8 @@ FILES = [
     "test_decode_plan.py",
     "test_cuda_backend.py",
     "test_layer_state.py",
+    "test_layers_together.py",
+    "test_observed_on_the_way.py",
 ]
 
 
@@ -29,7 +31,7 @@ def test_triton_kernels_and_what_stands_on_them():
     # Other policies' scores are made outside of the kernel: h2o stands for all of them. Attention without the correction is
     # the first test's matter. Threads change nothing in an interpreter.
     left_out = ["threads", "triton-False", *sorted(set(names()) - {"momentkv", "h2o"})]
-    chosen = f"(triton and (same_bytes or not ({' or '.join(left_out)}))) or test_decode_plan or answers or reuse"
+    chosen = f"(triton and (same_bytes or not ({' or '.join(left_out)}))) or test_decode_plan or answers or reuse or together or on_the_way"
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", "-k", chosen]
     env = os.environ | {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, *(HERE / f for f in FILES)], capture_output=True, text=True, env=env)
@@ -47,5 +49,7 @@ def test_triton_kernels_and_what_stands_on_them():
         ("interpreted_kernels_keep", 2),
         ("plans", 8),
         ("answers", 3),
+        ("together", 4),
+        ("on_the_way", 2),
     ):
         assert sum(word in line for line in passed) >= least, (word, passed)

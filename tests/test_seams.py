@@ -188,6 +188,8 @@ CALLS = [
     ),
     ("vllm.v1.core.sched.scheduler:Scheduler._free_request_blocks", ["request"], "block_manager/scheduler.py"),
     ("vllm.v1.worker.cpu_model_runner:CPUModelRunner.sample_tokens", ["grammar_output"], "vllm_seams/cpu_runner.py"),
+    ("vllm.v1.worker.gpu_worker:Worker.determine_available_memory", ["self"], "vllm_seams/gpu.py"),
+    ("vllm.v1.worker.gpu_model_runner:GPUModelRunner.get_kv_cache_spec", ["self"], "vllm_seams/gpu.py"),
     (
         "vllm.v1.worker.cpu_model_runner:CPUModelRunner._zero_block_ids",
         ["self", "block_ids"],
@@ -340,6 +342,14 @@ def test_layers_give_their_window_to_ours_and_ask_what_one_token_takes():
     assert "block_size=1," in source(f"{attention}.get_kv_cache_spec")
 
 
+def test_pages_get_what_the_worker_says_is_available():
+    """vllm_seams/gpu.py takes off what lies beside them, and asks the runner for the layers' specs."""
+    text = source("vllm.v1.worker.gpu_worker:Worker.get_kv_cache_spec")
+    assert "self.model_runner.get_kv_cache_spec()" in text
+    sizes = source("vllm.v1.engine.core:EngineCore._initialize_kv_caches")
+    assert "self.model_executor.determine_available_memory()" in sizes
+
+
 def test_the_scheduler_lets_us_shorten_running_and_waiting_requests_last():
     """Between our word on the number of tokens and the allocation nothing may change it."""
     text = source("vllm.v1.core.sched.scheduler:Scheduler.schedule")
@@ -396,6 +406,7 @@ PATCHES = {
     "CPUModelRunner.sample_tokens": "vllm_seams/cpu_runner.py",
     "CPUModelRunner._zero_block_ids": "vllm_seams/block_memory.py",
     "gpu_model_runner.copy_kv_cache_blocks_inplace": "vllm_seams/block_memory.py",
+    "Worker.determine_available_memory": "vllm_seams/gpu.py",
     "model_arch_config.rswa_window": "attention/cpu_backend.py",
 }
 """Everything of vLLM's that we overwrite, and where. The other ledger, with reasons: vllm_seams/__init__.py."""
@@ -433,7 +444,7 @@ def test_every_patch_is_in_both_ledgers():
     assert {name: where if "/" in where else f"vllm_seams/{where}" for name, where in rows} == PATCHES
     methods = sum(name[0].isupper() for name in PATCHES)
     functions = sum(name.split(".")[0].endswith("_runner") for name in PATCHES)
-    said = {4: "four", 5: "five"}[methods] + " patched methods, " + {1: "one patched function"}[functions]
+    said = {5: "five", 6: "six", 7: "seven"}[methods] + " patched methods, " + {1: "one patched function"}[functions]
     said += " and " + {1: "one value"}[len(PATCHES) - methods - functions]
     assert said in (PACKAGE.parent / "docs/design.md").read_text()
 

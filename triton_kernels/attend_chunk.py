@@ -6,10 +6,7 @@ import triton.language as tl
 from .arguments import attending_warps, record_sizes, records_of, sizes, store_sizes, tiles_of, tokens_of
 from .common import LN2, LOG2E, narrow, program_head, record_partial
 from .retained import attend_retained, stored_tokens
-
-BLOCK_M, BLOCK_N = 64, 64
-"""(query, head of the group) pairs and slots of a tile; half as many slots above 128 dimensions, for shared memory. Not
-measured yet (make bench-gpu)."""
+from .tuning import CHUNK, Tuning
 
 
 @triton.jit
@@ -20,7 +17,7 @@ def _with_partial(acc, peak, total, out, log2_mass):
     return acc * shrink[:, None] + out * weight[:, None], higher, total * shrink + weight
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_pages"])
 def _chunk(
     query, output, lse_out, first_token, num_queries, pages, last_slot, stored, moment_pages, num_evicted, tokens, tiles,
     records, q_token, q_head, out_token, out_head, lse_token, row_pages, row_moments, store_pages, scale,
@@ -48,7 +45,25 @@ def _chunk(
     in_store = stored_tokens(stored, row, STORE)
     exact_pages = pages + tl.where(in_store > 0, store_pages, 0)
     acc, peak, total = attend_retained(
-        q, limit, 0, in_store, 0, end, tokens, tiles, head, pages, exact_pages, scale, BLOCK_N, SIZES, STORE
+        q,
+        limit,
+        0,
+        in_store,
+        0,
+        end,
+        tokens,
+        tiles,
+        head,
+        pages,
+        exact_pages,
+        scale,
+        limit,
+        limit,
+        real,
+        BLOCK_N,
+        SIZES,
+        STORE,
+        False,
     )
     if CORRECTED:
         evicted = tl.load(num_evicted + row)
@@ -64,12 +79,14 @@ def _chunk(
         tl.store(lse_out + token * lse_token + query_head, (peak + tl.log2(safe)) * LN2, mask=real)
 
 
-def attend_chunk(cache, query, output, lse, work, scale: float, corrected: bool, most_queries: int) -> None:
+def attend_chunk(
+    cache, query, output, lse, work, scale: float, corrected: bool, most_queries: int, tuning: Tuning = CHUNK
+) -> None:
     """Rows of `work` with more than one query. Shapes as in kernels/base.py; most_queries bounds work.num_queries."""
     rows, num_heads, heads = len(work.last_slot), query.shape[1], cache.keys.shape[1]
     groups = num_heads // heads
-    block_n = BLOCK_N if query.shape[2] <= 128 else BLOCK_N // 2
-    block_m = max(BLOCK_M, triton.next_power_of_2(groups))
+    block_n = tuning.tile if query.shape[2] <= 128 else tuning.tile // 2
+    block_m = max(tuning.rows, triton.next_power_of_2(groups))
     grid = (triton.cdiv(most_queries, block_m // groups), heads, rows)
     _chunk[grid](
         query, output, lse if lse is not None else output, work.first_token, work.num_queries, work.pages, work.last_slot,
@@ -78,5 +95,5 @@ def attend_chunk(cache, query, output, lse, work, scale: float, corrected: bool,
         work.moment_pages.stride(0), work.store_pages, scale,
         GROUPS=groups, BLOCK_M=block_m, BLOCK_N=block_n, CORRECTED=corrected, HAS_LSE=lse is not None,
         SIZES=sizes(cache), STORE=store_sizes(cache, work), RECORD=record_sizes(cache),
-        num_warps=attending_warps(work),
+        num_warps=attending_warps(work), num_stages=tuning.stages,
     )  # fmt: skip

@@ -10,25 +10,26 @@ import triton
 import triton.language as tl
 
 from .arguments import attending_warps, record_sizes, records_of, sizes, store_sizes, tiles_of, tokens_of
-from .common import LN2, narrow, program_head, record_partial
+from .common import LN2, LOG2E, narrow, program_head, record_partial
 from .retained import attend_retained, stored_tokens
+from .tuning import DECODE, Tuning
 
-SPLIT_SLOTS = 256
-"""Slots of a split. Fixed, not fitted to the batch, so that a row's result does not depend on the others; not measured yet
-(make bench-gpu tries 128, 256 and 512)."""
-BLOCK_N = 64
+OBSERVED_AT_ONCE = 128
+"""Slots that a program observes at a time."""
+LEAST_PARTS = 8
+"""Parts that the second kernel is compiled for at least, so that few lists need one of their own."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_pages", "l_row", "l_head"])
 def _partials(
-    query, part_out, part_lse, first_token, num_queries, pages, last_slot, stored, moment_pages, num_evicted, tokens, tiles,
-    records, q_token, q_head, o_row, o_head, o_part, l_row, l_head, l_part, row_pages, row_moments, store_pages, scale,
-    store_splits,
+    query, part_out, part_lse, logits, first_token, num_queries, pages, last_slot, stored, moment_pages, num_evicted,
+    observe_from, tokens, tiles, records, q_token, q_head, o_row, o_head, o_part, l_row, l_head, l_part, row_pages, row_moments,
+    store_pages, scale, store_splits, store_slots, all_slots,
     GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, RECORDS: tl.constexpr,
-    SIZES: tl.constexpr, STORE: tl.constexpr, RECORD: tl.constexpr,
+    OBSERVES: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr, RECORD: tl.constexpr,
 ):  # fmt: skip
     """Program (row, KV head, part): the part's normalised output and logsumexp; -inf where it has nothing. RECORDS: parts that
-    are the moment record, 0 or 1."""
+    are the moment record, 0 or 1. OBSERVES: of queries that count, logits are left for the second kernel."""
     row, head, part = tl.program_id(0), program_head(), tl.program_id(2)
     if tl.load(num_queries + row) != 1:
         return
@@ -56,9 +57,13 @@ def _partials(
     else:
         pages += row * row_pages
         exact_pages = pages + tl.where(in_store > 0, store_pages, 0)
+        left, leaves = m, m < GROUPS
+        if OBSERVES:
+            left = logits + (row * tl.num_programs(1) + head) * GROUPS * all_slots + m * all_slots
+            leaves = m < tl.where(tl.load(observe_from + row) < 1, GROUPS, 0)
         acc, peak, total = attend_retained(
             q, tl.zeros((BLOCK_M,), tl.int32) + visible - 1, store_from, store_to, exact_from, exact_to, tokens, tiles, head,
-            pages, exact_pages, scale, BLOCK_N, SIZES, STORE,
+            pages, exact_pages, scale, left, left + store_slots, leaves, BLOCK_N, SIZES, STORE, OBSERVES,
         )  # fmt: skip
         out = acc / total[:, None]
         lse = (peak + tl.log2(total)) * LN2
@@ -68,12 +73,40 @@ def _partials(
 
 
 @triton.jit
-def _reduce(
-    part_out, part_lse, output, lse_out, first_token, num_queries,
-    o_row, o_head, o_part, l_row, l_head, l_part, out_token, out_head, lse_token, num_parts,
-    GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, HAS_LSE: tl.constexpr,
+def _observe_left(
+    logits, lse, mass, pages, last_slot, in_store, keep, m_page, store_pages, store_slots, all_slots, first,
+    GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, query head): the softmax over the parts."""
+    """Adds what a query gives to slots [first, first + BLOCK_N) of `logits` [GROUPS, all slots], those of the store first; or
+    begins with it where not `keep`. lse [BLOCK_G] in base 2."""
+    PAGE: tl.constexpr = STORE.page_tiles * 8 if STORE.bits else SIZES.page
+    s, g = first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_G)
+    inside = s < store_slots
+    slot = tl.where(inside, s, s - store_slots)
+    skipped = tl.where(in_store > 0, store_pages, 0)
+    exact = (all_slots - store_slots) - skipped * SIZES.page
+    real = slot < tl.where(inside, in_store, last_slot + 1)
+    at = tl.where(inside, slot // PAGE, skipped + slot // SIZES.page)
+    listed = slot < tl.where(inside, in_store, exact)
+    page = tl.load(pages + at, mask=listed & (s < all_slots), other=0).to(tl.int64)
+    mine = page > 0  # page 0 is padding
+    mass_at = mass + page * m_page + tl.where(inside, slot % PAGE, slot % SIZES.page)
+    wanted = (g < GROUPS)[:, None] & (mine & real)[None, :]
+    x = tl.load(logits + g[:, None] * all_slots + s[None, :], mask=wanted, other=float("-inf"))
+    seen = tl.sum(tl.where(wanted, tl.exp2(x - lse[:, None]), 0.0), 0)
+    tl.store(mass_at, tl.load(mass_at, mask=mine & (s < tl.where(keep, all_slots, 0)), other=0.0) + seen, mask=mine)
+
+
+@triton.jit(do_not_specialize=["l_row", "l_head", "num_parts", "row_pages"])
+def _reduce(
+    part_out, part_lse, output, lse_out, logits, mass, first_token, num_queries, pages, last_slot, stored, observe_from, restart,
+    o_row, o_head, o_part, l_row, l_head, l_part, out_token, out_head, lse_token, m_page, m_head, row_pages, num_parts,
+    store_pages, store_slots, all_slots,
+    GROUPS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_LSE: tl.constexpr, OBSERVES: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
+):  # fmt: skip
+    """Program (row, query head): the softmax over the parts. OBSERVES: and a share of the slots of its KV head observed."""
+    HEAD_DIM: tl.constexpr = SIZES.head_dim
     row, query_head = tl.program_id(0), tl.program_id(1)
     if tl.load(num_queries + row) != 1:
         return
@@ -93,31 +126,71 @@ def _reduce(
     tl.store(at, narrow(out, output.dtype.element_ty), mask=d < HEAD_DIM)
     if HAS_LSE:
         tl.store(lse_out + token * lse_token + query_head, peak + tl.log(total))
+    if OBSERVES:
+        counts = tl.load(observe_from + row) < 1
+        if counts:
+            g = tl.arange(0, BLOCK_G)
+            every_at = part_lse + row * l_row + head * l_head + (part * l_part)[:, None] + g[None, :]
+            asks = (part < num_parts)[:, None] & (g < GROUPS)[None, :]
+            every = tl.load(every_at, mask=asks, other=float("-inf"))
+            top = tl.max(every, 0)
+            base = tl.where(top == float("-inf"), 0.0, top)
+            norm = (base + tl.log(tl.sum(tl.exp(every - base[None, :]), 0))) * LOG2E
+            keep, last = tl.load(restart + row) == 0, tl.load(last_slot + row).to(tl.int32)
+            for at_slot in range(m * BLOCK_N, all_slots, GROUPS * BLOCK_N):
+                _observe_left(
+                    logits + (row.to(tl.int64) * tl.num_programs(1) + head * GROUPS) * all_slots, norm,
+                    mass + head.to(tl.int64) * m_head, pages + row * row_pages, last, stored_tokens(stored, row, STORE), keep,
+                    m_page, store_pages, store_slots, all_slots, at_slot, GROUPS, BLOCK_G, BLOCK_N, SIZES, STORE,
+                )  # fmt: skip
 
 
-def attend_decode(cache, query, output, lse, work, scale: float, corrected: bool, split: int = SPLIT_SLOTS) -> None:
-    """Rows of `work` with one query; other rows are left to attend_chunk. Shapes as in kernels/base.py."""
+def attend_decode(
+    cache,
+    query,
+    output,
+    lse,
+    work,
+    scale: float,
+    corrected: bool,
+    tuning: Tuning = DECODE,
+    mass: torch.Tensor | None = None,
+) -> None:
+    """Rows of `work` with one query; other rows are left to attend_chunk. Shapes as in kernels/base.py.
+
+    A split is fixed, not fitted to the batch, so that a row's result does not depend on the others. With `mass`, queries that
+    count are observed in it, as `observe` of kernels/base.py does, without another launch.
+    """
     rows, (num_heads, head_dim), heads = len(work.last_slot), query.shape[1:], cache.keys.shape[1]
-    groups = num_heads // heads
-    packed_slots = work.store_pages * cache.packed.page_tokens if work.stored is not None else 0
-    store_splits = triton.cdiv(packed_slots, split)
-    parts = corrected + store_splits + triton.cdiv(work.pages.shape[1] * cache.page_size, split)
+    groups, observes = num_heads // heads, mass is not None
+    store_slots = work.store_pages * cache.packed.page_tokens if work.stored is not None else 0
+    slots = work.pages.shape[1] * cache.page_size
+    # A split longer than any list is one as long as the longest: a number that compiled kernels share.
+    split = min(tuning.split, triton.next_power_of_2(max(store_slots, slots)))
+    store_splits = triton.cdiv(store_slots, split)
+    parts = corrected + store_splits + triton.cdiv(slots, split)
     # Written before they are read; inside a CUDA graph they come from its own pool.
     part_out = torch.empty(rows, heads, parts, groups, head_dim, dtype=torch.float32, device=query.device)
     part_lse = torch.empty(rows, heads, parts, groups, dtype=torch.float32, device=query.device)
-    shape = sizes(cache)
+    # Rows that are not observed leave their part alone: it costs addresses and no memory traffic.
+    left = torch.empty(rows, num_heads, store_slots + slots, device=query.device) if observes else part_lse
+    seen, restart = (mass, work.restart.view(torch.uint8)) if observes else (part_lse, work.restart)
+    shape, store = sizes(cache), store_sizes(cache, work)
     _partials[(rows, heads, parts)](
-        query, part_out, part_lse, work.first_token, work.num_queries, work.pages, work.last_slot, work.stored,
-        work.moment_pages, work.num_evicted, tokens_of(cache), tiles_of(cache), records_of(cache), *query.stride()[:2],
-        *part_out.stride()[:3], *part_lse.stride()[:3], work.pages.stride(0), work.moment_pages.stride(0), work.store_pages,
-        scale, store_splits,
-        GROUPS=groups, BLOCK_M=max(16, triton.next_power_of_2(groups)), SPLIT=split, BLOCK_N=min(BLOCK_N, split),
-        RECORDS=int(corrected), SIZES=shape, STORE=store_sizes(cache, work), RECORD=record_sizes(cache),
-        num_warps=attending_warps(work),
+        query, part_out, part_lse, left, work.first_token, work.num_queries, work.pages, work.last_slot, work.stored,
+        work.moment_pages, work.num_evicted, work.observe_from, tokens_of(cache), tiles_of(cache), records_of(cache),
+        *query.stride()[:2], *part_out.stride()[:3], *part_lse.stride()[:3], work.pages.stride(0), work.moment_pages.stride(0),
+        work.store_pages, scale, store_splits, store_slots, store_slots + slots,
+        GROUPS=groups, BLOCK_M=max(16, triton.next_power_of_2(groups)), SPLIT=split, BLOCK_N=min(tuning.tile, split),
+        RECORDS=int(corrected), OBSERVES=observes, SIZES=shape, STORE=store, RECORD=record_sizes(cache),
+        num_warps=attending_warps(work), num_stages=tuning.stages,
     )  # fmt: skip
     _reduce[(rows, num_heads)](
-        part_out, part_lse, output, lse if lse is not None else part_lse, work.first_token, work.num_queries,
-        *part_out.stride()[:3], *part_lse.stride()[:3], *output.stride()[:2], 0 if lse is None else lse.stride(0), parts,
-        GROUPS=groups, HEAD_DIM=head_dim, BLOCK_D=shape.block_d, BLOCK_P=triton.next_power_of_2(parts),
-        HAS_LSE=lse is not None, num_warps=4,
+        part_out, part_lse, output, lse if lse is not None else part_lse, left, seen, work.first_token, work.num_queries,
+        work.pages, work.last_slot, work.stored, work.observe_from, restart, *part_out.stride()[:3], *part_lse.stride()[:3],
+        *output.stride()[:2], 0 if lse is None else lse.stride(0), *seen.stride()[:2], work.pages.stride(0), parts,
+        work.store_pages, store_slots, store_slots + slots,
+        GROUPS=groups, BLOCK_D=shape.block_d, BLOCK_P=max(LEAST_PARTS, triton.next_power_of_2(parts)),
+        BLOCK_G=triton.next_power_of_2(groups), BLOCK_N=OBSERVED_AT_ONCE, HAS_LSE=lse is not None, OBSERVES=observes,
+        SIZES=shape, STORE=store, num_warps=4,
     )  # fmt: skip

@@ -72,24 +72,35 @@ def _consolidate(
     TERMS: tl.constexpr, HAS_MASS: tl.constexpr, HAS_MEANS: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
     RECORD: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, KV head): choose, fold, fill, write the record, a barrier between each."""
+    """Program (row, KV head)."""
     row, head = tl.program_id(0), program_head()
     event = event_of(lists, row, BLOCK_K, SIZES, STORE)
     if event.candidates == 0:
         return
-    loser_list += row * l_row + head * l_head
-    winner_list += row * w_row + head * w_head
-    holes, winners = choose(
-        score + row * s_row + head * s_head, s_term, event, sink_tokens, attention_weight, loser_list, winner_list, RUNS, RUN,
-        TERMS,
+    settle(
+        score + row * s_row + head * s_head, s_term, mass, loser_list + row * l_row + head * l_head,
+        winner_list + row * w_row + head * w_head, event, moment_pages + row * row_moments, tl.load(num_evicted + row), tokens,
+        tiles, records, head, m_page, m_head, sink_tokens, attention_weight,
+        RUNS, RUN, BLOCK_L, BLOCK_W, TERMS, HAS_MASS, HAS_MEANS, SIZES, STORE, RECORD,
     )  # fmt: skip
+
+
+@triton.jit
+def settle(
+    score, s_term, mass, loser_list, winner_list, event, pages, before, tokens, tiles, records, head, m_page, m_head,
+    sink_tokens, attention_weight,
+    RUNS: tl.constexpr, RUN: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_W: tl.constexpr, TERMS: tl.constexpr,
+    HAS_MASS: tl.constexpr, HAS_MEANS: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr, RECORD: tl.constexpr,
+):  # fmt: skip
+    """One row's event in a head: choose, fold, fill, write the record, a barrier between each. before: tokens evicted so far."""
+    holes, winners = choose(
+        score, s_term, event, sink_tokens, attention_weight, loser_list, winner_list, RUNS, RUN, TERMS
+    )
     tl.debug_barrier()
-    pages = moment_pages + row * row_moments
     if HAS_MEANS:
         mean_key, mean_value, spread, covariance = fold(
             tokens, tiles, head, event, loser_list, BLOCK_L, SIZES, STORE, RECORD.has_covariance
         )
-        before = tl.load(num_evicted + row)
         mean_key, mean_value, spread, covariance = merged(
             records, head, pages, before, event.losers, mean_key, mean_value, spread, covariance, SIZES, RECORD
         )

@@ -40,7 +40,7 @@ def _attention(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_pages"])
 def _observe(
     query, lse, mass, first_token, num_queries, pages, last_slot, stored, observe_from, restart, tokens, tiles,
     q_token, q_head, lse_token, m_page, m_head, row_pages, store_pages, scale, num_slots, store_tiles,

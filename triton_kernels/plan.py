@@ -1,4 +1,4 @@
-"""The work lists of a decode step, made on the device: page_schedule.py for one query a row, in one launch.
+"""The work lists of a decode step, made on the device: page_schedule.py for one query a row; then who retires.
 
 The lists lie in buffers that never move and keep their shapes, so a captured CUDA graph reads this step's pages: a row that
 retires nothing has the page -1 throughout, a padding row has no query, and the kernels leave both at once. Nothing waits
@@ -77,6 +77,16 @@ def _plan(
         tl.store(restart + row, (start <= zone) & (zone < end) & (queries > 0))
 
 
+@triton.jit
+def _due(due, retiring_pages, row_retiring, rows, BLOCK: tl.constexpr):
+    """One program: how many rows retire a page, then their numbers in order."""
+    row = tl.arange(0, BLOCK)
+    retires = tl.load(retiring_pages + row * row_retiring, mask=row < rows, other=-1) >= 0
+    place = tl.cumsum(retires.to(tl.int32), 0)
+    tl.store(due, tl.sum(retires.to(tl.int64), 0))
+    tl.store(due + place, row.to(tl.int64), mask=retires)
+
+
 def plan(seq_lens, query_start, block_table, attend, retire, schedule, observed: int, observe_all: bool) -> None:
     """Fill the first len(seq_lens) rows of the lists `attend` and `retire` (kernels/worklists.py).
 
@@ -100,3 +110,6 @@ def plan(seq_lens, query_start, block_table, attend, retire, schedule, observed:
         K=k, OBSERVED=observed, OBSERVE_ALL=observe_all, BLOCK=power(columns), BLOCK_S=power(s),
         BLOCK_M=power(max(1, record_pages)), BLOCK_K=power(k), num_warps=1,
     )  # fmt: skip
+    _due[(1,)](
+        retire.due, retire.retiring_pages, retire.retiring_pages.stride(0), len(seq_lens), BLOCK=power(len(retire.due))
+    )

@@ -32,13 +32,18 @@ def _weights(logits, peak):
 
 
 @triton.jit
-def _attend_exact(q, acc, peak, total, slots, limit, end, tokens, head, pages, scale_log2, SIZES: tl.constexpr):
+def _attend_exact(
+    q, acc, peak, total, slots, limit, end, tokens, head, pages, scale_log2, left, leaves,
+    SIZES: tl.constexpr, LEAVE: tl.constexpr,
+):  # fmt: skip
     """One softmax update by the slots `slots` [N] of exact pages; query m sees those up to limit[m], none is read past `end`."""
     real = slots <= end
     page = tl.load(pages + slots // SIZES.page, mask=real, other=0).to(tl.int64)
     slot = slots % SIZES.page
     k = exact_keys(tokens, head, page, slot, real, SIZES)
     logits = tl.where(slots[None, :] <= limit[:, None], dot(q, k) * scale_log2, float("-inf"))
+    if LEAVE:
+        tl.store(left[:, None] + slots[None, :], logits, mask=leaves[:, None] & real[None, :])
     p, shrink, peak = _weights(logits, peak)
     v = exact_values(tokens, head, page, slot, real, SIZES)
     return acc * shrink[:, None] + dot(p, v), peak, total * shrink + tl.sum(p, 1)
@@ -46,8 +51,8 @@ def _attend_exact(q, acc, peak, total, slots, limit, end, tokens, head, pages, s
 
 @triton.jit
 def _attend_stored(
-    q, acc, peak, total, slots, asks, stored, tiles, head, pages, scale_log2,
-    TYPE: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
+    q, acc, peak, total, slots, asks, stored, tiles, head, pages, scale_log2, left, leaves,
+    TYPE: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr, LEAVE: tl.constexpr,
 ):  # fmt: skip
     """Likewise by slots of a quantised store, of which all queries that ask [M] see the first `stored`; q [M, D] float32 and acc
     are rotated."""
@@ -55,6 +60,8 @@ def _attend_stored(
     at = tiles_at(tiles, head, pages, slots, real, STORE)
     k = narrow(stored_keys(tiles, at, slots, real, SIZES.block_d, STORE), TYPE)
     logits = tl.where(asks[:, None] & real[None, :], dot_rotated(q, k) * scale_log2, float("-inf"))
+    if LEAVE:
+        tl.store(left[:, None] + slots[None, :], logits, mask=leaves[:, None] & real[None, :])
     p, shrink, peak = _weights(logits, peak)
     v = narrow(stored_values(tiles, at, slots, real, SIZES.block_d, STORE), TYPE)
     return acc * shrink[:, None] + dot(p, v), peak, total * shrink + tl.sum(p, 1)
@@ -71,13 +78,14 @@ def stored_tokens(stored, row, STORE: tl.constexpr):
 
 @triton.jit
 def attend_retained(
-    q, limit, store_from, store_to, exact_from, exact_to, tokens, tiles, head, pages, exact_pages, scale,
-    BLOCK_N: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
+    q, limit, store_from, store_to, exact_from, exact_to, tokens, tiles, head, pages, exact_pages, scale, left, left_exact,
+    leaves, BLOCK_N: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr, LEAVE: tl.constexpr,
 ):  # fmt: skip
     """(weighted sum of values [M, D], peak, sum of weights [M]) in base 2 of queries q [M, D] over slots [store_from, store_to)
     of the store in `pages` and [exact_from, exact_to) of `exact_pages`.
 
-    Query m sees exact slots up to limit[m]; -1: it is none.
+    Query m sees exact slots up to limit[m]; -1: it is none. LEAVE: where leaves[m], its logits in base 2 are left behind
+    left[m] by slot of the store and behind left_exact[m] by slot of exact pages.
     """
     scale_log2 = scale * LOG2E
     acc = tl.zeros((q.shape[0], SIZES.block_d), tl.float32)
@@ -88,12 +96,12 @@ def attend_retained(
         for first in range(store_from, store_to, BLOCK_N):
             acc, peak, total = _attend_stored(
                 turned, acc, peak, total, first + tl.arange(0, BLOCK_N), limit >= 0, store_to, tiles, head, pages, scale_log2,
-                q.dtype, SIZES, STORE,
+                left, leaves, q.dtype, SIZES, STORE, LEAVE,
             )  # fmt: skip
         acc = rotated(acc, STORE.block)
     for first in range(exact_from, exact_to, BLOCK_N):
         acc, peak, total = _attend_exact(
             q, acc, peak, total, first + tl.arange(0, BLOCK_N), limit, exact_to - 1, tokens, head, exact_pages, scale_log2,
-            SIZES,
+            left_exact, leaves, SIZES, LEAVE,
         )  # fmt: skip
     return acc, peak, total

@@ -22,6 +22,46 @@ def _directions(keys):
 
 
 @triton.jit
+def tile_sums(tokens, tiles, head, event, i, real, with_values, SIZES: tl.constexpr, STORE: tl.constexpr):
+    """Sums [D] of the directions of candidates i and, if `with_values`, of their values."""
+    direction = _directions(load_keys(tokens, tiles, head, event, i, real, SIZES, STORE))
+    of_values = tl.zeros((SIZES.block_d,), tl.float32)
+    if with_values:
+        values = load_values(tokens, tiles, head, event, i, real, SIZES, STORE)
+        of_values = tl.sum(tl.where(values == values, values, 0.0), 0)
+    return tl.sum(tl.where(direction == direction, direction, 0.0), 0), of_values
+
+
+@triton.jit
+def unit(anchor):
+    """The sum of all directions, of length 1."""
+    return anchor / tl.maximum(tl.sqrt(tl.sum(anchor * anchor, 0)), 1e-8)
+
+
+@triton.jit
+def record_mean(records, head, pages, SIZES: tl.constexpr, RECORD: tl.constexpr):
+    """Mean value [D] of those that were evicted."""
+    d = tl.arange(0, SIZES.block_d)
+    wanted = d < SIZES.head_dim
+    return tl.load(float_at(records, head, pages, RECORD.mean_value + d, wanted, RECORD), mask=wanted, other=0.0)
+
+
+@triton.jit
+def tile_terms(
+    at, t_term, mass, m_page, tokens, tiles, head, event, i, real, anchor, mean,
+    HAS_ATTENTION: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
+):  # fmt: skip
+    """Writes the terms of candidates i: how far a key is turned from all others; attention times how far a value lies off."""
+    direction = _directions(load_keys(tokens, tiles, head, event, i, real, SIZES, STORE))
+    turned = 1 - tl.sum(direction * anchor[None, :], 1)
+    tl.store(at, tl.where(turned < 0, 0.0, turned), mask=real)
+    if HAS_ATTENTION:
+        away = load_values(tokens, tiles, head, event, i, real, SIZES, STORE) - mean[None, :]
+        seen = tl.load(mass_at(mass, m_page, event, i, real, SIZES, STORE), mask=real, other=0.0)
+        tl.store(at + t_term, seen * tl.sqrt(tl.sum(away * away, 1)), mask=real)
+
+
+@triton.jit
 def _sums(
     sums, lists, num_evicted, tokens, tiles, s_row, s_head, s_tile,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HAS_ATTENTION: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
@@ -33,12 +73,12 @@ def _sums(
     if (event.losers == 0) | (tile * BLOCK_N >= event.candidates):
         return
     real = i < event.candidates
-    direction = _directions(load_keys(tokens, tiles, head, event, i, real, SIZES, STORE))
+    asks = HAS_ATTENTION and tl.load(num_evicted + row) == 0
+    of_keys, of_values = tile_sums(tokens, tiles, head, event, i, real, asks, SIZES, STORE)
     at = sums + row * s_row + head * s_head + tile * s_tile + tl.arange(0, SIZES.block_d)
-    tl.store(at, tl.sum(tl.where(direction == direction, direction, 0.0), 0))
-    if HAS_ATTENTION and tl.load(num_evicted + row) == 0:
-        values = load_values(tokens, tiles, head, event, i, real, SIZES, STORE)
-        tl.store(at + SIZES.block_d, tl.sum(tl.where(values == values, values, 0.0), 0))
+    tl.store(at, of_keys)
+    if asks:
+        tl.store(at + SIZES.block_d, of_values)
 
 
 @triton.jit
@@ -56,7 +96,7 @@ def _terms(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HAS_ATTENTION: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
     RECORD: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, KV head, tile): how far a key is turned from all others; attention times how far a value lies off."""
+    """Program (row, KV head, tile)."""
     row, head, tile = tl.program_id(0), program_head(), tl.program_id(2)
     event = event_of(lists, row, BLOCK_K, SIZES, STORE)
     i = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -65,25 +105,31 @@ def _terms(
     real = i < event.candidates
     sums += row * s_row + head * s_head
     num_tiles = tl.cdiv(event.candidates, BLOCK_N)
-    anchor = _added(sums, s_tile, num_tiles, SIZES.block_d)
-    anchor /= tl.maximum(tl.sqrt(tl.sum(anchor * anchor, 0)), 1e-8)
-    direction = _directions(load_keys(tokens, tiles, head, event, i, real, SIZES, STORE))
-    turned = 1 - tl.sum(direction * anchor[None, :], 1)
-    at = terms + row * t_row + head * t_head + i
-    tl.store(at, tl.where(turned < 0, 0.0, turned), mask=real)
+    anchor = unit(_added(sums, s_tile, num_tiles, SIZES.block_d))
+    mean = anchor
     if HAS_ATTENTION:
         if tl.load(num_evicted + row) == 0:
             mean = _added(sums + SIZES.block_d, s_tile, num_tiles, SIZES.block_d) / event.candidates
         else:
-            d = tl.arange(0, SIZES.block_d)
-            wanted = d < SIZES.head_dim
-            pages = moment_pages + row * row_moments
-            mean = tl.load(
-                float_at(records, head, pages, RECORD.mean_value + d, wanted, RECORD), mask=wanted, other=0.0
-            )
-        away = load_values(tokens, tiles, head, event, i, real, SIZES, STORE) - mean[None, :]
-        seen = tl.load(mass_at(mass + head * m_head, m_page, event, i, real, SIZES, STORE), mask=real, other=0.0)
-        tl.store(at + t_term, seen * tl.sqrt(tl.sum(away * away, 1)), mask=real)
+            mean = record_mean(records, head, moment_pages + row * row_moments, SIZES, RECORD)
+    at = terms + row * t_row + head * t_head + i
+    tile_terms(
+        at,
+        t_term,
+        mass + head * m_head,
+        m_page,
+        tokens,
+        tiles,
+        head,
+        event,
+        i,
+        real,
+        anchor,
+        mean,
+        HAS_ATTENTION,
+        SIZES,
+        STORE,
+    )
 
 
 def score_terms(cache, mass: torch.Tensor | None, work, lists: EventLists) -> torch.Tensor:

@@ -7,8 +7,11 @@ import triton.language as tl
 from .arguments import sizes, tokens_of
 from .common import program_head
 
+WARPS = 1
+"""A program moves as many numbers as a head has; a warp does that, a page that it opens takes it longer."""
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["num_tokens"])
 def _write(
     key, value, slots, mass, tokens, key_token, key_head, value_token, value_head, m_page, m_head, num_tokens,
     BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, HAS_MASS: tl.constexpr, SIZES: tl.constexpr,
@@ -47,5 +50,5 @@ def write(cache, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, ma
     _write[(len(slots), heads)](
         key, value, slots, mass if mass is not None else slots, tokens_of(cache), *key.stride()[:2], *value.stride()[:2],
         *mass_strides, len(slots), BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_S=triton.next_power_of_2(cache.page_size),
-        HAS_MASS=mass is not None, SIZES=sizes(cache), num_warps=4,
+        HAS_MASS=mass is not None, SIZES=sizes(cache), num_warps=WARPS,
     )  # fmt: skip

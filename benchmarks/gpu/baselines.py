@@ -1,4 +1,4 @@
-"""What others need for decode attention over the same shape: torch SDPA on contiguous KV, FlashInfer on pages, xformers."""
+"""What others need for attention over the same shape: torch SDPA on contiguous KV, FlashAttention 3 and FlashInfer on pages."""
 
 import importlib.util
 from collections.abc import Callable
@@ -46,9 +46,33 @@ def xformers(case: Case) -> Callable[[], object]:
     return lambda: memory_efficient_attention(query, keys, values)
 
 
+def flash_attention_3(case: Case) -> Callable[[], object]:
+    """vLLM's FlashAttention 3 over the same pages, which is what stock vLLM runs on a Hopper GPU."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    s, int32 = case.shape, torch.int32
+    starts = torch.arange(s.rows + 1, dtype=int32, device=case.device)
+    lens = torch.full((s.rows,), s.slots, dtype=int32, device=case.device)
+    keys, values = (x.transpose(1, 2) for x in (case.cache.keys, case.cache.values))
+    pages = case.pages.to(int32)
+    return lambda: flash_attn_varlen_func(
+        case.query, keys, values, max_seqlen_q=1, cu_seqlens_q=starts, max_seqlen_k=s.slots, seqused_k=lens,
+        block_table=pages, softmax_scale=case.scale, causal=True, fa_version=3,
+    )  # fmt: skip
+
+
+def causal(tokens: int, s, device: str) -> Callable[[], object]:
+    """Attention of one prompt over itself: torch's flash attention, contiguous."""
+    heads = s.kv_heads * s.groups
+    query = torch.randn(1, heads, tokens, s.head_dim, dtype=s.dtype, device=device)
+    keys, values = (torch.randn(1, s.kv_heads, tokens, s.head_dim, dtype=s.dtype, device=device) for _ in range(2))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return lambda: attend(query, keys, values, is_causal=True, enable_gqa=s.groups > 1)
+
+
 def available() -> dict[str, Callable[[Case], Callable[[], object]]]:
     found = {"sdpa": sdpa}
-    for name, make in (("flashinfer", flashinfer), ("xformers", xformers)):
-        if importlib.util.find_spec(name):
-            found[name] = make
+    for module, make in (("vllm", flash_attention_3), ("flashinfer", flashinfer), ("xformers", xformers)):
+        if importlib.util.find_spec(module):
+            found[make.__name__] = make
     return found

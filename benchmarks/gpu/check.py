@@ -6,7 +6,7 @@ import torch
 from cases import Case, Shape
 from shape import SINKS
 
-from momentkv_vllm.kernels import preferred, select
+from momentkv_vllm.kernels import FAMILIES, select
 from momentkv_vllm.policies import find
 
 POLICY, reference = find("momentkv")(), select("reference")
@@ -30,13 +30,18 @@ TINY = [
     Shape(head_dim=32, kv_heads=1, groups=2, slots=70, rows=2, odd=True, dtype=torch.float32),
     Shape(head_dim=32, kv_heads=1, groups=2, slots=70, rows=2, queries=5, odd=True),
 ]
+SANITIZED = [Shape(head_dim=64, kv_heads=1, groups=4, slots=150, rows=3, odd=True, queries=q) for q in (1, 5)]
 # A tile's probabilities are rounded to the cache's type before they meet the values, as in every flash attention.
 ROUNDING = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 1e-4}
 
 
-def families(device: str) -> dict:
-    """The GPU families that work here, by name."""
-    native = [family for family in preferred("cuda") if family is not reference]
+def named(name: str):
+    return next(family for family in FAMILIES if family.name == name)
+
+
+def families() -> dict:
+    """The GPU families that work here, by name, also those that must be named."""
+    native = [family for family in FAMILIES if family.devices == ("cuda",)]
     found = {family.name: family for family in native if not family.objections()}
     if not found:
         raise SystemExit(f"no GPU kernel family works here: {[family.objections() for family in native]}")
@@ -103,14 +108,3 @@ def check_retire(case: Case, twin: Case, name: str, family) -> None:
     slots = work.store_pages[:, 0] * shape.page_size + 1
     family.write(case.cache, case.key, case.value, slots, case.mass)
     assert torch.equal(case.cache.keys[work.store_pages[:, 0], :, 1], case.key), f"{label}: write"
-
-
-def run(device: str, tiny: bool) -> list[dict]:
-    """All cases. Raises AssertionError at the first that disagrees."""
-    done = []
-    for name, family in families(device).items():
-        for number, shape in enumerate(shapes := TINY if tiny else SHAPES):
-            done.append(check(shape, name, family, device))
-            print(f"\rcheck {name} {number + 1}/{len(shapes)}", end="", flush=True)
-        print()
-    return done

@@ -1,34 +1,59 @@
-"""CUDA-graph replay against eager: a decode layer over whole retiring periods, one graph for steps with and without events."""
+"""A decode layer over whole retiring periods: graph replay against eager, and a family's life against the reference's."""
+
+from dataclasses import replace
 
 import torch
 from shape import SINKS
 
 from momentkv_vllm.attention.step_plan_on_device import DecodePlanner
 from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.observed import Observed
+from momentkv_vllm.kernels.worklists import RetireWork, mapped
+from momentkv_vllm.packed_store import TILE_TOKENS, PackedLayout
 from momentkv_vllm.page_layout import RecordLayout
-from momentkv_vllm.page_schedule import build_schedule
+from momentkv_vllm.page_schedule import PageSchedule, build_schedule
 from momentkv_vllm.policies import find
 
-POLICY = find("momentkv")
+POLICY, PAGE = find("momentkv"), 16
+STORES = {"model": (1, "first", 2**-6), "int8": (1, "zeroth", 2**-5), "int4": (8, "zeroth", 2**-4)}
+"""By store: run_tokens, the correction, and by how much of its length an output may differ: where the scores of two candidates
+agree to rounding, another one stays."""
+
+
+def laid_out(store: str, budget: int, d: int) -> tuple[EvictionConfig, PageSchedule, RecordLayout, PackedLayout | None]:
+    """As StateLayout.of in kv_spec.py, which needs vLLM, for bfloat16."""
+    run, correction, _ = STORES[store]
+    config = EvictionConfig(
+        policy="momentkv", budget_tokens=budget, correction=correction, store_dtype=store, run_tokens=run
+    )
+    if store == "model":
+        record = RecordLayout(d)
+        return config, build_schedule(config, PAGE, record.pages(PAGE, 2), False), record, None
+    packed, part, record = PackedLayout(store, d), PAGE * 2 * d * 2, RecordLayout(d, has_covariance=False)
+    page_tokens, start = packed.tokens_per_page(part), (part - record.num_bytes) // 64 * 64
+    record = RecordLayout(d, has_covariance=False, start=start)
+    behind = page_tokens - min(page_tokens, start // packed.tile_bytes * TILE_TOKENS)
+    return config, build_schedule(config, PAGE, 0, False, page_tokens, behind), record, packed
 
 
 class Layer:
     """A decode layer of `rows` sequences with persistent inputs, as the engine's graph sees them."""
 
-    def __init__(self, family, device: str, rows: int, heads: int, groups: int, d: int, budget: int) -> None:
+    def __init__(
+        self, family, device: str, store: str, rows: int, heads: int, groups: int, d: int, budget: int
+    ) -> None:
         self.family, self.device, self.rows, self.d = family, device, rows, d
-        config = EvictionConfig(policy="momentkv", budget_tokens=budget, correction="first")
-        record = RecordLayout(d)
-        self.schedule = build_schedule(config, 16, record.pages(16, 2), False)
+        config, self.schedule, record, packed = laid_out(store, budget, d)
         self.planner = DecodePlanner(self.schedule, config, POLICY, rows, device)
         columns = 3 * self.schedule.budget_pages
         generator = torch.Generator(device).manual_seed(3)
         self.table = (torch.randperm(rows * columns, generator=generator, device=device) + 1).view(rows, -1).int()
-        shape = (rows * columns + 1, heads, 16, 2 * d)
+        shape = (rows * columns + 1, heads, PAGE, 2 * d)
         kv = torch.randn(shape, generator=generator, device=device).bfloat16()
-        self.cache, self.mass = CacheView.of_vllm_gpu(kv, record), Observed(torch.zeros(shape[:3], device=device))
+        self.cache = CacheView.of_vllm_gpu(kv, record, packed)
+        self.mass = Observed.of(self.cache, "mass")
         self.query = torch.zeros(rows, heads * groups, d, dtype=torch.bfloat16, device=device)
         self.key, self.value = (torch.zeros(rows, heads, d, dtype=torch.bfloat16, device=device) for _ in range(2))
         self.output, self.slots = torch.zeros_like(self.query), torch.zeros(rows, dtype=torch.int64, device=device)
@@ -43,23 +68,43 @@ class Layer:
         for x in (self.query, self.key, self.value):
             x.copy_(torch.randn(x.shape, generator=generator, device=self.device))
         position = lens - 1
-        page = self.table.long().gather(1, (position // 16).unsqueeze(1)).squeeze(1)
-        self.slots.copy_(page * 16 + position % 16)
+        page = self.table.long().gather(1, (position // PAGE).unsqueeze(1)).squeeze(1)
+        self.slots.copy_(page * PAGE + position % PAGE)
         self.work = self.planner.update(lens.int(), self.query_start, self.table).rounds[0]
 
     def forward(self) -> None:
-        attend, retire = self.work.attends[0], self.work.retires[0]
+        self.attend()
+        self.retire(self.work.retires[0])
+
+    def attend(self) -> None:
         self.family.write(self.cache, self.key, self.value, self.slots, self.mass)
-        lse = torch.empty(self.query.shape[:2], device=self.device)
-        self.family.attend(self.cache, self.query, self.output, lse, attend, self.scale, True)
-        self.family.observe(self.cache, self.mass, self.query, lse, attend, self.scale)
-        self.family.consolidate(self.cache, self.mass, retire, self.policy, SINKS, self.scale)
+        given = self.query, self.output, self.work.attends[0], self.scale, True
+        self.family.attend_and_observe(self.cache, self.mass, *given)
+
+    def retire(self, work: RetireWork) -> None:
+        self.family.consolidate(self.cache, self.mass, work, self.policy, SINKS, self.scale)
+
+    def retired(self) -> int:
+        return int((self.work.retires[0].retiring_pages >= 0).sum())
 
 
-def run(family, device: str, tiny: bool) -> dict:
+class ReferenceLayer(Layer):
+    """The reference does not know rows that retire nothing."""
+
+    def retire(self, work: RetireWork) -> None:
+        due = (work.retiring_pages >= 0).any(1)
+        if due.any():
+            super().retire(mapped(replace(work, due=None), lambda _, x: x[due]))
+
+
+def sizes_of(tiny: bool) -> tuple[int, ...]:
+    """rows, heads, groups, d, budget"""
+    return (2, 1, 2, 32, 128) if tiny else (32, 8, 4, 128, 1024)
+
+
+def replay(family, device: str, tiny: bool, store: str = "model") -> dict:
     """Steps over two retiring periods, eager and (on a GPU) replayed: outputs and caches must be the same bits."""
-    sizes = (2, 1, 2, 32, 128) if tiny else (32, 8, 4, 128, 1024)
-    eager, replayed = Layer(family, device, *sizes), Layer(family, device, *sizes)
+    eager, replayed = (Layer(family, device, store, *sizes_of(tiny)) for _ in range(2))
     replayed.prepare(0)
     kv = replayed.cache.kv.clone()
     replayed.forward()  # compiles
@@ -77,8 +122,28 @@ def run(family, device: str, tiny: bool) -> dict:
         for layer, go in ((eager, eager.forward), (replayed, graph.replay if graph else replayed.forward)):
             layer.prepare(step)
             go()
-        retired += int((eager.work.retires[0].retiring_pages >= 0).sum())
+        retired += eager.retired()
         assert torch.equal(eager.output, replayed.output), f"step {step}: replay differs from eager"
     same = torch.equal(eager.cache.kv.view(torch.uint8), replayed.cache.kv.view(torch.uint8))
     assert same and retired > 0, "replay left another cache, or nothing retired"
     return {"steps": steps, "retired_pages": retired, "equal": True, "captured": graph is not None}
+
+
+def life(family, device: str, tiny: bool, store: str) -> dict:
+    """A family beside the reference, step by step across a first event and a later one: outputs agree."""
+    ours, want = (
+        Layer(family, device, store, *sizes_of(tiny)),
+        ReferenceLayer(select("reference"), device, store, *sizes_of(tiny)),
+    )
+    steps = 6 if tiny else ours.schedule.retire_tokens + 40
+    worst, retired, allowed = 0.0, 0, STORES[store][2]
+    for step in range(steps):
+        for layer in (ours, want):
+            layer.prepare(step)
+            layer.forward()
+        retired += ours.retired()
+        error = ((ours.output.float() - want.output.float()).norm() / want.output.float().norm()).item()
+        assert error <= allowed, f"{family.name}, {store}, step {step}: outputs differ by {error:.2e} > {allowed:.2e}"
+        worst = max(worst, error)
+    assert retired > 0, "nothing retired"
+    return {"store": store, "steps": steps, "retired_pages": retired, "worst_relative_difference": worst}

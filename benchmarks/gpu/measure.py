@@ -1,35 +1,38 @@
-"""The timings of `make bench-gpu`, each as a table's rows; ratios against a baseline of the same run."""
+"""The timings of runs B and C, each a row of a table; ratios against a baseline of the same worker."""
 
 from typing import Any
 
 import baselines
 import graph
 from cases import Case, Shape
-from check import POLICY, families
-from machine import Timer, copy_bandwidth
+from check import POLICY, ROUNDING, close, reference
+from machine import Timer
 from shape import SINKS
 
+from momentkv_vllm.kernels.layer_table import LayerTable
+from momentkv_vllm.kernels.worklists import LayersOf
 from momentkv_vllm.page_schedule import DEFAULT_RETIRE_SHARE
 
-ROWS, BUDGETS, CONTEXTS = (1, 8, 32, 128), (512, 1024, 2048, 4096), (8192, 32768, 131072)
-SPLITS = (128, 256, 512)
-MOST_BYTES = 24 << 30
-"""Of KV that a case may hold."""
+LAYERS = 32
+
+
+def checked(family, case: Case, label: str) -> None:
+    """No figure without a right answer: corrected attention against the float32 reference."""
+    case.attend(reference, True)
+    want = case.output.clone()
+    case.output.fill_(float("nan"))
+    case.attend(family, True)
+    close(case.output, want, ROUNDING[case.shape.dtype], label)
 
 
 def decode(family, timer: Timer, bandwidth: float, shape: Shape, device: str) -> dict[str, Any]:
     """Corrected decode attention against the same without correction, other kernels, and the time to copy its bytes."""
     case = Case(shape, device)
+    checked(family, case, f"{family.name}, {shape.label}")
     plain, corrected = timer(lambda: case.attend(family, False)), timer(lambda: case.attend(family, True))
-    row = {
-        "shape": shape.label,
-        "rows": shape.rows,
-        "slots": shape.slots,
-        "head_dim": shape.head_dim,
-        "corrected_us": corrected * 1e6,
-        "correction_to_plain": corrected / plain,
-        "floor_to_corrected": (shape.kv_bytes + shape.record_bytes) / bandwidth / corrected,
-    }
+    row = {"family": family.name, "rows": shape.rows, "slots": shape.slots, "head_dim": shape.head_dim}
+    row |= {"record": shape.record, "corrected_us": corrected * 1e6, "correction_to_plain": corrected / plain}
+    row["floor_to_corrected"] = (shape.kv_bytes + shape.record_bytes) / bandwidth / corrected
     return row | {f"{name}_us": us for name, us in others(case, timer).items()}
 
 
@@ -39,20 +42,22 @@ def others(case: Case, timer: Timer) -> dict[str, float]:
     for name, make in baselines.available().items():
         try:
             times[name] = timer(make(case)) * 1e6
-        except (RuntimeError, NotImplementedError, ValueError, ImportError) as error:
+        except (RuntimeError, NotImplementedError, ValueError, ImportError, TypeError) as error:
             print(f"{name} left out for {case.shape.label}: {str(error).splitlines()[0]}")
     return times
 
 
-def context(family, timer: Timer, rows: int, tokens: int, kept: Shape, device: str) -> dict[str, Any]:
+def context(family, timer: Timer, tokens: int, kept: Shape, device: str) -> dict[str, Any]:
     """Full attention over a context against the corrected budget; the same kernel, and the others."""
-    full, kept_case = Case(Shape(rows=rows, slots=tokens, **_small(kept)), device), Case(kept, device)
+    small = {k: getattr(kept, k) for k in ("head_dim", "kv_heads", "groups", "page_size", "dtype")}
+    full, kept_case = Case(Shape(rows=kept.rows, slots=tokens, **small), device), Case(kept, device)
+    checked(family, kept_case, f"{family.name}, {kept.label}")
     ours = timer(lambda: kept_case.attend(family, True))
     whole = {"same_kernel": timer(lambda: full.attend(family, False)) * 1e6} | others(full, timer)
-    bound = full.shape.kv_bytes / (kept.kv_bytes + kept.record_bytes)
-    best = min(whole.values()) / 1e6
-    row = {"rows": rows, "context": tokens, "budget_us": ours * 1e6, "speedup_over_best": best / ours}
-    return row | {"bytes_bound": bound} | {f"full_{name}_us": us for name, us in whole.items()}
+    row = {"family": family.name, "rows": kept.rows, "context": tokens, "budget_us": ours * 1e6}
+    row |= {"speedup_over_best": min(whole.values()) / 1e6 / ours}
+    row["bytes_bound"] = full.shape.kv_bytes / (kept.kv_bytes + kept.record_bytes)
+    return row | {f"full_{name}_us": us for name, us in whole.items()}
 
 
 def retire(family, timer: Timer, shape: Shape, device: str) -> dict[str, Any]:
@@ -67,75 +72,65 @@ def retire(family, timer: Timer, shape: Shape, device: str) -> dict[str, Any]:
     attend = timer(lambda: case.attend(family, True))
     event, nothing = timer(consolidate(due)), timer(consolidate(idle))
     tokens = pages * shape.page_size
-    return {
-        "budget": shape.slots,
-        "rows": shape.rows,
-        "retire_tokens": tokens,
-        "event_us": event * 1e6,
-        "idle_us": nothing * 1e6,
-        "share_of_attend": (event / tokens + nothing * (tokens - 1) / tokens) / attend,
-    }
+    row = {"family": family.name, "budget": shape.slots, "rows": shape.rows, "retire_tokens": tokens}
+    row |= {"event_us": event * 1e6, "idle_us": nothing * 1e6, "attend_us": attend * 1e6}
+    return row | {"share_of_attend": (event / tokens + nothing * (tokens - 1) / tokens) / attend}
 
 
-def splits(timer: Timer, shape: Shape, device: str) -> list[dict[str, Any]]:
-    """Tokens of a split-KV part of the Triton kernel: which constant is right."""
+def variant(timer: Timer, shape: Shape, tuning, device: str) -> dict[str, Any]:
+    """A declared variant of the Triton kernels (triton_kernels/tuning.py)."""
+    from momentkv_vllm.triton_kernels.attend_chunk import attend_chunk
     from momentkv_vllm.triton_kernels.attend_decode import attend_decode
 
     case = Case(shape, device)
-
-    def attend(split):
-        return lambda: attend_decode(case.cache, case.query, case.output, None, case.work, case.scale, True, split)
-
-    return [{"rows": shape.rows, "split": split, "us": timer(attend(split)) * 1e6} for split in SPLITS]
-
-
-def run(device: str, tiny: bool) -> dict[str, Any]:
-    timer = Timer(device)
-    bandwidth = copy_bandwidth(timer, device)
-    size = {"kv_heads": 1, "head_dim": 32, "groups": 2} if tiny else {}
-    rows, budgets, contexts = ((1,), (64,), (128,)) if tiny else (ROWS, BUDGETS, CONTEXTS)
-    dims = (32,) if tiny else (64, 128)
-    found: dict[str, Any] = {"copy_bytes_per_second": bandwidth, "families": {}}
-    for name, family in families(device).items():
-        decodes = [
-            decode(family, timer, bandwidth, Shape(**size | {"head_dim": d}, rows=r, slots=b, record=record), device)
-            for d in dims
-            for r in rows
-            for b in budgets
-            for record in ("bfloat16", "zeroth")
-        ]
-        wide = [
-            context(family, timer, r, c, Shape(**size, rows=r, slots=min(1024, c // 2)), device)
-            for c in contexts
-            for r in rows
-            if Shape(**size, rows=r, slots=c).kv_bytes <= MOST_BYTES
-        ]
-        retired = [
-            retire(family, timer, Shape(**size, rows=r, slots=b, record="zeroth"), device)
-            for b in budgets
-            for r in rows
-        ]
-        parts = {"decode": decodes, "context": wide, "retire": retired, "replay": graph.run(family, device, tiny)}
-        for part in ("decode", "context", "retire"):
-            print(f"\n{name}: {part}\n{table(parts[part])}")
-        print(f"\n{name}: replay {parts['replay']}")
-        found["families"][name] = parts
-    found["splits"] = [s for r in rows for s in splits(timer, Shape(**size, rows=r, slots=budgets[-1]), device)]
-    print(f"\nsplits\n{table(found['splits'])}\ncopy {bandwidth / 1e9:.0f} GB/s")
-    return found
+    attend, more = (attend_decode, ()) if shape.queries == 1 else (attend_chunk, (shape.queries,))
+    given = case.cache, case.query, case.output, None, case.work, case.scale, True, *more, tuning
+    case.attend(reference, True)
+    want = case.output.clone()
+    attend(*given)
+    close(case.output, want, ROUNDING[shape.dtype], f"{tuning}")
+    row = {"queries": shape.queries, "rows": shape.rows, "slots": shape.slots, **tuning._asdict()}
+    return row | {"us": timer(lambda: attend(*given)) * 1e6}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Rows as a Markdown table; columns in the order in which they first appear."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    text = [columns] + [[_cell(row.get(c, "")) for c in columns] for row in rows]
-    lines = ["| " + " | ".join(line) + " |" for line in text]
-    return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:]])
+def step(family, timer: Timer, store: str, rows: int, device: str, tiny: bool) -> dict[str, Any]:
+    """A step's attention of LAYERS layers in one graph: write, attend, observe, consolidate."""
+    _, heads, groups, d, budget = graph.sizes_of(tiny)
+    layers = [graph.Layer(family, device, store, rows, heads, groups, d, budget) for _ in range(2 if tiny else LAYERS)]
+    row = {"family": family.name, "store": store, "rows": rows, "layers": len(layers)}
+    caches, observed = [layer.cache for layer in layers], [layer.mass for layer in layers]
+    together = LayersOf(caches, observed, LayerTable(device).of(caches, observed))
+    # Row i is i tokens ahead: in one step none of the first rows is near its event, in the other one of them retires.
+    for name, number in (("idle", 5 if tiny else 20), ("due", layers[0].schedule.retire_tokens + 4)):
+        for layer in layers:
+            layer.prepare(number)
+        seconds = timer(lambda: forward(layers, together))
+        row |= {f"{name}_us": seconds * 1e6, f"{name}_rows_due": layers[0].retired()}
+    return row
 
 
-def _cell(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+def forward(layers: list[graph.Layer], together: LayersOf) -> None:
+    """As attention/cuda_backend.py: every layer attends, then all retire."""
+    first = layers[0]
+    for layer in layers:
+        layer.attend()
+    first.family.consolidate_layers(together, first.work.retires[0], first.policy, SINKS, first.scale)
 
 
-def _small(shape: Shape) -> dict[str, Any]:
-    return {k: getattr(shape, k) for k in ("head_dim", "kv_heads", "groups", "page_size", "dtype")}
+def prefill(
+    family, timer: Timer, grain: int, prompt: int, budget: int, device: str, size: dict[str, int]
+) -> dict[str, Any]:
+    """Attention of a prompt in one layer: an event after every `grain` tokens, against causal attention over all of it."""
+    shape = Shape(rows=1, slots=budget + grain, queries=grain, record="zeroth", **size)
+    case = Case(shape, device)
+    checked(family, case, f"{family.name}, grain {grain}")
+    work = Case(Shape(rows=1, slots=budget + grain, **size), device)
+    due = work.retire_work(grain // shape.page_size)
+    attend = timer(lambda: case.attend(family, True))
+    event = timer(lambda: family.consolidate(work.cache, work.mass, due, POLICY, SINKS, work.scale))
+    events = (prompt - budget) // grain
+    stock = timer(baselines.causal(prompt, shape, device))
+    head = timer(baselines.causal(budget, shape, device))
+    ours = head + events * (attend + event)
+    row = {"family": family.name, "grain": grain, "prompt": prompt, "attend_us": attend * 1e6, "event_us": event * 1e6}
+    return row | {"ours_us": ours * 1e6, "stock_us": stock * 1e6, "to_stock": ours / stock}

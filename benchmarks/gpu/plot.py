@@ -10,30 +10,30 @@ import matplotlib.pyplot as plt  # noqa: E402  after the backend is chosen
 
 
 def save(results: dict[str, Any], path: Path) -> None:
+    """results: of run B."""
+    rows = {kind: [x["result"] for x in results["done"] if x["task"]["what"] == kind] for kind in ("decode", "context")}
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
-    for name, parts in results["families"].items():
-        for rows in sorted({d["rows"] for d in parts["decode"]}):
-            points = [d for d in parts["decode"] if d["rows"] == rows and d["shape"].endswith("bfloat16")]
-            points = [d for d in points if d["head_dim"] == max(p["head_dim"] for p in points)]
-            left.plot(
-                [p["slots"] for p in points],
-                [p["correction_to_plain"] for p in points],
-                "o-",
-                label=f"{name}, batch {rows}",
-            )
-            wide = [c for c in parts["context"] if c["rows"] == rows]
-            right.plot(
-                [c["context"] for c in wide],
-                [c["speedup_over_best"] for c in wide],
-                "o-",
-                label=f"{name}, batch {rows}",
-            )
-            right.plot([c["context"] for c in wide], [c["bytes_bound"] for c in wide], "k--", lw=0.8)
+    for family, batch in sorted({(d["family"], d["rows"]) for d in rows["decode"]}):
+        points = sorted(
+            (d["slots"], d["correction_to_plain"])
+            for d in rows["decode"]
+            if (d["family"], d["rows"], d["record"]) == (family, batch, "zeroth")
+        )
+        left.plot(*zip(*points, strict=True), "o-", label=f"{family}, batch {batch}")
+    for family, batch in sorted({(c["family"], c["rows"]) for c in rows["context"]}):
+        wide = sorted(
+            (c for c in rows["context"] if (c["family"], c["rows"]) == (family, batch)), key=lambda c: c["context"]
+        )
+        contexts = [c["context"] for c in wide]
+        right.plot(contexts, [c["speedup_over_best"] for c in wide], "o-", label=f"{family}, batch {batch}")
+        right.plot(contexts, [c["bytes_bound"] for c in wide], "k--", lw=0.8)
     left.set(xscale="log", xlabel="retained tokens", ylabel="decode with correction / without")
     right.set(
         xscale="log", yscale="log", xlabel="context", ylabel="speed-up over the best full attention (dashed: bytes)"
     )
-    left.legend(fontsize=8)
+    for axis in (left, right):
+        if axis.lines:
+            axis.legend(fontsize=8)
     if results["interpreted"]:
         figure.suptitle("Triton's interpreter: says nothing about a GPU")
     figure.tight_layout()

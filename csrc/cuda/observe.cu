@@ -17,6 +17,7 @@ __global__ void __launch_bounds__(kObserveThreads, 8) observe_page(const Observe
   const int number = blockIdx.x, head = blockIdx.y, row = blockIdx.z, page_size = w.cache.page_size;
   const int64_t queries = w.num_queries[row], first = int64_t(number) * page_size;
   if (queries == 0 || first >= w.last_slot[row] + queries) return;
+  if (o.observe_from[row] >= queries && !o.restart[row]) return;  // most rows of most steps
   const int64_t page = w.pages[int64_t(row) * w.max_pages + number];
   const int lane = threadIdx.x % kLanes, groups = w.query_heads / w.cache.heads;
   float* mass = o.observed + (page * w.cache.heads + head) * page_size;

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata, MultipleOf
 from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionBackend,
@@ -24,18 +25,24 @@ from vllm.v1.attention.backends.triton_attn import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from momentkv_vllm.attention.at_end import RetireAtEnd
 from momentkv_vllm.attention.layer import EvictingImpl
 from momentkv_vllm.attention.spec_hook import EvictingBackend, require_bounded_spec
-from momentkv_vllm.attention.step_plan import Round, StepPlan, StepPlanner
+from momentkv_vllm.attention.step_plan import MAX_SLOTS_PER_WORK, StepPlan, StepPlanner
 from momentkv_vllm.attention.step_plan_on_device import DecodePlanner
 from momentkv_vllm.attention.stock_rows import StockPart, StockRows, stock_part
-from momentkv_vllm.attention.upload import uploaded
+from momentkv_vllm.attention.upload import upload_step
+from momentkv_vllm.attention.warm_up import warm_up
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import KernelFamily, select
 from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.layer_table import LayerTable
 from momentkv_vllm.kv_spec import MomentKVSpec
 
 logger = init_logger(f"vllm.{__name__}")
+
+ANY_SLOTS = 1 << 62
+"""Retained slots of one work list: kernels read them in place, and every further list is a launch more."""
 
 
 @dataclass
@@ -44,6 +51,7 @@ class CudaMomentKVMetadata(TritonAttentionMetadata):
 
     eviction: StepPlan | None = None
     stock_part: StockPart | None = None
+    at_end: RetireAtEnd | None = None
 
 
 class CudaMomentKVBackend(EvictingBackend, TritonAttentionBackend):
@@ -101,6 +109,8 @@ class CudaMomentKVMetadataBuilder(TritonAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.planner: StepPlanner | None = None
         self.decode_planner: DecodePlanner | None = None
+        self.layers, self.layer_table = max(1, len(layer_names)), LayerTable(device)
+        self.places = torch.empty(0, 0, dtype=torch.long)
         config = EvictionConfig.from_vllm(vllm_config)
         if not config.active:
             return
@@ -108,11 +118,15 @@ class CudaMomentKVMetadataBuilder(TritonAttentionMetadataBuilder):
         policy, schedule = config.policy_class, kv_cache_spec.schedule
         kernels = _family(config, kv_cache_spec)
         logger.info_once("--kv-eviction %s: kernels %s", config.policy, kernels.label())
-        self.planner = StepPlanner(schedule, config, policy)
+        gathers = kernels.name == "reference"
+        self.planner = StepPlanner(schedule, config, policy, MAX_SLOTS_PER_WORK if gathers else ANY_SLOTS)
         if _plans_on_device(config, kernels):
             sizes = vllm_config.compilation_config.cudagraph_capture_sizes or [0]
             rows = max(vllm_config.scheduler_config.max_num_seqs, *sizes, 1)
             self.decode_planner = DecodePlanner(schedule, config, policy, rows, device)
+        if device.type == "cuda" and layer_names:
+            layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+            warm_up(layers[layer_names[0]].impl, self.planner, kv_cache_spec, device)
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> TritonAttentionMetadata:
         common: CommonAttentionMetadata = common_attn_metadata
@@ -124,16 +138,15 @@ class CudaMomentKVMetadataBuilder(TritonAttentionMetadataBuilder):
             step = self.decode_planner.update(
                 common.seq_lens[:n], common.query_start_loc[: n + 1], common.block_table_tensor[:n]
             )
-            return CudaMomentKVMetadata(**vars(stock), eviction=step)
+            at_end = RetireAtEnd(step.rounds[0].retires.pop(), self.layers, self.layer_table)
+            return CudaMomentKVMetadata(**vars(stock), eviction=step, at_end=at_end)
         starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
         step, table = self._step_on_host(common, starts)
         if not step.rounds:
             return stock
         rows = [StockRows.of(step.stock_rows, starts)] if step.stock_rows else []
-        rounds = [one for r in step.rounds for one in (*r.attends, *r.retires)]
-        moved = iter(uploaded(rows + rounds, table))
-        part = stock_part(next(moved), rows[0].query_start, common, super().build) if rows else None
-        step.rounds = [Round([next(moved) for _ in r.attends], [next(moved) for _ in r.retires]) for r in step.rounds]
+        there = upload_step(step, rows, table)
+        part = stock_part(there[0], rows[0].query_start, common, super().build) if rows else None
         return CudaMomentKVMetadata(**vars(stock), eviction=step, stock_part=part)
 
     def _step_on_host(self, common: CommonAttentionMetadata, starts: list[int]) -> tuple[StepPlan, torch.Tensor]:
@@ -143,10 +156,16 @@ class CudaMomentKVMetadataBuilder(TritonAttentionMetadataBuilder):
         # Padding requests come last and have no query.
         n = sum(b > a for a, b in zip(starts, starts[1:], strict=False))
         table = common.block_table_tensor[:n]
-        # Place 0 is the null page, which pads.
-        places = torch.arange(1, table.numel() + 1).view(table.shape)
-        step = self.planner.build(starts[: n + 1], lens[:n].tolist(), [0] * n, places)
+        step = self.planner.build(starts[: n + 1], lens[:n].tolist(), [0] * n, self._places_of(table))
         return step, F.pad(table.flatten().long(), (1, 0))
+
+    def _places_of(self, table: torch.Tensor) -> torch.Tensor:
+        """Where each entry of a block table [rows, columns] lies in it; place 0 is the null page, which pads. Kept: a context of
+        128K tokens has 8,192 columns a row, of which a step reads a few."""
+        rows, columns = table.shape
+        if len(self.places) < rows or self.places.shape[1] != columns:
+            self.places = torch.arange(1, table.numel() + 1).view(table.shape)
+        return self.places[:rows]
 
 
 class CudaMomentKVImpl(EvictingImpl, TritonAttentionImpl):
@@ -154,6 +173,24 @@ class CudaMomentKVImpl(EvictingImpl, TritonAttentionImpl):
 
     device_type = "cuda"
     view = staticmethod(CacheView.of_vllm_gpu)
+
+    def forward(
+        self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None
+    ) -> torch.Tensor:
+        """As vLLM's."""
+        scales = output_scale, output_block_scale
+        result = super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
+        at_end: RetireAtEnd | None = getattr(attn_metadata, "at_end", None)
+        if at_end is not None:
+            at_end.attended(self, self.view_of(kv_cache))
+        return result
+
+    def _attend(self, cache, query, output, attend, sampling) -> None:
+        """Attention of single queries is observed on the way; nothing is sampled here, and no layer has sinks."""
+        if attend.observe_from is None or attend.most_queries != 1:
+            return super()._attend(cache, query, output, attend, sampling)
+        target, corrected = torch.empty_like(query) if attend.observe_only else output, self.config.correction != "off"
+        self.kernels.attend_and_observe(cache, self._observing(cache), query, target, attend, self.scale, corrected)
 
 
 def _family(config: EvictionConfig, spec: MomentKVSpec) -> KernelFamily:

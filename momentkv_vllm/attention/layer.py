@@ -117,12 +117,15 @@ class EvictingImpl:
             self._observe(cache, query, lse, attend)
 
     def _observe(self, cache: CacheView, query: torch.Tensor, lse: torch.Tensor, attend: AttendWork) -> None:
-        observed = self._observed_in(cache)
-        if observed is None:
+        self.kernels.observe(cache, self._observing(cache), query, lse, attend, self.scale)
+
+    def _observing(self, cache: CacheView) -> Observed:
+        """What is observed in this cache, from now on if it was not."""
+        if self._observed_in(cache) is None:
             # A captured memset would run at every replay; observation begins by clearing what it will read.
-            capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
-            observed = self.observed = Observed.of(cache, self.policy.observes.what, cleared=not capturing)
-        self.kernels.observe(cache, observed, query, lse, attend, self.scale)
+            capturing = cache.kv.is_cuda and torch.cuda.is_current_stream_capturing()
+            self.observed = Observed.of(cache, self.policy.observes.what, cleared=not capturing)
+        return self.observed
 
     def _observed_in(self, cache: CacheView) -> Observed | None:
         """What was observed in this cache, None before the first time.

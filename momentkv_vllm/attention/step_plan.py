@@ -74,8 +74,11 @@ class StepPlan:
 class StepPlanner:
     """Builds `StepPlan`; pure index arithmetic on the CPU, no model data."""
 
-    def __init__(self, schedule: PageSchedule, config: EvictionConfig, policy: type[Policy]) -> None:
+    def __init__(
+        self, schedule: PageSchedule, config: EvictionConfig, policy: type[Policy], most_slots: int = MAX_SLOTS_PER_WORK
+    ) -> None:
         self.schedule = schedule
+        self.most_slots = most_slots
         self.config = config
         self.observe = policy.observes is not None
         self.observe_all = policy.observes_every_query()
@@ -158,9 +161,9 @@ class StepPlanner:
         return round_
 
     def _split(self, segments: list[Segment]) -> Iterator[list[Segment]]:
-        """Parts of at most MAX_SLOTS_PER_WORK gathered slots."""
+        """Parts of at most `most_slots` gathered slots."""
         slots = max(self.schedule.retained_pages(s.end, s.boundary_column) for s in segments) * self.schedule.page_size
-        size = max(1, MAX_SLOTS_PER_WORK // slots)
+        size = max(1, self.most_slots // slots)
         for i in range(0, len(segments), size):
             yield segments[i : i + size]
 

@@ -54,6 +54,7 @@ class DecodePlanner:
             run_tokens=schedule.run_tokens,
             stored=self.attend.stored,
             store_tokens=schedule.store_tokens,
+            due=torch.zeros(1 + max_rows, dtype=torch.int64, device=device),
         )
 
     def update(self, seq_lens: torch.Tensor, query_start: torch.Tensor, block_table: torch.Tensor) -> StepPlan:
@@ -69,6 +70,7 @@ class DecodePlanner:
 
         rows = len(seq_lens)
         attend, retire = (mapped(work, lambda _, x: x[:rows]) for work in (self.attend, self.retire))
+        retire.due = self.retire.due
         plan(seq_lens, query_start, block_table, attend, retire, self.schedule, self.observed, self.observe_all)
         if not self.observed:
             attend.observe_from = attend.restart = None

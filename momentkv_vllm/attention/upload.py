@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from vllm.utils.platform_utils import is_pin_memory_available
 
+from momentkv_vllm.attention.step_plan import Round, StepPlan
 from momentkv_vllm.kernels.worklists import mapped
 
 PAGE_FIELDS = {"pages", "moment_pages", "store_pages", "retiring_pages"}
@@ -17,10 +18,20 @@ ALIGNMENT = 16
 """Bytes. Triton compiles a kernel anew for an address that is no multiple of it."""
 
 
+def upload_step(step: StepPlan, others: list[Any], table: torch.Tensor) -> list[Any]:
+    """Move a step's lists to the device of `table`, and `others` along with them, which are returned."""
+    lists = [work for r in step.rounds for work in (*r.attends, *r.retires)]
+    moved = iter(uploaded(others + lists, table))
+    there = [next(moved) for _ in others]
+    step.rounds = [Round([next(moved) for _ in r.attends], [next(moved) for _ in r.retires]) for r in step.rounds]
+    return there
+
+
 def uploaded(lists: list[Any], table: torch.Tensor) -> list[Any]:
     """Work lists (kernels/worklists.py) on the device of `table`.
 
-    A copy from pageable memory waits for the device, so all of them go as one from pinned memory, which does not.
+    A copy from pageable memory waits for the device, so all of them go as one from pinned memory, which does not. A block of
+    it is every step's own: torch gives it to no later step before the device has read it.
 
     Args:
         lists: on the host. PAGE_FIELDS hold places in `table` and come back as page numbers.
@@ -34,8 +45,11 @@ def uploaded(lists: list[Any], table: torch.Tensor) -> list[Any]:
 
     for work in lists:
         mapped(work, sort)
-    host = [_joined(tensors) for tensors in columns.values()]
-    there = _copied(np.concatenate(host), table.device).split([len(x) for x in host])
+    sizes = [sum(_room(x) for x in tensors) for tensors in columns.values()]
+    host = _block(sum(sizes), table.device)
+    for tensors, part in zip(columns.values(), host.split(sizes), strict=True):
+        _join(tensors, part)
+    there = host.to(table.device, non_blocking=True).split(sizes)
     parts: dict[tuple[bool, torch.dtype], Iterator[torch.Tensor]] = {}
     for (are_pages, dtype), column in zip(columns, there, strict=True):
         flat = column.view(dtype)
@@ -43,25 +57,25 @@ def uploaded(lists: list[Any], table: torch.Tensor) -> list[Any]:
     return [mapped(work, lambda name, x: next(parts[name in PAGE_FIELDS, x.dtype])) for work in lists]
 
 
-def _joined(tensors: list[torch.Tensor]) -> np.ndarray:
-    """Bytes of tensors of one type, each beginning at a multiple of ALIGNMENT."""
-    joined = np.zeros(sum(_room(x) for x in tensors), np.uint8)
-    at = 0
+def _join(tensors: list[torch.Tensor], joined: torch.Tensor) -> None:
+    """Bytes of tensors of one type into `joined` [bytes], each beginning at a multiple of ALIGNMENT."""
+    at, target = 0, joined.numpy()
     for x in tensors:
-        joined[at : at + x.nbytes] = x.contiguous().numpy().reshape(-1).view(np.uint8)
+        target[at : at + x.nbytes] = x.contiguous().numpy().reshape(-1).view(np.uint8)
         at += _room(x)
-    return joined
 
 
 def _room(x: torch.Tensor) -> int:
     return -(-x.nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def _copied(data: np.ndarray, device: torch.device) -> torch.Tensor:
-    host = torch.from_numpy(data)
-    if device.type != "cpu" and is_pin_memory_available():
-        host = host.pin_memory()
-    return host.to(device, non_blocking=True)
+def _block(size: int, device: torch.device) -> torch.Tensor:
+    """[size] uint8 on the host. Zeros: what lies between lists is read as places, too."""
+    return torch.zeros(size, dtype=torch.uint8, **_pinning(device))
+
+
+def _pinning(device: torch.device) -> dict[str, bool]:
+    return {"pin_memory": True} if device.type != "cpu" and is_pin_memory_available() else {}
 
 
 def _parted(flat: torch.Tensor, tensors: list[torch.Tensor]) -> Iterator[torch.Tensor]:

@@ -7,13 +7,14 @@ of page numbers index vLLM's block pool. reference.py is the specification that 
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.in_torch import add_logits, candidates, read_store
 from momentkv_vllm.kernels.limits import CacheShape, Limits
 from momentkv_vllm.kernels.observed import Observed
-from momentkv_vllm.kernels.worklists import AttendWork, RetireWork, fresh_pages
+from momentkv_vllm.kernels.worklists import AttendWork, LayersOf, RetireWork, fresh_pages
 from momentkv_vllm.policies.base import Policy
 from momentkv_vllm.policies.key_direction import attention_weight
 
@@ -104,6 +105,15 @@ class KernelFamily(ABC):
         else:
             self._observe(cache, observed.mass, query, lse, work, scale)
 
+    def attend_and_observe(
+        self, cache: CacheView, observed: Observed, query: Tensor, output: Tensor, work: AttendWork, scale: float,
+        corrected: bool,
+    ) -> None:  # fmt: skip
+        """`attend`, then `observe`; a family may do both in one pass where every row has one query."""
+        lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+        self.attend(cache, query, output, lse, work, scale, corrected)
+        self.observe(cache, observed, query, lse, work, scale)
+
     def consolidate(
         self, cache: CacheView, observed: Observed | None, work: RetireWork, policy: Policy, sink_tokens: int,
         scale: float,
@@ -122,6 +132,13 @@ class KernelFamily(ABC):
             score = policy.score(candidates(cache, observed, work, scale, self.read_store)).contiguous()
         mass = observed.mass if observed else None
         self._consolidate(cache, mass, work, score, sink_tokens, attention_weight(policy))
+
+    def consolidate_layers(
+        self, layers: LayersOf, work: RetireWork, policy: Policy, sink_tokens: int, scale: float
+    ) -> None:
+        """`consolidate` in several layers; a family may do it in one launch."""
+        for cache, observed in zip(layers.caches, layers.observed, strict=True):
+            self.consolidate(cache, observed, work, policy, sink_tokens, scale)
 
     def read_store(self, cache: CacheView, pages: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of quantised store pages [rows, n], float32 [rows, heads, slots, head_dim]."""

@@ -11,12 +11,14 @@ import torch
 from momentkv_vllm.kernels.base import KernelFamily
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.limits import Limits
-from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
+from momentkv_vllm.kernels.worklists import AttendWork, LayersOf, RetireWork
+from momentkv_vllm.policies.key_direction import attention_weight
 
 try:
     from momentkv_vllm.triton_kernels import attend_chunk as _chunk
     from momentkv_vllm.triton_kernels import attend_decode as _decode
     from momentkv_vllm.triton_kernels import consolidate as _consolidate
+    from momentkv_vllm.triton_kernels import consolidate_layers as _consolidate_layers
     from momentkv_vllm.triton_kernels import observe as _observe
     from momentkv_vllm.triton_kernels import write as _write
 except ImportError as error:
@@ -55,8 +57,24 @@ class Triton(KernelFamily):
         if bound > 1:
             _chunk.attend_chunk(cache, query, output, lse, work, scale, corrected, bound)
 
+    def attend_and_observe(
+        self, cache: CacheView, observed, query, output, work: AttendWork, scale: float, corrected
+    ) -> None:
+        if observed.mass is None or work.most_queries != 1:
+            return super().attend_and_observe(cache, observed, query, output, work, scale, corrected)
+        corrected = corrected and cache.record_layout.has_means
+        _decode.attend_decode(cache, query, output, None, work, scale, corrected, mass=observed.mass)
+
     def _observe(self, cache: CacheView, mass, query, lse, work: AttendWork, scale: float) -> None:
         _observe.observe(cache, mass, query, lse, work, scale)
+
+    def consolidate_layers(self, layers: LayersOf, work: RetireWork, policy, sink_tokens: int, scale: float) -> None:
+        if work.due is None or policy.native not in self.native_scores:
+            return super().consolidate_layers(layers, work, policy, sink_tokens, scale)
+        first = layers.observed[0]
+        mass = first.mass if first else None
+        given = work, sink_tokens, attention_weight(policy)
+        _consolidate_layers.consolidate_layers(layers.caches[0], mass, layers.offsets, *given)
 
     def _consolidate(self, cache: CacheView, mass, work: RetireWork, score, sink_tokens: int, attention_weight) -> None:
         _consolidate.consolidate(cache, mass, work, score, sink_tokens, attention_weight)

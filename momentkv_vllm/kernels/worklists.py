@@ -75,6 +75,19 @@ class AttendWork:
 
 
 @dataclass
+class LayersOf:
+    """Layers that share a step's work lists, all of one shape, for an operation on all of them.
+
+    caches, observed: of each (kernels/cache_view.py, kernels/observed.py).
+    offsets:          [layers, 2] int64 on their device, bytes from the first layer's cache and observations to each layer's.
+    """
+
+    caches: list[Any]
+    observed: list[Any]
+    offsets: Tensor
+
+
+@dataclass
 class RetireWork:
     """Rows whose eviction event is due.
 
@@ -87,6 +100,7 @@ class RetireWork:
                     quantised, all are full from the first event on.
     store_tokens:   tokens that a quantised store holds when it is full.
     evicts:         some row evicts; else there is room for all, and no score is asked for.
+    due:            [1 + rows] int64, how many rows retire a page, and their numbers in order; None: nobody counted.
     """
 
     store_pages: Tensor
@@ -97,6 +111,7 @@ class RetireWork:
     stored: Tensor | None = None
     store_tokens: int = 0
     evicts: bool = True
+    due: Tensor | None = None
 
     def capacity(self, page_size: int) -> int:
         """Tokens that a store holds when it is full."""

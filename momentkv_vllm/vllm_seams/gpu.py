@@ -1,10 +1,13 @@
 """What serving on a GPU needs and refuses. Its kernels are checked in Triton's interpreter; none of it has run on a GPU yet."""
 
+import functools
 import logging
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.environment import ALLOW_UNTESTED_GPU
+from momentkv_vllm.kernels.observed import page_bytes
 from momentkv_vllm.refuse import Unsupported
 
 if TYPE_CHECKING:
@@ -27,6 +30,42 @@ def choose_backend(engine_args: Any) -> Any:
     if current_platform.is_cuda() and chosen is None:
         engine_args.attention_backend = AttentionBackendEnum.CUSTOM
     return chosen
+
+
+def patch_gpu_worker() -> None:
+    """What was observed of tokens lies beside vLLM's pages, in the memory that vLLM would give to pages (ledger:
+    vllm_seams/__init__.py); calling it again does nothing."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    if getattr(Worker, "_momentkv_patched", False):
+        return
+    available = Worker.determine_available_memory
+
+    @functools.wraps(available)
+    def determine_available_memory(self: Any) -> int:
+        return for_pages(available(self), self.model_runner.get_kv_cache_spec().values())
+
+    Worker.determine_available_memory = determine_available_memory
+    Worker._momentkv_patched = True
+
+
+def for_pages(available: int, specs: Iterable[Any]) -> int:
+    """Bytes of `available` that are left for pages of layers with these KV cache specs, what they observe taken off."""
+    specs = list(specs)
+    pages = sum(spec.page_size_bytes for spec in specs)
+    beside = sum(_observed_bytes(spec) for spec in specs)
+    return available * pages // (pages + beside) if beside else available
+
+
+def _observed_bytes(spec: Any) -> int:
+    """Of a page in one layer; 0 where nothing is observed."""
+    from momentkv_vllm.kv_spec import MomentKVSpec
+
+    if not isinstance(spec, MomentKVSpec) or not spec.observes_attention:
+        return 0
+    packed, head = spec.layout.packed, spec.page_size_bytes // spec.num_kv_heads
+    slots = max(spec.block_size, packed.tokens_per_page(head) if packed else 0)
+    return page_bytes(spec.num_kv_heads, slots, spec.config.policy_class.observes.what)
 
 
 def gpu_rows(platform: Any, vllm_config: "VllmConfig", config: EvictionConfig) -> list[Unsupported]:

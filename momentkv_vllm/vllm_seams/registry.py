@@ -12,6 +12,7 @@ def register_seams() -> None:
     from momentkv_vllm.kv_spec import MomentKVSpec
     from momentkv_vllm.vllm_seams.block_memory import patch_block_memory
     from momentkv_vllm.vllm_seams.cpu_runner import patch_cpu_runner
+    from momentkv_vllm.vllm_seams.gpu import patch_gpu_worker
 
     # The CPU platform always asks for CPU_ATTN (vllm/platforms/cpu.py), so ours takes its place.
     register_backend(AttentionBackendEnum.CPU_ATTN, "momentkv_vllm.attention.cpu_backend.MomentKVBackend")
@@ -23,3 +24,5 @@ def register_seams() -> None:
     if current_platform.is_cpu():
         patch_cpu_runner()
         patch_block_memory()
+    elif current_platform.is_cuda():
+        patch_gpu_worker()

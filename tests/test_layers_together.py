@@ -1,0 +1,80 @@
+"""Events of several layers in one launch leave what they leave layer by layer, bit for bit."""
+
+import math
+import os
+
+import pytest
+import torch
+
+from momentkv_vllm.kernels import select
+from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.layer_table import LayerTable
+from momentkv_vllm.kernels.observed import Observed
+from momentkv_vllm.kernels.worklists import LayersOf, RetireWork
+from momentkv_vllm.packed_store import PackedLayout
+from momentkv_vllm.page_layout import RecordLayout
+from momentkv_vllm.policies import find
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="run by test_interpreter.py")
+LAYERS, ROWS, HEADS, D, PAGE, STORE = 2, 3, 1, 32, 16, 2
+DUE = [0, 2]
+
+
+def cache_of(layer: int, packed: PackedLayout | None, record: RecordLayout) -> tuple[CacheView, Observed]:
+    """Of random tokens; page 0 is nobody's."""
+    generator = torch.Generator().manual_seed(layer)
+    kv = torch.randn(1 + ROWS * 7, HEADS, PAGE, 2 * D, generator=generator).bfloat16()
+    kv[0] = math.nan
+    cache = CacheView.of_vllm_gpu(kv, record, packed)
+    mass = Observed.of(cache, "mass")
+    mass.data.copy_(torch.rand(mass.data.shape, generator=generator))
+    return cache, mass
+
+
+def event(packed: PackedLayout | None, capacity: int, stored: int, evicted: int) -> RetireWork:
+    """Row 1 retires nothing, row 2 a page less than row 0; pages of a row: two of the store, three, two of the record."""
+    pages = torch.arange(1, 1 + ROWS * 7).view(ROWS, 7)
+    retiring = pages[:, 2:5].clone()
+    retiring[1], retiring[2, 2] = -1, -1
+    return RetireWork(
+        store_pages=pages[:, :STORE].contiguous(), retiring_pages=retiring, moment_pages=pages[:, 5:].contiguous(),
+        num_evicted=torch.full((ROWS,), float(evicted)), run_tokens=8 if packed else 1,
+        stored=torch.full((ROWS,), stored) if packed else None, store_tokens=capacity if packed else 0,
+        due=torch.tensor([len(DUE), *DUE, -7]),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", ["momentkv", "keydiff"])
+@pytest.mark.parametrize("store", ["model", "int4"])
+def test_layers_together_are_layers_one_by_one(monkeypatch, policy, store):
+    """A program's rows take turns here."""
+    monkeypatch.setattr("momentkv_vllm.triton_kernels.consolidate_layers.ROWS_AT_ONCE", 1)
+    packed = PackedLayout(store, D) if store == "int4" else None
+    record = RecordLayout(D, has_covariance=packed is None)
+    policy, family = find(policy)(), select("triton", "cpu")
+    one_by_one, together = ([cache_of(i, packed, record) for i in range(LAYERS)] for _ in range(2))
+    capacity = 56
+    # The first event, and one over a full store and a record.
+    for stored, evicted in ((0, 0), (capacity, 24)):
+        work = event(packed, capacity, stored, evicted)
+        for cache, mass in one_by_one:
+            family.consolidate(cache, mass, work, policy, 4, D**-0.5)
+        caches, observed = map(list, zip(*together, strict=True))
+        offsets = LayerTable("cpu").of(caches, observed)
+        family.consolidate_layers(LayersOf(caches, observed, offsets), work, policy, 4, D**-0.5)
+        for (want, want_mass), (got, got_mass) in zip(one_by_one, together, strict=True):
+            assert torch.equal(want.raw, got.raw) and torch.equal(want_mass.data, got_mass.data)
+    before = cache_of(0, packed, record)[0].raw
+    changed = [bool((together[0][0].raw[p] != before[p]).any()) for p in work.store_pages[:, 0].tolist()]
+    assert changed == [row in DUE for row in range(ROWS)]
+
+
+def test_a_layer_table_is_made_anew_where_layers_lie_elsewhere():
+    table, record = LayerTable("cpu"), RecordLayout(D)
+    pairs = [cache_of(i, None, record) for i in range(3)]
+    caches, observed = map(list, zip(*pairs, strict=True))
+    first = table.of(caches[:2], observed[:2])
+    assert table.of(caches[:2], observed[:2]) is first
+    assert first[0].tolist() == [0, 0] and int(first[1, 0]) == caches[1].kv.data_ptr() - caches[0].kv.data_ptr()
+    assert table.of(caches[::2], [None, None])[1].tolist() == [caches[2].kv.data_ptr() - caches[0].kv.data_ptr(), 0]

@@ -1,0 +1,70 @@
+"""What Triton would compile, by launch: `triton_variants.py MODEL` prints the kernels that serving asks for after the warm-up.
+
+No GPU and no compiler: Triton decides by types, alignment and constants whether it has compiled a launch before, and so does this.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent))  # -P leaves it out
+import torch
+import triton
+from compile_triton import Target
+from layer_sides import Side, common_of, config_of, new_cache, new_tokens
+from triton.runtime.jit import JITFunction
+from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
+
+from momentkv_vllm.attention.cuda_backend import CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder
+from momentkv_vllm.attention.warm_up import warm_up
+from momentkv_vllm.kernels.triton import Triton
+from momentkv_vllm.plugin import register
+
+seen: set[str] = set()
+fresh: list[str] = []
+
+
+def noted(self, *args, grid, warmup, **options):
+    """In place of JITFunction.run: notes what it would compile."""
+    if not hasattr(self, "_binder"):
+        self._binder = self.create_binder()[-1]
+    _, specialization, given = self._binder(*args, **options)
+    key = f"{self.fn.__name__} {specialization} {sorted(given.items())}"
+    if key not in seen:
+        seen.add(key)
+        fresh.append(key)
+
+
+def main(model: str) -> None:
+    triton.runtime.driver.set_active(Target(90))
+    JITFunction.run = noted
+    Triton.objections = lambda self: []
+    Triton.runs_on = lambda self, device: True
+    TritonAttentionImpl.forward = lambda *given: given[7].zero_()
+    register()
+    config = config_of(model, budget_tokens=512)
+    side = Side(config, CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder)
+    warm_up(side.impl, side.builder.planner, side.builder.kv_cache_spec, torch.device("cpu"))
+    print(len(fresh), "before the first request")
+    fresh.clear()
+    table = torch.arange(1, 3 * 64 + 1).view(3, 64)
+    side.cache = new_cache(table)
+    generator, lens = torch.Generator().manual_seed(0), [0, 0, 0]
+    # Lists of 1, 16, 32 and other numbers of pages; steps of 16, 32 and other numbers of tokens.
+    for new in (
+        [17, 250, 512],
+        [16, 230, 3],
+        [1, 30, 1],
+        [1, 32, 15],
+        [1, 3, 28],
+        [300, 4, 2],
+        [250, 1, 40],
+        [2, 17, 1],
+    ):
+        lens = [a + b for a, b in zip(lens, new)]
+        side.step(common_of(lens, new, table), *new_tokens(sum(new), generator))
+    print(len(fresh), "while serving")
+    print(*fresh, sep="\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
