@@ -361,6 +361,7 @@ PATCHES = {
     "EngineArgs.from_cli_args": "vllm_seams/engine_args.py",
     "EngineArgs.create_engine_config": "vllm_seams/engine_args.py",
     "CPUModelRunner.sample_tokens": "vllm_seams/cpu_runner.py",
+    "EngineCore.kv_eviction_states": "vllm_seams/engine_core.py",
     "model_arch_config.rswa_window": "attention/cpu_backend.py",
 }
 """Everything of vLLM's that we overwrite, and where. The other ledger, with reasons: vllm_seams/__init__.py."""

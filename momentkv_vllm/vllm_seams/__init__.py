@@ -9,9 +9,12 @@ that a user could have given (engine_args.py sets some that were left open). The
 | EngineArgs.from_cli_args | engine_args.py | the parsed options reach no config | same |
 | EngineArgs.create_engine_config | engine_args.py | nothing is refused before the engine starts | vLLM has a config hook |
 | CPUModelRunner.sample_tokens | cpu_runner.py | a seed and a long prompt end a CPU engine | vLLM rewinds CPU generators |
+| EngineCore.kv_eviction_states | engine_core.py | no states in files | vLLM lets a scheduler call workers |
 | model_arch_config.rswa_window | attention/cpu_backend.py | builders learn no prompt lengths | their metadata has them |
 
-The first three are in place before vLLM builds its parser. The fourth mends stock vLLM as well. The last is a value, no method:
-set in the worker's copy of the model config, for `full` prefill. tests/test_seams.py is the second ledger: it finds every patch
-in our source, wants it in this table, and says by name which target vLLM renamed.
+The first three are in place before vLLM builds its parser. The fourth mends stock vLLM as well. The fifth is added and replaces
+nothing. The last is a value, no method: set in the worker's copy of the model config, for `full` prefill.
+
+tests/test_seams.py is the second ledger: it finds every patch in our source, wants it in this table, and says by name which
+target vLLM renamed.
 """

@@ -11,6 +11,7 @@ def register_seams() -> None:
     from momentkv_vllm.block_manager.manager import MomentKVManager
     from momentkv_vllm.kv_spec import MomentKVSpec
     from momentkv_vllm.vllm_seams.cpu_runner import patch_cpu_runner
+    from momentkv_vllm.vllm_seams.engine_core import patch_engine_core
 
     # The CPU platform always asks for CPU_ATTN (vllm/platforms/cpu.py), so ours takes its place.
     register_backend(AttentionBackendEnum.CPU_ATTN, "momentkv_vllm.attention.cpu_backend.MomentKVBackend")
@@ -19,5 +20,6 @@ def register_seams() -> None:
     # Registering first would make vLLM believe that its own specs are registered already.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(MomentKVSpec, MomentKVManager, uniform_type_base_spec=FullAttentionSpec)
+    patch_engine_core()
     if current_platform.is_cpu():
         patch_cpu_runner()
