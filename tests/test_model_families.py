@@ -44,7 +44,8 @@ def test_layers_of_several_kinds_in_any_chunks(engine, family_model, name):
     fine = engine(family_model(name), **EVICT | {"max_num_batched_tokens": 64}, enable_prefix_caching=True)
     for _ in range(2):
         assert fine.generate(prompts, 24) == coarse
-    assert all(list(fine.cached_tokens.values())[2:]), "the second time prefixes were meant to be found"
+    below, beyond = list(fine.cached_tokens.values())[2:]
+    assert below and beyond > BUDGET, "the second time a prefix and a state were meant to be found"
 
 
 @pytest.mark.parametrize("name", [n for n, f in REFUSED.items() if not f.by_layers])

@@ -132,15 +132,15 @@ class StateTransfer:
 
     def _name(self, request: Request, event: int, group: int, columns: list[int], row: list[KVCacheBlock]) -> None:
         """Give pages the keys by which a request finds them."""
-        pool, size, own = self.states.pool, self.managers[group].block_size, 0
+        size, own = self.managers[group].block_size, self.states.state_pages
         if group == self.states.group_id:
-            own = self.states.state_pages
             self.states.hold(request, event, row[:own])
-        hashes = resolve_block_hashes(request.block_hashes, pool.hash_block_size, size)
-        for column, page in zip(columns[own:], row[own:], strict=True):
-            key = make_block_hash_with_group_id(hashes[column], group)
-            page.set_block_hash(key, num_tokens=(column + 1) * size)
-            pool.cached_block_hash_to_block.insert(key, page)
+            row, keys = row[own:], self.states.window_keys(request, event)
+        else:
+            hashes = resolve_block_hashes(request.block_hashes, self.states.pool.hash_block_size, size)
+            keys = ((column, make_block_hash_with_group_id(hashes[column], group)) for column in columns)
+        for page, (column, key) in zip(row, keys, strict=True):
+            self.states.insert(page, key, (column + 1) * size)
 
     def _call(self, method: str, *args: Any) -> list[Any]:
         found = self.call(method, args=args)

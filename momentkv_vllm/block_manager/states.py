@@ -2,8 +2,9 @@
 
 A state is what columns [0, S+M) hold right after the event at a token count. It depends on the tokens before and on nothing else,
 so its pages can be cached like a block. Their keys: the hash of the block that ends at the event (it covers the prefix, LoRA,
-cache_salt and multimodal inputs), a fingerprint of what shapes a state, and the column. The exact pages from `boundary_column` to
-the event have vLLM's own keys. All of them lie in vLLM's hash table and free list: the least recently used go first.
+cache_salt and multimodal inputs), a fingerprint of what shapes a state, and the column. The window's pages, from
+`boundary_column` to the event, have vLLM's own keys, unless prompts that are attended exactly use these for other numbers. All of
+them lie in vLLM's hash table and free list: the least recently used go first.
 
 Idea of what to keep: Marconi (arXiv 2411.19379). No code of it is used.
 """
@@ -73,7 +74,7 @@ class StateCache:
         hashes = self._hashes(request)
         for event, name in self._events(hashes, request.num_tokens - 1, after):
             pages = self._pages(name)
-            window = self._window(hashes, event) if pages else None
+            window = self._window(request, event) if pages else None
             if window is not None:
                 retired = self.schedule.boundary_column(event) - self.state_pages
                 yield event, [*pages, *[self.pool.null_block] * retired, *window]
@@ -112,24 +113,34 @@ class StateCache:
         name = self._name(request, event)
         self._drop(name)
         for column, page in enumerate(pages):
-            key = self._key(name, column)
-            page.set_block_hash(key, num_tokens=event)
-            self.pool.cached_block_hash_to_block.insert(key, page)
+            self.insert(page, self._key(name, column), event)
         self.held[name] = list(pages)
         while len(self.held) > self.most_states:
             self._drop(next(iter(self.held)))
 
     def hold_window(self, request: Request, event: int, row: Sequence[KVCacheBlock]) -> None:
         """Cache the exact pages that a request at the state of that event reads; `row`: the request's pages."""
-        hashes, size = self._hashes(request), self.schedule.page_size
-        first, end = self.schedule.boundary_column(event), event // size
-        for column in range(first, end):
-            cached = self._cached(hashes[column])
+        for column, key in self.window_keys(request, event):
+            cached = self._cached(key)
             if cached and not cached.ref_cnt and cached is not row[column]:
                 # The same content, but the one that was used longer ago.
                 self.pool.evict_blocks({cached.block_id})
-        own = [row[column].block_hash is None and not self._cached(hashes[column]) for column in range(first, end)]
-        self.pool.cache_full_blocks(request, row, first, end, size, self.group_id, own)
+            if row[column].block_hash is None and not self._cached(key):
+                self.insert(row[column], key, (column + 1) * self.schedule.page_size)
+
+    def window_keys(self, request: Request, event: int) -> Iterator[tuple[int, BlockHashWithGroupId]]:
+        """Columns of a state's window pages, and their keys. Beyond the first event, what a token of an exact prompt attends to is
+        not what the same token of a longer prompt does."""
+        hashes, size, first = self._hashes(request), self.schedule.page_size, self.schedule.first_event_tokens
+        for column in range(self.schedule.boundary_column(event), event // size):
+            apart = self.schedule.exact_prompt_tokens and column * size >= first
+            name = BlockHash(hashes[column] + self.fingerprint) if apart else hashes[column]
+            yield column, make_block_hash_with_group_id(name, self.group_id)
+
+    def insert(self, page: KVCacheBlock, key: BlockHashWithGroupId, tokens: int) -> None:
+        """Put a page without a key, which holds the last of `tokens` tokens, into vLLM's hash table."""
+        page.set_block_hash(key, num_tokens=tokens)
+        self.pool.cached_block_hash_to_block.insert(key, page)
 
     def used(self, request: Request, event: int) -> None:
         """Make the state at that event the most recently used one; 0: none."""
@@ -189,14 +200,12 @@ class StateCache:
             return None
         return pages
 
-    def _window(self, hashes: Sequence[BlockHash], event: int) -> list[KVCacheBlock] | None:
-        columns = range(self.schedule.boundary_column(event), event // self.schedule.page_size)
-        window = [self._cached(hashes[column]) for column in columns]
+    def _window(self, request: Request, event: int) -> list[KVCacheBlock] | None:
+        window = [self._cached(key) for _, key in self.window_keys(request, event)]
         return None if None in window else window
 
-    def _cached(self, block_hash: BlockHash) -> KVCacheBlock | None:
-        found = self.pool.get_cached_block(block_hash, [self.group_id])
-        return found[0] if found else None
+    def _cached(self, key: BlockHashWithGroupId) -> KVCacheBlock | None:
+        return self.pool.cached_block_hash_to_block.get_one_block(key)
 
     def _drop(self, name: BlockHash) -> None:
         pages = self.held.pop(name, ())
