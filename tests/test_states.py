@@ -1,9 +1,19 @@
 """Requests that start from the state of an evicted prefix: the tokens are those of a request that read everything."""
 
+from types import SimpleNamespace
+
 import pytest
 from engine import Engine, random_prompt
+from vllm import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.request import Request
 
+from momentkv_vllm.block_manager.states import StateCache
+from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.metrics import STATE_HITS, STATE_MISSED_TOKENS, STATE_SAVED_TOKENS, STATES
+from momentkv_vllm.page_schedule import PageSchedule
 
 pytestmark = pytest.mark.engine
 
@@ -230,3 +240,40 @@ def test_an_interval_and_a_share_of_the_pool(engine, models):
         e.generate([DOCUMENT[:700] + random_prompt(100)[1:]], 8)
     assert many.cached_tokens["r1"] == 640 and few.cached_tokens["r1"] < 640
     assert figure(few, STATES) == few.manager.states.most_states < figure(many, STATES)
+
+
+def test_a_text_that_waits_is_searched_once(monkeypatch):
+    """vLLM looks the request at the head of the queue up at every step; again only when a state or a text came in."""
+    init_none_hash(sha256)
+    schedule = PageSchedule(16, 12, 0, 4)
+    spec = SimpleNamespace(schedule=schedule, config=EvictionConfig("keydiff", BUDGET), state_fingerprint=b"")
+    states = StateCache(spec, BlockPool(100, True, 16), 0)
+    hasher, settings = get_request_block_hasher(16, sha256), SamplingParams(max_tokens=1)
+    waiting, other = (
+        Request(n, DOCUMENT[:t], settings, None, block_hasher=hasher) for n, t in (("a", 900), ("b", 600))
+    )
+    seen, events = [], StateCache._events
+
+    def counted(self, *args):
+        for event in events(self, *args):
+            seen.append(event)
+            yield event
+
+    monkeypatch.setattr(StateCache, "_events", counted)
+
+    def looked_up() -> tuple[list[int], int]:
+        seen.clear()
+        found = [event for event, _ in states.hits(waiting, 0)]
+        states.plan(waiting, 0)
+        return found, len(seen)
+
+    states.hold(other, 256, states.pool.get_new_blocks(12))
+    assert looked_up()[1] > 40 and looked_up()[1] <= 1
+    states.remember(other)
+    assert looked_up()[1] > 20 and states.plans[waiting].known == 592
+    states.hold_window(other, 256, states.pool.get_new_blocks(16))
+    assert looked_up() == ([256], 1)
+    states.hold(other, 512, states.pool.get_new_blocks(12))
+    states.hold_window(other, 512, [None] * 28 + states.pool.get_new_blocks(4))
+    found, count = looked_up()
+    assert found == [512, 256] and count > 20 and looked_up()[1] < 20

@@ -23,7 +23,7 @@ class StopsAtEvents:
 
     * A step that would reach a request's first event stops at the end of the cacheable prefix. The manager caches pages one step
       after they were filled, and the step that reaches the first event rewrites them: without the stop, a prompt whose first
-      chunk is longer than the budget would leave nothing in the prefix cache. Prompts below the budget are scheduled as vLLM does.
+      chunk is longer than the budget would leave nothing in the prefix cache. Prompts below it are scheduled as vLLM does.
     * A step that reads past two events stops at the first of them if the request shall keep its state there (states.py).
     * Draft tokens stop before the tokens that the next event depends on: a page is retired for good, and what a policy has
       observed stays observed, so these steps have one token and no drafts.

@@ -12,6 +12,7 @@ Idea of what to keep: Marconi (arXiv 2411.19379). No code of it is used.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from vllm.v1.core.block_pool import BlockPool
@@ -47,6 +48,18 @@ class ReadingPlan:
     keep: tuple[int, ...]
 
 
+class Found(NamedTuple):
+    """What is known of a waiting request's text, and when: `changes` and tokens then. vLLM asks again at every step.
+
+    held: no later event of it has a state. known: the last event up to which an earlier request had the same tokens; 0: none.
+    """
+
+    changes: int
+    tokens: int
+    held: int
+    known: int
+
+
 class StateCache:
     """States of one engine.
 
@@ -55,6 +68,7 @@ class StateCache:
             pages for something else since then: they have lost their key.
         known: hashes at the events of texts that were read, oldest first. Hints of where texts part, no content.
         plans: of requests that wait or run.
+        changes: how often a state or a text came in.
     """
 
     def __init__(self, spec: MomentKVSpec, block_pool: BlockPool, group_id: int) -> None:
@@ -66,13 +80,15 @@ class StateCache:
         self.held: dict[BlockHash, list[KVCacheBlock]] = {}
         self.known: dict[BlockHash, None] = {}
         self.plans: WeakKeyDictionary[Request, ReadingPlan] = WeakKeyDictionary()
+        self.changes = 0
+        self._found: WeakKeyDictionary[Request, Found] = WeakKeyDictionary()
 
     def hits(self, request: Request, after: int) -> Iterator[tuple[int, list[KVCacheBlock]]]:
         """Events after `after` that the request can start from, the latest first, with the row of pages up to there."""
         if not self.held or not self._evicts_at_fixed_counts(request):
             return
         hashes = self._hashes(request)
-        for event, name in self._events(hashes, request.num_tokens - 1, after):
+        for event, name in self._events(hashes, self._find(request).held, after):
             pages = self._pages(name)
             window = self._window(request, event) if pages else None
             if window is not None:
@@ -83,9 +99,19 @@ class StateCache:
         """Decide what the request keeps while it reads on from `start`; nothing if its text is below the budget."""
         if request.num_tokens <= self.schedule.first_event_tokens or not self._evicts_at_fixed_counts(request):
             return
-        hashes, end = self._hashes(request), request.num_tokens - 1
-        known = next((event for event, name in self._events(hashes, end) if name in self.known), 0)
+        end, known = request.num_tokens - 1, self._find(request).known
         self.plans[request] = ReadingPlan(start, known, tuple(sorted(self._worth_keeping(start, known, end))))
+
+    def _find(self, request: Request) -> Found:
+        found = self._found.get(request)
+        if found is None or found[:2] != (self.changes, request.num_tokens):
+            hashes, end = self._hashes(request), request.num_tokens - 1
+            held, known = (
+                next((event for event, name in self._events(hashes, end) if name in names), 0)
+                for names in (self.held, self.known)
+            )
+            found = self._found[request] = Found(self.changes, request.num_tokens, held, known)
+        return found
 
     def _worth_keeping(self, start: int, known: int, end: int) -> set[int]:
         """Where texts parted before, otherwise a place near the prompt's end that lies before a question of usual length; and
@@ -115,6 +141,7 @@ class StateCache:
         for column, page in enumerate(pages):
             self.insert(page, self._key(name, column), event)
         self.held[name] = list(pages)
+        self.changes += 1
         while len(self.held) > self.most_states:
             self._drop(next(iter(self.held)))
 
@@ -129,8 +156,8 @@ class StateCache:
                 self.insert(row[column], key, (column + 1) * self.schedule.page_size)
 
     def window_keys(self, request: Request, event: int) -> Iterator[tuple[int, BlockHashWithGroupId]]:
-        """Columns of a state's window pages, and their keys. Beyond the first event, what a token of an exact prompt attends to is
-        not what the same token of a longer prompt does."""
+        """Columns of a state's window pages, and their keys. Beyond the first event, a token of an exact prompt attends to more
+        than the same token of a longer prompt does."""
         hashes, size, first = self._hashes(request), self.schedule.page_size, self.schedule.first_event_tokens
         for column in range(self.schedule.boundary_column(event), event // size):
             apart = self.schedule.exact_prompt_tokens and column * size >= first
@@ -151,6 +178,7 @@ class StateCache:
     def remember(self, request: Request, after: int = 0) -> None:
         """Note the events of the request's text after `after`."""
         for _, name in self._events(self._hashes(request), request.num_tokens, after):
+            self.changes += name not in self.known
             self.known[name] = None
         while len(self.known) > MAX_KNOWN:
             del self.known[next(iter(self.known))]
