@@ -57,7 +57,8 @@ class EvictionConfig:
             vLLM's order of last use alone decides); 0: none are kept.
         state_interval_tokens: a prompt keeps its state every so many tokens while it is read; 0: only where it is likely to be
             used (block_manager/states.py).
-        state_folder: where states may be saved and loaded (docs/prefix-caching.md), an absolute path; None: nowhere.
+        state_folder: absolute path of the folder that states may be saved to and loaded from (docs/prefix-caching.md); without it
+            they are not kept in files.
         kernels: kernel family ("auto" takes the fastest that works here; a named one never falls back).
     """
 
