@@ -117,7 +117,7 @@ def test_a_pool_without_room_refuses(saving):
     for seed in range(2):
         e.add(random_prompt(300, seed), 60)
     e.run(lambda step: refusals.append(ask(e, "load").get("error")) if step == 20 else None)
-    assert "the state needs 17 pages, " in refusals[0] and "load it when fewer requests run" in refusals[0]
+    assert "the state needs 15 pages, " in refusals[0] and "load it when fewer requests run" in refusals[0]
     assert ask(e, "load")["tokens"] == 896
 
 
