@@ -27,7 +27,7 @@ def test_tokens_are_those_without_the_cache_and_system_prompts_stay(engine, mode
     prompts = conversations(SHORT) + conversations(LONG)
     plain = engine(**options)
     want = [plain.generate(prompts, 60) for _ in range(2)]
-    cached = engine(**options, enable_prefix_caching=True)
+    cached = engine(**options, enable_prefix_caching=True, num_gpu_blocks_override=1000)
     assert [cached.generate(prompts, 60) for _ in range(2)] == want
     assert cached.manager.metrics.values and not any(plain.cached_tokens.values())
     # The second time every sequence finds its system prompt, although all of them have evicted in between.

@@ -192,6 +192,14 @@ def other_columns(header, tensors):
     header["columns"][0][-1] += 1
 
 
+def no_columns(header, tensors):
+    del header["columns"]
+
+
+def another_group(header, tensors):
+    header["columns"].append([1])
+
+
 def fewer_pages(header, tensors):
     for name in tensors:
         if name != "tokens":
@@ -213,6 +221,8 @@ def fewer_layers(header, tensors):
     [
         (other_tokens, "its tokens are not those of its header"),
         (other_columns, "pages in other places"),
+        (no_columns, "its header is no state's"),
+        (another_group, "pages in other places"),
         (fewer_pages, "not as many pages"),
         (smaller_pages, "has other pages in"),
         (fewer_layers, "has other layers"),

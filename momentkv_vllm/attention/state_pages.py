@@ -40,8 +40,10 @@ class StatePages:
             for layer, (group, _) in self._kv_state_caches().items():
                 if len(tensors[layer]) != len(header["columns"][group]):
                     raise ValueError(f"state {name} has not as many pages as its header says; save it again")
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        except (OSError, ValueError) as error:
             return {"error": str(error)}
+        except (KeyError, IndexError, TypeError):
+            return {"error": f"state {name} is damaged: its header is no state's; save it again"}
         self._kv_state_opened = tensors
         return header | {"token_ids": tokens}
 

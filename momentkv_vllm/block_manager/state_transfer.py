@@ -102,11 +102,12 @@ class StateTransfer:
             refuse(f"state {name} is damaged: its tokens are not those of its header", "save it again")
         size, kept = schedule.page_size, range(self.states.state_pages)
         wanted = [*kept, *range(schedule.boundary_column(event), event // size)]
-        for group, columns in enumerate(header["columns"]):
-            most = event // self.managers[group].block_size
-            legal = columns == wanted if group == self.states.group_id else set(columns) <= set(range(most))
-            if not legal:
-                refuse(f"state {name} is damaged: it has pages in other places than its header says", "save it again")
+        legal = len(header["columns"]) == len(self.managers)
+        for manager, columns in zip(self.managers, header["columns"], strict=legal):
+            ours = manager.kv_cache_group_id == self.states.group_id
+            legal &= columns == wanted if ours else set(columns) <= set(range(event // manager.block_size))
+        if not legal:
+            refuse(f"state {name} is damaged: it has pages in other places than its header says", "save it again")
 
     def _fill(self, request: Request, event: int, columns: list[list[int]]) -> None:
         """Take free pages, have the workers fill them, and leave them in the prefix cache."""
