@@ -8,7 +8,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from momentkv_vllm.endpoint import KVEvictionEndpoint
+from momentkv_vllm.endpoint import KVEvictionEndpoint, summary
 
 KEY = {"Authorization": "Bearer secret"}
 
@@ -116,3 +116,9 @@ def test_the_folder_is_not_told(tmp_path):
     assert [state["name"] for state in listed.json()["states"]] == ["a"] and str(tmp_path) not in json.dumps(
         listed.json()
     )
+
+
+def test_the_endpoint_beside_it_says_only_that_there_is_one(tmp_path):
+    for folder, said in ((str(tmp_path), "set"), (None, None)):
+        carrier = {"kv_eviction": {"policy": "off", "state_folder": folder}}
+        assert summary(SimpleNamespace(additional_config=carrier))["config"]["state_folder"] == said
