@@ -3,12 +3,13 @@
 import argparse
 import sys
 
-from momentkv_vllm import doctor
+from momentkv_vllm import doctor, state_client
 from momentkv_vllm.calibrate import run
 
 
 def main() -> int:
-    """`momentkv doctor [--json]`: exit status 0 when eviction can run here. `momentkv calibrate`: 2 when it cannot measure."""
+    """`momentkv doctor [--json]`: exit status 0 when eviction can run here. `momentkv calibrate` and `momentkv states`: 2 when
+    they cannot do what was asked."""
     parser = argparse.ArgumentParser(prog="momentkv", description="KV eviction for vLLM")
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser(
@@ -22,16 +23,19 @@ def main() -> int:
         allow_abbrev=False,
     )
     run.add_options(calibrate)
+    state_client.add_options(
+        commands.add_parser("states", help="save and load the states of prefixes of a running server")
+    )
     args, others = parser.parse_known_args()
-    if args.command == "calibrate":
+    if others and args.command != "calibrate":
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if args.command in ("calibrate", "states"):
         try:
-            run.calibrate(args, others)
-        except ValueError as error:
-            print(f"momentkv calibrate: {error}", file=sys.stderr)
+            run.calibrate(args, others) if args.command == "calibrate" else state_client.run(args)
+        except (ValueError, OSError) as error:
+            print(f"momentkv {args.command}: {error}", file=sys.stderr)
             return 2
         return 0
-    if others:
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
     report = doctor.examine()
     print(doctor.as_json(report) if args.json else doctor.as_text(report))
     return 1 if report["problems"] else 0

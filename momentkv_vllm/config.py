@@ -5,6 +5,7 @@ rebuilt from it wherever it is needed, so that every process agrees by construct
 """
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -60,6 +61,8 @@ class EvictionConfig:
             vLLM's order of last use alone decides); 0: none are kept.
         state_interval_tokens: a prompt keeps its state every so many tokens while it is read; 0: only where it is likely to be
             used (block_manager/states.py).
+        state_folder: absolute path of the folder that states may be saved to and loaded from (docs/prefix-caching.md); without it
+            they are not kept in files.
         kernels: kernel family ("auto" takes the fastest that works here; a named one never falls back).
     """
 
@@ -78,6 +81,7 @@ class EvictionConfig:
     prefill_retire_tokens: int | None = None
     state_share: float = 1.0
     state_interval_tokens: int = 0
+    state_folder: str | None = None
     kernels: str = AUTO
 
     def __post_init__(self) -> None:
@@ -94,6 +98,7 @@ class EvictionConfig:
         _count("observation_tokens", self.observation_tokens, 1)
         _count("state_interval_tokens", self.state_interval_tokens, 0)
         _share("state_share", self.state_share)
+        _folder("state_folder", self.state_folder)
         # The dataclass is frozen.
         for key in ("window_tokens", "retire_tokens", "prefill_retire_tokens", "exact_prompt_tokens"):
             object.__setattr__(self, key, _count_or_auto(key, getattr(self, key)))
@@ -175,6 +180,11 @@ def _count(key: str, value: Any, least: int, others: str = "") -> None:
 def _share(key: str, value: Any) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
         raise ValueError(f"{CONFIG_KEY}.{key}={value!r} is not a number from 0 to 1")
+
+
+def _folder(key: str, value: Any) -> None:
+    if value is not None and not (isinstance(value, str) and os.path.isabs(value)):
+        raise ValueError(f"{CONFIG_KEY}.{key}={value!r} is not the absolute path of a folder")
 
 
 def _count_or_auto(key: str, value: Any) -> int | None:

@@ -1,4 +1,6 @@
-"""`GET /kv_eviction` on the API server: configuration, page schedule, totals, health. Entry point `vllm.endpoint_plugins`.
+"""`GET /kv_eviction` on the API server: configuration, page schedule, totals, health; and states in files (state_routes.py).
+
+Entry point `vllm.endpoint_plugins`.
 
 Opt-in, as vLLM wants for anything that adds a route: VLLM_PLUGINS=momentkv,momentkv_endpoint. The answer holds numbers and the
 names of our own options, nothing of requests, files or the environment, and not the model's name, which may be a path.
@@ -18,6 +20,7 @@ from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddlew
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kv_spec import expected_layout
 from momentkv_vllm.metrics import read_metrics
+from momentkv_vllm.state_routes import state_routes
 
 PATH = "/kv_eviction"
 
@@ -42,6 +45,8 @@ class KVEvictionEndpoint:
             status = HTTPStatus.OK if healthy else HTTPStatus.SERVICE_UNAVAILABLE
             return JSONResponse({**summary(engine.vllm_config), "healthy": healthy, "totals": read_metrics()}, status)
 
+        app.include_router(state_routes(keys, guard))
+
     async def init_state(self, engine_client: EngineClient | None, state: Any, args: Namespace) -> None:
         state.momentkv_engine = engine_client
 
@@ -49,7 +54,8 @@ class KVEvictionEndpoint:
 def summary(vllm_config: Any) -> dict[str, Any]:
     """`config` (keys as in docs/settings.md) and, with eviction on, `schedule` (pages, and the token counts of events)."""
     config = EvictionConfig.from_vllm(vllm_config)
-    found: dict[str, Any] = {"active": config.active, "config": config.to_dict()}
+    shown = config.to_dict() | {"state_folder": "set" if config.state_folder else None}
+    found: dict[str, Any] = {"active": config.active, "config": shown}
     if config.active:
         schedule = expected_layout(config, vllm_config).schedule
         sizes = {

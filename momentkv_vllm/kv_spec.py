@@ -215,14 +215,18 @@ class MomentKVSpec(FullAttentionSpec):
 
     @property
     def cacheable_tokens(self) -> int:
-        """Longest prefix that may come from the prefix cache.
+        """Longest prefix that any request may take from the prefix cache."""
+        return self.cacheable_before(self.schedule.first_event_tokens)
 
-        The first event must lie ahead, and so must the queries whose attention the policy wants before it. Beyond the first
-        event a prefix is a store and a record, which no page holds as they were.
+    def cacheable_before(self, first_event: int) -> int:
+        """Longest prefix that a request may take from the prefix cache which evicts first at `first_event` tokens.
+
+        That event must lie ahead, and so must the queries whose attention the policy wants before it. Beyond it a prefix is a
+        store and a record, which no page holds as they were.
         """
         if self.config.policy_class.observes_every_query():
             return 0
-        return max(0, self.schedule.first_event_tokens - self.unshared_tokens) // self.block_size * self.block_size
+        return max(0, first_event - self.unshared_tokens) // self.block_size * self.block_size
 
     @property
     def has_states(self) -> bool:

@@ -91,7 +91,8 @@ def settings() -> str:
         meaning = re.sub(r"\s+", " ", meanings[f.name]).strip().replace('"', "`").rstrip(".")
         meaning = meaning.replace(f"None (`{AUTO}`)", f"`{AUTO}`")
         values = ", ".join(f"`{v}`" for v in CHOICES.get(f.name, ()))
-        rows.append((f"`{f.name}`", f"`{AUTO if f.default is None else f.default}`", values, meaning))
+        unset = f"`{AUTO}`" if f"`{AUTO}`" in meaning else "-"
+        rows.append((f"`{f.name}`", unset if f.default is None else f"`{f.default}`", values, meaning))
     return markdown(("key", "default", "values", "meaning"), rows)
 
 

@@ -41,7 +41,9 @@ class NoLimit:
 class Stops(StartsFromStates, NoLimit):
     def __init__(self, spec: MomentKVSpec, kv: KVCacheManager) -> None:
         self.kv_cache_manager = kv
-        self.bind(spec, True, kv.coordinator.single_type_managers[0].keep_states())
+        (evicting,) = kv.coordinator.single_type_managers
+        evicting.share_prompts(alone=True)
+        self.bind(evicting)
 
 
 @dataclass

@@ -7,7 +7,19 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "momentkv_vllm"
 LAYERS = [
-    {"refuse", "environment", "moments", "event_counts", "model_layers", "versions", "metrics", "_cpu", "_cuda"},
+    {
+        "refuse",
+        "environment",
+        "moments",
+        "event_counts",
+        "model_layers",
+        "versions",
+        "metrics",
+        "state_file",
+        "model_identity",
+        "_cpu",
+        "_cuda",
+    },
     {"policies"},
     {"config"},
     {"page_schedule", "page_blocks", "page_layout", "packed_store", "records", "testing"},
@@ -17,7 +29,7 @@ LAYERS = [
     {"block_manager", "attention"},
     {"vllm_seams"},
     {"calibrate"},
-    {"plugin", "cli", "doctor", "endpoint"},
+    {"plugin", "cli", "doctor", "endpoint", "state_routes", "state_client"},
 ]
 """`attention` (worker) and `block_manager` (scheduler) never import each other: what both need is in `kv_spec` or below."""
 

@@ -37,4 +37,4 @@ def test_adapters_evict_like_the_base_model(engine, models, adapter):
     cached = engine(**options, **EXACT, enable_prefix_caching=True, max_num_batched_tokens=64)
     for _ in range(2):
         assert answers(cached, adapter) == ours
-    assert cached.cached_tokens["600+"], "its own prefix was meant to be found the second time"
+    assert cached.cached_tokens["600+"] > 384, "its own state was meant to be found the second time"

@@ -46,7 +46,19 @@ def test_layers_of_several_kinds_in_any_chunks(engine, family_model, name):
     fine = engine(family_model(name), **EVICT | {"max_num_batched_tokens": 64}, enable_prefix_caching=True)
     for _ in range(2):
         assert fine.generate(prompts, 24) == coarse
-    assert all(list(fine.cached_tokens.values())[2:]), "the second time prefixes were meant to be found"
+    below, beyond = list(fine.cached_tokens.values())[2:]
+    assert below and beyond > BUDGET, "the second time a prefix and a state were meant to be found"
+
+
+def test_layers_of_several_kinds_and_exact_prompts_share_nothing_beyond_the_budget(engine, family_model):
+    """Pages of layers with a window have one key, whether the prompt was exact (up to 1,024 tokens) or longer."""
+    text = random_prompt(1100, seed=2)
+    prompts = [text[:600], text, text[:700], text + random_prompt(20)[1:]]
+    options = EVICT | {"prefill": "auto"}
+    plain, cached = (engine(family_model("Gemma 3"), **options, enable_prefix_caching=c) for c in (False, True))
+    for prompt in prompts:
+        assert cached.generate([prompt], 16) == plain.generate([prompt], 16)
+    assert cached.manager.states is None and 0 < max(cached.cached_tokens.values()) < BUDGET
 
 
 @pytest.mark.parametrize("name", [n for n, f in REFUSED.items() if not f.by_layers])

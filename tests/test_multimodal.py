@@ -53,4 +53,5 @@ def test_longer_ones_are_bounded_whatever_the_steps_and_the_prefixes(engine, cas
     fine = engine(folder, **EVICT, max_num_batched_tokens=640, enable_prefix_caching=True)
     assert fine.generate(long, 24) == tokens
     assert fine.generate(long, 24) == tokens
-    assert all(list(fine.cached_tokens.values())[2:]), "the second time prefixes were meant to be found"
+    second = list(fine.cached_tokens.values())[2:]
+    assert min(second) > BUDGET, "the second time states were meant to be found"

@@ -27,13 +27,25 @@ from momentkv_vllm.metrics import read_metrics
 
 def main():
     options = json.loads(sys.argv[1])
+    eviction = {"policy": "momentkv", "budget_tokens": 384, "moment_dtype": "float32", "state_folder": sys.argv[3]}
     llm = LLM(**options, max_model_len=4096, max_num_batched_tokens=256, dtype="float32",
-              num_gpu_blocks_override=200,
-              additional_config={"kv_eviction": {"policy": "momentkv", "budget_tokens": 384, "moment_dtype": "float32"}})
-    prompts = [{"prompt_token_ids": p} for p in json.loads(sys.argv[2])]
-    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=24, ignore_eos=True), use_tqdm=False)
-    tokens = [list(o.outputs[0].token_ids) for o in outputs]
-    print("RESULT", json.dumps({"tokens": tokens, "metrics": read_metrics()}))
+              num_gpu_blocks_override=200, additional_config={"kv_eviction": eviction})
+    prompts = json.loads(sys.argv[2])
+
+    def ask(some):
+        settings = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+        outputs = llm.generate([{"prompt_token_ids": p} for p in some], settings, use_tqdm=False)
+        return [list(o.outputs[0].token_ids) for o in outputs], [o.num_cached_tokens for o in outputs]
+
+    tokens, _ = ask(prompts)
+    metrics = read_metrics()
+    again = ask(prompts)
+    call = llm.llm_engine.engine_core.call_utility
+    said = [call("kv_eviction_states", "save", "text", prompts[2], "")]
+    assert llm.reset_prefix_cache()
+    said.append(call("kv_eviction_states", "load", "text", [], ""))
+    loaded = ask(prompts[2:3])
+    print("RESULT", json.dumps({"tokens": tokens, "metrics": metrics, "again": again, "said": said, "loaded": loaded}))
 
 if __name__ == "__main__":
     main()
@@ -47,7 +59,11 @@ def result_of(folder, model, binding: str, **options) -> dict:
     env |= {"VLLM_CPU_OMP_THREADS_BIND": binding}
     options = json.dumps({"model": str(model), **options})
     done = subprocess.run(
-        [sys.executable, str(script), options, json.dumps(PROMPTS)], capture_output=True, text=True, cwd=folder, env=env
+        [sys.executable, str(script), options, json.dumps(PROMPTS), str(folder)],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=env,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stdout[-2000:] + done.stderr[-3000:]
@@ -67,6 +83,14 @@ def test_two_ranks_give_the_tokens_and_metrics_of_one(tmp_path, models, one_work
     assert two["tokens"] == one_worker["tokens"]
     for name in ("retired_pages_total", "evicted_tokens_total", "freed_bytes_total"):
         assert two["metrics"][f"momentkv:{name}"] == one_worker["metrics"][f"momentkv:{name}"] > 0, name
+    # From states: kept by every worker, and from a file of each.
+    for run in (one_worker, two):
+        assert run["again"][0] == one_worker["tokens"] and min(run["again"][1][1:]) > 384
+        assert [said["tokens"] for said in run["said"]] == [1184, 1184]
+        assert run["loaded"] == [[one_worker["tokens"][2]], [1184]]
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == [
+        "text.1-of-2.safetensors", "text.2-of-2.safetensors"
+    ]  # fmt: skip
     # How many sequences evict together depends on when requests arrive; two writers would double the count.
     timed = [each["metrics"]["momentkv:consolidate_seconds_count"] for each in (one_worker, two)]
     assert 0 < timed[1] < 1.5 * timed[0]

@@ -27,13 +27,16 @@ def test_tokens_are_those_without_the_cache_and_system_prompts_stay(engine, mode
     prompts = conversations(SHORT) + conversations(LONG)
     plain = engine(**options)
     want = [plain.generate(prompts, 60) for _ in range(2)]
-    cached = engine(**options, enable_prefix_caching=True)
+    cached = engine(**options, enable_prefix_caching=True, num_gpu_blocks_override=1000)
     assert [cached.generate(prompts, 60) for _ in range(2)] == want
     assert cached.manager.metrics.values and not any(plain.cached_tokens.values())
     # The second time every sequence finds its system prompt, although all of them have evicted in between.
     second = [cached.cached_tokens[f"r{i}"] for i in range(len(prompts), 2 * len(prompts))]
     assert min(second[:6]) >= len(SHORT) // 16 * 16
-    assert second[6:] == [BUDGET - 16] * 6, "hits end one page before the first event"
+    exact = [prefill == "full" or (prefill == "auto" and len(p) <= 650) for p in prompts]
+    for prompt, hit, whole in list(zip(prompts, second, exact))[6:]:
+        # The queries before an event are its own: before the first one at the budget, or at the prompt's end.
+        assert hit == (len(prompt) - 16) // 16 * 16 if whole else hit == BUDGET - 16, len(prompt)
 
 
 def test_a_prompt_read_in_one_chunk_longer_than_the_budget_leaves_its_prefix(engine, models):

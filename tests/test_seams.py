@@ -126,14 +126,22 @@ CALLS = [
     ("vllm.v1.core.block_pool:BlockPool.move_block_hashes", ["src_block", "dst_block"], "block_manager/manager.py"),
     ("vllm.v1.core.block_pool:BlockPool.evict_blocks", ["block_ids"], "block_manager/manager.py"),
     (
-        "vllm.v1.core.block_pool:BlockPool.cache_full_blocks",
-        ["request", "blocks", "num_cached_blocks", "num_full_blocks", "block_size", "kv_cache_group_id", "block_mask"],
-        "block_manager/states.py",
-    ),
-    (
         "vllm.v1.core.block_pool:BlockPool.get_cached_block",
         ["block_hash", "kv_cache_group_ids"],
-        "block_manager/states.py",
+        "block_manager/keeping.py",
+    ),
+    ("vllm.v1.core.block_pool:BlockHashToBlockMap.get_one_block", ["key"], "block_manager/states.py"),
+    ("vllm.v1.engine.core:EngineCore.collective_rpc", ["method", "args"], "vllm_seams/engine_core.py"),
+    ("vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async", ["method", "args"], "state_routes.py"),
+    (
+        "vllm.entrypoints.serve.tokenize.serving:ServingTokenization.create_tokenize",
+        ["request", "raw_request"],
+        "state_routes.py",
+    ),
+    (
+        "vllm.v1.request:Request",
+        ["request_id", "prompt_token_ids", "sampling_params", "pooling_params", "cache_salt", "block_hasher"],
+        "block_manager/state_transfer.py",
     ),
     ("vllm.v1.core.block_pool:BlockHashToBlockMap.insert", ["key", "block"], "block_manager/states.py"),
     ("vllm.v1.core.block_pool:BlockHashToBlockMap.contain", ["key", "block_id"], "block_manager/states.py"),
@@ -407,6 +415,7 @@ PATCHES = {
     "CPUModelRunner._zero_block_ids": "vllm_seams/block_memory.py",
     "gpu_model_runner.copy_kv_cache_blocks_inplace": "vllm_seams/block_memory.py",
     "Worker.determine_available_memory": "vllm_seams/gpu.py",
+    "EngineCore.kv_eviction_states": "vllm_seams/engine_core.py",
     "model_arch_config.rswa_window": "attention/cpu_backend.py",
 }
 """Everything of vLLM's that we overwrite, and where. The other ledger, with reasons: vllm_seams/__init__.py."""

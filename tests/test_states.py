@@ -1,9 +1,19 @@
 """Requests that start from the state of an evicted prefix: the tokens are those of a request that read everything."""
 
+from types import SimpleNamespace
+
 import pytest
 from engine import Engine, random_prompt
+from vllm import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.request import Request
 
+from momentkv_vllm.block_manager.states import StateCache
+from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.metrics import STATE_HITS, STATE_MISSED_TOKENS, STATE_SAVED_TOKENS, STATES
+from momentkv_vllm.page_schedule import PageSchedule
 
 pytestmark = pytest.mark.engine
 
@@ -165,14 +175,16 @@ def test_steps_in_flight(engine, models):
 
 
 def test_exact_prompts_leave_no_state_and_start_from_none(engine, models):
-    """Prefill auto: up to 650 tokens a prompt is exact. The longer one's states are not for a shorter one that it begins with."""
+    """Prefill auto: up to 650 tokens a prompt is exact. The longer one's states are not for a shorter one that it begins with, and
+    the shorter ones' pages are not for a longer one; among themselves they share what stock vLLM's prompts do."""
     options = {**EXACT, "prefill": "auto", "exact_prompt_tokens": 650, "model": models(seed=1)}
     prompts = [DOCUMENT[:600], DOCUMENT, DOCUMENT[:640], DOCUMENT + random_prompt(20)[1:]]
     want = one_by_one(engine(**options), prompts)
     cached = engine(**options, enable_prefix_caching=True)
     assert one_by_one(cached, prompts) == want
     starts = [cached.cached_tokens[f"r{i}"] for i in range(4)]
-    assert max(starts[:3]) < BUDGET and starts[3] > 800
+    assert max(starts[:2]) < BUDGET and starts[3] > 800
+    assert starts[2] == 576, "600 tokens less the 16 observed ones, in whole pages"
 
 
 def test_a_reset_forgets_states(engine, models):
@@ -183,12 +195,42 @@ def test_a_reset_forgets_states(engine, models):
     assert e.cached_tokens["r1"] == 0
 
 
-@pytest.mark.parametrize("values", [{"state_share": 0}, {"prefill": "full"}])
-def test_without_states_a_hit_ends_at_the_budget(engine, models, values):
-    e = engine(**EXACT, **values, model=models(seed=1), enable_prefix_caching=True)
+def test_without_states_a_hit_ends_at_the_budget(engine, models):
+    e = engine(**EXACT, state_share=0, model=models(seed=1), enable_prefix_caching=True)
     e.generate([DOCUMENT], 8)
     e.generate([DOCUMENT], 8)
     assert e.cached_tokens["r1"] == BUDGET - 16 and not figure(e, STATES)
+
+
+@pytest.mark.parametrize("kind", ["momentkv", "momentkv, int4", "keydiff"])
+def test_exact_prompts_share_pages_as_in_stock_vllm(engine, models, kind):
+    """Prefill full: questions on a document, one after the other and at once, in chunks, and a turn that goes on from an answer."""
+    options = {**EXACT, **SETTINGS[kind], "prefill": "full", "model": models(seed=1), "max_num_batched_tokens": 300}
+    plain, cached = engine(**options), engine(**options, enable_prefix_caching=True)
+    prompts = questions(DOCUMENT)
+    answers = one_by_one(plain, prompts)
+    assert one_by_one(cached, prompts) == answers
+    assert cached.generate(prompts, 24) == answers
+    prompts = [prompts[0] + answers[0] + random_prompt(30)[1:]]
+    assert one_by_one(cached, prompts) == one_by_one(plain, prompts)
+    starts = [cached.cached_tokens[f"r{i}"] for i in range(7)]
+    assert starts[0] == 0 and starts[1] >= 880 and min(starts[2:]) >= 896
+    assert not figure(cached, STATES)
+
+
+def test_a_tight_pool_of_exact_prompts(engine, models):
+    options = {
+        **EXACT,
+        "prefill": "auto",
+        "exact_prompt_tokens": 700,
+        "model": models(seed=1),
+        "max_num_batched_tokens": 128,
+    }
+    prompts = questions(DOCUMENT[:600]) + questions(DOCUMENT)
+    want = engine(**options).generate(prompts, 60)
+    tight = engine(**options, enable_prefix_caching=True, num_gpu_blocks_override=76, watermark=0.0)
+    assert [tight.generate(prompts, 60) for _ in range(2)] == [want, want]
+    assert max(tight.cached_tokens[f"r{i}"] for i in range(6, 9)) > BUDGET
 
 
 def test_an_interval_and_a_share_of_the_pool(engine, models):
@@ -200,3 +242,40 @@ def test_an_interval_and_a_share_of_the_pool(engine, models):
         e.generate([DOCUMENT[:700] + random_prompt(100)[1:]], 8)
     assert many.cached_tokens["r1"] == 640 and few.cached_tokens["r1"] < 640
     assert figure(few, STATES) == few.manager.states.most_states < figure(many, STATES)
+
+
+def test_a_text_that_waits_is_searched_once(monkeypatch):
+    """vLLM looks the request at the head of the queue up at every step; again only when a state or a text came in."""
+    init_none_hash(sha256)
+    schedule = PageSchedule(16, 12, 0, 4)
+    spec = SimpleNamespace(schedule=schedule, config=EvictionConfig("keydiff", BUDGET), state_fingerprint=b"")
+    states = StateCache(spec, BlockPool(100, True, 16), 0)
+    hasher, settings = get_request_block_hasher(16, sha256), SamplingParams(max_tokens=1)
+    waiting, other = (
+        Request(n, DOCUMENT[:t], settings, None, block_hasher=hasher) for n, t in (("a", 900), ("b", 600))
+    )
+    seen, events = [], StateCache._events
+
+    def counted(self, *args):
+        for event in events(self, *args):
+            seen.append(event)
+            yield event
+
+    monkeypatch.setattr(StateCache, "_events", counted)
+
+    def looked_up() -> tuple[list[int], int]:
+        seen.clear()
+        found = [event for event, _ in states.hits(waiting, 0)]
+        states.plan(waiting, 0)
+        return found, len(seen)
+
+    states.hold(other, 256, states.pool.get_new_blocks(12))
+    assert looked_up()[1] > 40 and looked_up()[1] <= 1
+    states.remember(other)
+    assert looked_up()[1] > 20 and states.plans[waiting].known == 592
+    states.hold_window(other, 256, states.pool.get_new_blocks(16))
+    assert looked_up() == ([256], 1)
+    states.hold(other, 512, states.pool.get_new_blocks(12))
+    states.hold_window(other, 512, [None] * 28 + states.pool.get_new_blocks(4))
+    found, count = looked_up()
+    assert found == [512, 256] and count > 20 and looked_up()[1] < 20

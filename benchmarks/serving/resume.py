@@ -4,7 +4,7 @@
 
 Conversations: three of 20 turns each, in turns, that grow to eight budgets. Documents: six of eight budgets, eight questions on
 each, round robin. Each kind of engine runs in a process of its own and is real throughout. Token counts are exact: they depend on
-neither machine nor weights, so the model is small.
+neither machine nor weights, so the model is small. What it does to the time is measured apart (resume_time.py).
 """
 
 import json
@@ -115,11 +115,14 @@ def measure(name: str, model: str) -> Iterator[tuple[str, dict[str, int]]]:
         raise SystemExit("".join(said[-60:]))
 
 
-def make_model(folder: Path) -> str:
+def make_model(
+    folder: Path, layers: int = 1, hidden: int = 64, heads: int = 2, kv_heads: int = 1, head_dim: int = 32
+) -> str:
+    """Random weights in bfloat16, 1,000 words."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=32, max_position_embeddings=LONG + 1024,
+        vocab_size=1000, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=LONG + 1024,
     )  # fmt: skip
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     return str(folder)
@@ -156,7 +159,11 @@ def main() -> None:
                 found[cell] = counts | {"share": counts["computed_tokens"] / counts["prompt_tokens"]}
                 bar.update()
     print(report.table([["load, pool, engine", *COLUMNS], *([n, *(c[k] for k in COLUMNS)] for n, c in found.items())]))
-    report.write("resume", found, targets(found))
+    # It imports this module.
+    from serving import resume_time
+
+    times = resume_time.measure()
+    report.write("resume", found | {"time": times}, targets(found) + resume_time.targets(times))
 
 
 if __name__ == "__main__":

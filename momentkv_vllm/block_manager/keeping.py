@@ -1,7 +1,9 @@
 """When a request starts from the state of an evicted prefix, and when its own is kept."""
 
 from dataclasses import dataclass, field
+from itertools import takewhile
 
+from vllm.v1.core.kv_cache_utils import KVCacheBlock, resolve_block_hashes
 from vllm.v1.request import Request
 
 from momentkv_vllm.block_manager.states import StateCache
@@ -33,13 +35,38 @@ class KeepsStates:
     """
 
     states: StateCache | None
+    shares_exact_prompts: bool
 
-    def keep_states(self) -> StateCache | None:
-        """Keep states from now on, for a scheduler that looks them up; None where they would be wrong or are switched off."""
-        if self.enable_caching and self.kv_cache_spec.has_states:
+    def share_prompts(self, alone: bool) -> None:
+        """Keep states from now on, and pages of exact prompts, for a scheduler that looks them up.
+
+        alone: all layers evict. Otherwise the others' pages of an exact prompt and of a longer one with the same beginning have
+        one key and other numbers, so that neither is kept beyond the budget.
+        """
+        exact = self.schedule.exact_prompt_tokens > 0
+        if not self.enable_caching or (exact and not alone):
+            return
+        self.shares_exact_prompts = exact
+        if self.kv_cache_spec.has_states:
             states = StateCache(self.kv_cache_spec, self.block_pool, self.kv_cache_group_id)
             self.states = states if states.most_states else None
-        return self.states
+
+    def cacheable_tokens(self, request: Request) -> int:
+        """Longest prefix that the request's pages may be shared of; 0 without prefix caching."""
+        if not self.enable_caching:
+            return 0
+        first = self.schedule.first_event_of(request.num_prompt_tokens) if self.shares_exact_prompts else 0
+        return self.kv_cache_spec.cacheable_before(max(first, self.schedule.first_event_tokens))
+
+    def exact_prompt_hit(self, request: Request) -> list[KVCacheBlock]:
+        """Cached pages of a prompt that is longer than the budget and attended exactly: those that stock vLLM would find, up to
+        the queries before the prompt's end that the policy observes."""
+        most = min(self.cacheable_tokens(request), request.num_tokens - 1) // self.block_size
+        if most * self.block_size <= self.kv_cache_spec.cacheable_tokens:
+            return []
+        hashes = resolve_block_hashes(request.block_hashes, self.block_pool.hash_block_size, self.block_size)
+        found = (self.block_pool.get_cached_block(name, [self.kv_cache_group_id]) for name in hashes[:most])
+        return [pages[0] for pages in takewhile(bool, found)]
 
     def _begin(self, state: PrefixState, request: Request) -> None:
         """The first step of a request that was admitted."""

@@ -47,6 +47,7 @@ class MomentKVManager(ChecksIntegrity, KeepsStates, FullAttentionManager):
         # Sums over requests, so that counting costs the same for one sequence and for a thousand.
         self.total_live = self.total_retired = 0
         self.states = None
+        self.shares_exact_prompts = False
         self.metrics = PageMetrics(kv_cache_spec, self.block_pool.num_gpu_blocks - 1)
         announce(kv_cache_spec, self.block_pool.num_gpu_blocks - 1)
 
@@ -62,7 +63,8 @@ class MomentKVManager(ChecksIntegrity, KeepsStates, FullAttentionManager):
 
     @classmethod
     def find_longest_cache_hit(cls, *, max_length: int, kv_cache_spec: MomentKVSpec, **kwargs):
-        """As vLLM's, but never past what a request must compute itself for its first event."""
+        """As vLLM's, but never past what any request must compute itself for its first event; the scheduler knows of requests
+        that may take more."""
         max_length = min(max_length, kv_cache_spec.cacheable_tokens)
         return super().find_longest_cache_hit(max_length=max_length, kv_cache_spec=kv_cache_spec, **kwargs)
 
@@ -88,9 +90,9 @@ class MomentKVManager(ChecksIntegrity, KeepsStates, FullAttentionManager):
         for column, block in enumerate(new_computed_blocks[: self.private_pages]):
             if block.ref_cnt > 1 and not block.is_null:
                 self._make_private(request_id, column, block)
-        boundary = self.schedule.boundary_column(num_local_computed_tokens)
-        if boundary:
-            self._start_from_state(request_id, boundary)
+        # Of an exact prompt there are as many pages as in stock vLLM; a state lacks those that were retired.
+        if any(block.is_null for block in new_computed_blocks):
+            self._start_from_state(request_id, self.schedule.boundary_column(num_local_computed_tokens))
         self._count_live(request_id, sum(not b.is_null for b in new_computed_blocks))
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
@@ -109,10 +111,10 @@ class MomentKVManager(ChecksIntegrity, KeepsStates, FullAttentionManager):
             if state.keep and request.num_computed_tokens >= state.keep[0]:
                 self._keep_state(state)
             return
-        filled = min(num_tokens, request.num_computed_tokens, self.kv_cache_spec.cacheable_tokens)
+        filled = min(num_tokens, request.num_computed_tokens, self.cacheable_tokens(request))
         super().cache_blocks(request, filled, *args, **kwargs)
         # `num_tokens` leaves out a token that is still in flight (async scheduling), the step does not.
-        if state.step_end_tokens >= self.schedule.first_event_tokens:
+        if state.step_end_tokens >= self.schedule.first_event_of(request.num_prompt_tokens):
             state.sealed = True
             self._seal(request.request_id)
 
@@ -152,7 +154,7 @@ class MomentKVManager(ChecksIntegrity, KeepsStates, FullAttentionManager):
         return 0
 
     def _cache_last_step(self, request: Request) -> None:
-        filled = min(request.num_tokens, request.num_computed_tokens, self.kv_cache_spec.cacheable_tokens)
+        filled = min(request.num_tokens, request.num_computed_tokens, self.cacheable_tokens(request))
         super().cache_blocks(request, filled, replay_boundaries=())
 
     def _make_private(self, request_id: str, column: int, shared: KVCacheBlock) -> None:

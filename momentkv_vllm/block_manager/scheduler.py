@@ -15,7 +15,6 @@ from vllm.v1.request import Request, StreamingUpdate
 
 from momentkv_vllm.block_manager.manager import MomentKVManager
 from momentkv_vllm.block_manager.startup import refuse_pool_without_states
-from momentkv_vllm.block_manager.states import StateCache
 from momentkv_vllm.kv_spec import MomentKVSpec
 from momentkv_vllm.refuse import refuse
 
@@ -23,27 +22,28 @@ from momentkv_vllm.refuse import refuse
 class StopsAtEvents:
     """Shortens what vLLM would schedule of a request; at least one token is left.
 
-    * A step that would reach the first event stops at the end of the cacheable prefix. The manager caches pages one step after
-      they were filled, and the step that reaches the first event rewrites them: without the stop, a prompt whose first chunk is
-      longer than the budget would leave nothing in the prefix cache. Prompts below the budget are scheduled as vLLM does.
+    * A step that would reach a request's first event stops at the end of the cacheable prefix. The manager caches pages one step
+      after they were filled, and the step that reaches the first event rewrites them: without the stop, a prompt whose first
+      chunk is longer than the budget would leave nothing in the prefix cache. Prompts below it are scheduled as vLLM does.
     * A step that reads past two events stops at the first of them if the request shall keep its state there (states.py).
     * Draft tokens stop before the tokens that the next event depends on: a page is retired for good, and what a policy has
       observed stays observed, so these steps have one token and no drafts.
     """
 
-    def bind(self, spec: MomentKVSpec, caches_prefixes: bool, states: StateCache | None = None) -> None:
-        """Take over what the spec says; `caches_prefixes` False: there is no prefix to stop at."""
-        self.states = states
+    def bind(self, evicting: MomentKVManager) -> None:
+        """Take over what the block manager and its spec say."""
+        self.evicting, spec = evicting, evicting.kv_cache_spec
+        self.states = evicting.states
         self.page_schedule = spec.schedule
         self.unshared_tokens = spec.unshared_tokens
-        self.cacheable_tokens = spec.cacheable_tokens if caches_prefixes else 0
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """vLLM's last word on how many tokens of a request a step computes: [num_computed_tokens, + num_new_tokens)."""
         tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         if num_computed_tokens < request.num_tokens - 1:  # it reads known tokens, without drafts
-            uncached = self.cacheable_tokens - num_computed_tokens
-            reaches_event = num_computed_tokens + tokens >= self.page_schedule.first_event_tokens
+            uncached = self.evicting.cacheable_tokens(request) - num_computed_tokens
+            first_event = self.page_schedule.first_event_of(request.num_prompt_tokens)
+            reaches_event = num_computed_tokens + tokens >= first_event
             if uncached > 0 and reaches_event:
                 return min(tokens, uncached)
             return self._until_kept_state(request, num_computed_tokens, tokens)
@@ -61,11 +61,17 @@ class StopsAtEvents:
 
 
 class StartsFromStates(StopsAtEvents):
-    """A request whose text is longer than the budget starts from the latest state of its beginning, if one is cached."""
+    """A request whose text is longer than the budget starts from the latest state of its beginning, if one is cached; one whose
+    prompt is attended exactly, from its pages, as in stock vLLM."""
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         hit = super()._get_local_prefix_cache_hit(request)
-        if self.states is None or not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
+        if not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
+            return hit
+        row = self.evicting.exact_prompt_hit(request)
+        if len(row) * self.evicting.block_size > hit[1]:
+            return KVCacheBlocks((row,)), len(row) * self.evicting.block_size, 0, False
+        if self.states is None:
             return hit
         for event, row in self.states.hits(request, after=hit[1]):
             groups = self._rows_of_all_groups(request, event, row)
@@ -115,9 +121,9 @@ class RestartsSessions(StartsFromStates):
         spec, cache = _evicting_spec(self.kv_cache_config), self.kv_cache_manager
         managers = cache.coordinator.single_type_managers
         (evicting,) = (m for m in managers if isinstance(m, MomentKVManager))
-        self.evicting = evicting
         refuse_pool_without_states(spec, cache.block_pool.num_gpu_blocks - 1, len(managers) - 1, cache.enable_caching)
-        self.bind(spec, cache.enable_caching, evicting.keep_states())
+        evicting.share_prompts(alone=len(managers) == 1)
+        self.bind(evicting)
         self.overtaken: WeakSet[Request] = WeakSet()
 
     def _handle_stopped_request(self, request: Request) -> bool:

@@ -3,8 +3,9 @@
 A state is what columns [0, S+M) hold right after the event at a token count. It depends on the tokens before and on nothing else,
 so its pages can be cached like a block. (Where events are further apart in a prompt than after it, that is so in the prompt.)
 Their keys: the hash of the block that ends at the event (it covers the prefix, LoRA, cache_salt and multimodal inputs), a
-fingerprint of what shapes a state, and the column. The exact pages from `boundary_column` to the event have vLLM's own keys. All
-of them lie in vLLM's hash table and free list: the least recently used go first.
+fingerprint of what shapes a state, and the column. The window's pages, from `boundary_column` to the event, have vLLM's own keys,
+unless prompts that are attended exactly use these for other numbers. All of them lie in vLLM's hash table and free list: the
+least recently used go first.
 
 Idea of what to keep: Marconi (arXiv 2411.19379). No code of it is used.
 """
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from vllm.v1.core.block_pool import BlockPool
@@ -48,6 +50,18 @@ class ReadingPlan:
     keep: tuple[int, ...]
 
 
+class Found(NamedTuple):
+    """What is known of a waiting request's text, and when: `changes` and tokens then. vLLM asks again at every step.
+
+    held: no later event of it has a state. known: the last event up to which an earlier request had the same tokens; 0: none.
+    """
+
+    changes: int
+    tokens: int
+    held: int
+    known: int
+
+
 class StateCache:
     """States of one engine.
 
@@ -56,6 +70,7 @@ class StateCache:
             pages for something else since then: they have lost their key.
         known: hashes at the events of texts that were read, oldest first. Hints of where texts part, no content.
         plans: of requests that wait or run.
+        changes: how often a state or a text came in.
     """
 
     def __init__(self, spec: MomentKVSpec, block_pool: BlockPool, group_id: int) -> None:
@@ -67,15 +82,16 @@ class StateCache:
         self.held: dict[BlockHash, list[KVCacheBlock]] = {}
         self.known: dict[BlockHash, None] = {}
         self.plans: WeakKeyDictionary[Request, ReadingPlan] = WeakKeyDictionary()
+        self.changes = 0
+        self._found: WeakKeyDictionary[Request, Found] = WeakKeyDictionary()
 
     def hits(self, request: Request, after: int) -> Iterator[tuple[int, list[KVCacheBlock]]]:
         """Events after `after` that the request can start from, the latest first, with the row of pages up to there."""
         if not self.held or not self._evicts_at_fixed_counts(request):
             return
-        hashes = self._hashes(request)
-        for event, name in self._events(request, request.num_tokens - 1, after):
+        for event, name in self._events(request, self._find(request).held, after):
             pages = self._pages(name)
-            window = self._window(hashes, event) if pages else None
+            window = self._window(request, event) if pages else None
             if window is not None:
                 retired = self.schedule.boundary_column(event) - self.state_pages
                 yield event, [*pages, *[self.pool.null_block] * retired, *window]
@@ -84,9 +100,21 @@ class StateCache:
         """Decide what the request keeps while it reads on from `start`; nothing if its text is below the budget."""
         if request.num_tokens <= self.schedule.first_event_tokens or not self._evicts_at_fixed_counts(request):
             return
-        end, last = request.num_tokens - 1, self._last_event(request)
-        known = next((event for event, name in self._events(request, end) if name in self.known), 0)
-        self.plans[request] = ReadingPlan(start, known, tuple(sorted(self._worth_keeping(start, known, end, last))))
+        end, known = request.num_tokens - 1, self._find(request).known
+        self.plans[request] = ReadingPlan(
+            start, known, tuple(sorted(self._worth_keeping(start, known, end, self._last_event(request))))
+        )
+
+    def _find(self, request: Request) -> Found:
+        found = self._found.get(request)
+        if found is None or found[:2] != (self.changes, request.num_tokens):
+            end = request.num_tokens - 1
+            held, known = (
+                next((event for event, name in self._events(request, end) if name in names), 0)
+                for names in (self.held, self.known)
+            )
+            found = self._found[request] = Found(self.changes, request.num_tokens, held, known)
+        return found
 
     def _worth_keeping(self, start: int, known: int, end: int, last: Callable[[int], int]) -> set[int]:
         """Where texts parted before, otherwise a place near the prompt's end that lies before a question of usual length; and
@@ -115,24 +143,35 @@ class StateCache:
         name = self._name(request, event)
         self._drop(name)
         for column, page in enumerate(pages):
-            key = self._key(name, column)
-            page.set_block_hash(key, num_tokens=event)
-            self.pool.cached_block_hash_to_block.insert(key, page)
+            self.insert(page, self._key(name, column), event)
         self.held[name] = list(pages)
+        self.changes += 1
         while len(self.held) > self.most_states:
             self._drop(next(iter(self.held)))
 
     def hold_window(self, request: Request, event: int, row: Sequence[KVCacheBlock]) -> None:
         """Cache the exact pages that a request at the state of that event reads; `row`: the request's pages."""
-        hashes, size = self._hashes(request), self.schedule.page_size
-        first, end = self.schedule.boundary_column(event), event // size
-        for column in range(first, end):
-            cached = self._cached(hashes[column])
+        for column, key in self.window_keys(request, event):
+            cached = self._cached(key)
             if cached and not cached.ref_cnt and cached is not row[column]:
                 # The same content, but the one that was used longer ago.
                 self.pool.evict_blocks({cached.block_id})
-        own = [row[column].block_hash is None and not self._cached(hashes[column]) for column in range(first, end)]
-        self.pool.cache_full_blocks(request, row, first, end, size, self.group_id, own)
+            if row[column].block_hash is None and not self._cached(key):
+                self.insert(row[column], key, (column + 1) * self.schedule.page_size)
+
+    def window_keys(self, request: Request, event: int) -> Iterator[tuple[int, BlockHashWithGroupId]]:
+        """Columns of a state's window pages, and their keys. Beyond the first event, a token of an exact prompt attends to more
+        than the same token of a longer prompt does."""
+        hashes, size, first = self._hashes(request), self.schedule.page_size, self.schedule.first_event_tokens
+        for column in range(self.schedule.boundary_column(event), event // size):
+            apart = self.schedule.exact_prompt_tokens and column * size >= first
+            name = BlockHash(hashes[column] + self.fingerprint) if apart else hashes[column]
+            yield column, make_block_hash_with_group_id(name, self.group_id)
+
+    def insert(self, page: KVCacheBlock, key: BlockHashWithGroupId, tokens: int) -> None:
+        """Put a page without a key, which holds the last of `tokens` tokens, into vLLM's hash table."""
+        page.set_block_hash(key, num_tokens=tokens)
+        self.pool.cached_block_hash_to_block.insert(key, page)
 
     def used(self, request: Request, event: int) -> None:
         """Make the state at that event the most recently used one; 0: none."""
@@ -143,6 +182,7 @@ class StateCache:
     def remember(self, request: Request, after: int = 0) -> None:
         """Note the events of the request's text after `after`."""
         for _, name in self._events(request, request.num_tokens, after):
+            self.changes += name not in self.known
             self.known[name] = None
         while len(self.known) > MAX_KNOWN:
             del self.known[next(iter(self.known))]
@@ -196,14 +236,12 @@ class StateCache:
             return None
         return pages
 
-    def _window(self, hashes: Sequence[BlockHash], event: int) -> list[KVCacheBlock] | None:
-        columns = range(self.schedule.boundary_column(event), event // self.schedule.page_size)
-        window = [self._cached(hashes[column]) for column in columns]
+    def _window(self, request: Request, event: int) -> list[KVCacheBlock] | None:
+        window = [self._cached(key) for _, key in self.window_keys(request, event)]
         return None if None in window else window
 
-    def _cached(self, block_hash: BlockHash) -> KVCacheBlock | None:
-        found = self.pool.get_cached_block(block_hash, [self.group_id])
-        return found[0] if found else None
+    def _cached(self, key: BlockHashWithGroupId) -> KVCacheBlock | None:
+        return self.pool.cached_block_hash_to_block.get_one_block(key)
 
     def _drop(self, name: BlockHash) -> None:
         pages = self.held.pop(name, ())

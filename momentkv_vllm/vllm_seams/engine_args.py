@@ -18,7 +18,7 @@ from momentkv_vllm.policies import OFF, builtins, names, origin
 from momentkv_vllm.refuse import refuse
 from momentkv_vllm.vllm_seams.gpu import choose_backend
 from momentkv_vllm.vllm_seams.hybrids import align_blocks, say_what_blocks_cost
-from momentkv_vllm.vllm_seams.refusals import SLIDING_PAGE_TOKENS, refuse_unsupported, refuse_untested_vllm
+from momentkv_vllm.vllm_seams.refusals import SLIDING_PAGE_TOKENS, STATE_PAGES, refuse_unsupported, refuse_untested_vllm
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -144,6 +144,8 @@ def _carry_options(engine_args: Any, args: argparse.Namespace) -> None:
 def _set_defaults(engine_args: Any, config: EvictionConfig) -> bool:
     """Choose what the user left open, in ways that eviction needs; said in one line each. True if that was the page size."""
     choose_block_size = engine_args.block_size is None
+    if config.state_folder and not engine_args.worker_extension_cls:
+        engine_args.worker_extension_cls = STATE_PAGES
     if choose_block_size:
         engine_args.block_size = config.default_page_tokens
         logger.info("momentkv: --block-size not given, using %d", engine_args.block_size)

@@ -3,6 +3,7 @@
 One table: what, whether it is asked for, the way out. What only a layer knows is refused when it is built (attention/layer.py).
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from momentkv_vllm.config import EvictionConfig
@@ -16,6 +17,8 @@ from momentkv_vllm.vllm_seams.hybrids import hybrid_rows
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+STATE_PAGES = "momentkv_vllm.attention.state_pages.StatePages"
+"""What workers need to keep states in files (--worker-extension-cls)."""
 SLIDING_PAGE_TOKENS = 32
 """vLLM's CPU attention takes pages of multiples of it, and all layers of a model have pages of one size."""
 
@@ -44,6 +47,7 @@ def refuse_unsupported(vllm_config: "VllmConfig", config: EvictionConfig, backen
         *_parallel_rows(vllm_config, platform),
         *_engine_rows(vllm_config, config, platform, backend),
         *_draft_rows(vllm_config, config),
+        *_state_rows(vllm_config, config),
     ]
     refuse_first(rows, f"--kv-eviction {config.policy}")
     _refuse_page_size(vllm_config)
@@ -198,6 +202,29 @@ def _draft_rows(vllm_config: "VllmConfig", config: EvictionConfig) -> list[Unsup
             _has_own_scheduler(vllm_config),
             "leave --scheduler-cls out",
         ),
+    ]
+
+
+def _state_rows(vllm_config: "VllmConfig", config: EvictionConfig) -> list[Unsupported]:
+    """States in files; what they need is asked for only if they are wanted."""
+    folder, parallel = config.state_folder, vllm_config.parallel_config
+    if folder is None:
+        return []
+    keeps = config.state_share and config.prefill != "full" and vllm_config.cache_config.enable_prefix_caching
+    what, leave_out = f"kv_eviction.state_folder {folder!r}", "leave the key out"
+    return [
+        Unsupported(f"{what} (there is no such folder)", not os.path.isdir(folder), f"make it, {leave_out}"),
+        Unsupported(
+            f"{what} without states (they need prefix caching, state_share above 0, and prefill 'chunked' or 'auto')",
+            not keeps,
+            leave_out,
+        ),
+        Unsupported(
+            f"{what} with --worker-extension-cls {parallel.worker_extension_cls}",
+            parallel.worker_extension_cls != STATE_PAGES,
+            f"leave the option out, {leave_out}",
+        ),
+        Unsupported(f"{what} with --scheduler-cls", _has_own_scheduler(vllm_config), leave_out),
     ]
 
 

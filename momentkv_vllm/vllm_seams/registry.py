@@ -12,6 +12,7 @@ def register_seams() -> None:
     from momentkv_vllm.kv_spec import MomentKVSpec
     from momentkv_vllm.vllm_seams.block_memory import patch_block_memory
     from momentkv_vllm.vllm_seams.cpu_runner import patch_cpu_runner
+    from momentkv_vllm.vllm_seams.engine_core import patch_engine_core
     from momentkv_vllm.vllm_seams.gpu import patch_gpu_worker
 
     # The CPU platform always asks for CPU_ATTN (vllm/platforms/cpu.py), so ours takes its place.
@@ -21,6 +22,7 @@ def register_seams() -> None:
     # Registering first would make vLLM believe that its own specs are registered already.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(MomentKVSpec, MomentKVManager, uniform_type_base_spec=FullAttentionSpec)
+    patch_engine_core()
     if current_platform.is_cpu():
         patch_cpu_runner()
         patch_block_memory()
