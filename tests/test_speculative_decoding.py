@@ -31,9 +31,12 @@ def run(folder, model, prompts: list[int], new_tokens: int, options: dict, **mor
     return json.loads(lines[0].removeprefix("RESULT "))
 
 
-@pytest.mark.parametrize("prefill", ["chunked", "full", "auto"])
-def test_tokens_are_those_without_drafts(tmp_path, models, prefill):
-    seen = run(tmp_path, models(seed=1), [30, 350, 381, 385, 600], 150, {**EXACT, "prefill": prefill})
+INT8 = {"store_dtype": "int8", "run_tokens": 8, "budget_tokens": 128}
+
+
+@pytest.mark.parametrize(("prefill", "store"), [("chunked", INT8), ("full", {}), ("auto", INT8)])
+def test_tokens_are_those_without_drafts(tmp_path, models, prefill, store):
+    seen = run(tmp_path, models(seed=1), [30, 350, 381, 385, 600], 150, {**EXACT, **store, "prefill": prefill})
     assert seen["got"] == seen["want"]
     assert seen["retired"][0] == seen["retired"][1] and seen["retired"][0][0] > 0
     assert not any(seen["events"]), "an event depends on draft tokens"
