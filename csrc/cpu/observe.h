@@ -79,7 +79,7 @@ void observe_store(const Attend& a, const AttendItem& item, const float* query, 
   const PackedQueries<Bits, Rows> queries(p, query, a.cache.head_dim);
   for (int64_t first = 0; first < end; first += kTileSlots) {
     const PackedSlots slots(a.cache, p, item.head, a.pages + item.row * a.max_pages, first, end);
-    dot_packed(slots, p, queries, a.scale, logits);
+    dot_packed<Bits, Rows, false>(slots, p, queries, a.scale, logits);
     const auto weights = weights_of_logits<Rows>(logits, slots.vectors(), lse);
     each_tile_mass(a, item, first, first + slots.slots,
                    [&](int64_t slot, float* mass) { weights.template add_to<TileVec>(mass, slot - first); });
