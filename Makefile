@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_OFFLINE = 1
 export VLLM_NO_USAGE_STATS = 1
 
-.PHONY: help setup real-model demo test test-fast test-sanitize bench-kernels bench-store bench-serving lint format doctor lock policies-table model code-model test-gpu bench-gpu bench-gpu-engine bench-quality bench-quality-simulator bench-quality-toy bench-ablation bench-states bench-rope oracle clean bench-prefix bench-resume bench-dashboard bench-metrics bench-load soak fuzz bench-memory audit image-cpu image-test
+.PHONY: help setup real-model demo test test-fast test-sanitize bench-kernels bench-store bench-serving lint format doctor lock docs model code-model test-gpu bench-gpu bench-gpu-engine bench-quality bench-quality-simulator bench-quality-toy bench-ablation bench-states bench-rope oracle clean bench-prefix bench-resume bench-dashboard bench-metrics bench-load soak fuzz bench-memory audit image-cpu image-test
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
@@ -128,8 +128,8 @@ model: setup    ## train the test model of synthetic tasks again (an hour)
 code-model: setup ## train the language model of source code again (an hour)
 	PYTHONPATH=benchmarks $(BIN)/python -P -m test_model.train --data code --minutes 60 --out benchmarks/test_model/code_checkpoint
 
-policies-table: setup ## the README's list of policies, written from their classes
-	$(BIN)/python -P tests/policy_table.py
+docs: setup     ## tables of README and docs/, written from code and results
+	PYTHONPATH=tests:benchmarks $(BIN)/python -P tests/documents.py
 
 oracle: setup   ## the tokens that stay against NVIDIA's kvpress, in an environment of its own
 	@test -x .venv-oracle/bin/python || $(PYTHON) -m venv .venv-oracle

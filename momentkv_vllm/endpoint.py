@@ -47,7 +47,7 @@ class KVEvictionEndpoint:
 
 
 def summary(vllm_config: Any) -> dict[str, Any]:
-    """`config` (keys as in README, "Flags") and, with eviction on, `schedule` (pages, and the token counts of events)."""
+    """`config` (keys as in docs/settings.md) and, with eviction on, `schedule` (pages, and the token counts of events)."""
     config = EvictionConfig.from_vllm(vllm_config)
     found: dict[str, Any] = {"active": config.active, "config": config.to_dict()}
     if config.active:

@@ -68,7 +68,7 @@ class StateLayout:
 RECORD_ALIGNMENT = 64
 """Bytes: where a record begins in a store page."""
 AUTO_STORES, AUTO_RUN_TOKENS = {2: "int4", 4: "int8"}, 8
-"""By the bytes of a model's number: a quarter of its bits. Chosen on a real model (README, "How good is it"); who computes in
+"""By the bytes of a model's number: a quarter of its bits. Chosen on a real model (docs/quality.md); who computes in
 float32 wants the same tokens in every batch, and a number that falls to the other side of a step of 4 bits can change them."""
 
 

@@ -1,16 +1,75 @@
-"""The guides against the code and the committed results."""
+"""README and guides against the code and the committed results."""
 
 import json
 import re
 
+import documents
 import pytest
-from named_files import ROOT, missing_files
+from documents import results
+from named_files import DOCUMENTS, ROOT, missing_files
 
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
+README = ROOT / "README.md"
 
 
-def results(name: str) -> dict:
-    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())["results"]
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_tables_follow_from_code_and_results(document):
+    text = document.read_text()
+    assert documents.updated(text) == text, "run `make docs`"
+
+
+def test_every_table_stands_in_a_document():
+    stated = {name for d in DOCUMENTS for name in re.findall(r"^<!-- table: ([\w-]+) -->$", d.read_text(), re.M)}
+    assert stated == documents.TABLES.keys()
+
+
+def test_a_table_that_is_out_of_date_is_seen():
+    text = "<!-- table: metrics -->\n<!-- end -->\nbetween\n<!-- table: flags -->\n| stale |\n<!-- end -->\n"
+    made = documents.updated(text)
+    assert (
+        "`momentkv:live_pages`" in made and "`--kv-budget TOKENS`" in made and "between" in made and "stale" not in made
+    )
+    assert documents.updated(made) == made
+    with pytest.raises(KeyError):
+        documents.updated("<!-- table: gone -->\n<!-- end -->")
+
+
+def test_the_readme_invites():
+    """At most 160 lines, and no sentence above 30 words outside of tables and code."""
+    text = README.read_text()
+    assert text.count("\n") <= 160
+    prose = re.sub(r"```.*?```|^\|.*?$|^<!--.*?$|^#.*?$", "\n\n", text, flags=re.S | re.M)
+    prose = re.sub(r"\]\([^)]*\)|[*`\[]", "", prose)
+    for sentence in re.split(r"[.:;?!](?:\s|$)|\n\s*\n|\n\* |\n\d\. ", prose):
+        assert len(sentence.split()) <= 30, sentence
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_that_a_document_names_exist(document):
+    assert missing_files(document) == []
+
+
+def test_wrong_names_are_seen_in_every_folder(tmp_path):
+    """Paths of the package without its name, of sources, images and tests; no model names, no URLs' paths."""
+    (tmp_path / "a.md").write_text(
+        "`attention/eviction.py` `csrc/cpu/gone.h` `docker/gone.yaml` `tests/gone.py:3` `momentkv_vllm/gone/` "
+        "`attention/layer.py` `tests/` `Qwen/Qwen3-4B` `/metrics`"
+    )
+    gone = ["attention/eviction.py", "csrc/cpu/gone.h", "docker/gone.yaml", "tests/gone.py", "momentkv_vllm/gone/"]
+    assert missing_files(tmp_path / "a.md") == gone
+
+
+def test_the_calibration_of_the_guide_says_what_was_lost():
+    from momentkv_vllm.calibrate.curve import Point, smallest
+
+    found = json.loads((ROOT / "benchmarks/results/calibrate.json").read_text())
+    best, text = (
+        smallest([Point(**p) for p in found["points"]], found["tolerance"]),
+        (ROOT / "docs/tuning.md").read_text(),
+    )
+    assert found["budget_tokens"] == best.budget_tokens
+    lost = best.findable - best.found
+    assert ("It loses " in text) == (lost > 0) and (not lost or f"It loses {lost} of {best.findable} codes" in text)
 
 
 def rows(guide: str, heading: str) -> list[list[str]]:
@@ -19,19 +78,22 @@ def rows(guide: str, heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in body.splitlines()[2:]]
 
 
-@pytest.mark.parametrize("guide", GUIDES, ids=lambda p: p.name)
-def test_files_links_and_targets_that_a_guide_names_exist(guide):
+def anchors(text: str) -> set[str]:
+    return {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.+)$", text, re.M)}
+
+
+@pytest.mark.parametrize("guide", [README, *GUIDES], ids=lambda p: p.name)
+def test_links_and_targets_that_a_guide_names_exist(guide):
     text = guide.read_text()
-    assert text.count("\n") < 150
-    assert missing_files(guide) == []
+    assert guide == README or text.count("\n") < 150
     for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
-        assert (guide.parent / link).exists(), link
+        assert link.startswith("https://") or (guide.parent / link).exists(), link
     targets = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"make ([a-z-]+)", text):
+    for target in re.findall(r"(?:`|^)make ([a-z-]+)", text, re.M):
         assert f"\n{target}:" in targets, target
     for page, anchor in re.findall(r"\]\(([^)#]*)#([^)]+)\)", text):
-        headings = re.findall(r"^#+ (.+)$", (guide.parent / page if page else guide).read_text(), re.M)
-        assert anchor in [h.lower().replace(" ", "-") for h in headings], anchor
+        if not page.startswith("http"):
+            assert anchor in anchors((guide.parent / page if page else guide).read_text()), anchor
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda p: p.name)
@@ -57,39 +119,10 @@ def test_messages_of_the_troubleshooting_guide_are_in_the_code():
                 assert known, f"{quoted!r} is no message of ours"
 
 
-def test_speed_figures_are_those_of_the_committed_results():
-    decode = {(r["context"], r["batch"]): r for r in results("serving")["decode"] if r["head_dim"] == 128}
-    for context, *figures in rows("tuning.md", "| context | batch 1 | batch 8 | batch 32 |"):
-        found = [decode.get((int(context), batch), {}).get("speedup") for batch in (1, 8, 32)]
-        assert figures == [f"{x:.2f}" if x else "-" for x in found]
-
-
-def test_the_calibration_is_that_of_the_committed_results():
-    from momentkv_vllm.calibrate.curve import Point, smallest, table
-
-    found = json.loads((ROOT / "benchmarks/results/calibrate.json").read_text())
-    points, text = [Point(**p) for p in found["points"]], (ROOT / "docs/tuning.md").read_text()
-    best = smallest(points, found["tolerance"])
-    assert table(points, found["pool_gib"]) in text and f"\n  {found['command']}\n" in text
-    assert found["budget_tokens"] == best.budget_tokens
-    lost = best.findable - best.found
-    assert ("It loses " in text) == (lost > 0) and (not lost or f"It loses {lost} of {best.findable} codes" in text)
-
-
-def test_memory_figures_are_those_of_the_committed_results():
-    want = []
-    for cell in results("memory"):
-        resident = cell["samples"]["resident"]
-        kept = {"default": "1,024 (default)"}.get(cell["primitives"], str(cell["primitives"]))
-        growth = f"{100 * cell['growth_of_second_half']:.1f} %"
-        want.append([cell["engine"], kept, f"{resident[0]:.0f} to {resident[-1]:.0f}", growth])
-    assert rows("operations.md", "| engine | products kept | resident MiB | growth of the second half |") == want
-
-
 def test_the_cost_of_metrics_is_that_of_the_committed_results():
     from momentkv_vllm.attention.monitor import SAMPLE_EVERY, SAMPLE_ROWS
 
-    found, text = results("metrics_cost"), (ROOT / "docs/operations.md").read_text()
+    found, text = results("metrics_cost"), (ROOT / "docs/metrics.md").read_text()
     cost = found["microseconds"]
     for figure in (
         f"{cost['pages_changed']:.1f} us for a change", f"{cost['consolidation_timed']:.1f} us for a consolidation",

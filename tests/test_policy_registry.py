@@ -118,7 +118,7 @@ def one_more_file(tmp_path, monkeypatch):
 
 def test_adding_a_policy_touches_one_file(one_more_file, monkeypatch):
     """Validation, options, help, doctor, the benchmarks' methods and the README's table all know it."""
-    import policy_table
+    import documents
     from quality import cells
 
     config = EvictionConfig.from_dict({"policy": "theirs"})
@@ -132,8 +132,8 @@ def test_adding_a_policy_touches_one_file(one_more_file, monkeypatch):
     monkeypatch.setitem(sys.modules, spec.name, again)
     spec.loader.exec_module(again)
     assert again.METHODS["theirs"] == {"policy": "theirs"}
-    assert "| `theirs` | a newer token scores higher | a paper | `window_tokens` 48 |" in policy_table.table()
-    assert ",theirs," in policy_table.flag()
+    assert "| `theirs` | a newer token scores higher | a paper | `window_tokens` 48 |" in documents.policies()
+    assert ",theirs," in documents.flags()
 
 
 def test_two_files_of_one_name_are_refused(one_more_file):

@@ -394,7 +394,7 @@ def test_every_patch_is_in_both_ledgers():
     assert {name: where if "/" in where else f"vllm_seams/{where}" for name, where in rows} == PATCHES
     methods = sum(name[0].isupper() for name in PATCHES)
     said = {4: "four", 5: "five"}[methods] + " patched methods and " + {1: "one value"}[len(PATCHES) - methods]
-    assert said in (PACKAGE.parent / "README.md").read_text()
+    assert said in (PACKAGE.parent / "docs/design.md").read_text()
 
 
 def test_the_runner_gives_prompt_lengths_to_builders_where_a_model_asks():

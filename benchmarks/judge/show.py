@@ -72,15 +72,15 @@ def overview(measured: list[dict[str, Any]]) -> str:
     budgets = sorted({c["budget_tokens"] for c in cells}, reverse=True)
     head = ["", *(f"KL {b}" for b in budgets), *(f"codes {b}" for b in budgets), *(f"digits {b}" for b in budgets)]
     lines = [[*head, *(f"answers {b}" for b in budgets)]]
-    lines += [[c["method"], *_summary([c] * len(budgets))] for c in keeping]
+    lines += [[c["method"], *summary([c] * len(budgets))] for c in keeping]
     for method, prefill in dict.fromkeys((c["method"], c["prefill"]) for c in cells):
         of = {c["budget_tokens"]: c for c in cells if (c["method"], c["prefill"]) == (method, prefill)}
         name = method if prefill == "chunked" else f"{method}, {prefill} prefill"
-        lines.append([name, *_summary([of.get(b) for b in budgets])])
+        lines.append([name, *summary([of.get(b) for b in budgets])])
     return report.table(lines)
 
 
-def _summary(cells: list[dict[str, Any] | None]) -> list[str]:
+def summary(cells: list[dict[str, Any] | None]) -> list[str]:
     """Of one method by budget: KL, share of codes found, -log p per digit, nats per token of answers over the full cache's."""
 
     def needles(cell: dict[str, Any]) -> list[dict[str, Any]]:

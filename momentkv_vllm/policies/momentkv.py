@@ -13,7 +13,7 @@ class MomentKV(Policy):
     last `observation_tokens` queries would have made without token j. No query has asked yet for most of what a prompt
     holds, so the first term, KeyDiff's, keeps the keys that point away from the others: they are what a later query can
     single out. Alone, either term fails: attention loses every needle that was not asked for at its eviction, the angle
-    loses the running text (README, "How good is it").
+    loses the running text (docs/quality.md).
     Before a sequence's first eviction v' is the mean value of the candidates themselves.
     """
 
