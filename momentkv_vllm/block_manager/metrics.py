@@ -51,7 +51,7 @@ class PageMetrics(MetricWriter):
         self.set(STATES, states)
 
     def holdings(self, live_pages: int, absent_pages: int, evicted: int, sequences: int, evicting: int) -> None:
-        """State of all sequences: pages they own, pages they retired and tokens they evicted, how many own any and how many evict."""
+        """State of all sequences: pages they own and retired, tokens they evicted; how many own any page, how many evict."""
         store, moments = evicting * self._schedule.store_pages, evicting * self._schedule.moment_pages
         for index, pages in enumerate((store, moments, live_pages - store - moments)):
             self.set(LIVE_PAGES, pages, index)
