@@ -86,7 +86,9 @@ STOCK_PAGES = Metric("momentkv:stock_pages", "gauge", "Pages that stock vLLM wou
 POOL_PAGES = Metric("momentkv:pool_pages", "gauge", "Pages of the KV pool, free ones included.")
 BUDGET_PAGES = Metric("momentkv:budget_pages", "gauge", "Budget of one sequence, in pages.")
 HELD_TOKENS = Metric(
-    "momentkv:budget_held_tokens", "gauge", "Tokens that a sequence holds at its budget; a quantised store holds more than pages."
+    "momentkv:budget_held_tokens",
+    "gauge",
+    "Tokens that a sequence holds at its budget; a quantised store holds more than pages.",
 )
 STATE_LOOKUPS = Metric("momentkv:state_lookups", "counter", "Texts longer than the budget that were admitted.")
 STATE_HITS = Metric("momentkv:state_hits", "counter", "Those that went on from a cached state.")

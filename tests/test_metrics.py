@@ -106,7 +106,9 @@ def test_the_books_in_an_engine(engine):
     assert (
         end[EVICTED_TOKENS, 0] > 700 and end[BUDGET_PAGES, 0] == 16 and end[POOL_PAGES, 0] == e.pool.num_gpu_blocks - 1
     )
-    assert not any(end[m, i] for m in (LIVE_PAGES, SEQUENCES, TOKENS, STOCK_PAGES) for i in range(len(m.label_values) or 1))
+    assert not any(
+        end[m, i] for m in (LIVE_PAGES, SEQUENCES, TOKENS, STOCK_PAGES) for i in range(len(m.label_values) or 1)
+    )
 
 
 @pytest.mark.engine

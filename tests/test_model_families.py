@@ -38,7 +38,8 @@ def test_served(engine, family_model, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "store"), [("Gemma 3", INT8), ("GPT-OSS", INT8), ("Gemma 4 31B", {}), ("Llama 4", {}), ("Phi-4-mini", INT8)]
+    ("name", "store"),
+    [("Gemma 3", INT8), ("GPT-OSS", INT8), ("Gemma 4 31B", {}), ("Llama 4", {}), ("Phi-4-mini", INT8)],
 )
 def test_layers_of_several_kinds_in_any_chunks(engine, family_model, name, store):
     """Pages change hands between layers that evict and layers that do not; a sink takes its mass whoever attends."""
