@@ -1,16 +1,14 @@
-// Quantised store pages: momentkv_vllm/packed_store.py says how a tile looks and what its codes mean. Included once per
-// instruction set.
+// Quantised store pages: momentkv_vllm/packed_store.py says how a tile looks and what its codes mean. Dot products are those of
+// integers: codes times queries, or weights, rounded to 16 bits, exact in 32. Included once per instruction set.
 
 constexpr int kTileTokens = 8, kGroup = 32;
 constexpr int kTiles = kTileSlots / kTileTokens;
+constexpr int64_t kFirstCache = 24 << 10;  // bytes of the first cache that tiles may fill
 
 // A code of `Bits` bits.
 template <int Bits>
 struct Code {
   static constexpr int kPlanes = 16 / Bits;         // codes of a 16-bit word
-  using Number = std::conditional_t<Bits == 8, int16_t, int8_t>;  // of a query
-  static constexpr int kNumbers = 4 / sizeof(Number);             // in 32 bits
-  static constexpr float kLargest = Bits == 8 ? 32767 : 127;
   static constexpr int kGroupBytes = kGroup * Bits / 8;
   static constexpr float kMiddle = Bits == 8 ? 127.5f : 7.5f;
   static constexpr float kLowest = Bits == 8 ? -127.0f : -8.0f, kHighest = Bits == 8 ? 126.0f : 7.0f;
@@ -30,13 +28,6 @@ struct Code {
     const int64_t byte = 4 * w + 2 * h + k / 2;
     return byte / 16 * kGroup + k % 2 * 16 + byte % 16;
   }
-  // Four bytes of a key meet a query twice, 32 bits each time: their even and odd codes, or their low and high halves. Those
-  // codes, as words or bytes; the dimension in its group of the n-th number of the k-th 32 bits that the w-th 4 bytes meet.
-  static UnsignedWordVec half(UnsignedWordVec words, int k) {
-    if (Bits == 8) return k == 0 ? words & uint16_t(255) : words >> uint16_t(8);
-    return (k == 0 ? words : words >> uint16_t(4)) & uint16_t(0x0f0f);
-  }
-  static int dimension_met(int w, int n, int k) { return Bits == 8 ? 4 * w + 2 * n + k : k * 16 + 4 * w + n; }
 };
 
 // The next slots of a row's store, as tiles.
@@ -127,6 +118,159 @@ inline void rotate(float* x, int64_t width, int64_t block) {
         store(x + j + half, a - b);
       }
   for (int64_t i = 0; i < width; i += kLanes) store(x + i, load(x + i) * norm);
+}
+
+// `query`: [width], rotated.
+template <int Bits>
+inline void pack_query(const PackedLayout& p, const float* query, int16_t* words, float* middles, float& step) {
+  constexpr int kWords = Code<Bits>::kGroupBytes / 4, kPlanes = Code<Bits>::kPlanes;
+  Vec top = {};
+  for (int64_t i = 0; i < p.width; i += kLanes) {
+    const Vec x = absolute(load(query + i));
+    top = x > top ? x : top;
+  }
+  const float highest = largest(top), inverse = highest > 0 ? 32767 / highest : 0;
+  step = highest / 32767;
+  for (int64_t g = 0; g < p.width / kGroup; ++g) {
+    int16_t rounded[kGroup];
+    IntVec total = {};
+    for (int i = 0; i < kGroup; i += kLanes) {
+      const IntVec v = to_integers(load(query + g * kGroup + i) * inverse);
+      total += v;
+      store_words(rounded + i, v);
+    }
+    middles[g] = float(sum(total)) * Code<Bits>::kMiddle;
+    for (int w = 0; w < kWords; ++w)
+      for (int k = 0; k < kPlanes; ++k)
+        for (int h = 0; h < 2; ++h) *words++ = rounded[Code<Bits>::dimension(w, h, k)];
+  }
+}
+
+// `Rows` queries, rotated and rounded to 16 bits, in the order of the key codes.
+template <int Bits, int Rows>
+struct PackedQueries {
+  alignas(64) int16_t words[Rows * kMaxHeadDim];  // [Rows][width]
+  float middles[Rows * kMaxHeadDim / kGroup];     // [Rows][groups] what the middle of the codes adds to a group's dot product
+  float steps[Rows];                              // of the words
+
+  // `query`: [head_dim][Rows].
+  PackedQueries(const PackedLayout& p, const float* query, int64_t head_dim) {
+    alignas(64) float row[kMaxHeadDim];
+    for (int r = 0; r < Rows; ++r) {
+      for (int64_t i = 0; i < p.width; ++i) row[i] = i < head_dim ? query[i * Rows + r] : 0;
+      rotate(row, p.width, p.block);
+      pack_query<Bits>(p, row, words + r * p.width, middles + r * (p.width / kGroup), steps[r]);
+    }
+  }
+};
+
+// Asks for 64 bytes of the next kTileSlots slots: into the second cache where those and these do not fit the first together.
+inline void fetch_ahead(const PackedLayout& p, const uint8_t* bytes) {
+  2 * kTiles * p.tile_bytes <= kFirstCache ? __builtin_prefetch(bytes, 0, 3) : __builtin_prefetch(bytes, 0, 2);
+}
+
+// logits[r][slot] = scale * q_r . k_slot, in rows of kTileSlots. Ahead: add_packed of the same slots follows, and the next keys are
+// fetched here, their values there, so that memory works all the time; else only keys are read.
+template <int Bits, int Rows, bool Ahead>
+inline void dot_packed(const PackedSlots& t, const PackedLayout& p, const PackedQueries<Bits, Rows>& q, float scale,
+                       float* logits) {
+  constexpr int kVectors = Rows >= 8 ? 1 : Rows >= 4 ? 2 : 4, kPlanes = Code<Bits>::kPlanes;
+  constexpr int kWords = Code<Bits>::kGroupBytes / 4;
+  const int64_t groups = p.width / kGroup;
+  for (int v = 0; v < t.vectors(); v += kVectors) {
+    Vec sums[Rows][kVectors] = {};
+    for (int64_t g = 0; g < groups; ++g) {
+      IntVec dots[Rows][kVectors] = {};
+      for (int64_t w = g * kWords; w < (g + 1) * kWords; ++w) {
+        UnsignedWordVec words[kVectors];
+        for (int j = 0; j < kVectors; ++j) words[j] = t.key_words(v + j < t.vectors() ? v + j : v, w);
+        if (w % 2 == 0)
+          for (int j = 0; j < kVectors * kLanes / kTileTokens; ++j) {
+            const int tile = v * kLanes / kTileTokens + j;
+            if (Ahead)
+              fetch_ahead(p, t.tiles[tile + kTiles] + w * 4 * kTileTokens);
+            else
+              __builtin_prefetch(t.tiles[tile + kVectors * kLanes / kTileTokens] + w * 4 * kTileTokens);
+          }
+        for (int k = 0; k < kPlanes; ++k)
+          for (int r = 0; r < Rows; ++r) {
+            const WordVec query = splat_pair(q.words + r * p.width + (w * kPlanes + k) * 2);
+            for (int j = 0; j < kVectors; ++j) dots[r][j] = add_products(dots[r][j], Code<Bits>::plane(words[j], k), query);
+          }
+      }
+      for (int j = 0; j < kVectors; ++j) {
+        const Vec scales = t.scales(v + j < t.vectors() ? v + j : v, p.scales_offset + g * 2 * kTileTokens);
+        for (int r = 0; r < Rows; ++r) sums[r][j] += (to_floats(dots[r][j]) - q.middles[r * groups + g]) * scales;
+      }
+    }
+    for (int r = 0; r < Rows; ++r)
+      for (int j = 0; j < kVectors && v + j < t.vectors(); ++j)
+        store(logits + r * kTileSlots + (v + j) * kLanes, sums[r][j] * (q.steps[r] * scale));
+  }
+}
+
+// `vectors` vectors of weights times value scales, rounded to 16 bits; returns their step, `total` is their sum.
+inline float pack_weights(int vectors, const Vec* scales, const float* weights, int16_t* words, float& total) {
+  Vec scaled[kTileSlots / kLanes], top = {};
+  for (int v = 0; v < vectors; ++v) {
+    scaled[v] = load(weights + v * kLanes) * scales[v];
+    top = scaled[v] > top ? scaled[v] : top;
+  }
+  const float highest = largest(top), inverse = highest > 0 ? 32767 / highest : 0;
+  IntVec sum_of_words = {};
+  for (int v = 0; v < vectors; ++v) {
+    const IntVec rounded = to_integers(scaled[v] * inverse);
+    sum_of_words += rounded;
+    store_words(words + v * kLanes, rounded);
+  }
+  total = float(sum(sum_of_words));
+  return highest / 32767;
+}
+
+// Scales of the values, a vector of slots each.
+inline void value_scales(const PackedSlots& t, const PackedLayout& p, Vec* scales) {
+  for (int v = 0; v < t.vectors(); ++v) scales[v] = t.scales(v, p.scales_offset + p.width / kGroup * 2 * kTileTokens);
+}
+
+// out[r][:] = out[r][:] * keep[r] + sum over slots of weights[r][slot] * value_slot, rotated; `words` has room for
+// Rows * kTileSlots. Weights of slots beyond the last one must be zero.
+template <int Bits, int Rows>
+inline void add_packed(const PackedSlots& t, const PackedLayout& p, const Vec* scales, const float* weights, const float* keep,
+                       int16_t* words, float* out) {
+  constexpr int kPlanes = 8 / Bits, kVectors = Code<Bits>::kGroupBytes / kLanes;  // of a group's bytes
+  const int64_t groups = p.width / kGroup;
+  const int tiles = (t.slots + kTileTokens - 1) / kTileTokens;
+  float step[Rows], total[Rows];
+  for (int r = 0; r < Rows; ++r)
+    step[r] = pack_weights(t.vectors(), scales, weights + r * kTileSlots, words + r * kTileSlots, total[r]);
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int v = 0; v < kVectors; ++v) {
+      IntVec sums[Rows][kPlanes] = {};
+#pragma GCC unroll 1
+      for (int i = 0; i < tiles; ++i) {
+        const uint8_t* bytes = t.tiles[i] + p.values_offset + 2 * (g * Code<Bits>::kGroupBytes + v * kLanes);
+        const int16_t* w = words + i * kTileTokens;
+        const uint8_t* next = t.tiles[i + kTiles] + p.values_offset + (g * kVectors + v) * kLanes * kTileTokens;
+        for (int line = 0; line < kLanes * kTileTokens; line += 64) fetch_ahead(p, next + line);
+        if (g == 0 && v == 0) fetch_ahead(p, t.tiles[i + kTiles] + p.scales_offset + 64);
+#pragma GCC unroll 4
+        for (int pair = 0; pair < kTileTokens / 2; ++pair, bytes += 2 * p.code_bytes) {
+          const UnsignedWordVec codes = load_words(bytes);
+          WordVec planes[kPlanes];
+          for (int k = 0; k < kPlanes; ++k) planes[k] = Code<Bits>::value_plane(codes, k);
+          for (int r = 0; r < Rows; ++r) {
+            const WordVec weight = splat_pair(w + r * kTileSlots + 2 * pair);
+            for (int k = 0; k < kPlanes; ++k) sums[r][k] = add_products(sums[r][k], planes[k], weight);
+          }
+        }
+      }
+      for (int r = 0; r < Rows; ++r)
+        for (int k = 0; k < kPlanes; ++k) {
+          float* to = out + r * p.width + g * kGroup + k * Code<Bits>::kGroupBytes + v * kLanes;
+          store(to, load(to) * keep[r] + (to_floats(sums[r][k]) - total[r] * Code<Bits>::kMiddle) * step[r]);
+        }
+    }
+  }
 }
 
 // A code's byte in a tile.

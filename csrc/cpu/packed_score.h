@@ -123,13 +123,12 @@ void add_packed_directions(const Event& e, float* inverse, float* anchor) {
 // turned[slot]: in, 1 / ||key||; out, 1 - key . direction / ||key||.
 template <int Bits>
 void turn_packed_away(const Event& e, const float* direction, float* turned) {
-  constexpr int kRows = Bits == 8 ? 1 : 2;  // two rows of bytes are as exact as words
-  const auto query = PackedQueries<Bits, kRows>::of_one(e.c.packed, direction, e.c.cache.head_dim);
+  const PackedQueries<Bits, 1> query(e.c.packed, direction, e.c.cache.head_dim);
   each_packed_slots(e, [&](const PackedSlots& slots, int64_t first) {
-    alignas(64) float dots[kRows * kTileSlots];
-    dot_packed<Bits, kRows, false>(slots, e.c.packed, query, 1, dots);
+    alignas(64) float dots[kTileSlots];
+    dot_packed<Bits, 1, false>(slots, e.c.packed, query, 1, dots);
     for (int t = 0; t < slots.slots; ++t) {
-      const float dot = kRows == 1 ? dots[t] : dots[t] + dots[kTileSlots + t], x = 1 - dot * turned[first + t];
+      const float x = 1 - dots[t] * turned[first + t];
       turned[first + t] = x < 0 ? 0 : x;
     }
   });

@@ -21,47 +21,8 @@ inline IntVec add_products(IntVec sums, WordVec a, WordVec b) {
 #endif
 }
 
-// The 32 bits at `pair` in every lane.
-template <class T>
-inline WordVec splat_pair(const T* pair) { return bits_as<WordVec>(load_raw<int32_t>(pair) - IntVec{}); }
-
-// Sums of the products of 4-bit codes with signed bytes: 16 bits wide where an instruction adds pairs of products so. A group's fit,
-// 16 * 15 * 127.
-#if MOMENTKV_LANES > 4 && !defined(MOMENTKV_VNNI)
-typedef WordVec ByteSums;
-#else
-typedef IntVec ByteSums;
-#endif
-
-inline IntVec widened(IntVec sums) { return sums; }
-inline IntVec widened(WordVec sums) { return add_products(IntVec{}, sums, WordVec{} + int16_t(1)); }
-
-// The same with bytes: four in every 32 bits, `a` below 16, `b` signed.
-inline ByteSums add_byte_products(ByteSums sums, UnsignedWordVec a, WordVec b) {
-#if MOMENTKV_LANES == 16 && defined(MOMENTKV_VNNI)
-  return (IntVec)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
-#elif MOMENTKV_LANES == 16
-  return sums + (WordVec)_mm512_maddubs_epi16((__m512i)a, (__m512i)b);
-#elif MOMENTKV_LANES == 8
-  return sums + (WordVec)_mm256_maddubs_epi16((__m256i)a, (__m256i)b);
-#else
-  const WordVec even = (WordVec)((UnsignedWordVec)b << uint16_t(8)) >> int16_t(8);
-  sums = add_products(sums, (WordVec)(a & uint16_t(255)), even);
-  return add_products(sums, (WordVec)(a >> uint16_t(8)), b >> int16_t(8));
-#endif
-}
-
-// Sums of the dot products of a group's codes with queries.
-template <int Bits>
-using DotSums = std::conditional_t<Bits == 8, IntVec, ByteSums>;
-
-template <int Bits>
-inline void add_dots(DotSums<Bits>& sums, UnsignedWordVec codes, WordVec query) {
-  if constexpr (Bits == 8)
-    sums = add_products(sums, (WordVec)codes, query);
-  else
-    sums = add_byte_products(sums, codes, query);
-}
+// The two words at `pair` in every lane.
+inline WordVec splat_pair(const int16_t* pair) { return bits_as<WordVec>(load_raw<int32_t>(pair) - IntVec{}); }
 
 // 2 * kLanes bytes as words.
 inline UnsignedWordVec load_words(const uint8_t* from) {
