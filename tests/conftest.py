@@ -6,6 +6,9 @@ import os
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+# Several pytest workers share the cores: one thread each, bound to none.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 import pytest
 from engine import Engine
@@ -13,6 +16,13 @@ from kernel_cases import FAMILIES
 from tiny_models import make_llama
 
 from momentkv_vllm.kernels import select
+
+
+def pytest_collection_modifyitems(items):
+    """The tests of engine/ and server/ start one."""
+    for item in items:
+        if item.path.parent.name in ("engine", "server"):
+            item.add_marker(item.path.parent.name)
 
 
 @pytest.fixture(params=FAMILIES)

@@ -87,3 +87,10 @@ def test_a_typing_mistake_is_said_at_start_up(models, monkeypatch, caplog):
     evict = {"kv_eviction": {"policy": "momentkv", "budget_tokens": 256}}
     EngineArgs(model=str(models()), max_model_len=2048, additional_config=evict).create_engine_config()
     assert any("MOMENTKV_METRIC_DIR" in line for line in said)
+
+
+def test_every_logger_is_below_vllm_s():
+    """vLLM gives handlers to its own loggers alone: INFO lines of others are lost."""
+    for path in (ROOT / "momentkv_vllm").rglob("*.py"):
+        for name in re.findall(r"(?:getLogger|init_logger)\((.*)\)", path.read_text()):
+            assert name == 'f"vllm.{__name__}"', f"{path.relative_to(ROOT)}: {name}"
