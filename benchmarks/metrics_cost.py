@@ -55,7 +55,7 @@ def main() -> None:
         select("cpu").attend(case.cache, case.query, case.output, lse, case.work, case.scale, True)
         attended = Attended(case.cache, case.query, case.output, lse, case.work, case.scale, True)
         cost = {
-            "pages_changed": microseconds(lambda: pages.holdings(next(live), 9, 8, 4), 5000),
+            "pages_changed": microseconds(lambda: pages.holdings(next(live), 9, 100, 8, 4), 5000),
             "pages_retired": microseconds(lambda: pages.retired(2, 32), 5000),
             "consolidation_timed": microseconds(lambda: monitor.metrics.observe(CONSOLIDATE_SECONDS, 1e-3), 5000),
             "sample": microseconds(lambda: monitor.sample(attended), 50),

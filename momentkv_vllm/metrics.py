@@ -60,6 +60,7 @@ RATIO_BOUNDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 SECONDS_BOUNDS = (1e-5, 3e-5, 1e-4, 3e-4, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 PAGE_KINDS = ("store", "moments", "window")
 SEQUENCE_STATES = ("below_budget", "evicting")
+TOKEN_KINDS = ("held", "evicted")
 
 RETIRED_PAGES = Metric("momentkv:retired_pages", "counter", "KV pages freed to the pool by eviction.")
 EVICTED_TOKENS = Metric("momentkv:evicted_tokens", "counter", "Tokens folded into moments, per KV head.")
@@ -76,9 +77,19 @@ SEQUENCES = Metric(
     "state",
     SEQUENCE_STATES,
 )
+TOKENS = Metric(
+    "momentkv:tokens", "gauge",
+    "Tokens that those sequences have had, of one KV head and in whole pages, by `kind` (held, evicted).",
+    "kind", TOKEN_KINDS,
+)  # fmt: skip
 STOCK_PAGES = Metric("momentkv:stock_pages", "gauge", "Pages that stock vLLM would hold for the same sequences now.")
 POOL_PAGES = Metric("momentkv:pool_pages", "gauge", "Pages of the KV pool, free ones included.")
 BUDGET_PAGES = Metric("momentkv:budget_pages", "gauge", "Budget of one sequence, in pages.")
+HELD_TOKENS = Metric(
+    "momentkv:budget_held_tokens",
+    "gauge",
+    "Tokens that a sequence holds at its budget; a quantised store holds more than pages.",
+)
 STATE_LOOKUPS = Metric("momentkv:state_lookups", "counter", "Texts longer than the budget that were admitted.")
 STATE_HITS = Metric("momentkv:state_hits", "counter", "Those that went on from a cached state.")
 STATE_SAVED_TOKENS = Metric("momentkv:state_saved_tokens", "counter", "Tokens that were not read again thanks to it.")
@@ -87,7 +98,7 @@ STATE_MISSED_TOKENS = Metric(
 )
 STATES = Metric("momentkv:states", "gauge", "States in the prefix cache now.")
 CORE_METRICS = (
-    RETIRED_PAGES, EVICTED_TOKENS, FREED_BYTES, LIVE_PAGES, SEQUENCES, STOCK_PAGES, POOL_PAGES, BUDGET_PAGES,
+    RETIRED_PAGES, EVICTED_TOKENS, FREED_BYTES, LIVE_PAGES, SEQUENCES, TOKENS, STOCK_PAGES, POOL_PAGES, BUDGET_PAGES, HELD_TOKENS,
     STATE_LOOKUPS, STATE_HITS, STATE_SAVED_TOKENS, STATE_MISSED_TOKENS, STATES,
 )  # fmt: skip
 """Written by the engine core (block_manager/metrics.py)."""

@@ -6,11 +6,12 @@ from engine import random_prompt
 pytestmark = pytest.mark.engine
 
 EXACT = {"policy": "momentkv", "budget_tokens": 384, "moment_dtype": "float32", "exact_prompt_tokens": 650}
+INT8 = {"store_dtype": "int8", "run_tokens": 8, "budget_tokens": 128}
 
 
-@pytest.mark.parametrize("prefill", ["chunked", "full", "auto"])
-def test_tokens_are_those_of_the_synchronous_engine(engine, models, prefill):
-    options = {**EXACT, "prefill": prefill, "model": models(seed=1), "enable_prefix_caching": True}
+@pytest.mark.parametrize(("prefill", "store"), [("chunked", INT8), ("full", {}), ("auto", INT8)])
+def test_tokens_are_those_of_the_synchronous_engine(engine, models, prefill, store):
+    options = {**EXACT, **store, "prefill": prefill, "model": models(seed=1), "enable_prefix_caching": True}
     prompts = [random_prompt(n) for n in (30, 370, 390, 700, 1100)]
     prompts += [p + [50, 60] for p in prompts]
     want = engine(**options).generate(prompts, 80)

@@ -18,12 +18,14 @@ from momentkv_vllm.metrics import (
     EVICTED_MASS,
     EVICTED_TOKENS,
     FREED_BYTES,
+    HELD_TOKENS,
     LIVE_PAGES,
     METRICS,
     POOL_PAGES,
     RETIRED_PAGES,
     SEQUENCES,
     STOCK_PAGES,
+    TOKENS,
     WORKER_METRICS,
     MetricWriter,
 )
@@ -96,6 +98,7 @@ def test_the_books_in_an_engine(engine):
     for v in seen:
         assert (v[LIVE_PAGES, 0], v[LIVE_PAGES, 1]) == (plan.store_pages, plan.moment_pages)
         assert sum(v[LIVE_PAGES, i] for i in range(3)) + v[RETIRED_PAGES, 0] == v[STOCK_PAGES, 0]
+        assert v[TOKENS, 1] == v[EVICTED_TOKENS, 0] and v[TOKENS, 0] + v[TOKENS, 1] == 16 * v[STOCK_PAGES, 0]
     assert seen[-1][STOCK_PAGES, 0] in range(63 + 4, 64 + 7)
     end = e.manager.metrics.values
     layers, kv_heads, head_dim, k_and_v, float32 = 2, 2, 32, 2, 4
@@ -103,7 +106,20 @@ def test_the_books_in_an_engine(engine):
     assert (
         end[EVICTED_TOKENS, 0] > 700 and end[BUDGET_PAGES, 0] == 16 and end[POOL_PAGES, 0] == e.pool.num_gpu_blocks - 1
     )
-    assert not any(end[m, i] for m in (LIVE_PAGES, SEQUENCES, STOCK_PAGES) for i in range(len(m.label_values) or 1))
+    assert not any(
+        end[m, i] for m in (LIVE_PAGES, SEQUENCES, TOKENS, STOCK_PAGES) for i in range(len(m.label_values) or 1)
+    )
+
+
+@pytest.mark.engine
+def test_tokens_of_a_quantised_store(engine):
+    """A store of 776 tokens and a window of two pages, in the memory of 256: the 77th page starts after the event at 1,216."""
+    e = engine(policy="momentkv", budget_tokens=256, block_size=16, store_dtype="int8", max_num_batched_tokens=100)
+    e.add(random_prompt(1200), 20)
+    held = []
+    e.run(lambda step: held.append([e.manager.metrics.values[TOKENS, i] for i in range(2)]))
+    assert held[0] == [112, 0] and held[-2] == [776 + 32, 1216 - 16 - 776] and held[-1] == [0, 0]
+    assert e.manager.metrics.values[HELD_TOKENS, 0] == 776 + 32
 
 
 @pytest.mark.engine

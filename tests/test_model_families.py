@@ -10,6 +10,7 @@ pytestmark = pytest.mark.engine
 
 BUDGET, STEP = 256, 256
 EVICT = {"policy": "momentkv", "budget_tokens": BUDGET, "max_model_len": 2048, "max_num_batched_tokens": STEP}
+INT8 = {"store_dtype": "int8", "run_tokens": 8, "budget_tokens": 96}
 REFUSED = {name: family for name, family in FAMILIES.items() if family.refused}
 
 
@@ -38,12 +39,15 @@ def test_served(engine, family_model, name):
     assert max(e.peak_pages.values()) <= (BUDGET + STEP) // size + rounding < length // size
 
 
-@pytest.mark.parametrize("name", ["Gemma 3", "GPT-OSS", "Gemma 4 31B", "Llama 4", "Phi-4-mini"])
-def test_layers_of_several_kinds_in_any_chunks(engine, family_model, name):
+@pytest.mark.parametrize(
+    ("name", "store"),
+    [("Gemma 3", INT8), ("GPT-OSS", INT8), ("Gemma 4 31B", {}), ("Llama 4", {}), ("Phi-4-mini", INT8)],
+)
+def test_layers_of_several_kinds_in_any_chunks(engine, family_model, name, store):
     """Pages change hands between layers that evict and layers that do not; a sink takes its mass whoever attends."""
     prompts = [random_prompt(n, seed=2) for n in (300, 700)]
-    coarse = engine(family_model(name), **EVICT | {"max_num_batched_tokens": 512}).generate(prompts, 24)
-    fine = engine(family_model(name), **EVICT | {"max_num_batched_tokens": 64}, enable_prefix_caching=True)
+    coarse = engine(family_model(name), **EVICT | store | {"max_num_batched_tokens": 512}).generate(prompts, 24)
+    fine = engine(family_model(name), **EVICT | store | {"max_num_batched_tokens": 64}, enable_prefix_caching=True)
     for _ in range(2):
         assert fine.generate(prompts, 24) == coarse
     below, beyond = list(fine.cached_tokens.values())[2:]

@@ -31,10 +31,18 @@ def run(folder, model, prompts: list[int], new_tokens: int, options: dict, **mor
     return json.loads(lines[0].removeprefix("RESULT "))
 
 
-@pytest.mark.parametrize("prefill", ["chunked", "coarse", "full", "auto"])
-def test_tokens_are_those_without_drafts(tmp_path, models, prefill):
-    values = {"prefill": "chunked", "prefill_retire_tokens": 64} if prefill == "coarse" else {"prefill": prefill}
-    seen = run(tmp_path, models(seed=1), [30, 350, 381, 385, 600], 150, {**EXACT, **values})
+INT8 = {"store_dtype": "int8", "run_tokens": 8, "budget_tokens": 128}
+MODES = {
+    "chunked": {**INT8, "prefill": "chunked"},
+    "coarse": {"prefill": "chunked", "prefill_retire_tokens": 64},
+    "full": {"prefill": "full"},
+    "auto": {**INT8, "prefill": "auto"},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_tokens_are_those_without_drafts(tmp_path, models, mode):
+    seen = run(tmp_path, models(seed=1), [30, 350, 381, 385, 600], 150, {**EXACT, **MODES[mode]})
     assert seen["got"] == seen["want"]
     assert seen["retired"][0] == seen["retired"][1] and seen["retired"][0][0] > 0
     assert not any(seen["events"]), "an event depends on draft tokens"

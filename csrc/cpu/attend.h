@@ -243,7 +243,7 @@ void attend_store(const Attend& a, const AttendItem& item, const float* query, i
   std::fill_n(out, Rows * p.width, 0.0f);
   for (; first < end; first += kTileSlots) {
     const PackedSlots slots(a.cache, p, item.head, a.pages + item.row * a.max_pages, first, end);
-    dot_packed(slots, p, queries, a.scale, logits);
+    dot_packed<Bits, Rows, true>(slots, p, queries, a.scale, logits);
     for (int r = 0; r < Rows; ++r)
       soften(logits + r * kTileSlots, slots.vectors() * kLanes, slots.slots, run.top[r], run.mass[r], keep[r]);
     for (int r = 0; left != nullptr && r < Rows; ++r)

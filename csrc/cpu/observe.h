@@ -56,11 +56,15 @@ inline Weights<Rows> weights_of_logits(float* logits, int vectors, const float* 
 // Calls f(slot, mass) for every tile of slots [first, end) of the row's quantised store.
 template <class F>
 inline void each_tile_mass(const Attend& a, const AttendItem& item, int64_t first, int64_t end, F f) {
+  constexpr int kPagesAhead = 8;  // whose masses are asked for: a page takes a fraction of a read from memory
   const int64_t page_slots = a.packed.page_tiles * kTileTokens;
   const int64_t* page = a.pages + item.row * a.max_pages + first / page_slots;
+  const int64_t* last = page + (end - 1 - first / page_slots * page_slots) / page_slots;
+  auto mass = [&](int64_t page) { return a.observed + (page * a.cache.heads + item.head) * a.observed_slots; };
   for (int64_t slot = first, in_page = first % page_slots; slot < end; slot += kTileTokens, in_page += kTileTokens) {
     if (in_page == page_slots) in_page = 0, ++page;
-    f(slot, a.observed + (*page * a.cache.heads + item.head) * a.observed_slots + in_page);
+    __builtin_prefetch(mass(page[std::min<int64_t>(kPagesAhead, last - page)]) + in_page, 1);
+    f(slot, mass(*page) + in_page);
   }
 }
 
@@ -79,7 +83,7 @@ void observe_store(const Attend& a, const AttendItem& item, const float* query, 
   const PackedQueries<Bits, Rows> queries(p, query, a.cache.head_dim);
   for (int64_t first = 0; first < end; first += kTileSlots) {
     const PackedSlots slots(a.cache, p, item.head, a.pages + item.row * a.max_pages, first, end);
-    dot_packed(slots, p, queries, a.scale, logits);
+    dot_packed<Bits, Rows, false>(slots, p, queries, a.scale, logits);
     const auto weights = weights_of_logits<Rows>(logits, slots.vectors(), lse);
     each_tile_mass(a, item, first, first + slots.slots,
                    [&](int64_t slot, float* mass) { weights.template add_to<TileVec>(mass, slot - first); });

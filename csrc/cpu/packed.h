@@ -3,6 +3,7 @@
 
 constexpr int kTileTokens = 8, kGroup = 32;
 constexpr int kTiles = kTileSlots / kTileTokens;
+constexpr int64_t kFirstCache = 24 << 10;  // bytes of the first cache that tiles may fill
 
 // A code of `Bits` bits.
 template <int Bits>
@@ -163,8 +164,14 @@ struct PackedQueries {
   }
 };
 
-// logits[r][slot] = scale * q_r . k_slot, in rows of kTileSlots.
-template <int Bits, int Rows>
+// Asks for 64 bytes of the next kTileSlots slots: into the second cache where those and these do not fit the first together.
+inline void fetch_ahead(const PackedLayout& p, const uint8_t* bytes) {
+  2 * kTiles * p.tile_bytes <= kFirstCache ? __builtin_prefetch(bytes, 0, 3) : __builtin_prefetch(bytes, 0, 2);
+}
+
+// logits[r][slot] = scale * q_r . k_slot, in rows of kTileSlots. Ahead: add_packed of the same slots follows, and the next keys are
+// fetched here, their values there, so that memory works all the time; else only keys are read.
+template <int Bits, int Rows, bool Ahead>
 inline void dot_packed(const PackedSlots& t, const PackedLayout& p, const PackedQueries<Bits, Rows>& q, float scale,
                        float* logits) {
   constexpr int kVectors = Rows >= 8 ? 1 : Rows >= 4 ? 2 : 4, kPlanes = Code<Bits>::kPlanes;
@@ -180,8 +187,10 @@ inline void dot_packed(const PackedSlots& t, const PackedLayout& p, const Packed
         if (w % 2 == 0)
           for (int j = 0; j < kVectors * kLanes / kTileTokens; ++j) {
             const int tile = v * kLanes / kTileTokens + j;
-            __builtin_prefetch(t.tiles[tile + kVectors * kLanes / kTileTokens] + w * 4 * kTileTokens);
-            __builtin_prefetch(t.tiles[tile] + p.values_offset + w * 4 * kTileTokens);
+            if (Ahead)
+              fetch_ahead(p, t.tiles[tile + kTiles] + w * 4 * kTileTokens);
+            else
+              __builtin_prefetch(t.tiles[tile + kVectors * kLanes / kTileTokens] + w * 4 * kTileTokens);
           }
         for (int k = 0; k < kPlanes; ++k)
           for (int r = 0; r < Rows; ++r) {
@@ -241,6 +250,9 @@ inline void add_packed(const PackedSlots& t, const PackedLayout& p, const Vec* s
       for (int i = 0; i < tiles; ++i) {
         const uint8_t* bytes = t.tiles[i] + p.values_offset + 2 * (g * Code<Bits>::kGroupBytes + v * kLanes);
         const int16_t* w = words + i * kTileTokens;
+        const uint8_t* next = t.tiles[i + kTiles] + p.values_offset + (g * kVectors + v) * kLanes * kTileTokens;
+        for (int line = 0; line < kLanes * kTileTokens; line += 64) fetch_ahead(p, next + line);
+        if (g == 0 && v == 0) fetch_ahead(p, t.tiles[i + kTiles] + p.scales_offset + 64);
 #pragma GCC unroll 4
         for (int pair = 0; pair < kTileTokens / 2; ++pair, bytes += 2 * p.code_bytes) {
           const UnsignedWordVec codes = load_words(bytes);

@@ -126,7 +126,7 @@ void turn_packed_away(const Event& e, const float* direction, float* turned) {
   const PackedQueries<Bits, 1> query(e.c.packed, direction, e.c.cache.head_dim);
   each_packed_slots(e, [&](const PackedSlots& slots, int64_t first) {
     alignas(64) float dots[kTileSlots];
-    dot_packed(slots, e.c.packed, query, 1, dots);
+    dot_packed<Bits, 1, false>(slots, e.c.packed, query, 1, dots);
     for (int t = 0; t < slots.slots; ++t) {
       const float x = 1 - dots[t] * turned[first + t];
       turned[first + t] = x < 0 ? 0 : x;

@@ -37,6 +37,8 @@ class ChecksIntegrity:
         columns = sum(map(len, self.req_to_blocks.values()))
         counted = self.total_live + self.total_retired
         assert columns == counted, f"stock would hold {columns} pages, the metrics say {counted}"
+        evicted = sum(map(self.schedule.evicted_tokens, self.evicting.values()))
+        assert evicted == self.total_evicted, f"{evicted} tokens are evicted, the metrics say {self.total_evicted}"
 
     def _check_schedule(self, request: Request) -> None:
         """What was retired, the schedule must have retired too: a prompt that grew would move it back in `full` prefill."""

@@ -89,6 +89,7 @@ class KeepsStates:
         """The request goes on from hit pages that were a state: they become its own."""
         self.evicting[request_id] = boundary
         self.total_retired += boundary - self.rewritten_pages
+        self.total_evicted += self.schedule.evicted_tokens(boundary)
         self.prefixes[request_id] = PrefixState(0, sealed=True)
         pages = self.req_to_blocks[request_id][: self.rewritten_pages]
         cached = [column for column, page in enumerate(pages) if page.block_hash is not None]

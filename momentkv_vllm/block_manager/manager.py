@@ -45,7 +45,7 @@ class MomentKVManager(ChecksIntegrity, KeepsStates, FullAttentionManager):
         self.prefixes: dict[str, PrefixState] = {}
         self._copied_from: dict[int, KVCacheBlock] = {}
         # Sums over requests, so that counting costs the same for one sequence and for a thousand.
-        self.total_live = self.total_retired = 0
+        self.total_live = self.total_retired = self.total_evicted = 0
         self.states = None
         self.shares_exact_prompts = False
         self.metrics = PageMetrics(kv_cache_spec, self.block_pool.num_gpu_blocks - 1)
@@ -132,8 +132,9 @@ class MomentKVManager(ChecksIntegrity, KeepsStates, FullAttentionManager):
         self.evicting[request_id] = boundary
         freed = last - first
         self.total_retired += freed
-        self._count_live(request_id, -freed)
         newly_evicted = self.schedule.evicted_tokens(boundary) - self.schedule.evicted_tokens(before)
+        self.total_evicted += newly_evicted
+        self._count_live(request_id, -freed)
         self.metrics.retired(pages=freed, tokens=newly_evicted)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
@@ -144,7 +145,9 @@ class MomentKVManager(ChecksIntegrity, KeepsStates, FullAttentionManager):
         elif state and state.request:
             self._cache_last_step(state.request)
         blocks = super().pop_blocks_for_free(request_id)
-        self.total_retired -= max(0, self.blocks.retired(self.evicting.pop(request_id, 0)) - self.rewritten_pages)
+        boundary = self.evicting.pop(request_id, 0)
+        self.total_retired -= max(0, self.blocks.retired(boundary) - self.rewritten_pages)
+        self.total_evicted -= self.schedule.evicted_tokens(boundary)
         self.total_live -= self.live_pages.pop(request_id, 0)
         self._publish()
         return blocks
@@ -201,4 +204,5 @@ class MomentKVManager(ChecksIntegrity, KeepsStates, FullAttentionManager):
             self._publish()
 
     def _publish(self) -> None:
-        self.metrics.holdings(self.total_live, self.total_retired, len(self.live_pages), len(self.evicting))
+        counts = self.total_live, self.total_retired, self.total_evicted, len(self.live_pages), len(self.evicting)
+        self.metrics.holdings(*counts)

@@ -6,6 +6,7 @@ from momentkv_vllm.metrics import (
     CORE_METRICS,
     EVICTED_TOKENS,
     FREED_BYTES,
+    HELD_TOKENS,
     LIVE_PAGES,
     POOL_PAGES,
     RETIRED_PAGES,
@@ -16,6 +17,7 @@ from momentkv_vllm.metrics import (
     STATE_SAVED_TOKENS,
     STATES,
     STOCK_PAGES,
+    TOKENS,
     MetricWriter,
 )
 
@@ -30,6 +32,7 @@ class PageMetrics(MetricWriter):
         self._page_bytes = spec.page_bytes
         self.set(POOL_PAGES, pool_pages)
         self.set(BUDGET_PAGES, spec.blocks.budget)
+        self.set(HELD_TOKENS, spec.schedule.held_tokens)
 
     def retired(self, pages: int, tokens: int) -> None:
         """Pages were freed and tokens evicted."""
@@ -48,11 +51,13 @@ class PageMetrics(MetricWriter):
     def states_held(self, states: int) -> None:
         self.set(STATES, states)
 
-    def holdings(self, live_pages: int, absent_pages: int, sequences: int, evicting: int) -> None:
-        """State of all sequences: pages they own and pages they retired, how many own any and how many evict."""
+    def holdings(self, live_pages: int, absent_pages: int, evicted: int, sequences: int, evicting: int) -> None:
+        """State of all sequences: pages they own and retired, tokens they evicted; how many own any page, how many evict."""
         store, moments = evicting * (self._blocks.rewritten - self._moment_pages), evicting * self._moment_pages
         for index, pages in enumerate((store, moments, live_pages - store - moments)):
             self.set(LIVE_PAGES, pages, index)
         self.set(STOCK_PAGES, live_pages + absent_pages)
+        self.set(TOKENS, (live_pages + absent_pages) * self._blocks.tokens - evicted, 0)
+        self.set(TOKENS, evicted, 1)
         self.set(SEQUENCES, sequences - evicting, 0)
         self.set(SEQUENCES, evicting, 1)
