@@ -3,7 +3,7 @@
 The kernels are built against the torch of this environment (pip install --no-build-isolation) and need a C++20 compiler.
 csrc/cpu: always; MOMENTKV_BUILD_CPU=0 leaves them out, on a CPU the PyTorch reference kernels serve then, slowly.
 csrc/cuda: where that torch is a CUDA build and nvcc is found; MOMENTKV_BUILD_CUDA=1 insists, 0 leaves them out.
-MOMENTKV_SANITIZE=1 builds csrc/cpu with AddressSanitizer and UBSan (make test-sanitize).
+MOMENTKV_SANITIZE=1 builds csrc/cpu with AddressSanitizer and UBSan (tests/sanitize.sh).
 """
 
 import os

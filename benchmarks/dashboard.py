@@ -1,6 +1,6 @@
 """Draws the Grafana dashboard's panels from a real run: `vllm serve` under rising load, scraped by a real Prometheus.
 
-Not a screenshot of Grafana: the same queries, as Prometheus answers them over time, drawn by matplotlib (make bench-dashboard).
+Not a screenshot of Grafana: the same queries, as Prometheus answers them over time, drawn by matplotlib.
 """
 
 import concurrent.futures
@@ -20,7 +20,7 @@ from prometheus import Prometheus, panels
 from server import Server
 from tqdm import tqdm
 
-sys.path.append(str(Path(__file__).parent.parent / "tests"))
+sys.path.append(str(Path(__file__).parent.parent / "tests/support"))
 from tiny_models import make_llama
 
 PHASES = ((1, 300), (4, 2500), (10, 4000), (2, 120))

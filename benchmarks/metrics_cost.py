@@ -1,4 +1,4 @@
-"""What the metrics cost, in CPU time of one thread, beside the decode attention that they accompany (make bench-metrics)."""
+"""What the metrics cost, in CPU time of one thread, beside the decode attention that they accompany (make bench NAME=metrics)."""
 
 import os
 import statistics

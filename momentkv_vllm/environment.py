@@ -76,7 +76,11 @@ BUILD_CUDA = Variable(
 )
 SANITIZE = Variable("MOMENTKV_SANITIZE", "0, 1", "0", "setup.py", "1 builds csrc/cpu with AddressSanitizer and UBSan")
 EMULATE_REVERSE = Variable(
-    "MOMENTKV_EMULATE_REVERSE", "set, unset", "unset", "tests/test_cuda.py", "the CUDA emulator runs threads backwards"
+    "MOMENTKV_EMULATE_REVERSE",
+    "set, unset",
+    "unset",
+    "tests/kernels/test_cuda.py",
+    "the CUDA emulator runs threads backwards",
 )
 
 VARIABLES = (

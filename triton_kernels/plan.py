@@ -2,7 +2,7 @@
 
 The lists lie in buffers that never move and keep their shapes, so a captured CUDA graph reads this step's pages: a row that
 retires nothing has the page -1 throughout, a padding row has no query, and the kernels leave both at once. Nothing waits
-for the device. Checked against attention/step_plan.py (tests/test_decode_plan.py).
+for the device. Checked against attention/step_plan.py (tests/kernels/test_decode_plan.py).
 """
 
 import triton

@@ -1,4 +1,4 @@
-"""`make bench-gpu-engine`: stock vLLM against momentkv in the engine, CUDA graphs on. Needs vllm==0.32.0 and a GPU.
+"""`make bench-gpu RUN=D`: stock vLLM against momentkv in the engine, CUDA graphs on. Needs vllm==0.32.0 and a GPU.
 
 Each engine in a process of its own, in turn. First that CUDA graphs give the tokens of the eager engine, then time to first
 token, decode tokens/s (mean over a cycle of evictions, prompts really read), and how many tokens' KV the pool has.

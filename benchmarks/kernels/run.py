@@ -1,4 +1,4 @@
-"""`make bench-kernels`: the C++ kernels against vLLM's own on the same tokens, in one run.
+"""`make bench NAME=kernels`: the C++ kernels against vLLM's own on the same tokens, in one run.
 
 Correctness first; then medians of interleaved repeats, caches flushed before every call (between two layers a server reads
 weights). Ratios are what counts: the machine is shared.

@@ -1,5 +1,5 @@
-"""`make bench-store`: attention over a quantised store against 16-bit stores of as many bytes and of as many tokens, and what
-events and observed queries add to it.
+"""Attention over a quantised store against 16-bit stores of as many bytes and of as many tokens, and what events and observed
+queries add to it (`make bench NAME=store`).
 
 Correctness first; then medians of interleaved repeats, caches flushed before every call. Ratios are what counts.
 """

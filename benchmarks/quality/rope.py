@@ -1,6 +1,6 @@
 """Does RoPE wash out the mean key over far positions? The code model, the older part of its context evicted at random.
 
-    make bench-rope
+    make bench NAME=rope
 
 Per layer: how much of the keys' length their mean keeps, for the fastest and the slowest quarter of frequencies; and the error
 of the attention output of the last 64 queries with no correction, with one set of means, with 4 sets by age, and with means of

@@ -1,6 +1,6 @@
 """Answers under eviction against those of the full cache: RULER, LongBench, KL and perplexity; at equal bytes and equal tokens.
 
-    make bench-quality-toy                                  # small: the test model, in process
+    make bench NAME=quality-toy                                  # small: the test model, in process
     python -P -m quality.run --model meta-llama/Llama-3.1-8B-Instruct --wording english --chat --context 16384 \\
         --budgets 8192 4096 2048 1024 --samples 100 --text-file book.txt --out llama        # on a GPU
     python -P -m quality.run --model M --url full=http://127.0.0.1:8000 --url momentkv=http://127.0.0.1:8001

@@ -1,6 +1,6 @@
 """Which state and which score are worth their bytes: the simulator on the test model, everything at equal bytes.
 
-    make bench-states
+    make bench NAME=states
 
 Every cell holds the same bytes: what the state costs is taken from the retained tokens. Accuracy: all answer tokens are the
 likeliest ones (teacher-forced, the same as greedy decoding), by the tasks model; KL: of the full cache's next-token distribution

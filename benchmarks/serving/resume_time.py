@@ -2,8 +2,8 @@
 
     PYTHONPATH=benchmarks python -m serving.resume_time
 
-Part of `make bench-resume`; alone it renews its own figures in results/resume.json. Seconds are those of the CPU with one thread,
-which other jobs on the machine change little; engines that are compared run in one process and take turns.
+Part of `make bench NAME=resume`; alone it renews its own figures in results/resume.json. Seconds are those of the CPU with one
+thread, which other jobs on the machine change little; engines that are compared run in one process and take turns.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""`make bench-serving`: stock vLLM against momentkv on one machine in one run. About 15 minutes; `--quick` about 4.
+"""`make bench NAME=serving`: stock vLLM against momentkv on one machine in one run. About 15 minutes; `--quick` about 4.
 
 Beside every speed-up stands its bytes bound: weights plus KV that a stock decode step reads, over weights plus retained KV and
 records. Stock and momentkv take turns, each engine in a process of its own. `--only SECTION` measures one section again.

@@ -1,7 +1,7 @@
 """Train the test model from scratch on a CPU and save it as a Hugging Face checkpoint.
 
-    make model        the tasks model: synthetic long-context tasks (documents.py)
-    make code-model   the code model: real text (code_text.py)
+    make bench NAME=train-tasks        the tasks model: synthetic long-context tasks (documents.py)
+    make bench NAME=train-code   the code model: real text (code_text.py)
 
 Curriculum over the context length: a stage ends when its running answer loss is low. Muon for the matrices, AdamW for the
 rest (experiments: AdamW alone needs several times more steps to form the induction heads).

@@ -20,6 +20,6 @@ into with blocks of several pages, and with copies in hybrid models. The one of 
 is added and replaces nothing. The last is a value, no method: set in the worker's copy of the model config where a page schedule
 asks for prompt lengths.
 
-tests/test_seams.py is the second ledger: it finds every patch in our source, wants it in this table, and says by name which
+tests/seams/test_seams.py is the second ledger: it finds every patch in our source, wants it in this table, and says by name which
 target vLLM renamed.
 """

@@ -1,4 +1,4 @@
-"""Scores of NVIDIA's kvpress for a prompt of the test model. Runs in an environment of its own (make oracle).
+"""Scores of NVIDIA's kvpress for a prompt of the test model. Runs in an environment of its own (tests/oracle/record.sh).
 
     python tests/oracle/record_kvpress.py CHECKPOINT OUT.safetensors
 

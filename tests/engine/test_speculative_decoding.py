@@ -1,0 +1,86 @@
+"""Draft tokens by n-grams: accepted and rejected across page boundaries, the same tokens as without them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from draft_run import NGRAM
+from vllm import EngineArgs
+
+pytestmark = pytest.mark.engine
+
+EXACT = {
+    "policy": "momentkv",
+    "budget_tokens": 384,
+    "moment_dtype": "float32",
+    "enable_prefix_caching": True,
+    "exact_prompt_tokens": 650,
+    # No drafts where queries are observed.
+    "observation_tokens": 8,
+}
+
+
+def run(folder, model, prompts: list[int], new_tokens: int, options: dict, **more) -> dict:
+    task = {"model": str(model), "prompts": prompts, "new_tokens": new_tokens, "options": options, "more": more}
+    script = Path(__file__).parents[1] / "support/draft_run.py"
+    done = subprocess.run([sys.executable, str(script), json.dumps(task)], capture_output=True, text=True, cwd=folder)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stdout[-2000:] + done.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("RESULT "))
+
+
+INT8 = {"store_dtype": "int8", "run_tokens": 8, "budget_tokens": 128}
+MODES = {
+    "chunked": {**INT8, "prefill": "chunked"},
+    "coarse": {"prefill": "chunked", "prefill_retire_tokens": 64},
+    "full": {"prefill": "full"},
+    "auto": {**INT8, "prefill": "auto"},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_tokens_are_those_without_drafts(tmp_path, models, mode):
+    seen = run(tmp_path, models(seed=1), [30, 350, 381, 385, 600], 150, {**EXACT, **MODES[mode]})
+    assert seen["got"] == seen["want"]
+    assert seen["retired"][0] == seen["retired"][1] and seen["retired"][0][0] > 0
+    assert not any(seen["events"]), "an event depends on draft tokens"
+    steps = seen["steps"]
+    drafts = sum(tokens - 1 for _, tokens in steps)
+    positions = sum(map(len, seen["want"])) - len(seen["want"])
+    assert len(steps) < positions, "no draft was accepted: the test proves nothing"
+    assert drafts > positions - len(steps), "no draft was rejected: the test proves nothing"
+    assert any(first // 16 < (first + tokens - 1) // 16 for first, tokens in steps), "no draft crossed a page"
+
+
+def test_a_prompt_that_comes_again_starts_from_its_state(tmp_path, models):
+    seen = run(tmp_path, models(seed=1), [900, 900], 120, {**EXACT, "max_num_seqs": 1})
+    assert seen["got"] == seen["want"] and seen["want"][0] == seen["want"][1]
+    assert seen["cached"]["r1"] > 700
+
+
+def test_preemption_with_drafts(tmp_path, models):
+    tight = {"num_gpu_blocks_override": 80, "watermark": 0.0}
+    seen = run(tmp_path, models(seed=1), [200, 210, 220, 230, 240], 220, EXACT, **tight)
+    assert seen["got"] == seen["want"] and seen["preemptions"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "changes", "options", "words"),
+    [
+        ("momentkv", {"num_speculative_tokens": 15}, {}, "num_speculative_tokens 15 above 14"),
+        ("h2o", {}, {}, "observes every query"),
+        ("momentkv", {}, {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls"),
+        ("momentkv", {"method": "suffix"}, {}, "only 'ngram'"),
+    ],
+)
+def test_what_stays_refused(models, policy, changes, options, words, monkeypatch):
+    # The suffix drafter needs a package that is not installed; its absence must not hide our answer.
+    monkeypatch.setattr("vllm.config.speculative.SpeculativeConfig._validate_suffix_decoding", lambda self: None)
+    eviction = {"kv_eviction": {"policy": policy, "budget_tokens": 256}}
+    args = EngineArgs(
+        model=str(models()), additional_config=eviction, speculative_config={**NGRAM, **changes}, **options
+    )
+    with pytest.raises(ValueError, match=words):
+        args.create_engine_config()

@@ -1,1 +1,0 @@
-"""A really running evicting server under requests that nobody meant: what stock vLLM survives, it survives (make fuzz)."""

@@ -1,0 +1,480 @@
+"""Every place where we hold on to vLLM: a renamed method, parameter or field fails here by name, before it fails anywhere else."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import re
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+import torch
+
+PACKAGE = Path(__file__).parents[2] / "momentkv_vllm"
+
+# (object, parameters or fields that we rely on, who relies on it)
+CALLS = [
+    ("vllm.engine.arg_utils:EngineArgs.add_cli_args", ["parser"], "vllm_seams/engine_args.py"),
+    ("vllm.engine.arg_utils:EngineArgs.from_cli_args", ["args"], "vllm_seams/engine_args.py"),
+    ("vllm.engine.arg_utils:EngineArgs.create_engine_config", ["self"], "vllm_seams/engine_args.py"),
+    ("vllm.v1.attention.backends.registry:register_backend", ["backend", "class_path"], "vllm_seams/registry.py"),
+    (
+        "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry.register",
+        ["kvcache_spec_cls", "manager_class", "uniform_type_base_spec"],
+        "vllm_seams/registry.py",
+    ),
+    ("vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry._ensure_registered", [], "vllm_seams/registry.py"),
+    ("vllm.v1.attention.backend:AttentionBackend.customize_spec", ["spec"], "attention/spec_hook.py"),
+    (
+        "vllm.v1.attention.backend:AttentionBackend.get_supported_kernel_block_sizes",
+        ["kv_cache_spec"],
+        "attention/cpu_backend.py",
+    ),
+    (
+        "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.build",
+        ["common_prefix_len", "common_attn_metadata", "fast_build"],
+        "attention/cpu_backend.py",
+    ),
+    (
+        "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward",
+        ["layer", "query", "key", "value", "kv_cache", "attn_metadata", "output", "output_scale", "output_block_scale"],
+        "attention/layer.py",
+    ),
+    (
+        "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update",
+        ["layer", "key", "value", "kv_cache", "slot_mapping"],
+        "attention/layer.py",
+    ),
+    (
+        "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadataBuilder.build",
+        ["common_prefix_len", "common_attn_metadata", "fast_build"],
+        "attention/cuda_backend.py",
+    ),
+    (
+        "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadataBuilder.get_cudagraph_support",
+        ["vllm_config", "kv_cache_spec"],
+        "attention/cuda_backend.py",
+    ),
+    (
+        "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.forward",
+        ["layer", "query", "key", "value", "kv_cache", "attn_metadata", "output", "output_scale", "output_block_scale"],
+        "attention/layer.py",
+    ),
+    (
+        "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.do_kv_cache_update",
+        ["layer", "key", "value", "kv_cache", "slot_mapping"],
+        "attention/layer.py",
+    ),
+    (
+        "vllm.v1.attention.backends.triton_attn:TritonAttentionBackend.validate_configuration",
+        ["head_size", "dtype", "kv_cache_dtype", "has_sliding_window", "has_sink", "use_kv_connector", "use_dcp"],
+        "attention/cuda_backend.py",
+    ),
+    (
+        "vllm.v1.attention.backends.triton_attn:TritonAttentionBackend.supported_kv_cache_layouts",
+        [],
+        "attention/cuda_backend.py",
+    ),
+    (
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.remove_skipped_blocks",
+        ["request_id", "processed_computed_tokens", "num_prompt_tokens"],
+        "block_manager/manager.py",
+    ),
+    (
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.allocate_new_blocks",
+        ["request_id", "num_tokens", "num_tokens_main_model"],
+        "block_manager/manager.py",
+    ),
+    (
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.get_num_blocks_to_allocate",
+        ["request_id", "num_tokens", "new_computed_blocks", "apply_admission_cap"],
+        "block_manager/manager.py",
+    ),
+    (
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.add_local_computed_blocks",
+        ["request_id", "new_computed_blocks", "num_local_computed_tokens"],
+        "block_manager/manager.py",
+    ),
+    (
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.find_longest_cache_hit",
+        ["block_hashes", "max_length", "kv_cache_spec"],
+        "block_manager/manager.py",
+    ),
+    (
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.cache_blocks",
+        ["request", "num_tokens"],
+        "block_manager/manager.py",
+    ),
+    (
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager._remove_blocks_in_range",
+        ["request_id", "first_block", "last_block"],
+        "block_manager/manager.py",
+    ),
+    (
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.take_pending_cow_copies",
+        [],
+        "block_manager/manager.py",
+    ),
+    (
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.pop_blocks_for_free",
+        ["request_id"],
+        "block_manager/manager.py",
+    ),
+    ("vllm.v1.core.block_pool:BlockPool.get_new_blocks", ["num_blocks"], "block_manager/manager.py"),
+    ("vllm.v1.core.block_pool:BlockPool.free_blocks", ["ordered_blocks"], "block_manager/manager.py"),
+    ("vllm.v1.core.block_pool:BlockPool.move_block_hashes", ["src_block", "dst_block"], "block_manager/manager.py"),
+    ("vllm.v1.core.block_pool:BlockPool.evict_blocks", ["block_ids"], "block_manager/manager.py"),
+    (
+        "vllm.v1.core.block_pool:BlockPool.get_cached_block",
+        ["block_hash", "kv_cache_group_ids"],
+        "block_manager/keeping.py",
+    ),
+    ("vllm.v1.core.block_pool:BlockHashToBlockMap.get_one_block", ["key"], "block_manager/states.py"),
+    ("vllm.v1.engine.core:EngineCore.collective_rpc", ["method", "args"], "vllm_seams/engine_core.py"),
+    ("vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async", ["method", "args"], "state_routes.py"),
+    (
+        "vllm.entrypoints.serve.tokenize.serving:ServingTokenization.create_tokenize",
+        ["request", "raw_request"],
+        "state_routes.py",
+    ),
+    (
+        "vllm.v1.request:Request",
+        ["request_id", "prompt_token_ids", "sampling_params", "pooling_params", "cache_salt", "block_hasher"],
+        "block_manager/state_transfer.py",
+    ),
+    ("vllm.v1.core.block_pool:BlockHashToBlockMap.insert", ["key", "block"], "block_manager/states.py"),
+    ("vllm.v1.core.block_pool:BlockHashToBlockMap.contain", ["key", "block_id"], "block_manager/states.py"),
+    (
+        "vllm.v1.core.kv_cache_utils:KVCacheBlock.set_block_hash",
+        ["block_hash", "num_tokens"],
+        "block_manager/states.py",
+    ),
+    (
+        "vllm.v1.core.kv_cache_utils:resolve_block_hashes",
+        ["block_hashes", "hash_block_size", "block_size"],
+        "block_manager/states.py",
+    ),
+    (
+        "vllm.v1.core.kv_cache_utils:make_block_hash_with_group_id",
+        ["block_hash", "group_id"],
+        "block_manager/states.py",
+    ),
+    (
+        "vllm.v1.core.sched.scheduler:Scheduler._get_local_prefix_cache_hit",
+        ["request"],
+        "block_manager/scheduler.py",
+    ),
+    (
+        "vllm.v1.core.kv_cache_manager:KVCacheManager.prefix_cache_lookup_enabled",
+        ["request"],
+        "block_manager/scheduler.py",
+    ),
+    (
+        "vllm.v1.core.single_type_kv_cache_manager:SlidingWindowManager.find_longest_cache_hit",
+        [
+            "block_hashes",
+            "max_length",
+            "kv_cache_group_ids",
+            "block_pool",
+            "kv_cache_spec",
+            "drop_eagle_block",
+            "alignment_tokens",
+        ],
+        "block_manager/scheduler.py",
+    ),
+    (
+        "vllm.v1.core.sched.scheduler:Scheduler._reserve_prefill_lookahead",
+        ["request", "num_computed_tokens", "num_new_tokens"],
+        "block_manager/scheduler.py",
+    ),
+    ("vllm.v1.core.sched.scheduler:Scheduler._handle_stopped_request", ["request"], "block_manager/scheduler.py"),
+    (
+        "vllm.v1.core.sched.scheduler:Scheduler._update_request_as_session",
+        ["session", "update"],
+        "block_manager/scheduler.py",
+    ),
+    ("vllm.v1.core.sched.scheduler:Scheduler._free_request_blocks", ["request"], "block_manager/scheduler.py"),
+    ("vllm.v1.worker.cpu_model_runner:CPUModelRunner.sample_tokens", ["grammar_output"], "vllm_seams/cpu_runner.py"),
+    ("vllm.v1.worker.gpu_worker:Worker.determine_available_memory", ["self"], "vllm_seams/gpu.py"),
+    ("vllm.v1.worker.gpu_model_runner:GPUModelRunner.get_kv_cache_spec", ["self"], "vllm_seams/gpu.py"),
+    (
+        "vllm.v1.worker.cpu_model_runner:CPUModelRunner._zero_block_ids",
+        ["self", "block_ids"],
+        "vllm_seams/block_memory.py",
+    ),
+    (
+        "vllm.v1.worker.utils:copy_kv_cache_blocks_inplace",
+        ["kv_caches", "num_blocks", "kv_cache_block_copies"],
+        "vllm_seams/block_memory.py",
+    ),
+    (
+        "vllm.platforms.interface:Platform._align_hybrid_block_size",
+        ["vllm_config", "backend_cls"],
+        "vllm_seams/hybrids.py",
+    ),
+    (
+        "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl",
+        ["num_heads", "head_size", "scale", "num_kv_heads", "alibi_slopes", "sliding_window", "kv_cache_dtype"],
+        "attention/cpu_backend.py",
+    ),
+    (
+        "vllm.model_executor.layers.attention:Attention.get_kv_cache_spec",
+        ["vllm_config"],
+        "attention/spec_hook.py",
+    ),
+    ("vllm.model_executor.layers.attention:Attention.get_attn_backend", [], "attention/spec_hook.py"),
+    ("vllm.config:AttentionConfig.validate_backend_before", ["value"], "vllm_seams/gpu.py"),
+    ("vllm.config:ModelConfig.get_num_kv_heads", ["parallel_config", "arch_config"], "model_layers.py"),
+    ("vllm.config:ModelConfig.get_head_size", [], "model_layers.py"),
+    ("vllm.v1.kv_cache_interface:FullAttentionSpec.merge", ["specs"], "kv_spec.py"),
+    (
+        "vllm.v1.kv_cache_interface:FullAttentionSpec.copy_with_new_block_size",
+        ["block_size"],
+        "kv_spec.py",
+    ),
+    (
+        "vllm.v1.kv_cache_interface:FullAttentionSpec.max_memory_usage_bytes",
+        ["vllm_config"],
+        "kv_spec.py",
+    ),
+    ("vllm._custom_ops:cpu_attn_reshape_and_cache", ["key", "value", "slot_mapping", "isa"], "attention/self_check.py"),
+    ("prometheus_client.mmap_dict:MmapedDict.write_value", ["key", "value"], "metrics.py"),
+    ("vllm.distributed.parallel_state:get_tensor_model_parallel_rank", [], "attention/cpu_backend.py"),
+    ("vllm.plugins.endpoint_plugins.interface:EndpointPlugin.attach_router", ["app"], "endpoint.py"),
+    (
+        "vllm.plugins.endpoint_plugins.interface:EndpointPlugin.init_state",
+        ["engine_client", "state", "args"],
+        "endpoint.py",
+    ),
+    (
+        "vllm.entrypoints.serve.middleware.authenticate:AuthenticationMiddleware.verify_token",
+        ["headers"],
+        "endpoint.py",
+    ),
+    ("vllm.engine.protocol:EngineClient.check_health", [], "endpoint.py"),
+    ("prometheus_client.multiprocess:MultiProcessCollector.merge", ["files", "accumulate"], "metrics.py"),
+    ("prometheus_client.mmap_dict:mmap_key", ["metric_name", "name", "labelnames"], "metrics.py"),
+]
+FIELDS = [
+    (
+        "vllm.v1.attention.backend:CommonAttentionMetadata",
+        ["query_start_loc", "query_start_loc_cpu", "seq_lens", "num_reqs", "num_actual_tokens", "max_query_len",
+         "block_table_tensor", "slot_mapping", "rswa_prefix_lens", "seq_lens_cpu_upper_bound"],
+        "attention/cpu_backend.py",
+    ),
+    ("vllm.engine.arg_utils:EngineArgs", ["attention_backend", "attention_config"], "vllm_seams/gpu.py"),
+    ("vllm.config:SchedulerConfig", ["scheduler_cls", "async_scheduling", "max_num_batched_tokens"], "vllm_seams"),
+    ("vllm.config:CacheConfig", ["enable_prefix_caching", "block_size", "num_gpu_blocks_override"], "vllm_seams"),
+    ("vllm.config:VllmConfig", ["additional_config", "speculative_config", "kv_transfer_config"], "vllm_seams"),
+    (
+        "vllm.v1.kv_cache_interface:FullAttentionSpec",
+        ["block_size", "num_kv_heads", "head_size", "head_size_v", "dtype", "sliding_window", "page_size_padded"],
+        "kv_spec.py",
+    ),
+    ("vllm.v1.kv_cache_interface:SlidingWindowSpec", ["sliding_window"], "attention/spec_hook.py"),
+    ("vllm.v1.kv_cache_interface:ChunkedLocalAttentionSpec", ["attention_chunk_size"], "attention/spec_hook.py"),
+    (
+        "vllm.config.model_arch:ModelArchitectureConfig",
+        ["head_size", "total_num_kv_heads", "total_num_hidden_layers", "per_layer_overrides"],
+        "model_layers.py",
+    ),
+    (
+        "vllm.v1.core.sched.output:SchedulerOutput",
+        ["kv_cache_block_copies", "num_scheduled_tokens", "scheduled_spec_decode_tokens"],
+        "block_manager/manager.py",
+    ),
+]  # fmt: skip
+
+
+def find(path: str):
+    module, _, names = path.partition(":")
+    found = importlib.import_module(module)
+    for name in names.split("."):
+        assert hasattr(found, name), f"vLLM has no {path} any more"
+        found = getattr(found, name)
+    return found
+
+
+@pytest.mark.parametrize(("path", "parameters", "user"), CALLS, ids=[c[0].split(":")[1] for c in CALLS])
+def test_calls(path, parameters, user):
+    found = find(path)
+    known = inspect.signature(inspect.unwrap(found)).parameters
+    for name in parameters:
+        assert name in known or name == "self", f"{path} lost its parameter {name!r}, which {user} relies on"
+
+
+@pytest.mark.parametrize(("path", "names", "user"), FIELDS, ids=[f[0].split(":")[1] for f in FIELDS])
+def test_fields(path, names, user):
+    known = {f.name for f in dataclasses.fields(find(path))}
+    for name in names:
+        assert name in known, f"{path} lost its field {name!r}, which {user} relies on"
+
+
+@pytest.mark.parametrize(("path", "user"), [c[::2] for c in CALLS], ids=[c[0].split(":")[1] for c in CALLS])
+def test_who_relies_on_a_call_names_it(path, user):
+    """A file of ours that moved, or that let go of vLLM's method, is still listed here."""
+    assert path.split(":")[1].split(".")[-1] in (PACKAGE / user).read_text(), f"{user} does not name {path}"
+
+
+@pytest.mark.parametrize(("path", "user"), [f[::2] for f in FIELDS], ids=[f[0].split(":")[1] for f in FIELDS])
+def test_who_relies_on_fields_exists(path, user):
+    assert (PACKAGE / user).exists(), f"{user} is listed for {path}"
+
+
+def source(path: str) -> str:
+    return inspect.getsource(find(path))
+
+
+def test_we_are_loaded_as_a_general_plugin():
+    group = find("vllm.plugins:DEFAULT_PLUGINS_GROUP")
+    ours = [e.value for e in entry_points(group=group) if e.name == "momentkv"]
+    assert ours == ["momentkv_vllm.plugin:register"]
+
+
+def test_the_cpu_platform_asks_for_the_backend_that_we_replace():
+    assert "CPU_ATTN" in source("vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls")
+
+
+def test_runners_ask_every_layer_for_its_spec():
+    assert "customize_attention_spec(" in source("vllm.v1.worker.gpu_model_runner:GPUModelRunner.get_kv_cache_spec")
+    assert "backend.customize_spec(spec)" in source("vllm.v1.worker.utils:customize_attention_spec")
+
+
+def test_layers_give_their_window_to_ours_and_ask_what_one_token_takes():
+    """attention/layer.py takes windows that hide nothing away, attention/spec_hook.py leaves pages of one token as they are."""
+    attention = "vllm.model_executor.layers.attention:Attention"
+    call = source(f"{attention}.__init__").split("self.impl = impl_cls(")[1]
+    given = [line.split("#")[0].strip(" ,") for line in call.splitlines()[1:]]
+    assert given[:6] == ["num_heads", "head_size", "scale", "num_kv_heads", "alibi_slopes", "sliding_window"]
+    assert "block_size=1," in source(f"{attention}.get_kv_cache_spec")
+
+
+def test_pages_get_what_the_worker_says_is_available():
+    """vllm_seams/gpu.py takes off what lies beside them, and asks the runner for the layers' specs."""
+    text = source("vllm.v1.worker.gpu_worker:Worker.get_kv_cache_spec")
+    assert "self.model_runner.get_kv_cache_spec()" in text
+    sizes = source("vllm.v1.engine.core:EngineCore._initialize_kv_caches")
+    assert "self.model_executor.determine_available_memory()" in sizes
+
+
+def test_the_scheduler_lets_us_shorten_running_and_waiting_requests_last():
+    """Between our word on the number of tokens and the allocation nothing may change it."""
+    text = source("vllm.v1.core.sched.scheduler:Scheduler.schedule")
+    parts = text.split("self._reserve_prefill_lookahead(")
+    assert len(parts) == 3, (
+        "schedule() does not ask _reserve_prefill_lookahead once for running and once for waiting requests"
+    )
+    for part in parts[1:]:
+        until_allocation = part.split("allocate_slots(")[0]
+        assert "num_new_tokens = " not in until_allocation, "schedule() changes num_new_tokens after our word"
+
+
+def test_pages_are_freed_on_settled_tokens_before_new_ones_are_allocated():
+    text = source("vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots")
+    assert "total_computed_tokens - request.num_in_flight_tokens" in text
+    steps = [
+        "remove_skipped_blocks(",
+        "allocate_new_computed_blocks(",
+        "coordinator.allocate_new_blocks(",
+        ".cache_blocks(",
+    ]
+    places = [text.index(s) for s in steps]
+    assert places == sorted(places), f"allocate_slots does not call {steps} in this order"
+
+
+def test_the_runner_still_rewinds_the_generators_of_unfinished_prompts():
+    """What vllm_seams/cpu_runner.py works around; without it that patch can go."""
+    text = source("vllm.v1.worker.gpu_model_runner:GPUModelRunner._bookkeeping_sync")
+    assert "self.discard_request_mask.np[:num_reqs]" in text and "gen.set_offset(gen.get_offset() - 4)" in text
+
+
+def test_what_a_block_is_in_a_view_is_still_mistaken():
+    """What vllm_seams/block_memory.py works around; without it those patches can go."""
+    assert "kv[block_id].zero_()" in source("vllm.v1.worker.cpu_model_runner:CPUModelRunner._zero_block_ids")
+    copies = source("vllm.v1.worker.utils:copy_kv_cache_blocks_inplace")
+    assert "key = (cache.device, cache.data_ptr())" in copies and "nbytes" not in copies.split("if key in seen")[0]
+    assert "copy_kv_cache_blocks_inplace(\n                self.kv_caches," in source(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._update_states"
+    )
+
+
+def test_blocks_are_aligned_once_the_layers_are_known_and_again_to_the_same_size():
+    """What vllm_seams/hybrids.py asks for earlier: it goes up to a multiple of the block size that it finds."""
+    assert "_align_hybrid_block_size(" in source("vllm.platforms.cpu:CpuPlatform.update_block_size_for_backend")
+    text = source("vllm.platforms.interface:Platform._align_hybrid_block_size")
+    assert "cache_config.block_size,\n            )" in text.split("kernel_block_alignment_size = max(")[1]
+    assert "if cache_config.block_size < attn_block_size:" in text
+
+
+PATCHES = {
+    "EngineArgs.add_cli_args": "vllm_seams/engine_args.py",
+    "EngineArgs.from_cli_args": "vllm_seams/engine_args.py",
+    "EngineArgs.create_engine_config": "vllm_seams/engine_args.py",
+    "CPUModelRunner.sample_tokens": "vllm_seams/cpu_runner.py",
+    "CPUModelRunner._zero_block_ids": "vllm_seams/block_memory.py",
+    "gpu_model_runner.copy_kv_cache_blocks_inplace": "vllm_seams/block_memory.py",
+    "Worker.determine_available_memory": "vllm_seams/gpu.py",
+    "EngineCore.kv_eviction_states": "vllm_seams/engine_core.py",
+    "model_arch_config.rswa_window": "attention/cpu_backend.py",
+}
+"""Everything of vLLM's that we overwrite, and where. The other ledger, with reasons: vllm_seams/__init__.py."""
+
+OPTIONS = {
+    "cache_config.prefix_cache_retention_interval",
+    "scheduler_config.disable_hybrid_kv_cache_manager",
+    "cache_config.block_size",
+}
+"""A user could have given them; we set what was left open."""
+
+
+def overwritten(path: Path) -> set[str]:
+    """`Class.name` and `config.name` that a file assigns to, of classes imported from vLLM and of its configurations."""
+    tree = ast.parse(path.read_text())
+    froms = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("vllm")]
+    theirs = {alias.asname or alias.name for n in froms for alias in n.names}
+    assigned = [t for n in ast.walk(tree) if isinstance(n, ast.Assign) for t in n.targets]
+    found = set()
+    for target in (t for t in assigned if isinstance(t, ast.Attribute)):
+        owner = target.value
+        name = owner.id if isinstance(owner, ast.Name) else getattr(owner, "attr", "")
+        if (isinstance(owner, ast.Name) and name in theirs) or (isinstance(owner, ast.Attribute) and "_config" in name):
+            found.add(f"{name}.{target.attr}")
+    return found
+
+
+def test_every_patch_is_in_both_ledgers():
+    files = {path: str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py")}
+    found = {name: where for path, where in files.items() for name in overwritten(path)}
+    ours = {name: where for name, where in found.items() if not name.endswith("._momentkv_patched")}
+    assert ours.keys() - PATCHES.keys() == OPTIONS
+    assert {name: where for name, where in ours.items() if name not in OPTIONS} == PATCHES
+    rows = re.findall(r"^\| (\w+\.\w+) \| (\S+) \|", (PACKAGE / "vllm_seams/__init__.py").read_text(), re.M)
+    assert {name: where if "/" in where else f"vllm_seams/{where}" for name, where in rows} == PATCHES
+    methods = sum(name[0].isupper() for name in PATCHES)
+    functions = sum(name.split(".")[0].endswith("_runner") for name in PATCHES)
+    said = {5: "five", 6: "six", 7: "seven"}[methods] + " patched methods, " + {1: "one patched function"}[functions]
+    said += " and " + {1: "one value"}[len(PATCHES) - methods - functions]
+    assert said in (PACKAGE.parent / "docs/design.md").read_text()
+
+
+def test_the_runner_gives_prompt_lengths_to_builders_where_a_model_asks():
+    """What setting rswa_window is for, and that nothing else on a CPU worker reads it."""
+    assert "rswa_window" in {f.name for f in dataclasses.fields(find("vllm.config.model_arch:ModelArchitectureConfig"))}
+    assert "rswa_prefix_lens" in source("vllm.v1.worker.gpu_model_runner:GPUModelRunner._build_attention_metadata")
+    assert "rswa" not in source("vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.build")
+
+
+def test_page_copies_run_before_the_step_and_read_before_they_write():
+    """What prefix caching stands on: copies of one list are one parallel assignment, made before the step's own stores."""
+    from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
+
+    cache = torch.arange(4.0).view(4, 1)
+    copy_kv_cache_blocks_inplace([cache], 4, [(0, 1), (1, 2)])
+    assert cache.flatten().tolist() == [0, 0, 1, 3]
+    assert "copy_kv_cache_blocks_inplace" in source("vllm.v1.worker.gpu_model_runner:GPUModelRunner._update_states")
+
+
+def test_vllm_keeps_both_ends_of_a_copy_until_the_list_is_handed_over():
+    text = source("vllm.v1.core.kv_cache_manager:KVCacheManager.take_kv_cache_block_copies")
+    assert "retained_blocks = [block for pair in pending_copies for block in pair]" in text

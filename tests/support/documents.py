@@ -1,0 +1,283 @@
+"""Tables of README.md and docs/ that follow from code and committed results. `make docs` writes them, one test compares.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from typing import Any
+
+import judge.show
+import load.run
+import model_families
+from named_files import DOCUMENTS, ROOT
+
+from momentkv_vllm import config
+from momentkv_vllm.calibrate.curve import Point
+from momentkv_vllm.calibrate.curve import table as calibration
+from momentkv_vllm.config import AUTO, EvictionConfig
+from momentkv_vllm.metrics import METRICS
+from momentkv_vllm.policies import OFF, builtins
+
+BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(?:.*?\n)??(<!-- end -->)", re.S)
+CHOICES = {
+    "prefill": config.PREFILL_MODES,
+    "correction": config.CORRECTIONS,
+    "moment_dtype": config.MOMENT_DTYPES,
+    "store_dtype": config.STORE_DTYPES,
+    "run_tokens": (AUTO, *config.RUN_TOKENS),
+    "kernels": config.KERNELS,
+}
+"""Legal values of the settings that are no counts."""
+CHOSEN_CELLS = (
+    ("full cache", None),
+    ("fp8 KV", None),
+    ("momentkv", 512),
+    ("momentkv", 256),
+    ("momentkv", 128),
+    ("streamingllm", 256),
+)
+"""Method and budget of the README's rows; codes are asked in 1,024 tokens, the rest in 2,048."""
+
+
+def results(name: str) -> Any:
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())["results"]
+
+
+def rows(guide: str, heading: str) -> list[list[str]]:
+    """Cells of the table with the heading row `heading`."""
+    body = (ROOT / "docs" / guide).read_text().split(heading)[1].split("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in body.splitlines()[2:]]
+
+
+def markdown(heading: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [heading, ["---"] * len(heading), *rows]
+    return "\n".join("| " + " | ".join(_cell(c) for c in line) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _span(figures: Iterable[float]) -> str:
+    figures = list(figures)
+    low, high = f"{min(figures):.2f}", f"{max(figures):.2f}"
+    return low if low == high else f"{low}-{high}"
+
+
+def policies() -> str:
+    def defaults(policy) -> str:
+        return ", ".join(f"`{key}` {value}" for key, value in policy.defaults.items())
+
+    rows = [(f"`{name}`", p.summary, p.source, defaults(p)) for name, p in builtins().items()]
+    return markdown(("policy", "a token's score (higher stays)", "source", "its own defaults"), rows)
+
+
+def policy_names() -> str:
+    return markdown(("policy", "which tokens stay"), [(f"`{name}`", p.summary) for name, p in builtins().items()])
+
+
+def flags() -> str:
+    rows = [
+        (f"`--kv-eviction {{{','.join([OFF, *builtins()])}}}`", "the policy; `off` is stock vLLM"),
+        ("`--kv-budget TOKENS`", "KV tokens per sequence, moment state included; the key `budget_tokens`"),
+        ("`--kv-eviction-config JSON`", "the keys below, as JSON or dotted: `--kv-eviction-config.window_tokens 64`"),
+    ]
+    return markdown(("flag", "meaning"), rows)
+
+
+def settings() -> str:
+    """From the attributes in the docstring of EvictionConfig."""
+    described = (EvictionConfig.__doc__ or "").split("Attributes:\n")[1]
+    meanings = dict(re.findall(r"^\s{8}(\w+): ((?:.|\n\s{12})+)", described, re.M))
+    rows = []
+    for f in fields(EvictionConfig):
+        meaning = re.sub(r"\s+", " ", meanings[f.name]).strip().replace('"', "`").rstrip(".")
+        meaning = meaning.replace(f"None (`{AUTO}`)", f"`{AUTO}`")
+        values = ", ".join(f"`{v}`" for v in CHOICES.get(f.name, ()))
+        unset = f"`{AUTO}`" if f"`{AUTO}`" in meaning else "-"
+        rows.append((f"`{f.name}`", unset if f.default is None else f"`{f.default}`", values, meaning))
+    return markdown(("key", "default", "values", "meaning"), rows)
+
+
+def metrics() -> str:
+    return markdown(("metric", "type", "meaning"), [(f"`{m.shown}`", m.kind, m.help) for m in METRICS])
+
+
+def gains() -> str:
+    """What the README promises first, each from its benchmark's results."""
+    heading, stock, ours, *_ = results("demo")["table"]
+    held, pool, right = (heading.index(c) for c in ("while it answers", "pool tokens", "right, over documents"))
+    serving_found, again = results("serving"), results("resume")
+    decode = next(
+        r["speedup"] for r in serving_found["decode"] if (r["head_dim"], r["context"], r["batch"]) == (128, 8192, 8)
+    )
+    full, quarter = (judge.show.summary([_judged(*cell)])[1] for cell in (("full cache", None), ("momentkv", 256)))
+    share = {e: f"{100 * again[f'conversations, small pool, {e}']['share']:.0f} %" for e in ("stock", "momentkv")}
+    rows = [
+        ("KV memory of an answering sequence, in tokens", stock[held], ours[held], "`make demo`, budget 512"),
+        ("KV pool, in tokens, for four users at a time", stock[pool], ours[pool], "`make demo`"),
+        ("facts it then finds in documents", stock[right], ours[right], "`make demo`, the same words"),
+        ("codes found with a quarter of the memory", full, quarter, "`make bench NAME=quality`, SmolLM2-135M"),
+        ("sequences at a time in one pool", "1x", f"{serving_found['pool']['ratio']:.1f}x", "`make bench NAME=serving`, prompts of 2,048, budget 512"),
+        ("decode tokens/s, 8K context, batch 8", "1x", f"{decode:.1f}x", "`make bench NAME=serving`, budget 1,024, 16-bit store, 2 CPU cores"),
+        ("prompt tokens computed in chats that outgrow the pool", share["stock"], share["momentkv"], "`make bench NAME=resume`, 20 turns"),
+    ]  # fmt: skip
+    return markdown(("", "stock vLLM", "with momentkv", "measured by"), rows)
+
+
+def _judged(method: str, budget: int | None) -> dict[str, Any]:
+    """The cell of the real model; in `chunked` prefill."""
+    (cell,) = (
+        c
+        for c in results("judge_engine_report")["cells"]
+        if c["method"] == method and c["prefill"] in ("", None, "chunked") and budget in (None, c["budget_tokens"])
+    )
+    return cell
+
+
+def judged_short() -> str:
+    """The README's rows of the real model."""
+    rows = []
+    for method, budget in CHOSEN_CELLS:
+        kl, codes, _, answers = judge.show.summary([_judged(method, budget)])
+        rows.append((f"`{method}`, budget {budget}" if budget else method, kl, codes, answers))
+    return markdown(("", "KL", "codes found", "answers, nats per token over the full cache"), rows)
+
+
+def speed_short() -> str:
+    by = {(r["context"], r["batch"]): r["speedup"] for r in results("serving")["decode"]
+          if r["head_dim"] == 128 and "speedup" in r}  # fmt: skip
+    batches = (1, 8, 32)
+    rows = [(f"{c:,}", *(by.get((c, b), "-") for b in batches)) for c in sorted({c for c, _ in by})]
+    return markdown(("context", *(f"batch {b}" for b in batches)), rows)
+
+
+def serving() -> str:
+    columns = ("head_dim", "context", "batch", "speedup", "bytes_bound")
+    rows = [[r[c] for c in columns] for r in results("serving")["decode"] if "speedup" in r]
+    return markdown(("d", "context", "batch", "decode tokens/s over stock", "bytes bound"), rows)
+
+
+def serving_rest() -> str:
+    found = results("serving")
+    rows = [(f"time to first token over stock's, {r['context']:,} tokens", r["ttft_to_stock"]) for r in found["ttft"]]
+    pool, overhead = found["pool"], found["overhead"]
+    rows += [
+        (f"sequences at a time in a pool of {pool['pool_tokens']:,} tokens, over stock's (budget 512)", pool["ratio"]),
+        ("what the pages allow", pool["arithmetic"]),
+        ("decode speed with eviction off, over vLLM without this package", f"{overhead['off_to_stock']:.3f}"),
+        ("decode speed below the budget, over the same", f"{overhead['under_budget_to_stock']:.3f}"),
+        ("spread of stock's own repeats", f"{100 * overhead['spread_of_stock']:.1f} %"),
+    ]
+    return markdown(("figure", "measured"), rows)
+
+
+def kernels() -> str:
+    rows = [(a["shape"], a["attend_to_vllm"], a["corrected_to_attend"]) for a in results("kernels")["attend"]]
+    return markdown(("attend over the same tokens", "time / vLLM's kernel", "with correction / without"), rows)
+
+
+def store() -> str:
+    found = results("store")
+
+    def spans(to: str) -> str:
+        by = {d: [r[to] for r in found["attend"] if r["store_dtype"] == d] for d in ("int8", "int4")}
+        return " / ".join(_span(by[d]) for d in ("int8", "int4"))
+
+    int4 = [r for r in found["events"] if r["store_dtype"] == "int4"]
+    rows = [
+        (
+            "attention over an int8 / int4 store, time over that of a 16-bit store of the same bytes",
+            spans("to_same_bytes"),
+        ),
+        ("... of a 16-bit store of the same tokens", spans("to_same_tokens")),
+        ("retiring tokens, share of decode attention at budget 1,024", _span(r["retiring_share"] for r in int4)),
+        ("observing a query, share of its attention", _span(r["observing_share"] for r in int4)),
+    ]
+    return markdown(("figure", "measured"), rows)
+
+
+def resume() -> str:
+    found = results("resume")
+    rows = []
+    for load_name in ("conversations", "documents"):
+        for pool in ("ample", "small"):
+            engines = (
+                found.get(f"{load_name}, {pool} pool, {e}") for e in ("stock", "momentkv", "momentkv, no states")
+            )
+            rows.append((f"{load_name}, {pool} pool", *(f"{100 * e['share']:.1f} %" if e else "-" for e in engines)))
+    return markdown(("prompt tokens computed", "stock", "momentkv", "momentkv, no states"), rows)
+
+
+def prefix() -> str:
+    rows = [(f"{r['system_tokens']:,}", r["saving_to_stock"]) for r in results("prefix_cache")]
+    return markdown(("tokens of the system prompt", "prompt tokens saved, over stock's saving"), rows)
+
+
+def demo() -> str:
+    heading, *rows = results("demo")["table"]
+    return markdown(heading, [[f"{c:.3f}" if isinstance(c, float) else c for c in row] for row in rows])
+
+
+def calibrated() -> str:
+    found = json.loads((ROOT / "benchmarks/results/calibrate.json").read_text())
+    curve = calibration([Point(**p) for p in found["points"]], found["pool_gib"])
+    best = f"The smallest budget within {found['tolerance']:g} nats per token:\n  {found['command']}"
+    return f"```text\n{curve}\n\n{best}\n```"
+
+
+def memory() -> str:
+    rows = []
+    for cell in results("memory"):
+        resident = cell["samples"]["resident"]
+        kept = {"default": "1,024 (default)"}.get(cell["primitives"], cell["primitives"])
+        growth = f"{100 * cell['growth_of_second_half']:.1f} %"
+        rows.append((cell["engine"], kept, f"{resident[0]:.0f} to {resident[-1]:.0f}", growth))
+    return markdown(("engine", "products kept", "resident MiB", "growth of the second half"), rows)
+
+
+def states() -> str:
+    rows = [(name, f"{c['mean']:.3f}", f"{c['kl']:.4f}") for name, c in results("states")["cells"].items() if "kl" in c]
+    return markdown(("score / state / window / budget / prefill", "mean accuracy", "KL"), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "calibration": calibrated,
+    "demo": demo,
+    "flags": flags,
+    "gains": gains,
+    "judge": lambda: judge.show.overview(results("judge_engine_report")["cells"]),
+    "judge-short": judged_short,
+    "kernels": kernels,
+    "load": lambda: load.run.table(results("load")["rows"]),
+    "memory": memory,
+    "metrics": metrics,
+    "models": model_families.table,
+    "policies": policies,
+    "policy-names": policy_names,
+    "prefix": prefix,
+    "resume": resume,
+    "serving": serving,
+    "serving-rest": serving_rest,
+    "settings": settings,
+    "speed-short": speed_short,
+    "states": states,
+    "store": store,
+}
+"""By the name in a document."""
+
+
+def updated(text: str) -> str:
+    """`text` with every table as it should be. Raises KeyError for a name that is not in TABLES."""
+    return BLOCK.sub(lambda m: m[1] + TABLES[m[2]]() + "\n" + m[3], text)
+
+
+if __name__ == "__main__":
+    for document in DOCUMENTS:
+        before = document.read_text()
+        if (after := updated(before)) != before:
+            document.write_text(after)
+            print(f"written {document.relative_to(ROOT)}")
