@@ -135,6 +135,7 @@ SMALL = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 @pytest.mark.timeout(600)
 def test_a_small_run(tmp_path, monkeypatch):
@@ -162,6 +163,7 @@ def test_a_small_run(tmp_path, monkeypatch):
     assert again["results"] == written["results"] and again["targets"] == written["targets"]
 
 
+@pytest.mark.slow
 @pytest.mark.server
 @pytest.mark.timeout(600)
 def test_a_server_and_an_engine_agree(tmp_path, monkeypatch):

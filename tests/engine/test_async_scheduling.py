@@ -3,8 +3,6 @@
 import pytest
 from engine import random_prompt
 
-pytestmark = pytest.mark.engine
-
 EXACT = {"policy": "momentkv", "budget_tokens": 384, "moment_dtype": "float32", "exact_prompt_tokens": 650}
 INT8 = {"store_dtype": "int8", "run_tokens": 8, "budget_tokens": 128}
 

@@ -5,8 +5,6 @@ from engine import random_prompt
 
 from momentkv_vllm.policies import names
 
-pytestmark = pytest.mark.engine
-
 EVICT = {"policy": "momentkv", "budget_tokens": 256}
 # For equality of tokens between differently cut runs: less rounding, so that only real differences flip a token.
 EXACT = {**EVICT, "moment_dtype": "float32", "budget_tokens": 384, "exact_prompt_tokens": 650}

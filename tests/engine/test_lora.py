@@ -6,8 +6,6 @@ from tiny_models import make_adapter
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
-pytestmark = pytest.mark.engine
-
 # The default's store, in int8; the long prompts overflow it.
 EVICT = {"policy": "momentkv", "budget_tokens": 128, "store_dtype": "auto"}
 

@@ -6,8 +6,6 @@ from model_families import FAMILIES, make_config, make_model
 from vllm import EngineArgs
 from vllm.model_executor.models import registry
 
-pytestmark = pytest.mark.engine
-
 BUDGET, STEP = 256, 256
 EVICT = {"policy": "momentkv", "budget_tokens": BUDGET, "max_model_len": 2048, "max_num_batched_tokens": STEP}
 INT8 = {"store_dtype": "int8", "run_tokens": 8, "budget_tokens": 96}

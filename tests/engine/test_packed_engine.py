@@ -8,8 +8,6 @@ from simulated import log_probabilities
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kv_spec import StateLayout
 
-pytestmark = pytest.mark.engine
-
 PAGE, PROMPT, NEW = 16, 600, 40
 INT4 = {"policy": "momentkv", "budget_tokens": 256, "store_dtype": "int4", "run_tokens": 8, "window_tokens": 64}
 SETTINGS = {

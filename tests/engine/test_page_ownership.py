@@ -16,7 +16,7 @@ def registered():
     init_none_hash(cheap_hash)
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3))])
 def test_random_schedules(part):
     hits = preemptions = evicted = resumed = 0
     for seed in range(part, SCHEDULES, 4):

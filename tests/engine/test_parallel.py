@@ -75,7 +75,9 @@ def one_worker(tmp_path_factory, models):
     return result_of(tmp_path_factory.mktemp("one"), models(seed=1), "0", enforce_eager=True)
 
 
-@pytest.mark.parametrize("ranks", ["tensor_parallel_size", "pipeline_parallel_size"])
+@pytest.mark.parametrize(
+    "ranks", ["tensor_parallel_size", pytest.param("pipeline_parallel_size", marks=pytest.mark.slow)]
+)
 def test_two_ranks_give_the_tokens_and_metrics_of_one(tmp_path, models, one_worker, ranks):
     """Counted once, although both ranks consolidate; the same bytes, although each holds half of them."""
     eager = ranks == "tensor_parallel_size"
@@ -96,6 +98,7 @@ def test_two_ranks_give_the_tokens_and_metrics_of_one(tmp_path, models, one_work
     assert 0 < timed[1] < 1.5 * timed[0]
 
 
+@pytest.mark.slow
 @pytest.mark.server
 def test_two_data_parallel_engines_give_the_tokens_of_one(tmp_path, models, one_worker):
     eviction = ["--kv-eviction", "momentkv", "--kv-budget", "384", "--kv-eviction-config.moment_dtype", "float32"]

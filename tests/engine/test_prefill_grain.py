@@ -3,8 +3,6 @@
 import pytest
 from engine import random_prompt
 
-pytestmark = pytest.mark.engine
-
 BUDGET, RETIRE, GRAIN, PAGE = 256, 16, 128, 16
 COARSE = {
     "policy": "momentkv", "budget_tokens": BUDGET, "moment_dtype": "float32", "block_size": PAGE, "prefill_retire_tokens": GRAIN,

@@ -6,8 +6,6 @@ import pytest
 from engine import random_prompt
 from vllm import EngineArgs
 
-pytestmark = pytest.mark.engine
-
 BUDGET = 384
 EXACT = {
     "policy": "momentkv", "budget_tokens": BUDGET, "moment_dtype": "float32", "exact_prompt_tokens": 650, "state_share": 0,

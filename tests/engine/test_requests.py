@@ -6,8 +6,6 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-pytestmark = pytest.mark.engine
-
 EXACT = {"policy": "momentkv", "budget_tokens": 384, "moment_dtype": "float32"}
 LONG = random_prompt(500)
 

@@ -5,8 +5,6 @@ from engine import Engine, random_prompt
 from vllm import SamplingParams
 from vllm.v1.request import RequestStatus
 
-pytestmark = pytest.mark.engine
-
 PIECES = [random_prompt(150, seed=1), *(random_prompt(n, seed=n) for n in (150, 120, 300))]
 NEW = 20
 

@@ -9,8 +9,6 @@ import pytest
 from draft_run import NGRAM
 from vllm import EngineArgs
 
-pytestmark = pytest.mark.engine
-
 EXACT = {
     "policy": "momentkv",
     "budget_tokens": 384,
@@ -40,7 +38,7 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["chunked", *(pytest.param(m, marks=pytest.mark.slow) for m in list(MODES)[1:])])
 def test_tokens_are_those_without_drafts(tmp_path, models, mode):
     seen = run(tmp_path, models(seed=1), [30, 350, 381, 385, 600], 150, {**EXACT, **MODES[mode]})
     assert seen["got"] == seen["want"]
@@ -60,6 +58,7 @@ def test_a_prompt_that_comes_again_starts_from_its_state(tmp_path, models):
     assert seen["cached"]["r1"] > 700
 
 
+@pytest.mark.slow
 def test_preemption_with_drafts(tmp_path, models):
     tight = {"num_gpu_blocks_override": 80, "watermark": 0.0}
     seen = run(tmp_path, models(seed=1), [200, 210, 220, 230, 240], 220, EXACT, **tight)

@@ -13,8 +13,6 @@ from momentkv_vllm import state_file
 from momentkv_vllm.metrics import STATES
 from momentkv_vllm.model_identity import model_identity
 
-pytestmark = pytest.mark.engine
-
 DOCUMENT = random_prompt(900, seed=3)
 QUESTION = DOCUMENT + random_prompt(30, seed=1)[1:]
 SETTINGS = {

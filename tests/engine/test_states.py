@@ -15,8 +15,6 @@ from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.metrics import STATE_HITS, STATE_MISSED_TOKENS, STATE_SAVED_TOKENS, STATES
 from momentkv_vllm.page_schedule import PageSchedule
 
-pytestmark = pytest.mark.engine
-
 BUDGET, RETIRE = 256, 16
 EXACT = {
     "policy": "momentkv",

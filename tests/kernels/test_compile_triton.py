@@ -15,6 +15,7 @@ KERNELS |= {(name, 4) for name in OVER_STORES} | {(name, 8) for name in OVER_STO
 MOST_SHARED_BYTES = 227 << 10  # what a block of an H100 can have
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_kernel_compiles_for_hopper(tmp_path):
     script = Path(__file__).parents[1] / "support/compile_triton.py"

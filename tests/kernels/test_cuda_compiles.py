@@ -20,7 +20,10 @@ KERNEL = re.compile(
 )
 NUMBERS = re.compile(r"I(?:NS0?_\d+)?(BFloat16|Float16)ELi(\d+)E")
 
-pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is missing: the CUDA sources are not compiled here")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(NVCC is None, reason="nvcc is missing: the CUDA sources are not compiled here"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,9 @@ from momentkv_vllm.kernels import FAMILIES, select
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "generic"])
+@pytest.mark.parametrize(
+    "isa", [pytest.param("avx512", marks=pytest.mark.slow), "avx2", pytest.param("generic", marks=pytest.mark.slow)]
+)
 def test_the_other_instruction_sets(isa):
     """The same cases in a process that may not use the best one."""
     if isa == select("cpu").isa():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.extend(str(Path(__file__).parents[1] / "benchmarks" / folder) for folder in ("gpu", ""))
+sys.path.extend(str(Path(__file__).parents[2] / "benchmarks" / folder) for folder in ("gpu", ""))
 import graph  # noqa: E402  no package
 
 from momentkv_vllm.kernels import select  # noqa: E402

@@ -9,7 +9,7 @@ REQUESTS = 400
 SCHEMA_EXAMPLES = 5
 
 
-@pytest.mark.server
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_nothing_that_a_client_sends_ends_the_server(tmp_path):
     server = start(tmp_path, PROFILES["embeds"], evicting=True).wait_ready()

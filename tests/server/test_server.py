@@ -12,7 +12,7 @@ from tiny_models import make_llama
 
 from momentkv_vllm.environment import METRICS_DIR
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.timeout(600)]
 
 POOL = ["--num-gpu-blocks-override", "81", "--max-num-batched-tokens", "256", "--max-model-len", "6000"]
 OPTIONS = ["--kv-eviction", "momentkv", "--kv-budget", "256", "--kv-eviction-config.window_tokens", "48", *POOL]

@@ -4,9 +4,8 @@ import pytest
 from soak.catalog import NEAR_TIE, Request
 from soak.run import MOMENTKV, Soak, judge, soak
 
-pytestmark = pytest.mark.server
 
-
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_mixed_traffic_and_a_killed_worker(tmp_path):
     with Soak(tmp_path, 16, MOMENTKV) as running:

@@ -16,7 +16,7 @@ from tiny_models import make_llama
 
 from momentkv_vllm.environment import METRICS_DIR
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 KEY = "a-secret"
 EVICT = [
