@@ -250,6 +250,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "flags": flags,
     "gains": gains,
     "judge": lambda: judge.show.overview(results("judge_engine_report")["cells"]),
+    "judge-correction": lambda: judge.show.overview(results("judge_correction")["cells"]),
+    "judge-full": lambda: judge.show.overview(results("judge_full_prefill")["cells"]),
     "judge-short": judged_short,
     "kernels": kernels,
     "load": lambda: load.run.table(results("load")["rows"]),
