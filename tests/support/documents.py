@@ -212,6 +212,12 @@ def resume() -> str:
     return markdown(("prompt tokens computed", "stock", "momentkv", "momentkv, no states"), rows)
 
 
+def turns() -> str:
+    found, shown = results("resume")["time"]["turns"], (2, 5, 10, 15, 20)
+    rows = [(name, *(row[turn - 1] / row[1] for turn in shown)) for name, row in found.items()]
+    return markdown(("time to first token, over that of turn 2", *(f"turn {turn}" for turn in shown)), rows)
+
+
 def prefix() -> str:
     rows = [(f"{r['system_tokens']:,}", r["saving_to_stock"]) for r in results("prefix_cache")]
     return markdown(("tokens of the system prompt", "prompt tokens saved, over stock's saving"), rows)
@@ -268,6 +274,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed-short": speed_short,
     "states": states,
     "store": store,
+    "turns": turns,
 }
 """By the name in a document."""
 
