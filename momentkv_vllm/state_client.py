@@ -45,8 +45,14 @@ def run(args: argparse.Namespace) -> None:
         for state in listed:
             print(json.dumps(state))
         return
+    refusals = []
     for name in args.names or [state["name"] for state in listed if "error" not in state]:
-        print(json.dumps(_ask(args.url, "/load", {"name": name, "cache_salt": args.cache_salt})), flush=True)
+        try:
+            print(json.dumps(_ask(args.url, "/load", {"name": name, "cache_salt": args.cache_salt})), flush=True)
+        except ValueError as error:  # the next file may fit
+            refusals.append(f"{name}: {error}")
+    if refusals:
+        raise ValueError("\n".join(refusals))
 
 
 def _text(args: argparse.Namespace) -> dict[str, Any]:

@@ -181,7 +181,8 @@ class MomentKVManager(ChecksIntegrity, KeepsStates, FullAttentionManager):
         self.block_pool.evict_blocks({page.block_id for page in cached[len(copies) :]})
 
     def _spare_pages(self) -> int:
-        """Free pages that this step cannot need: a copy must never be the reason for a preemption."""
+        """Free pages that this step's requests cannot need of this group: a copy must not be the reason for a preemption.
+        Layers of other groups take a page or two of the same pool as well, which is not counted."""
         step_pages = self.kv_cache_spec.step_tokens // self.block_size + len(self.req_to_blocks)
         return max(0, self.block_pool.get_num_free_blocks() - step_pages)
 

@@ -33,7 +33,7 @@ def announce(spec: MomentKVSpec, pool_pages: int) -> None:
             f"the KV pool has {pool_pages} pages of {blocks.tokens} tokens, but a sequence needs up to {need}: {blocks.budget} "
             f"for --kv-budget {spec.config.budget_tokens} and {need - blocks.budget} for "
             f"{schedule.what_needs_pages(spec.step_tokens)}",
-            "lower --max-num-batched-tokens, exact_prompt_tokens or --kv-budget",
+            "lower --max-num-batched-tokens, exact_prompt_tokens, prefill_retire_tokens or --kv-budget",
             "give the KV cache more memory",
             WITHOUT,
         )

@@ -75,7 +75,8 @@ class StateTransfer:
         start = time.perf_counter()
         header = self._call("open_kv_state", self.folder, name, self.identity)[0]
         tokens, event = header["token_ids"], header["tokens"]
-        request = self._request(tokens, salt)
+        # As if more text followed: a text that prefill "auto" reads exactly finds no state.
+        request = self._request(tokens, salt, behind=1 + max(0, self.spec.schedule.exact_prompt_tokens - len(tokens)))
         self._check(name, header, tokens)
         found, _ = next(self._hits(request), (0, ()))
         if found < event:
@@ -85,9 +86,10 @@ class StateTransfer:
             refuse(f"state {name} lacks pages that this server's layers need", "save it again here")
         return self._said(name, event, start)
 
-    def _request(self, tokens: list[int], salt: str | None) -> Request:
-        settings = SamplingParams(max_tokens=1)
-        return Request("kv-state", [*tokens, NO_TOKEN], settings, None, cache_salt=salt, block_hasher=self.hasher)
+    def _request(self, tokens: list[int], salt: str | None, behind: int = 1) -> Request:
+        """A text's, with so many tokens behind it."""
+        text, settings = [*tokens, *[NO_TOKEN] * behind], SamplingParams(max_tokens=1)
+        return Request("kv-state", text, settings, None, cache_salt=salt, block_hasher=self.hasher)
 
     def _hits(self, request: Request) -> Iterator[tuple[int, Rows]]:
         """The request's states, the latest first, with the pages of all groups."""
@@ -98,7 +100,11 @@ class StateTransfer:
 
     def _check(self, name: str, header: Header, tokens: list[int]) -> None:
         event, schedule = header["tokens"], self.spec.schedule
-        if token_hash(tokens) != header["token_hash"] or len(tokens) != event or schedule.last_event(event) != event:
+        if (
+            token_hash(tokens) != header["token_hash"]
+            or len(tokens) != event
+            or schedule.last_common_event(event, event) != event
+        ):
             refuse(f"state {name} is damaged: its tokens are not those of its header", "save it again")
         size, kept = schedule.page_size, range(self.states.state_pages)
         wanted = [*kept, *range(schedule.boundary_column(event), event // size)]
@@ -128,7 +134,7 @@ class StateTransfer:
         finally:
             # In reverse: of pages freed together vLLM takes the first ones first, and a state is worth nothing without its own.
             pool.free_blocks(reversed(taken))
-        self.states.remember(request)
+        self.states.remember(request, end=event)
         self.scheduler.evicting.metrics.states_held(self.states.count())
 
     def _name(self, request: Request, event: int, group: int, columns: list[int], row: list[KVCacheBlock]) -> None:

@@ -179,9 +179,9 @@ class StateCache:
         if name in self.held:
             self.held[name] = self.held.pop(name)
 
-    def remember(self, request: Request, after: int = 0) -> None:
-        """Note the events of the request's text after `after`."""
-        for _, name in self._events(request, request.num_tokens, after):
+    def remember(self, request: Request, after: int = 0, end: int | None = None) -> None:
+        """Note the events of the request's text in (after, end]; None: to its end."""
+        for _, name in self._events(request, request.num_tokens if end is None else end, after):
             self.changes += name not in self.known
             self.known[name] = None
         while len(self.known) > MAX_KNOWN:

@@ -25,7 +25,8 @@ def kv_eviction_states(self: Any, action: str, name: str, tokens: list, salt: st
     if action not in ACTIONS or (action == "save" and self.vllm_config.parallel_config.data_parallel_index):
         return {}
     if states_of(self.scheduler) is None:
-        return {"error": "this server keeps no states in files; set --kv-eviction-config.state_folder"}
+        way_out = "set --kv-eviction-config.state_folder, and a state_share of the pool that one state fits in"
+        return {"error": f"this server keeps no states in files; {way_out}"}
     try:
         if not hasattr(self, "kv_state_transfer"):  # made once: it reads parts of the weight files
             made = StateTransfer(self.vllm_config, self.scheduler, self.collective_rpc, self.request_block_hasher)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.environment import ALLOW_UNTESTED_VLLM
-from momentkv_vllm.model_layers import full_layers, has_windows
+from momentkv_vllm.model_layers import full_layers, has_windows, keeps_states
 from momentkv_vllm.refuse import WITHOUT, Unsupported, refuse, refuse_first
 from momentkv_vllm.versions import TESTED_VLLM, installed_vllm
 from momentkv_vllm.vllm_seams.gpu import BACKEND_NAMES, gpu_rows
@@ -210,12 +210,15 @@ def _state_rows(vllm_config: "VllmConfig", config: EvictionConfig) -> list[Unsup
     folder, parallel = config.state_folder, vllm_config.parallel_config
     if folder is None:
         return []
+    model = vllm_config.model_config
     keeps = config.state_share and config.prefill != "full" and vllm_config.cache_config.enable_prefix_caching
+    keeps = keeps and not keeps_states(model) and not (config.prefill == "auto" and has_windows(model))
     what, leave_out = f"kv_eviction.state_folder {folder!r}", "leave the key out"
     return [
         Unsupported(f"{what} (there is no such folder)", not os.path.isdir(folder), f"make it, {leave_out}"),
         Unsupported(
-            f"{what} without states (they need prefix caching, state_share above 0, and prefill 'chunked' or 'auto')",
+            f"{what} without states (they need prefix caching, state_share above 0, prefill 'chunked' or 'auto', no hybrid "
+            f"model, and with 'auto' no layer with a window)",
             not keeps,
             leave_out,
         ),
@@ -256,5 +259,6 @@ def _refuse_budget(vllm_config: "VllmConfig", config: EvictionConfig) -> None:
             f"--num-gpu-blocks-override {pool} leaves {pool - 1} pages of {blocks.tokens} tokens, but a sequence needs up "
             f"to {need}: {blocks.budget} for --kv-budget {config.budget_tokens}, the rest for "
             f"{schedule.what_needs_pages(step)}",
-            "lower --max-num-batched-tokens, exact_prompt_tokens or --kv-budget", "give it more pages", WITHOUT,
+            "lower --max-num-batched-tokens, exact_prompt_tokens, prefill_retire_tokens or --kv-budget",
+            "give it more pages", WITHOUT,
         )  # fmt: skip

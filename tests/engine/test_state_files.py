@@ -318,6 +318,18 @@ def test_what_files_need_is_refused_before_the_start(saving, options, words):
     assert "kv_eviction.state_folder" in str(error.value) and words in str(error.value)
 
 
+def test_a_state_below_what_prefill_auto_reads_exactly(saving):
+    """A longer text left it; as a prompt of its own, the same tokens would be read exactly and have none."""
+    settings = {"prefill": "auto", "exact_prompt_tokens": 980, "prefill_retire_tokens": 128}
+    document = random_prompt(1000, seed=2)
+    saved = save(saving(**settings), document)
+    assert 0 < saved["tokens"] < 980
+    e = saving(**settings)
+    assert ask(e, "load")["tokens"] == saved["tokens"]
+    e.generate([document + random_prompt(40, seed=3)[1:]], 4)
+    assert e.cached_tokens["r0"] == saved["tokens"]
+
+
 def test_without_a_folder_there_are_no_files(engine, models):
     e = engine(**SETTINGS, model=models(seed=1), enable_prefix_caching=True)
     assert "set --kv-eviction-config.state_folder" in save(e)["error"]

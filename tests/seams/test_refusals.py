@@ -7,6 +7,7 @@ import pytest
 import transformers
 from configured import EVICT, changed_model, config_of
 from engine import Engine
+from model_families import make_config
 from tiny_models import save_tokenizer
 from vllm import EngineArgs
 
@@ -177,3 +178,14 @@ def test_a_pool_too_small_for_an_exact_prompt(models):
         config_of(models(), additional_config=carrier, **options)
     carrier["kv_eviction"]["exact_prompt_tokens"] = 500
     assert config_of(models(), additional_config=carrier, **options)
+
+
+@pytest.mark.parametrize(("family", "prefill"), [("Gemma 3", "auto"), ("LFM2", "chunked")])
+def test_state_files_where_no_state_can_be(tmp_path, family, prefill):
+    carrier = {**EVICT["kv_eviction"], "budget_tokens": 1024, "prefill": prefill, "state_folder": str(tmp_path)}
+    with pytest.raises(ValueError, match="without states .*no hybrid model, and with 'auto' no layer with a window"):
+        config_of(
+            make_config(family, tmp_path / "model"),
+            additional_config={"kv_eviction": carrier},
+            enable_prefix_caching=True,
+        )
