@@ -147,6 +147,15 @@ def judged_short() -> str:
     return markdown(("", "KL", "codes found", "answers, nats per token over the full cache"), rows)
 
 
+def judged_long() -> str:
+    rows = []
+    for cell in results("judge_text_4k")["cells"]:
+        figures = cell["figures"]["text_4k"]
+        pairs = (figures[column] for column in ("KL", "x full"))
+        rows.append((cell["method"], *("{:.3f} +-{:.3f}".format(*pair) for pair in pairs)))
+    return markdown(("", "KL", "perplexity over the full cache's"), rows)
+
+
 def speed_short() -> str:
     by = {(r["context"], r["batch"]): r["speedup"] for r in results("serving")["decode"]
           if r["head_dim"] == 128 and "speedup" in r}  # fmt: skip
@@ -259,6 +268,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "judge-correction": lambda: judge.show.overview(results("judge_correction")["cells"]),
     "judge-full": lambda: judge.show.overview(results("judge_full_prefill")["cells"]),
     "judge-short": judged_short,
+    "judge-long": judged_long,
     "kernels": kernels,
     "load": lambda: load.run.table(results("load")["rows"]),
     "memory": memory,
