@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find momentkv_vllm triton_kernels -name '*.py') $(shell find csrc -type f)
 # One thread each: two workers share two cores.
-PYTEST = $(BIN)/pytest -n $(WORKERS) --dist loadscope
+PYTEST = $(BIN)/pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 WORKERS ?= 2
 # Never the repository root on sys.path: vLLM probes for a top-level module `triton_kernels`.
 unexport PYTHONPATH
