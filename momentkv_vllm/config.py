@@ -44,8 +44,7 @@ class EvictionConfig:
             "full" attends the whole prompt exactly and evicts at its end (needs memory for the whole prompt);
             "auto" is full for prompts of at most `exact_prompt_tokens` and chunked for longer ones.
         exact_prompt_tokens: read by prefill "auto" only; None ("auto"): 4 times the budget.
-        correction: order of the closed form added for the evicted attention mass ("off", "zeroth", "first"). With a policy whose
-            score reads the covariance ("paper") "zeroth" is computed as "first".
+        correction: order of the closed form added for the evicted attention mass ("off", "zeroth", "first").
         moment_dtype: storage type of the value-key covariance (int8 with a scale per key dimension); means are always float32,
             all arithmetic is float32.
         store_dtype: storage type of the tokens that eviction retains; the newest ones and all of a sequence below its budget

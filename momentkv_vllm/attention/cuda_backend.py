@@ -190,7 +190,8 @@ class CudaMomentKVImpl(EvictingImpl, TritonAttentionImpl):
         if attend.observe_from is None or attend.most_queries != 1:
             return super()._attend(cache, query, output, attend, sampling)
         target, corrected = torch.empty_like(query) if attend.observe_only else output, self.config.correction != "off"
-        self.kernels.attend_and_observe(cache, self._observing(cache), query, target, attend, self.scale, corrected)
+        seen = cache.corrected_by(self.config.correction)
+        self.kernels.attend_and_observe(seen, self._observing(cache), query, target, attend, self.scale, corrected)
 
 
 def _family(config: EvictionConfig, spec: MomentKVSpec) -> KernelFamily:

@@ -108,9 +108,10 @@ class EvictingImpl:
         needs_lse = observed or sampling or self.sinks is not None
         lse = query.new_empty(query.shape[:2], dtype=torch.float32) if needs_lse else None
         target = torch.empty_like(query) if attend.observe_only else output
-        self.kernels.attend(cache, query, target, lse, attend, self.scale, corrected)
+        seen = cache.corrected_by(self.config.correction)
+        self.kernels.attend(seen, query, target, lse, attend, self.scale, corrected)
         if sampling:
-            sampling.sample(Attended(cache, query, target, lse, attend, self.scale, corrected))
+            sampling.sample(Attended(seen, query, target, lse, attend, self.scale, corrected))
         if self.sinks is not None:
             add_sinks(target, lse, attend, self.sinks)
         if observed:

@@ -3,7 +3,7 @@
 The only place that knows how bytes lie in vLLM's cache tensor; kernels see shapes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -69,6 +69,13 @@ class CacheView:
             )
         keys, values = kv_cache[..., :head_dim], kv_cache[..., head_dim:]
         return cls(keys, values, kv_cache, kv_cache.flatten(2).view(torch.uint8), record_layout, packed_layout)
+
+    def corrected_by(self, correction: str) -> "CacheView":
+        """As attention reads it: a covariance that only the score reads is no part of a "zeroth" correction. The means lie where
+        they lie."""
+        if correction == "first" or not self.record_layout.has_covariance:
+            return self
+        return replace(self, record_layout=replace(self.record_layout, has_covariance=False))
 
     @property
     def page_size(self) -> int:

@@ -16,6 +16,8 @@ OTHERS = {
     "momentkv, a coarse grain": {"policy": "momentkv", "prefill_retire_tokens": 96},
     "snapkv, chunked": {"policy": "snapkv", "prefill": "chunked", "correction": "zeroth"},
     "paper, chunked": {"policy": "paper", "prefill": "chunked"},
+    # Its score keeps the covariance, which is no part of this correction.
+    "paper, zeroth": {"policy": "paper", "prefill": "chunked", "correction": "zeroth", "moment_dtype": "float32"},
 }
 # A token's key has the same norm wherever it stands in the first layer, so among the few words of this model rounding decides
 # what knorm keeps.
