@@ -45,6 +45,11 @@ def write(name: str, results: Any, targets: Sequence[dict[str, Any]] = ()) -> Pa
     return path
 
 
+def compact(rows: Sequence[Sequence[str]]) -> str:
+    """As `table`, for documents: cells may be long, so columns are not aligned."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
+
+
 def table(rows: Sequence[Sequence[Any]]) -> str:
     """Rows, the first one the heading, as a Markdown table with aligned columns."""
     return markdown([[f"{c:.3f}" if isinstance(c, float) else str(c) for c in row] for row in rows])

@@ -207,7 +207,7 @@ class MomentKVSpec(FullAttentionSpec):
     @property
     def blocks(self) -> PageBlocks:
         """vLLM's blocks of the schedule's pages."""
-        return PageBlocks(self.schedule, self.block_size // self.schedule.page_size)
+        return PageBlocks.of(self.schedule, self.block_size)
 
     @property
     def layout(self) -> StateLayout:

@@ -17,6 +17,12 @@ class PageBlocks:
     schedule: PageSchedule
     pages: int = 1
 
+    @classmethod
+    def of(cls, schedule: PageSchedule, block_size: int) -> "PageBlocks":
+        """Blocks of `block_size` tokens. Before loading that may be less than a page of layers that evict beside larger ones
+        (model_layers.py, page_ratio): vLLM makes such a block a page."""
+        return cls(schedule, max(1, block_size // schedule.page_size))
+
     @property
     def tokens(self) -> int:
         """Of a block."""

@@ -89,7 +89,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         first, later = f"{r['ttft_median']:.0f} / {r['ttft_p99']:.0f}", f"{r['tpot_median']:.1f} / {r['tpot_p99']:.1f}"
         speed = f"{r['output_tokens_per_second']:.0f}"
         lines.append([r["client"], f"{r['rate']:g}", r["server"], speed, first, later, f"{r['preemptions']:.0f}"])
-    return "\n".join("| " + " | ".join(line) + " |" for line in [heading, ["---"] * len(heading), *lines])
+    return report.compact([heading, *lines])
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

@@ -50,7 +50,7 @@ def say_what_blocks_cost(vllm_config: "VllmConfig", config: EvictionConfig) -> N
     from momentkv_vllm.page_blocks import PageBlocks
 
     size, schedule = vllm_config.cache_config.block_size, expected_layout(config, vllm_config).schedule
-    held = PageBlocks(schedule, size // schedule.page_size).budget
+    held = PageBlocks.of(schedule, size).budget
     say, sensible = logger.info, SENSIBLE_BLOCKS * size
     if config.budget_tokens < sensible:
         say = logger.warning

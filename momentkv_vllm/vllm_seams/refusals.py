@@ -251,8 +251,7 @@ def _refuse_budget(vllm_config: "VllmConfig", config: EvictionConfig) -> None:
     schedule, block_size = expected_layout(config, vllm_config).schedule, vllm_config.cache_config.block_size
     pool = vllm_config.cache_config.num_gpu_blocks_override
     step = vllm_config.max_in_flight_tokens
-    # Pages of layers that evict beside larger ones have more tokens than vLLM's blocks (model_layers.py, page_ratio).
-    blocks = PageBlocks(schedule, max(1, block_size // schedule.page_size))
+    blocks = PageBlocks.of(schedule, block_size)
     need = blocks.least_pool(step)
     if pool is not None and need > pool - 1:
         refuse(

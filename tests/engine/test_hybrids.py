@@ -41,7 +41,7 @@ def test_blocks_of_published_shapes(tmp_path, row):
     save_tokenizer(tmp_path)
     found = config_of(tmp_path, dtype="bfloat16", max_model_len=16384, additional_config=carrier(4096))
     size, schedule = found.cache_config.block_size, expected_layout(EvictionConfig.from_vllm(found), found).schedule
-    blocks = PageBlocks(schedule, size // schedule.page_size).budget
+    blocks = PageBlocks.of(schedule, size).budget
     assert (block, sensible, held) == (f"{size}", f"{2 * size}", f"{blocks} blocks, {blocks * size} tokens")
 
 

@@ -16,11 +16,11 @@ def registered():
     init_none_hash(cheap_hash)
 
 
-@pytest.mark.parametrize("part", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3))])
-def test_random_schedules(part):
+def run_all(seeds, *settings) -> tuple[int, int, int, int]:
+    """Prefix hits, preemptions, simulations that evicted, requests that went on from a state."""
     hits = preemptions = evicted = resumed = 0
-    for seed in range(part, SCHEDULES, 4):
-        simulation = Simulation(seed)
+    for seed in seeds:
+        simulation = Simulation(seed, *settings)
         try:
             simulation.run()
         except AssertionError as error:
@@ -29,6 +29,12 @@ def test_random_schedules(part):
         preemptions += simulation.preemptions
         evicted += simulation.manager.metrics.values[RETIRED_PAGES, 0] > 0
         resumed += simulation.manager.metrics.values[STATE_HITS, 0]
+    return hits, preemptions, evicted, resumed
+
+
+@pytest.mark.parametrize("part", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3))])
+def test_random_schedules(part):
+    hits, preemptions, evicted, resumed = run_all(range(part, SCHEDULES, 4))
     assert hits > SCHEDULES / 4 and preemptions > SCHEDULES / 40, "too tame to prove anything"
     assert evicted > SCHEDULES / 10 and resumed > SCHEDULES / 10, "too tame to prove anything"
 
@@ -36,14 +42,5 @@ def test_random_schedules(part):
 @pytest.mark.parametrize("pages", [3, 5])
 def test_random_schedules_of_pages_inside_blocks(pages):
     """vLLM's blocks are as large as the states of a model's other layers, our pages are not."""
-    hits = preemptions = evicted = 0
-    for seed in range(OF_BLOCKS):
-        simulation = Simulation(seed, pages)
-        try:
-            simulation.run()
-        except AssertionError as error:
-            raise AssertionError(f"seed {seed}: {error}") from error
-        hits += simulation.hits
-        preemptions += simulation.preemptions
-        evicted += simulation.manager.metrics.values[RETIRED_PAGES, 0] > 0
+    hits, preemptions, evicted, _ = run_all(range(OF_BLOCKS), pages)
     assert hits > OF_BLOCKS / 10 and preemptions > OF_BLOCKS / 40 and evicted > OF_BLOCKS / 10, "too tame"

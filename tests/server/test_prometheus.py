@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import openai
 import pytest
-from engine import random_prompt
+from engine import random_prompt, random_words
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from prometheus import ALERTS, CONFIGURATION, Prometheus, alerts, metric_names, panels
@@ -53,7 +53,7 @@ def asked(server):
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
 
     def ask(tokens):
-        prompt = SECRET + " " + " ".join(f"w{t - 4}" for t in random_prompt(tokens)[1:])
+        prompt = f"{SECRET} {random_words(tokens)}"
         return client.completions.create(model="tiny", prompt=prompt, max_tokens=24, temperature=0)
 
     with concurrent.futures.ThreadPoolExecutor(4) as threads:

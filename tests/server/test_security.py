@@ -8,7 +8,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from engine import random_prompt
+from engine import random_words
 from server import Server
 from tiny_models import make_llama
 
@@ -28,7 +28,7 @@ BUDGET = [
     "0",
 ]
 POOL = ["--num-gpu-blocks-override", "81", "--max-num-batched-tokens", "256", "--max-model-len", "3000"]
-PROMPT = " ".join(f"w{t - 4}" for t in random_prompt(900)[1:])
+PROMPT = random_words(900)
 
 OTHER = {"policy": "streamingllm", "budget_tokens": 128, "correction": "off"}
 FLAGS = {

@@ -6,7 +6,7 @@ import urllib.request
 
 import openai
 import pytest
-from engine import random_prompt
+from engine import random_words
 from server import Server
 from tiny_models import make_llama
 
@@ -38,13 +38,9 @@ def client(server):
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
-def words(tokens: int, seed: int = 0) -> str:
-    return " ".join(f"w{t - 4}" for t in random_prompt(tokens, seed)[1:])
-
-
 def test_long_prompts_are_answered_and_counted(server, client):
     """Prompts of 1,500 to 5,000 tokens, several at once, in a pool of 1,280."""
-    prompts = [words(n) for n in (5000, 1500, 2500, 40)]
+    prompts = [random_words(n) for n in (5000, 1500, 2500, 40)]
     before = server.metrics()
 
     def ask(prompt):
@@ -62,7 +58,7 @@ def test_long_prompts_are_answered_and_counted(server, client):
 
 def test_chat_streams(client):
     stream = client.chat.completions.create(
-        model="tiny", messages=[{"role": "user", "content": words(700)}], max_tokens=12, temperature=0, stream=True,
+        model="tiny", messages=[{"role": "user", "content": random_words(700)}], max_tokens=12, temperature=0, stream=True,
         logprobs=True, top_logprobs=2, stream_options={"include_usage": True}, extra_body={"ignore_eos": True},
     )  # fmt: skip
     chunks = list(stream)
@@ -71,7 +67,7 @@ def test_chat_streams(client):
 
 
 def test_chat_and_completion_agree(client):
-    prompt = words(600)
+    prompt = random_words(600)
     chat = client.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": prompt}], max_tokens=10, temperature=0
     )
@@ -80,17 +76,17 @@ def test_chat_and_completion_agree(client):
 
 
 def test_two_choices(client):
-    answer = client.completions.create(model="tiny", prompt=words(500), max_tokens=6, n=2, temperature=0.9)
+    answer = client.completions.create(model="tiny", prompt=random_words(500), max_tokens=6, n=2, temperature=0.9)
     assert len(answer.choices) == 2
 
 
 def test_disconnect_mid_stream_returns_the_pages(server, client):
     stream = client.completions.create(
-        model="tiny", prompt=words(900), max_tokens=2000, stream=True, extra_body={"ignore_eos": True}
+        model="tiny", prompt=random_words(900), max_tokens=2000, stream=True, extra_body={"ignore_eos": True}
     )
     next(iter(stream))
     stream.close()
-    client.completions.create(model="tiny", prompt=words(20), max_tokens=50)
+    client.completions.create(model="tiny", prompt=random_words(20), max_tokens=50)
     assert server.metrics()["momentkv:live_pages"] == 0
 
 
@@ -107,7 +103,7 @@ def test_disconnect_mid_stream_returns_the_pages(server, client):
     ],
 )
 def test_malformed_requests_get_4xx_and_disturb_nobody(server, client, body):
-    prompt = words(800, seed=7)
+    prompt = random_words(800, seed=7)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         good = pool.submit(client.completions.create, model="tiny", prompt=prompt, max_tokens=10, temperature=0)
         request = urllib.request.Request(

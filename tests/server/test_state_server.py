@@ -10,7 +10,7 @@ from pathlib import Path
 
 import openai
 import pytest
-from engine import random_prompt
+from engine import random_words
 from server import Server
 from tiny_models import make_llama
 
@@ -34,11 +34,7 @@ USAGE = ["--enable-prompt-tokens-details", "--api-key", KEY]
 PLUGINS = {"VLLM_PLUGINS": "momentkv,momentkv_endpoint"}
 
 
-def words(tokens: int, seed: int) -> str:
-    return " ".join(f"w{t - 4}" for t in random_prompt(tokens, seed)[1:])
-
-
-DOCUMENT, SYSTEM, QUESTION = words(900, 3), words(700, 4), words(30, 5)
+DOCUMENT, SYSTEM, QUESTION = random_words(900, 3), random_words(700, 4), random_words(30, 5)
 
 
 def states(server: Server, *args: object, key: str = KEY) -> subprocess.CompletedProcess:

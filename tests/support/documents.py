@@ -11,7 +11,8 @@ from typing import Any
 
 import judge.show
 import load.run
-import model_families
+import report
+from family_settings import FAMILIES
 from named_files import DOCUMENTS, ROOT
 
 from momentkv_vllm import config
@@ -53,8 +54,7 @@ def rows(guide: str, heading: str) -> list[list[str]]:
 
 
 def markdown(heading: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [heading, ["---"] * len(heading), *rows]
-    return "\n".join("| " + " | ".join(_cell(c) for c in line) + " |" for line in lines)
+    return report.compact([[_cell(c) for c in line] for line in (heading, *rows)])
 
 
 def _cell(value: Any) -> str:
@@ -136,6 +136,14 @@ def _judged(method: str, budget: int | None) -> dict[str, Any]:
         if c["method"] == method and c["prefill"] in ("", None, "chunked") and budget in (None, c["budget_tokens"])
     )
     return cell
+
+
+def models() -> str:
+    def verdict(family) -> str:
+        return f"refused: {family.refused}" if family.refused else "served"
+
+    rows = [(name, f.model_class, f.special, verdict(f)) for name, f in FAMILIES.items()]
+    return markdown(("family", "class", "special", "with `--kv-eviction`"), rows)
 
 
 def judged_short() -> str:
@@ -273,7 +281,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "load": lambda: load.run.table(results("load")["rows"]),
     "memory": memory,
     "metrics": metrics,
-    "models": model_families.table,
+    "models": models,
     "policies": policies,
     "policy-names": policy_names,
     "prefix": prefix,

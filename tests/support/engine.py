@@ -24,6 +24,11 @@ def random_prompt(tokens: int, seed: int = 0) -> list[int]:
     return [1] + [rng.randrange(4, 128) for _ in range(tokens - 1)]
 
 
+def random_words(tokens: int, seed: int = 0) -> str:
+    """The text of `random_prompt`, whose first token a server adds itself."""
+    return " ".join(f"w{t - 4}" for t in random_prompt(tokens, seed)[1:])
+
+
 @contextlib.contextmanager
 def garbage_left_alone() -> Iterator[None]:
     """vLLM collects garbage eight times in an engine's life, a quarter of a second each among the modules of many models."""

@@ -1,4 +1,4 @@
-"""What --kv-eviction does with a model family, on tiny random-weight members: the README's table, and their checkpoints."""
+"""What --kv-eviction does with a model family, on tiny random-weight members: their checkpoints."""
 
 from pathlib import Path
 
@@ -6,15 +6,6 @@ import torch
 import transformers
 from family_settings import COMMON, FAMILIES
 from tiny_models import save_tokenizer, sharpen
-
-
-def table() -> str:
-    """The README's table of families."""
-    rows = ["| family | class | special | with `--kv-eviction` |", "|---|---|---|---|"]
-    for name, family in FAMILIES.items():
-        verdict = "refused: " + family.refused if family.refused else "served"
-        rows.append(f"| {name} | {family.model_class} | {family.special} | {verdict} |")
-    return "\n".join(rows)
 
 
 def make_config(name: str, folder: Path) -> Path:
