@@ -20,6 +20,7 @@ PREFILL_MODES = ("auto", "chunked", "full")
 CORRECTIONS = ("off", "zeroth", "first")
 STORE_DTYPES = ("auto", "model", "int8", "int4")
 RUN_TOKENS = (1, 8, 16)
+HEAD_BUDGETS = ("equal", "measured")
 MOMENT_DTYPES = ("int8", "bfloat16", "float32")
 AUTO = "auto"
 """As a number of tokens: None, the value that follows from the budget."""
@@ -52,6 +53,8 @@ class EvictionConfig:
             "auto" is "int4" for models of 16 bits and "int8" for those of 32, where the kernels have it and a page then holds
             more tokens, else "model".
         run_tokens: neighbours that are retained or evicted together; None ("auto"): 8 with a quantised store, else 1.
+        head_budgets: how a layer's heads share its quantised store. "equal": all hold as many tokens; "measured": those that look far
+            hold more, others less, but a third of an equal share at least (head_budgets.py).
         observation_tokens: queries before an eviction whose attention a policy may use that observes the last ones.
         retire_tokens: tokens between two evictions, rounded up to whole pages; None ("auto"): 1/32 of the budget, one page at
             least.
@@ -76,6 +79,7 @@ class EvictionConfig:
     moment_dtype: str = "bfloat16"
     store_dtype: str = "auto"
     run_tokens: int | None = None
+    head_budgets: str = "equal"
     observation_tokens: int = 16
     retire_tokens: int | None = None
     prefill_retire_tokens: int | None = None
@@ -92,6 +96,7 @@ class EvictionConfig:
         _choice("correction", self.correction, CORRECTIONS)
         _choice("moment_dtype", self.moment_dtype, MOMENT_DTYPES)
         _choice("store_dtype", self.store_dtype, STORE_DTYPES)
+        _choice("head_budgets", self.head_budgets, HEAD_BUDGETS)
         _choice("kernels", self.kernels, KERNELS)
         _count("budget_tokens", self.budget_tokens, 1)
         _count("sink_tokens", self.sink_tokens, 0)

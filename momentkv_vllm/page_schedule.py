@@ -48,6 +48,7 @@ class PageSchedule(EventCounts):
         record_in_store: the moment record lies at the end of the last store page and needs no pages of its own;
             `record_tokens`: slots that this takes from the store.
         run_tokens: neighbours that stay or leave together.
+        least_head_tokens: what the head with the smallest part of the store holds; 0: all hold as much.
         exact_prompt_tokens: longest prompt that is attended exactly, all of its events deferred to its end; 0: none
             ("chunked" prefill), ANY_PROMPT: all ("full").
     """
@@ -63,6 +64,7 @@ class PageSchedule(EventCounts):
     record_tokens: int = 0
     run_tokens: int = 1
     prefill_retire_pages: int = 0
+    least_head_tokens: int = 0
 
     @property
     def budget_pages(self) -> int:
@@ -120,8 +122,13 @@ class PageSchedule(EventCounts):
         return self.store_pages + self.moment_pages + (events_after_first + 1) * self.retire_pages
 
     def evicted_tokens(self, boundary_column: int) -> int:
-        """n: tokens in the moments once every column before `boundary_column` is retired; the same for every head."""
+        """n: tokens in the moments once every column before `boundary_column` is retired; the same for every head, or the mean
+        over heads with budgets of their own."""
         return max(0, boundary_column * self.page_size - self.store_tokens)
+
+    def competes(self, boundary_column: int) -> bool:
+        """Whether any head has evicted by then: until its store is full nobody competes."""
+        return boundary_column * self.page_size > (self.least_head_tokens or self.store_tokens)
 
     def retained_pages(self, committed_tokens: int, boundary_column: int) -> int:
         """Store + window pages that attention reads after `committed_tokens`."""

@@ -272,7 +272,7 @@ void attend_rows(const Attend& a, const AttendItem& item, int first_row, float* 
   for (int r = 0; r < Rows; ++r) sees[r] = a.last_slot[item.row] + item.first_query + (first_row + r) / groups + 1;
   float* left = weights_of(a, item);
   if (left != nullptr) left += first_row * a.row_weights();
-  const int64_t stored = a.stored_of(item.row), store_end = stored < item.end_slot ? stored : item.end_slot;
+  const int64_t stored = a.held(item.row, item.head), store_end = stored < item.end_slot ? stored : item.end_slot;
   if (item.first_slot < store_end) {
     const auto attend_bits = a.packed.bits == 8 ? attend_store<8, Rows> : attend_store<4, Rows>;
     attend_bits(a, item, packed, item.first_slot, store_end, logits, left, run);
@@ -287,7 +287,7 @@ void attend_rows(const Attend& a, const AttendItem& item, int first_row, float* 
   if (item.with_record) {
     const RecordView record{a.cache, a.record_layout, a.moment_pages + item.row * a.num_moment_pages, item.head};
     with_covariance_type(a.record_layout.covariance_type, [&](auto c) {
-      attend_record<Rows, decltype(c)>(a, record, a.num_evicted[item.row], packed, logits, run);
+      attend_record<Rows, decltype(c)>(a, record, a.evicted(item.row, item.head), packed, logits, run);
     });
   }
   finish<T>(a, item, first_row, Rows, run);

@@ -38,21 +38,23 @@ struct PackedSlots {
   // Slots [first, end), which starts a tile, at most kTileSlots of them.
   PackedSlots(const Cache& c, const PackedLayout& p, int64_t head, const int64_t* pages, int64_t first, int64_t end)
       : slots(int(end - first < kTileSlots ? end - first : kTileSlots)) {
-    const int64_t part = c.page_size * 2 * c.head_dim * bytes_of(c.type), there = (end - first) / kTileTokens;
-    int64_t page = first / kTileTokens / p.page_tiles, tile = first / kTileTokens % p.page_tiles;
+    const int64_t number = first / kTileTokens, there = (end - first) / kTileTokens;
     const uint8_t* at = nullptr;
     for (int t = 0; t < 2 * kTiles; ++t) {
-      if (t < there) {
-        at = reinterpret_cast<uint8_t*>(c.data) + (pages[page] * c.heads + head) * part + tile * p.tile_bytes;
-        if (++tile == p.page_tiles) tile = 0, ++page;
-      }
+      if (t < there) at = tile_of(c, p, head, pages, number + t);
       tiles[t] = at;
     }
   }
   static uint8_t* tile_of(const Cache& c, const PackedLayout& p, int64_t head, const int64_t* pages, int64_t number) {
     const int64_t part = c.page_size * 2 * c.head_dim * bytes_of(c.type);
-    return reinterpret_cast<uint8_t*>(c.data) + (pages[number / p.page_tiles] * c.heads + head) * part +
-           number % p.page_tiles * p.tile_bytes;
+    const TilePlace at = p.place(head, number, part, 0);
+    return reinterpret_cast<uint8_t*>(c.data) + pages[at.column] * c.heads * part + at.data;
+  }
+  // What queries have given to a slot: `observed` is [num_pages, heads, observed_slots].
+  static float* mass_of(const Cache& c, const PackedLayout& p, int64_t head, const int64_t* pages, int64_t slot, float* observed,
+                        int64_t observed_slots) {
+    const TilePlace at = p.place(head, slot / kTileTokens, 0, observed_slots);
+    return observed + pages[at.column] * c.heads * observed_slots + at.observed + slot % kTileTokens;
   }
   int vectors() const { return (slots + kLanes - 1) / kLanes; }
 

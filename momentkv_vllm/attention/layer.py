@@ -12,11 +12,13 @@ import torch
 from vllm.config import get_current_vllm_config
 from vllm.utils.torch_utils import is_quantized_kv_cache
 
+from momentkv_vllm.attention.head_reach import Probe
 from momentkv_vllm.attention.monitor import Attended, Monitor
 from momentkv_vllm.attention.sinks import add_sinks
 from momentkv_vllm.attention.spec_hook import EvictingBackend
 from momentkv_vllm.attention.step_plan import StepPlan
 from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.head_budgets import HeadBudgets
 from momentkv_vllm.kernels import KernelFamily, select
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.observed import Observed
@@ -53,6 +55,13 @@ class EvictingImpl:
         self.layout = StateLayout.of(config, page_size, head_size, dtype)
         self.kernels: KernelFamily = select(config.kernels, self.device_type, self.layout.cache_shape(dtype))
         self.observed: Observed | None = None
+        self.probe: Probe | None = None
+        self.heads: HeadBudgets | None = None
+
+    @property
+    def measures_heads(self) -> bool:
+        """Whether its heads share the store of all layers by what a pass over random tokens shows of them."""
+        return self.config is not None and self.config.head_budgets == "measured" and self.layout.packed is not None
 
     def fused_output_quant_supported(self, quant_key) -> bool:
         """Ours write no quantized output: `forward` ignores `output_scale` where rows are evicted."""
@@ -64,7 +73,9 @@ class EvictingImpl:
         page_size = kv_cache.shape[2]
         if self.layout.schedule.page_size != page_size:
             self.layout = StateLayout.of(self.config, page_size, self.head_size, kv_cache.dtype)
-        return self.view(kv_cache, self.layout.record, self.layout.packed)
+        cache = self.view(kv_cache, self.layout.record, self.layout.packed)
+        cache.heads = self.heads
+        return cache
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
         if self.config is None:
@@ -79,6 +90,8 @@ class EvictingImpl:
     ) -> torch.Tensor:
         """As vLLM's, see there for shapes. The hot path of eviction."""
         step: StepPlan | None = getattr(attn_metadata, "eviction", None)
+        if attn_metadata is None and self.config is not None and self.probe is not None:
+            return self.probe.attend(query, key, value, output, self.scale)
         if step is None:
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
@@ -118,9 +131,9 @@ class EvictingImpl:
             self._observe(cache, query, lse, attend)
 
     def _observe(self, cache: CacheView, query: torch.Tensor, lse: torch.Tensor, attend: AttendWork) -> None:
-        self.kernels.observe(cache, self._observing(cache), query, lse, attend, self.scale)
+        self.kernels.observe(cache, self.observing(cache), query, lse, attend, self.scale)
 
-    def _observing(self, cache: CacheView) -> Observed:
+    def observing(self, cache: CacheView) -> Observed:
         """What is observed in this cache, from now on if it was not."""
         if self._observed_in(cache) is None:
             # A captured memset would run at every replay; observation begins by clearing what it will read.

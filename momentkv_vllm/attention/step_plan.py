@@ -142,7 +142,7 @@ class StepPlanner:
         if self.observe_all:
             return 0
         event = self.schedule.next_event(position, prompt)
-        if not self.schedule.evicted_tokens(self.schedule.boundary_column(event, prompt)):
+        if not self.schedule.competes(self.schedule.boundary_column(event, prompt)):
             return NEVER  # a quantised store still has room: nobody competes
         return max(event - self.config.observation_tokens, self.schedule.last_event(position, prompt))
 
@@ -211,7 +211,7 @@ class StepPlanner:
             run_tokens=self.schedule.run_tokens,
             stored=self._stored(segments),
             store_tokens=self.schedule.store_tokens,
-            evicts=any(self.schedule.evicted_tokens(s.retire_to) for s in segments),
+            evicts=any(self.schedule.competes(s.retire_to) for s in segments),
         )
 
     def _retained_columns(self, s: Segment) -> list[int]:
