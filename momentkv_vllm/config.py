@@ -53,8 +53,8 @@ class EvictionConfig:
             "auto" is "int4" for models of 16 bits and "int8" for those of 32, where the kernels have it and a page then holds
             more tokens, else "model".
         run_tokens: neighbours that are retained or evicted together; None ("auto"): 8 with a quantised store, else 1.
-        head_budgets: how a layer's heads share its quantised store. "equal": all hold as many tokens; "measured": those that look far
-            hold more, others less, but a third of an equal share at least (head_budgets.py).
+        head_budgets: how heads share a quantised store. "equal": all hold as many tokens; "measured": those that look far hold
+            more, over all layers, and every one a third of an equal share at least (head_budgets.py).
         observation_tokens: queries before an eviction whose attention a policy may use that observes the last ones.
         retire_tokens: tokens between two evictions, rounded up to whole pages; None ("auto"): 1/32 of the budget, one page at
             least.

@@ -39,9 +39,9 @@ class HeadBudgets:
     """What kernels are told of one layer.
 
     capacity: [heads] int64 tokens of a head in a full store.
-    places:   [heads, most tiles, 3] int64, of a head's tiles in order: page of the store; bytes from the beginning of that page in
-              this layer's cache to the tile; float32 numbers from that page's observations to the tile's. Tiles beyond a head's
-              capacity repeat its last one.
+    places:   [heads, most tiles, 3] int64, of a head's tiles in order: page of the store; bytes from the beginning of that page
+              in this layer's cache to the tile; float32 numbers from that page's observations to the tile's. Tiles beyond a
+              head's capacity repeat its last one.
     """
 
     capacity: Tensor
@@ -68,8 +68,8 @@ def shared(reach: Tensor, store_tokens: int, grain: int, longest: int) -> Tensor
         longest: no head can use more.
 
     Returns:
-        [layers, heads] int64. Heads of the first n layers hold no more than n layers have, for any n. Equal shares where `longest`
-        is no more than that.
+        [layers, heads] int64. Heads of the first n layers hold no more than n layers have, for any n. Equal shares where
+        `longest` is no more than that.
     """
     layers, heads = reach.shape
     units, least, most = store_tokens // grain, least_tokens(store_tokens, grain) // grain, -(-longest // grain)
@@ -97,10 +97,11 @@ def shared(reach: Tensor, store_tokens: int, grain: int, longest: int) -> Tensor
 
 
 def tiles_of(capacity: Tensor, store_tokens: int, page_tiles: int) -> list[list[list[Tile]]]:
-    """Of every head of every layer, the tiles that hold its `capacity` [layers, heads] tokens; an equal share is `store_tokens`.
+    """Of every head of every layer, the tiles of its `capacity` [layers, heads] tokens; an equal share is `store_tokens`.
 
-    Its own come first, and all of them if it holds more: at a sequence's first event pages turn into tiles while other heads still
-    read their tokens there, and only own tiles are written. Then come those that heads of this layer or an earlier one do not hold.
+    Its own come first, and all of them if it holds more: at a sequence's first event pages turn into tiles while other heads
+    still read their tokens there, and only own tiles are written. Then come those that heads of this layer or an earlier one do
+    not hold.
     """
     own, spare, found = store_tokens // TILE_TOKENS, [], []
     for layer, held in enumerate((capacity // TILE_TOKENS).tolist()):

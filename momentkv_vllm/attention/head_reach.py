@@ -21,7 +21,7 @@ REPEATED, BETWEEN = 384, 256
 NEAR_SHARE = 4
 """Near are the last tokens before the query: as many as 1 / 4 of all."""
 FIRST_TOKENS = 4
-"""Not counted: most heads rest on them."""
+"""Not counted: most heads rest on them (attention sinks)."""
 SEED = 0
 
 
@@ -62,7 +62,7 @@ def random_tokens(vocabulary: int, longest: int) -> Tensor:
 
 @contextmanager
 def measured_layers(runner: Any) -> Iterator[None]:
-    """Around the allocation of `runner`'s KV cache: layers with `head_budgets` "measured" know afterwards what their heads hold."""
+    """Around the allocation of `runner`'s KV cache: layers with `head_budgets` "measured" know then what their heads hold."""
     config, layers = runner.vllm_config, runner.compilation_config.static_forward_context
     names = [n for n, x in layers.items() if getattr(getattr(x, "impl", None), "measures_heads", False)]
     names.sort(key=extract_layer_index)

@@ -1,5 +1,5 @@
-"""Patches of vLLM's CPU worker (ledger: vllm_seams/__init__.py): heads with budgets of their own are measured before the KV cache is
-there and told where their tiles lie when it is; a request with a `seed` may have a prompt that takes several steps.
+"""Patches of vLLM's CPU worker (ledger: vllm_seams/__init__.py): heads with budgets of their own are measured before there is a
+KV cache and told where their tiles lie when there is; a request with a `seed` may have a prompt that takes several steps.
 
 vLLM samples a token for every row of a step, also for a prompt that is not read to its end, and then rewinds that row's random
 generator (GPUModelRunner._bookkeeping_sync, vLLM 0.32.0). CPU generators cannot be rewound, so the engine ended.
