@@ -240,9 +240,10 @@ void check_heads(const Consolidate& c) {
   for (int64_t head = 0; head < c.cache.heads; ++head)
     TORCH_CHECK(c.capacity(head) % c.run_tokens == 0, "head ", head, " holds ", c.capacity(head), " tokens, no whole runs of ",
                 c.run_tokens);
-  const int64_t first = (c.store_pages + c.retiring_pages) * c.cache.page_size, own = c.store_pages * c.packed.page_tiles * 8;
+  const int64_t first = (c.store_pages + c.retiring_pages) * c.cache.page_size;
   for (int64_t row = 0; row < c.rows; ++row)
-    TORCH_CHECK(c.stored[row] > 0 || first < own, "row ", row, " retires ", first, " tokens at its first event; its pages hold ", own);
+    TORCH_CHECK(c.stored[row] > 0 || first <= c.store_tokens, "row ", row, " retires ", first,
+                " tokens at its first event; a head of the mean holds ", c.store_tokens);
 }
 
 void consolidate(const Tensor& kv, MOMENTKV_RETIRE_WORK, const OptionalTensor& score, const OptionalTensor& observed,
