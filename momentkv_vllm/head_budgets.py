@@ -18,8 +18,8 @@ from torch import Tensor
 
 from momentkv_vllm.packed_store import TILE_TOKENS
 
-LEAST_SHARE = 3
-"""Every head holds at least 1 / 3 of an equal share."""
+LEAST_SHARE = 6
+"""Every head holds at least 1 / 6 of an equal share; 1 / 3 was worse for answers (benchmarks/judge/README.md)."""
 STEPS = 64
 """A head's reach is rounded to so many steps: the last bits of a sum must not decide who holds a tile."""
 
@@ -49,7 +49,7 @@ class HeadBudgets:
 
 
 def least_tokens(store_tokens: int, grain: int) -> int:
-    """What every head holds of a store at least: a third of an equal share, a multiple of `grain` tokens."""
+    """What every head holds of a store at least: a sixth of an equal share, a multiple of `grain` tokens."""
     return max(grain, store_tokens // LEAST_SHARE // grain * grain)
 
 
@@ -59,7 +59,7 @@ def grain_of(run_tokens: int) -> int:
 
 
 def shared(reach: Tensor, store_tokens: int, grain: int, longest: int) -> Tensor:
-    """Tokens of each head: a third of an equal share, and of the rest in proportion to its reach.
+    """Tokens of each head: a sixth of an equal share, and of the rest in proportion to its reach.
 
     Args:
         reach: [layers, heads] share of attention that goes far, 0 to 1.

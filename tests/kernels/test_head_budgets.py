@@ -27,7 +27,8 @@ class Sequence:
         shape = (PAGES + extra_pages, heads, PAGE, 2 * D)
         record = RecordLayout(D, has_covariance=False)
         self.caches = [
-            CacheView.of_vllm_cpu(torch.zeros(shape, dtype=torch.bfloat16), record, PackedLayout(dtype, D)) for _ in range(layers)
+            CacheView.of_vllm_cpu(torch.zeros(shape, dtype=torch.bfloat16), record, PackedLayout(dtype, D))
+            for _ in range(layers)
         ]
         self.observed = [Observed.of(cache, "mass") for cache in self.caches]
         self.restart = True
@@ -93,7 +94,9 @@ def test_every_head_is_what_the_reference_makes_of_it_alone(dtype, policy):
         cache.heads = heads
     extra = -(-int(capacity.max()) // packed.page_tokens)
     alone = {
-        (layer, head): Sequence("reference", policy, dtype, 1, 1, extra) for layer in range(LAYERS) for head in range(HEADS)
+        (layer, head): Sequence("reference", policy, dtype, 1, 1, extra)
+        for layer in range(LAYERS)
+        for head in range(HEADS)
     }
     generator = torch.Generator().manual_seed(3)
     boundary, evictions = 0, 0
@@ -134,7 +137,8 @@ def test_every_head_is_what_the_reference_makes_of_it_alone(dtype, policy):
                 for n in range(tiles)
                 for x in (
                     raw.raw[pages[n // raw.page_tiles], 0].unflatten(0, (-1, 1))[:, 0][
-                        n % raw.page_tiles * packed.layout.tile_bytes : (n % raw.page_tiles + 1) * packed.layout.tile_bytes
+                        n % raw.page_tiles * packed.layout.tile_bytes : (n % raw.page_tiles + 1)
+                        * packed.layout.tile_bytes
                     ],
                     mass[pages[n // raw.page_tiles], 0, n % raw.page_tiles * 8 :][:8].view(torch.uint8),
                 )

@@ -69,7 +69,10 @@ def test_a_tile_is_held_once_and_lent_to_no_earlier_layer(seed):
 
 
 def test_kernels_are_told_bytes_and_observations():
-    tiles = [[[Tile(0, 0, 0, 0)], [Tile(0, 1, 0, 0), Tile(0, 1, 1, 2)]], [[Tile(1, 0, 0, 0), Tile(0, 0, 3, 1)], [Tile(1, 1, 0, 0)]]]
+    tiles = [
+        [[Tile(0, 0, 0, 0)], [Tile(0, 1, 0, 0), Tile(0, 1, 1, 2)]],
+        [[Tile(1, 0, 0, 0), Tile(0, 0, 3, 1)], [Tile(1, 1, 0, 0)]],
+    ]
     addresses = torch.tensor([[10_000, 400], [90_000, 480]])
     sizes = Sizes(part_bytes=1000, part_slots=56, tile_bytes=100)
     first, second = budgets(torch.tensor([[8, 16], [16, 8]]), tiles, addresses, sizes)
