@@ -88,10 +88,10 @@ def partial(
         (output [rows, heads, queries, head_dim], logsumexp [rows, heads, queries]); -inf where count is 0.
         output = v' + f'(x) scale C q (eq. 9; zeroth order without C), logsumexp = log n + f(x) (eq. 11), with x = scale q.k'.
 
-    Both are what attention gives to first order around the mean key. A token's weight is exp(f(x + dx)) with dx = scale q.(k - k'),
-    so exp(f(x)) (1 + f'(x) dx + ...). The dx add up to zero over the evicted tokens: their mass is n exp(f(x)), capped or not. Their
-    values' weighted mean is v' + f'(x) times the mean of dx (v - v'), which is scale C q. A cap only flattens that step, f' <= 1.
-    Without a cap f is linear and this is the paper's. With one the mass is no longer a lower bound (f is concave only above 0).
+    Both are what attention gives to first order around the mean key. A token weighs exp(f(x + dx)), with dx = scale q.(k - k'):
+    exp(f(x)) (1 + f'(x) dx + ...). The dx add up to zero over the evicted tokens, so their mass is n exp(f(x)), capped or not.
+    Their values' weighted mean is v' plus f'(x) times the mean of dx (v - v'), which is scale C q: a cap flattens that step, for
+    f' <= 1. Without one f is linear, and this is the paper's. With one the mass is no lower bound: f is concave above 0 only.
 
     The first-order step is limited to the root mean square distance of the evicted values to their mean: no weighting of
     the evicted values can move further than their spread allows by much, and a far query would otherwise extrapolate.

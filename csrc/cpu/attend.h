@@ -87,10 +87,9 @@ struct Running {
   float *out, *top, *mass;
 };
 
-// Caps scaled logits of `Rows` rows in place, if the layer does.
+// Caps scaled logits of `Rows` rows in place. Out of line: layers that cap nothing shall not even fetch its code.
 template <int Rows>
-inline void cap(const Attend& a, int vectors, float* logits) {
-  if (a.softcap == 0) return;
+__attribute__((noinline, cold)) void cap(const Attend& a, int vectors, float* logits) {
   const float inverse = 1 / a.softcap;
   for (int r = 0; r < Rows; ++r)
     for (int v = 0; v < vectors; ++v) {
@@ -142,7 +141,7 @@ template <int Rows, class T>
 inline void attend_tile(const Attend& a, const Tile<T>& tile, const float* query, const int* visible, float* logits,
                         float* left, int64_t slot, Running run) {
   dot_keys<Rows, true>(tile, query, a.cache.head_dim, a.cache.page_size, a.scale, logits);
-  cap<Rows>(a, tile.vectors(), logits);
+  if (a.softcap != 0) cap<Rows>(a, tile.vectors(), logits);
   float keep[Rows];
   for (int r = 0; r < Rows; ++r)
     soften(logits + r * kTileSlots, tile.vectors() * kLanes, visible[r], run.top[r], run.mass[r], keep[r]);
@@ -198,11 +197,11 @@ inline void attend_record(const Attend& a, const RecordView& record, float num_e
     for (int64_t i = 0; i < d; ++i) dot += mean_key[i] * query[i * Rows + r];
     Vec square = {};
     for (int64_t i = 0; i < d; i += kLanes) square += load(step + r * d + i) * load(step + r * d + i);
-    const float bent = a.softcap == 0 ? 0 : tanhf(a.scale * dot / a.softcap);
+    const float bent = a.softcap != 0 ? tanhf(a.scale * dot / a.softcap) : 0;
     const float slope = a.scale * (1 - bent * bent);
     const float length = slope * sqrtf(sum(square));
     const float shrink = length > limit ? limit / length : 1.0f;
-    const float log_mass = logf(num_evicted) + (a.softcap == 0 ? a.scale * dot : a.softcap * bent);
+    const float log_mass = logf(num_evicted) + (a.softcap != 0 ? a.softcap * bent : a.scale * dot);
     const float top = log_mass > run.top[r] ? log_mass : run.top[r];
     const float keep = expf(run.top[r] - top), weight = expf(log_mass - top);
     for (int64_t i = 0; i < d; i += kLanes) {
@@ -260,7 +259,7 @@ void attend_store(const Attend& a, const AttendItem& item, const float* query, i
   for (; first < end; first += kTileSlots) {
     const PackedSlots slots(a.cache, p, item.head, a.pages + item.row * a.max_pages, first, end);
     dot_packed<Bits, Rows, true>(slots, p, queries, a.scale, logits);
-    cap<Rows>(a, slots.vectors(), logits);
+    if (a.softcap != 0) cap<Rows>(a, slots.vectors(), logits);
     for (int r = 0; r < Rows; ++r)
       soften(logits + r * kTileSlots, slots.vectors() * kLanes, slots.slots, run.top[r], run.mass[r], keep[r]);
     for (int r = 0; left != nullptr && r < Rows; ++r)
