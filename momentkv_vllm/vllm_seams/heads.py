@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from momentkv_vllm.config import AUTO, EvictionConfig
 from momentkv_vllm.kv_spec import StateLayout
-from momentkv_vllm.model_layers import has_windows, keeps_states
+from momentkv_vllm.model_layers import full_layers, has_windows, keeps_states
 from momentkv_vllm.refuse import Unsupported, refuse_first
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def _rows(vllm_config: "VllmConfig", config: EvictionConfig, layout: StateLayout
         ),
         Unsupported("models with sliding-window layers", has_windows(model)),
         Unsupported("models whose other layers keep states", keeps_states(model)),
+        Unsupported("models with logits soft-capping", full_layers(vllm_config).softcap),
         Unsupported("models that see or hear", model.is_multimodal_model or model.uses_mrope),
         Unsupported("--enable-lora", vllm_config.lora_config is not None),
         # A file's state would have to say where its tiles lie.
