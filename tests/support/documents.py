@@ -29,6 +29,7 @@ CHOICES = {
     "moment_dtype": config.MOMENT_DTYPES,
     "store_dtype": config.STORE_DTYPES,
     "run_tokens": (AUTO, *config.RUN_TOKENS),
+    "head_budgets": config.HEAD_BUDGETS,
     "kernels": config.KERNELS,
 }
 """Legal values of the settings that are no counts."""
