@@ -2,16 +2,18 @@
 
     PYTHONPATH=benchmarks python -m bench [NAME [ARGUMENTS]]
 
-A result is `results/NAME.json`, with the machine and the targets. ARGUMENTS go to the last step.
+A result is `results/NAME.json`, with the machine and the targets. ARGUMENTS go to the last step; `--show` derives table, targets
+and picture of a record (benchmark.py) from its last result.
 """
 
 import os
 import shlex
 import subprocess
 import sys
-import venv
 from dataclasses import dataclass
 from pathlib import Path
+
+import environments
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = os.environ.get("DOCUMENTS", "shared/data/leval")
@@ -60,9 +62,9 @@ BENCHMARKS = {
     "resume": one("prompt tokens computed of conversations and documents that come again", 10, "serving.resume"),
     "kernels": one("C++ kernels against vLLM's own on the same tokens", 5, "kernels.run"),
     "store": one("attention over quantised stores against 16-bit ones", 5, "kernels.store"),
-    "metrics": one("what counting and sampling for the metrics cost", 2, "metrics_cost"),
+    "metrics_cost": one("what counting and sampling for the metrics cost", 2, "metrics_cost"),
     "dashboard": one("the Grafana dashboard's panels, drawn from a real run that a real Prometheus scrapes", 4, "dashboard"),
-    "memory": one("where a CPU worker's memory grows, with and without a limit on oneDNN's cache", 15, "soak.engine_memory"),
+    "memory": one("where a CPU worker's memory grows, with and without a limit on oneDNN's cache", 15, "memory"),
     "soak": one("mixed traffic beside stock, the engine killed: no wrong token, no page held", 30, "soak.run", "--minutes 30"),
     "fuzz": one("10,000 random requests, aborts and disconnects, and schemathesis, also to stock", 60, "fuzz.run"),
     "quality": one(
@@ -101,7 +103,7 @@ def run(name: str, arguments: list[str]) -> int:
     """Its steps one after another, from the repository's root. Returns the first exit status that is not 0."""
     benchmark = BENCHMARKS[name]
     if benchmark.environment:
-        second_environment(benchmark.environment)
+        environments.programs(benchmark.environment)
     steps = [Step("real_model.make")] if benchmark.real_model else []
     steps += benchmark.steps
     for step in steps:
@@ -123,16 +125,6 @@ def run_step(command: list[str], output: str | None) -> int:
     target.parent.mkdir(exist_ok=True)
     with target.open("w") as file:
         return subprocess.run(command, cwd=ROOT, env=environment, stdout=file).returncode
-
-
-def second_environment(name: str) -> None:
-    """.venv-NAME with the packages of requirements/NAME.txt, which do not fit beside vLLM's."""
-    folder = ROOT / f".venv-{name}"
-    if not (folder / "bin/python").exists():
-        venv.create(folder, with_pip=True)
-    pip = [folder / "bin/pip", "install", "-q"]
-    subprocess.run([*pip, "torch==2.13.0"], check=True)
-    subprocess.run([*pip, "-r", ROOT / f"requirements/{name}.txt"], check=True)
 
 
 def main() -> None:

@@ -1,9 +1,10 @@
 """What every benchmark writes: JSON with a machine header and targets, and a table."""
 
+import contextlib
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -39,10 +40,37 @@ def write(name: str, results: Any, targets: Sequence[dict[str, Any]] = ()) -> Pa
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), "results": results, "targets": list(targets)}, indent=1) + "\n")
-    for t in targets:
-        print(f"{'ok    ' if t['ok'] else 'MISSED'} {t['name']}: {t['value']:.3f} (target {t['limit']})")
+    print_targets(targets)
     print(f"written {path}")
     return path
+
+
+def print_targets(targets: Sequence[dict[str, Any]]) -> None:
+    for t in targets:
+        print(f"{'ok    ' if t['ok'] else 'MISSED'} {t['name']}: {t['value']:.3f} (target {t['limit']})")
+
+
+@contextlib.contextmanager
+def picture(name: str, panels: int = 1, size: tuple[float, float] = (11, 4)) -> Iterator[Any]:
+    """Axes, or a row of as many, that are saved as results/NAME.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, panels, figsize=size)
+    yield axes
+    figure.tight_layout()
+    path = RESULTS / f"{name}.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    print(f"written {path}")
+
+
+def rows_of(records: Sequence[Mapping[str, Any]], *columns: str) -> list[list[Any]]:
+    """Records as rows for `table`, under the names of `columns`, by default all of the first one's."""
+    columns = columns or tuple(records[0])
+    return [[*columns], *([record[c] for c in columns] for record in records)]
 
 
 def compact(rows: Sequence[Sequence[str]]) -> str:
