@@ -59,5 +59,5 @@ class Benchmark:
         else:
             report.write(self.name + "_quick" * quick, results, self.targets(results))
         if self.draw and not quick:
-            with report.picture(self.name, self.panels, self.size) as axes:
+            with report.picture(report.RESULTS / f"{self.name}.png", 1, self.panels, self.size) as axes:
                 self.draw(results, axes)

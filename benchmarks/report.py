@@ -51,17 +51,18 @@ def print_targets(targets: Sequence[dict[str, Any]]) -> None:
 
 
 @contextlib.contextmanager
-def picture(name: str, panels: int = 1, size: tuple[float, float] = (11, 4)) -> Iterator[Any]:
-    """Axes, or a row of as many, that are saved as results/NAME.png."""
+def picture(
+    path: Path, rows: int = 1, columns: int = 1, size: tuple[float, float] = (11, 4), **more: Any
+) -> Iterator[Any]:
+    """Axes, as `plt.subplots` gives them, that are saved as `path`."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, panels, figsize=size)
+    figure, axes = plt.subplots(rows, columns, figsize=size, **more)
     yield axes
     figure.tight_layout()
-    path = RESULTS / f"{name}.png"
     figure.savefig(path, dpi=110)
     plt.close(figure)
     print(f"written {path}")

@@ -12,6 +12,7 @@ import asyncio
 import concurrent.futures
 import json
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -173,6 +174,7 @@ def judge(found: dict[str, Any]) -> list[dict[str, Any]]:
 def soak(running: Soak, plan: list[tuple[float, str]]) -> dict[str, Any]:
     """plan: seconds of traffic and how each life ends, the last one with "stop"."""
     for seconds, end in plan:
+        print(f"{seconds:.0f} s of traffic, then {end}", file=sys.stderr, flush=True)
         running.run(seconds, end)
         print(json.dumps(running.lives[-1]), flush=True)
     return running.finish()
