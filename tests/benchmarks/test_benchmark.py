@@ -1,18 +1,34 @@
 """The records of benchmarks: what is derived follows from the committed results, and a wrong answer stops everything."""
 
 import importlib
+import importlib.util
 import json
+from pathlib import Path
 
 import bench
 import pytest
 import report
 from benchmark import Benchmark
 
-RECORDS = ("serving", "load", "prefix", "resume", "kernels", "store", "metrics_cost", "dashboard", "memory")
+
+def module(name: str) -> str:
+    return bench.BENCHMARKS[name].steps[-1].module
+
+
+def is_record(name: str) -> bool:
+    spec = importlib.util.find_spec(module(name))
+    return "\nBENCHMARK = " in Path(spec.origin).read_text()
 
 
 def record(name: str) -> Benchmark:
-    return importlib.import_module(bench.BENCHMARKS[name].steps[-1].module).BENCHMARK
+    return importlib.import_module(module(name)).BENCHMARK
+
+
+RECORDS = [name for name in bench.BENCHMARKS if is_record(name)]
+
+
+def test_records_are_found():
+    assert {"serving", "load", "kernels", "store", "dashboard"} < set(RECORDS)
 
 
 @pytest.mark.parametrize("name", RECORDS)
