@@ -35,9 +35,9 @@ class Benchmark:
     quick: bool = False
     options: Callable[[argparse.ArgumentParser], object] = nothing
 
-    def known(self) -> Results:
+    def known(self, quick: bool = False) -> Results:
         """Those of the last run."""
-        return json.loads((report.RESULTS / f"{self.name}.json").read_text())["results"]
+        return json.loads((report.RESULTS / f"{self.name}{'_quick' * quick}.json").read_text())["results"]
 
     def run(self, argv: Sequence[str] | None = None) -> None:
         parser = argparse.ArgumentParser(prog=f"make bench NAME={self.name}")
@@ -48,7 +48,7 @@ class Benchmark:
         args = parser.parse_args(argv)
         quick = self.quick and args.quick
         if args.show:
-            results = self.known()
+            results = self.known(quick)
         else:
             self.gate()
             results = self.measure(args)

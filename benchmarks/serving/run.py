@@ -210,7 +210,7 @@ def options(parser) -> None:
 
 
 def measure_sections(args: Namespace) -> dict[str, Any]:
-    results = BENCHMARK.known() if args.only else {}
+    results = BENCHMARK.known(args.quick) if args.only else {}
     with tempfile.TemporaryDirectory() as folder, tqdm(desc="engines") as bar:
         for section in [args.only] if args.only else SECTIONS:
             bar.set_postfix_str(section)
