@@ -13,8 +13,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import environments
-
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = os.environ.get("DOCUMENTS", "shared/data/leval")
 """A folder of L-Eval's tasks, or a checkout of LongBench."""
@@ -35,13 +33,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """minutes: on two cores. needs: a real model to make first; a second environment, requirements/NEEDS.txt."""
+    """minutes: on two cores. real_model: it is made first."""
 
     what: str
     minutes: int
     steps: tuple[Step, ...]
     real_model: bool = False
-    environment: str | None = None
 
 
 def one(what: str, minutes: int, module: str, arguments: str = "", **more) -> Benchmark:
@@ -57,7 +54,7 @@ TRAIN = "--minutes 60 --out benchmarks/test_model/"
 
 BENCHMARKS = {
     "serving": one("stock vLLM against momentkv: decode tokens/s, first token, KV bytes, concurrency", 20, "serving.run"),
-    "load": one("vllm bench serve and GuideLLM at rising rates, both in one pool", 10, "load.run", environment="guidellm"),
+    "load": one("vllm bench serve and GuideLLM at rising rates, both in one pool", 10, "load.run"),
     "prefix": one("prompt tokens saved under a shared system prompt", 5, "serving.prefix"),
     "resume": one("prompt tokens computed of conversations and documents that come again", 10, "serving.resume"),
     "kernels": one("C++ kernels against vLLM's own on the same tokens", 5, "kernels.run"),
@@ -102,8 +99,6 @@ def listing() -> str:
 def run(name: str, arguments: list[str]) -> int:
     """Its steps one after another, from the repository's root. Returns the first exit status that is not 0."""
     benchmark = BENCHMARKS[name]
-    if benchmark.environment:
-        environments.programs(benchmark.environment)
     steps = [Step("real_model.make")] if benchmark.real_model else []
     steps += benchmark.steps
     for step in steps:

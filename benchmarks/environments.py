@@ -1,5 +1,6 @@
 """Environments beside this one, for clients whose packages do not fit beside vLLM's."""
 
+import functools
 import subprocess
 import venv
 from pathlib import Path
@@ -11,6 +12,7 @@ class NotMade(Exception):
     """What pip said, and the way out."""
 
 
+@functools.cache
 def programs(name: str) -> Path:
     """The folder `bin` of .venv-NAME, which has the packages of requirements/NAME.txt. Raises NotMade."""
     folder, wanted = ROOT / f".venv-{name}", ROOT / f"requirements/{name}.txt"

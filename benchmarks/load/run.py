@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import environments
 import report
 from benchmark import Benchmark
 from load import clients, model
@@ -140,7 +141,7 @@ def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 BENCHMARK = Benchmark(
     "load", measure_servers, lambda results: [table(results["rows"])], targets, draw, panels=len(PANELS), size=(20, 3.6),
-    options=options,
+    gate=lambda: environments.programs("guidellm"), options=options,
 )  # fmt: skip
 
 if __name__ == "__main__":
