@@ -38,7 +38,8 @@ class Tile:
 class HeadBudgets:
     """What kernels are told of one layer.
 
-    capacity: [heads] int64 tokens of a head in a full store.
+    capacity: [heads] int64 tokens of a head in a full store; equal_tokens: until so many have left the window, all heads hold
+              all of them (`equal_until`).
     places:   [heads, most tiles, 3] int64, of a head's tiles in order: page of the store; bytes from the beginning of that page
               in this layer's cache to the tile; float32 numbers from that page's observations to the tile's. Tiles beyond a
               head's capacity repeat its last one.
@@ -46,6 +47,16 @@ class HeadBudgets:
 
     capacity: Tensor
     places: Tensor
+    equal_tokens: int
+
+
+def equal_until(store_tokens: int, retire_tokens: int) -> int:
+    """Tokens that have left the window until when every head holds them all: no more than fit, less what an event retires.
+
+    The next event makes room where heads do not look far. The one after it is the first in which others may take their tiles:
+    in one event a tile must not be both read and written.
+    """
+    return store_tokens - retire_tokens
 
 
 def least_tokens(store_tokens: int, grain: int) -> int:
@@ -97,22 +108,22 @@ def shared(reach: Tensor, store_tokens: int, grain: int, longest: int) -> Tensor
 
 
 def tiles_of(capacity: Tensor, store_tokens: int, page_tiles: int) -> list[list[list[Tile]]]:
-    """Of every head of every layer, the tiles of its `capacity` [layers, heads] tokens; an equal share is `store_tokens`.
+    """The tiles of every head of every layer, in order: its own, then those that it is lent.
 
-    Its own come first, and all of them if it holds more: at a sequence's first event pages turn into tiles while other heads
-    still read their tokens there, and only own tiles are written. Then come those that heads of this layer or an earlier one do
-    not hold.
+    An equal share is `store_tokens`; in the end a head holds the first `capacity` [layers, heads] tokens of its tiles. Its own come
+    first: it holds as much as any other until all is full, and at a sequence's first event pages turn into tiles while other
+    heads still read their tokens there. Lent are those that heads of this layer or an earlier one give up.
     """
     own, spare, found = store_tokens // TILE_TOKENS, [], []
     for layer, held in enumerate((capacity // TILE_TOKENS).tolist()):
         mine = [[Tile(layer, head, n // page_tiles, n % page_tiles) for n in range(own)] for head in range(len(held))]
         spare += [tile for tiles, n in zip(mine, held, strict=True) for tile in tiles[n:]]
-        found.append([tiles[:n] + [spare.pop() for _ in range(n - own)] for tiles, n in zip(mine, held, strict=True)])
+        found.append([tiles + [spare.pop() for _ in range(n - own)] for tiles, n in zip(mine, held, strict=True)])
     return found
 
 
 def budgets(
-    capacity: Tensor, tiles: Sequence[Sequence[Sequence[Tile]]], addresses: Tensor, sizes: "Sizes"
+    capacity: Tensor, tiles: Sequence[Sequence[Sequence[Tile]]], addresses: Tensor, sizes: "Sizes", equal_tokens: int
 ) -> list[HeadBudgets]:
     """What kernels are told of every layer.
 
@@ -131,7 +142,7 @@ def budgets(
                 places[head, n, 0] = tile.page
                 places[head, n, 1] = data + tile.head * sizes.part_bytes + tile.number * sizes.tile_bytes
                 places[head, n, 2] = observed // 4 + tile.head * sizes.part_slots + tile.number * TILE_TOKENS
-        found.append(HeadBudgets(capacity[layer].contiguous(), places))
+        found.append(HeadBudgets(capacity[layer].contiguous(), places, equal_tokens))
     return found
 
 

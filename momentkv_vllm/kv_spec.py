@@ -12,7 +12,7 @@ from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from momentkv_vllm.config import AUTO, EvictionConfig
-from momentkv_vllm.head_budgets import grain_of, least_tokens
+from momentkv_vllm.head_budgets import equal_until
 from momentkv_vllm.kernels.limits import CacheShape
 from momentkv_vllm.model_layers import full_layers, keeps_states
 from momentkv_vllm.packed_store import TILE_TOKENS, PackedLayout
@@ -61,9 +61,7 @@ class StateLayout:
             record_tokens = page_tokens - min(page_tokens, start // packed.tile_bytes * TILE_TOKENS)
         schedule = build_schedule(config, page_size, moment_pages, keeps_only_sinks, page_tokens, record_tokens)
         if config.head_budgets == "measured":
-            schedule = replace(
-                schedule, least_head_tokens=least_tokens(schedule.store_tokens, grain_of(schedule.run_tokens))
-            )
+            schedule = replace(schedule, equal_tokens=equal_until(schedule.store_tokens, schedule.retire_tokens))
         return cls(schedule, record, packed)
 
     def cache_shape(self, dtype: torch.dtype, softcap: float = 0.0) -> CacheShape:

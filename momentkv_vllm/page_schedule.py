@@ -48,7 +48,8 @@ class PageSchedule(EventCounts):
         record_in_store: the moment record lies at the end of the last store page and needs no pages of its own;
             `record_tokens`: slots that this takes from the store.
         run_tokens: neighbours that stay or leave together.
-        least_head_tokens: what the head with the smallest part of the store holds; 0: all hold as much.
+        equal_tokens: until so many have left the window, every head holds them all; more than that, and some have evicted.
+            0: heads always hold as many.
         exact_prompt_tokens: longest prompt that is attended exactly, all of its events deferred to its end; 0: none
             ("chunked" prefill), ANY_PROMPT: all ("full").
     """
@@ -64,7 +65,7 @@ class PageSchedule(EventCounts):
     record_tokens: int = 0
     run_tokens: int = 1
     prefill_retire_pages: int = 0
-    least_head_tokens: int = 0
+    equal_tokens: int = 0
 
     @property
     def budget_pages(self) -> int:
@@ -128,7 +129,7 @@ class PageSchedule(EventCounts):
 
     def competes(self, boundary_column: int) -> bool:
         """Whether any head has evicted by then: until its store is full nobody competes."""
-        return boundary_column * self.page_size > (self.least_head_tokens or self.store_tokens)
+        return boundary_column * self.page_size > (self.equal_tokens or self.store_tokens)
 
     def retained_pages(self, committed_tokens: int, boundary_column: int) -> int:
         """Store + window pages that attention reads after `committed_tokens`."""

@@ -42,6 +42,7 @@ struct PackedLayout {
   const TilePlace* places = nullptr;    // [heads, most_tiles]
   const int64_t* capacity = nullptr;    // [heads] tokens
   int64_t most_tiles = 0;
+  int64_t equal_tokens = 0;  // that have left the window until when heads hold as many, all of them
 
   // part_bytes: a head's of a page; part_observed: observed numbers of it.
   TilePlace place(int64_t head, int64_t number, int64_t part_bytes, int64_t part_observed) const {
@@ -53,7 +54,8 @@ struct PackedLayout {
   // has evicted.
   int64_t held(int64_t head, int64_t stored, float evicted) const {
     const int64_t all = stored + int64_t(evicted);
-    return capacity == nullptr || stored == 0 ? stored : all < capacity[head] ? all : capacity[head];
+    if (capacity == nullptr || all <= equal_tokens) return stored;
+    return all < capacity[head] ? all : capacity[head];
   }
 };
 

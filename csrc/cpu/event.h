@@ -17,7 +17,12 @@ struct Event {
   int64_t candidates() const { return packed_tokens + exact_pages() * c.cache.page_size; }
   // How many of them are in the store, in their slots.
   int64_t filled() const { return c.stored == nullptr ? c.store_tokens : packed_tokens; }
-  int64_t capacity() const { return c.capacity(head); }
+  int64_t capacity() const {
+    const int64_t before = c.stored == nullptr ? 0 : c.stored[row] + int64_t(c.num_evicted[row]);
+    return c.capacity(head, before + exact_pages() * c.cache.page_size);
+  }
+  // Of those, the ones that keep their slots if they stay: a store may shrink.
+  int64_t settled() const { return std::min(filled(), candidates() - losers()); }
   int64_t losers() const { return candidates() > capacity() ? candidates() - capacity() : 0; }
   int64_t page(int64_t exact) const {
     return exact < exact_store_pages ? c.store[row * c.store_pages + exact]

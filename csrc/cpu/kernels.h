@@ -26,7 +26,10 @@ struct Consolidate : ConsolidateParams<Cache> {
   int64_t run_tokens;     // neighbours that stay or leave together
   int64_t observed_slots, candidates;  // of a page; of a row of `score`
 
-  int64_t capacity(int64_t head) const { return packed.capacity == nullptr ? store_tokens : packed.capacity[head]; }
+  // What a head may hold once `tokens` have left the row's window.
+  int64_t capacity(int64_t head, int64_t tokens) const {
+    return packed.capacity == nullptr || tokens <= packed.equal_tokens ? store_tokens : packed.capacity[head];
+  }
 };
 
 struct ReadStore {

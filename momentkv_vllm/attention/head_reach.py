@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from vllm.model_executor.models.utils import extract_layer_index
 
-from momentkv_vllm.head_budgets import Sizes, budgets, grain_of, shared, tiles_of
+from momentkv_vllm.head_budgets import Sizes, budgets, equal_until, grain_of, shared, tiles_of
 from momentkv_vllm.kernels.cache_view import CacheView
 
 REPEATED, BETWEEN = 384, 256
@@ -103,6 +103,7 @@ def share_out(impls: Sequence[Any], caches: Sequence[CacheView], reach: Tensor, 
     observed = [impl.observing(cache).data.data_ptr() for impl, cache in zip(impls, caches, strict=True)]
     addresses = torch.tensor([[c.kv.data_ptr(), at] for c, at in zip(caches, observed, strict=True)])
     sizes = Sizes(packed.raw.shape[2], caches[0].page_slots, packed.layout.tile_bytes)
+    equal = equal_until(schedule.store_tokens, schedule.retire_tokens)
     tiles = tiles_of(capacity, schedule.store_tokens, packed.page_tiles)
-    for impl, heads in zip(impls, budgets(capacity, tiles, addresses, sizes), strict=True):
+    for impl, heads in zip(impls, budgets(capacity, tiles, addresses, sizes, equal), strict=True):
         impl.heads = heads

@@ -120,9 +120,11 @@ class CacheView:
         return [layout.bits, layout.width, rotated_block(layout.width), *sizes, self.packed.page_tiles]
 
     @property
-    def head_arguments(self) -> tuple[Tensor | None, Tensor | None]:
+    def head_arguments(self) -> tuple[Tensor | None, Tensor | None, int]:
         """What operators in C++ are told of heads with budgets of their own."""
-        return (None, None) if self.heads is None else (self.heads.places, self.heads.capacity)
+        return (
+            (None, None, 0) if self.heads is None else (self.heads.places, self.heads.capacity, self.heads.equal_tokens)
+        )
 
     def store_slots(self, store_pages: int) -> int:
         """Most slots of a head in a quantised store of so many pages."""

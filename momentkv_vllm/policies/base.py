@@ -11,7 +11,8 @@ from momentkv_vllm.moments import Moments
 
 READS = ("means", "covariance", "order", "head")
 AS_PUBLISHED = {"store_dtype": "model", "run_tokens": 1, "head_budgets": "equal"}
-"""Defaults of other people's methods: tokens as the model has them, one by one, as many of every head. A quantised store is a setting away."""
+"""Defaults of other people's methods: tokens as the model has them, one by one, as many of every head. A quantised store is a
+setting away."""
 NATIVE_SCORES = ("key_direction",)
 
 

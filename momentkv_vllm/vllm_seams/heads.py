@@ -34,6 +34,7 @@ def _rows(vllm_config: "VllmConfig", config: EvictionConfig, layout: StateLayout
         Unsupported(f"store_dtype {config.store_dtype!r} (only int8, int4)", layout.packed is None),
         Unsupported(f"policy {config.policy!r}, whose score no kernel has", config.policy_class.native is None),
         Unsupported(f"kernels {kernels!r} (only 'cpu')", kernels != "cpu"),
+        Unsupported(f"run_tokens {config.run_tokens} (only 8, 16)", config.run_tokens == 1),
         # Events that retire what other heads' tokens still lie in: own tiles are not enough (head_budgets.py, tiles_of).
         Unsupported(f"prefill {config.prefill!r}", config.prefill != "chunked"),
         Unsupported("prefill_retire_tokens", config.prefill_retire_tokens),

@@ -1,10 +1,12 @@
 """Heads that hold different numbers of tokens, in tiles of other heads and layers: each is what the reference makes of it alone."""
 
+import ctypes
+
 import pytest
 import torch
 from kernel_cases import run_attend
 
-from momentkv_vllm.head_budgets import Sizes, budgets, shared, tiles_of
+from momentkv_vllm.head_budgets import Sizes, budgets, equal_until, shared, tiles_of
 from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.observed import Observed
@@ -60,21 +62,13 @@ class Sequence:
         self.kernels.consolidate(self.caches[layer], self.observed[layer], work, self.policy, 4, SCALE)
 
 
-def tiles_held(cache: CacheView, observed: Observed, head: int, tiles: int) -> list[torch.Tensor]:
-    """Bytes and observed mass of the tiles that a head holds, wherever they are."""
-    data, mass = cache.kv.data_ptr(), observed.data.data_ptr()
-    page, part = cache.raw[0].numel(), observed.data[0].numel()
-    found = []
-    for column, at, seen in cache.heads.places[head, :tiles].tolist():
-        found.append(_bytes(data + (1 + column) * page + at, cache.packed.layout.tile_bytes))
-        found.append(_bytes(mass + 4 * ((1 + column) * part + seen), 4 * 8))
-    return found
-
-
-def _bytes(address: int, count: int) -> torch.Tensor:
-    import ctypes
-
-    return torch.frombuffer(bytearray(ctypes.string_at(address, count)), dtype=torch.uint8)
+def tiles_held(cache: CacheView, head: int, tiles: int) -> list[torch.Tensor]:
+    """Bytes of the tiles that a head holds, wherever they are."""
+    page, size = cache.raw[0].numel(), cache.packed.layout.tile_bytes
+    addresses = [
+        cache.kv.data_ptr() + (1 + column) * page + at for column, at, _ in cache.heads.places[head, :tiles].tolist()
+    ]
+    return [torch.frombuffer(bytearray(ctypes.string_at(at, size)), dtype=torch.uint8) for at in addresses]
 
 
 @pytest.mark.parametrize(("dtype", "policy"), [("int4", "momentkv"), ("int8", "momentkv"), ("int4", "keydiff")])
@@ -89,7 +83,9 @@ def test_every_head_is_what_the_reference_makes_of_it_alone(dtype, policy):
         [[c.kv.data_ptr(), o.data.data_ptr()] for c, o in zip(ours.caches, ours.observed, strict=True)]
     )
     sizes = Sizes(packed.raw.shape[2], ours.caches[0].page_slots, packed.layout.tile_bytes)
-    held = budgets(capacity, tiles_of(capacity, store_tokens, packed.page_tiles), addresses, sizes)
+    held = budgets(
+        capacity, tiles_of(capacity, store_tokens, packed.page_tiles), addresses, sizes, equal_until(store_tokens, PAGE)
+    )
     for cache, heads in zip(ours.caches, held, strict=True):
         cache.heads = heads
     extra = -(-int(capacity.max()) // packed.page_tokens)
@@ -98,7 +94,7 @@ def test_every_head_is_what_the_reference_makes_of_it_alone(dtype, policy):
         for layer in range(LAYERS)
         for head in range(HEADS)
     }
-    generator = torch.Generator().manual_seed(3)
+    generator, equal = torch.Generator().manual_seed(3), equal_until(store_tokens, PAGE)
     boundary, evictions = 0, 0
     for page in range(PAGES_READ):
         keys, values = torch.randn(2, LAYERS, PAGE, HEADS, D, generator=generator).bfloat16()
@@ -117,7 +113,7 @@ def test_every_head_is_what_the_reference_makes_of_it_alone(dtype, policy):
                 ours.retire(layer, boundary, uniform, gone - uniform, store_tokens)
             for head in range(HEADS):
                 one, mine = alone[layer, head], int(capacity[layer, head])
-                stored = min(mine, gone)
+                stored = gone if gone <= equal else min(mine, gone)
                 evictions += gone - stored > 0
                 one.write(0, page * PAGE, keys[layer, :, head : head + 1], values[layer, :, head : head + 1])
                 group = slice(2 * head, 2 * head + 2)
@@ -125,25 +121,17 @@ def test_every_head_is_what_the_reference_makes_of_it_alone(dtype, policy):
                 torch.testing.assert_close(output[:, group], want, atol=1e-2, rtol=2e-2)
                 torch.testing.assert_close(lse[:, group], want_lse, atol=2e-3, rtol=0)
                 if retires:
-                    one.retire(0, boundary, stored, gone - stored, mine)
+                    one.retire(0, boundary, stored, gone - stored, store_tokens if after * PAGE <= equal else mine)
         # Every layer of a step has run: what the next step finds.
         boundary = after if retires else 0
         for (layer, head), one in alone.items() if retires else ():
-            tiles = min(int(capacity[layer, head]), boundary * PAGE) // 8
-            raw, mass = one.caches[0].packed, one.observed[0].data
+            gone = boundary * PAGE
+            tiles = (gone if gone <= equal else min(int(capacity[layer, head]), gone)) // 8
+            raw, size = one.caches[0].packed, packed.layout.tile_bytes
             pages = [*range(1, 1 + STORE_PAGES), *one.extra]
-            want = [
-                x
-                for n in range(tiles)
-                for x in (
-                    raw.raw[pages[n // raw.page_tiles], 0].unflatten(0, (-1, 1))[:, 0][
-                        n % raw.page_tiles * packed.layout.tile_bytes : (n % raw.page_tiles + 1)
-                        * packed.layout.tile_bytes
-                    ],
-                    mass[pages[n // raw.page_tiles], 0, n % raw.page_tiles * 8 :][:8].view(torch.uint8),
-                )
-            ]
-            got = tiles_held(ours.caches[layer], ours.observed[layer], head, tiles)
-            same = sum(torch.equal(a, b) for a, b in zip(got[::2], want[::2], strict=True))
+            own = [(pages[n // raw.page_tiles], n % raw.page_tiles * size) for n in range(tiles)]
+            want = [raw.raw[page, 0, at : at + size] for page, at in own]
+            got = tiles_held(ours.caches[layer], head, tiles)
+            same = sum(torch.equal(a, b) for a, b in zip(got, want, strict=True))
             assert same == tiles, f"layer {layer}, head {head}, page {page}: {tiles - same} of {tiles} tiles differ"
     assert evictions > 50

@@ -57,13 +57,18 @@ def test_a_tile_is_held_once_and_lent_to_no_earlier_layer(seed):
     page_tiles, own = 7, STORE // 8
     capacity = shared(reach_of(seed=seed), STORE, GRAIN, LONGEST)
     tiles = tiles_of(capacity, STORE, page_tiles)
-    held = [tile for layer in tiles for head in layer for tile in head]
+    held = [
+        tile
+        for heads, of_layer in zip(tiles, capacity.tolist(), strict=True)
+        for head, tokens in zip(heads, of_layer, strict=True)
+        for tile in head[: tokens // 8]
+    ]
     assert len(held) == len(set(held)) == capacity.sum() // 8
     for layer, heads in enumerate(tiles):
         for head, mine in enumerate(heads):
-            assert len(mine) == capacity[layer, head] // 8
-            first = [Tile(layer, head, n // page_tiles, n % page_tiles) for n in range(min(own, len(mine)))]
-            assert mine[: len(first)] == first, "its own first, from its first page on"
+            assert len(mine) == max(own, capacity[layer, head] // 8)
+            first = [Tile(layer, head, n // page_tiles, n % page_tiles) for n in range(own)]
+            assert mine[:own] == first, "its own first, from its first page on"
             assert all(tile.layer <= layer for tile in mine)
             assert all(tile.page * page_tiles + tile.number < own for tile in mine), "the record's tiles are nobody's"
 
@@ -75,7 +80,7 @@ def test_kernels_are_told_bytes_and_observations():
     ]
     addresses = torch.tensor([[10_000, 400], [90_000, 480]])
     sizes = Sizes(part_bytes=1000, part_slots=56, tile_bytes=100)
-    first, second = budgets(torch.tensor([[8, 16], [16, 8]]), tiles, addresses, sizes)
+    first, second = budgets(torch.tensor([[8, 16], [16, 8]]), tiles, addresses, sizes, 40)
     assert first.capacity.tolist() == [8, 16] and second.capacity.tolist() == [16, 8]
     assert first.places.tolist() == [[[0, 0, 0]] * 2, [[0, 1000, 56], [1, 1200, 72]]]
     assert second.places.tolist() == [[[0, 0, 0], [3, 100 - 80_000, 8 - 20]], [[0, 1000, 56]] * 2]
