@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.environment import ALLOW_UNTESTED_VLLM
-from momentkv_vllm.model_layers import full_layers, has_windows, keeps_states
+from momentkv_vllm.model_layers import full_layers, has_windows, keeps_states, sharing_layers
 from momentkv_vllm.refuse import WITHOUT, Unsupported, refuse, refuse_first
 from momentkv_vllm.versions import TESTED_VLLM, installed_vllm
 from momentkv_vllm.vllm_seams.gpu import BACKEND_NAMES, gpu_rows
@@ -155,6 +155,12 @@ def _engine_rows(vllm_config: "VllmConfig", config: EvictionConfig, platform: An
             f"must be read again)",
             own and (exact or coarse),
             f"{leave_out}, use prefill 'chunked' without prefill_retire_tokens",
+        ),
+        Unsupported(
+            f"--scheduler-cls {scheduler.scheduler_cls} for models with KV sharing between layers (steps of prompt_logprobs must "
+            f"end at evictions)",
+            own and sharing_layers(vllm_config.model_config),
+            leave_out,
         ),
         Unsupported(
             f"--scheduler-cls {scheduler.scheduler_cls} with --async-scheduling (a session whose prompt grows under a step in "

@@ -215,12 +215,26 @@ CALLS = [
     ),
     (
         "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl",
-        ["num_heads", "head_size", "scale", "num_kv_heads", "alibi_slopes", "sliding_window", "kv_cache_dtype"],
+        [
+            "num_heads",
+            "head_size",
+            "scale",
+            "num_kv_heads",
+            "alibi_slopes",
+            "sliding_window",
+            "kv_cache_dtype",
+            "kv_sharing_target_layer_name",
+        ],
         "attention/cpu_backend.py",
     ),
     (
         "vllm.model_executor.layers.attention:Attention.get_kv_cache_spec",
         ["vllm_config"],
+        "attention/spec_hook.py",
+    ),
+    (
+        "vllm.model_executor.layers.attention:Attention",
+        ["kv_sharing_target_layer_name"],
         "attention/spec_hook.py",
     ),
     ("vllm.model_executor.layers.attention:Attention.get_attn_backend", [], "attention/spec_hook.py"),
@@ -272,6 +286,7 @@ FIELDS = [
         ["block_size", "num_kv_heads", "head_size", "head_size_v", "dtype", "sliding_window", "page_size_padded"],
         "kv_spec.py",
     ),
+    ("vllm.config:CacheConfig", ["kv_sharing_fast_prefill"], "vllm_seams/refusals.py"),
     ("vllm.v1.kv_cache_interface:SlidingWindowSpec", ["sliding_window"], "attention/spec_hook.py"),
     ("vllm.v1.kv_cache_interface:ChunkedLocalAttentionSpec", ["attention_chunk_size"], "attention/spec_hook.py"),
     (

@@ -1,10 +1,12 @@
 """What --kv-eviction does with a model family, on tiny random-weight members: their checkpoints."""
 
+import json
 from pathlib import Path
 
 import torch
 import transformers
 from family_settings import COMMON, FAMILIES
+from safetensors.torch import load_file, save_file
 from tiny_models import save_tokenizer, sharpen
 
 
@@ -28,4 +30,25 @@ def make_model(name: str, folder: Path, dtype: str = "") -> Path:
     sharpen(model)
     model.to(getattr(torch, dtype or family.dtype)).save_pretrained(folder)
     save_tokenizer(folder)
+    return folder
+
+
+SEEING = {"Gemma3TextConfig": "Gemma3Config", "Gemma3nTextConfig": "Gemma3nConfig", "Gemma4TextConfig": "Gemma4Config"}
+"""Configurations of published checkpoints, which have other parts beside the text model, by that of the text model."""
+
+
+def make_seeing_model(name: str, folder: Path, **text) -> Path:
+    """The tiny member of a family in a checkpoint of the published class, without the weights of its other parts.
+
+    text: other settings of the text model."""
+    make_model(name, folder)
+    family = FAMILIES[name]
+    published = getattr(transformers, SEEING[family.config])(text_config=COMMON | family.settings | text)
+    published.architectures = [SEEING[family.config].replace("Config", "ForConditionalGeneration")]
+    published.save_pretrained(folder)
+    weights = folder / "model.safetensors"
+    parts = {k.replace("model.", "model.language_model.", 1): v for k, v in load_file(weights).items()}
+    save_file(parts, weights, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    assert config["vision_config"], "the model was meant to see"
     return folder
