@@ -63,7 +63,7 @@ def test_layers_of_several_kinds_and_exact_prompts_share_nothing_beyond_the_budg
     assert cached.manager.states is None and 0 < max(cached.cached_tokens.values()) < BUDGET
 
 
-@pytest.mark.parametrize("name", ["Gemma 3", "Gemma 3n", "Gemma 4", "Gemma 4 E"])
+@pytest.mark.parametrize("name", ["Gemma 3", "Gemma 4", "Gemma 4 E"])
 def test_the_text_of_models_that_also_see(engine, tmp_path, name):
     """With --language-model-only the published class gives the text model's tokens, evicting or not."""
     prompts = [random_prompt(n) for n in (20, 150, 700)]
