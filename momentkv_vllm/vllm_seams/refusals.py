@@ -67,7 +67,6 @@ def _model_rows(vllm_config: "VllmConfig") -> list[Unsupported]:
         Unsupported("encoder-decoder models", model.is_encoder_decoder),
         Unsupported("attention-free models", model.is_attention_free),
         Unsupported("models that read images in both directions (prefix-LM)", model.is_mm_prefix_lm, text_only),
-        Unsupported("models with logits soft-capping", getattr(text, "attn_logit_softcapping", None)),
         Unsupported(
             f"models with key heads of {layers.head_size} and value heads of {value_size} numbers", other_values
         ),
