@@ -236,7 +236,7 @@ def turns() -> str:
 
 
 def prefix() -> str:
-    rows = [(f"{r['system_tokens']:,}", r["saving_to_stock"]) for r in results("prefix_cache")]
+    rows = [(f"{r['system_tokens']:,}", r["saving_to_stock"]) for r in results("prefix")]
     return markdown(("tokens of the system prompt", "prompt tokens saved, over stock's saving"), rows)
 
 
@@ -278,7 +278,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "judge-short": judged_short,
     "judge-long": judged_long,
     "kernels": kernels,
-    "load": lambda: load.run.table(results("load")["rows"]),
+    "load": lambda: report.compact(load.run.table(results("load")["rows"])),
     "memory": memory,
     "metrics": metrics,
     "models": models,
