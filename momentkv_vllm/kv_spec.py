@@ -61,10 +61,12 @@ class StateLayout:
         schedule = build_schedule(config, page_size, moment_pages, keeps_only_sinks, page_tokens, record_tokens)
         return cls(schedule, record, packed)
 
-    def cache_shape(self, dtype: torch.dtype) -> CacheShape:
-        """What kernels must be able to serve."""
+    def cache_shape(self, dtype: torch.dtype, softcap: float = 0.0) -> CacheShape:
+        """What kernels must be able to serve, in layers that cap their logits there."""
         store = self.packed.dtype if self.packed else ""
-        return CacheShape(self.record.head_dim, self.schedule.page_size, dtype, store, self.schedule.run_tokens)
+        return CacheShape(
+            self.record.head_dim, self.schedule.page_size, dtype, store, self.schedule.run_tokens, softcap
+        )
 
 
 RECORD_ALIGNMENT = 64

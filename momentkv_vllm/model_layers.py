@@ -52,12 +52,14 @@ class FullLayers:
         page_ratio: pages of the other layers have so many times the bytes of theirs, if more. vLLM gives all layers pages of
             the same bytes, and so these layers as many times the tokens.
         count, others: how many there are, and how many layers there are of the rarest other kind; 0 if not told.
+        softcap: where they cap their logits; 0: nowhere.
     """
 
     head_size: int
     page_ratio: float = 1.0
     count: int = 0
     others: int = 0
+    softcap: float = 0.0
 
 
 def full_layers(vllm_config: Any) -> FullLayers:
@@ -68,8 +70,9 @@ def full_layers(vllm_config: Any) -> FullLayers:
     arch, types = model.model_arch_config, getattr(model.hf_text_config, "layer_types", None) or []
     types = types[: arch.total_num_hidden_layers]
     full = [i for i, kind in enumerate(types) if kind == "full_attention"]
+    softcap = getattr(model.hf_text_config, "attn_logit_softcapping", None) or 0.0
     if not full or not has_windows(model):
-        return FullLayers(model.get_head_size())
+        return FullLayers(model.get_head_size(), softcap=softcap)
     numbers = [
         model.get_num_kv_heads(vllm_config.parallel_config, arch[i]) * arch[i].head_size for i in range(len(types))
     ]
@@ -79,6 +82,7 @@ def full_layers(vllm_config: Any) -> FullLayers:
         max(1.0, max(numbers) / numbers[full[0]]),
         len(full),
         min(kinds.values(), default=0),
+        softcap,
     )
 
 

@@ -161,12 +161,13 @@ struct Items {
 };
 
 void attend(const Tensor& kv, const Tensor& query, const Tensor& output, const OptionalTensor& lse, MOMENTKV_ATTEND_WORK,
-            double scale, bool corrected, MOMENTKV_RECORD, const OptionalTensor& stored, int64_t store_pages,
+            double scale, double softcap, bool corrected, MOMENTKV_RECORD, const OptionalTensor& stored, int64_t store_pages,
             at::IntArrayRef packed, const OptionalTensor& weights) {
   const AttendTensors work MOMENTKV_ATTEND_WORK_GIVEN;
   Attend a{};
   a.cache = cache_of(kv);
   set_attend(a, kv, query, output, lse, work, scale, corrected, MOMENTKV_RECORD_GIVEN);
+  a.softcap = float(softcap);
   set_store(a, stored, store_pages, packed, {});
   check_rows(a, query.size(0));
   set_observing(a, work, weights);
@@ -181,12 +182,13 @@ void attend(const Tensor& kv, const Tensor& query, const Tensor& output, const O
 }
 
 void observe(const Tensor& kv, const Tensor& observed, const Tensor& query, const Tensor& lse, MOMENTKV_ATTEND_WORK,
-             double scale, const OptionalTensor& stored, int64_t store_pages, at::IntArrayRef packed,
+             double scale, double softcap, const OptionalTensor& stored, int64_t store_pages, at::IntArrayRef packed,
              const OptionalTensor& weights) {
   const AttendTensors work MOMENTKV_ATTEND_WORK_GIVEN;
   Attend a{};
   a.cache = cache_of(kv);
   set_queries(a, kv, query, work, scale);
+  a.softcap = float(softcap);
   set_store(a, stored, store_pages, packed, observed);
   check_rows(a, query.size(0));
   a.lse = data_of<float>(lse, "lse", {query.size(0), a.query_heads});
@@ -254,12 +256,12 @@ TORCH_LIBRARY(momentkv_cpu, m) {
   m.def("write(Tensor(a!) kv, Tensor key, Tensor value, Tensor slots, Tensor(b!)? observed) -> ()", &momentkv::write);
   m.def(
       "attend(Tensor kv, Tensor query, Tensor(a!) output, Tensor(b!)? lse, " MOMENTKV_ATTEND_WORK_SCHEMA
-      ", float scale, bool corrected, " MOMENTKV_RECORD_SCHEMA
+      ", float scale, float softcap, bool corrected, " MOMENTKV_RECORD_SCHEMA
       ", Tensor? stored, int store_pages, int[] packed, Tensor(c!)? weights) -> ()",
       &momentkv::attend);
   m.def(
       "observe(Tensor kv, Tensor(a!) observed, Tensor query, Tensor lse, " MOMENTKV_ATTEND_WORK_SCHEMA
-      ", float scale, Tensor? stored, int store_pages, int[] packed, Tensor(b!)? weights) -> ()",
+      ", float scale, float softcap, Tensor? stored, int store_pages, int[] packed, Tensor(b!)? weights) -> ()",
       &momentkv::observe);
   m.def(
       "consolidate(Tensor(a!) kv, " MOMENTKV_RETIRE_WORK_SCHEMA

@@ -37,6 +37,7 @@ struct ReadStore {
 
 // Of attend and of observe.
 struct Attend : AttendParams<Cache> {
+  float softcap;                // of the scaled logits, softcap * tanh(x / softcap); 0: they are not capped
   float* observed;              // observe: [num_pages, heads, page_size]
   const int64_t* observe_from;  // [rows] first counted query of the row
   const bool* restart;          // [rows] observe: forget earlier mass

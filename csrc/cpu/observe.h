@@ -84,6 +84,7 @@ void observe_store(const Attend& a, const AttendItem& item, const float* query, 
   for (int64_t first = 0; first < end; first += kTileSlots) {
     const PackedSlots slots(a.cache, p, item.head, a.pages + item.row * a.max_pages, first, end);
     dot_packed<Bits, Rows, false>(slots, p, queries, a.scale, logits);
+    if (a.softcap != 0) cap<Rows>(a, slots.vectors(), logits);
     const auto weights = weights_of_logits<Rows>(logits, slots.vectors(), lse);
     each_tile_mass(a, item, first, first + slots.slots,
                    [&](int64_t slot, float* mass) { weights.template add_to<TileVec>(mass, slot - first); });
@@ -110,6 +111,7 @@ void observe_exact(const Attend& a, const AttendItem& item, const float* query, 
   for (int64_t first = 0; first < sees[Rows - 1]; first += kTileSlots) {
     const Tile<T> tile(a.cache, item.head, pages, first, sees[Rows - 1]);
     dot_keys<Rows, false>(tile, query, a.cache.head_dim, page_size, a.scale, logits);
+    if (a.softcap != 0) cap<Rows>(a, tile.vectors(), logits);
     for (int r = 0; r < Rows; ++r)
       for (int64_t t = sees[r] > first ? sees[r] - first : 0; t < tile.vectors() * kLanes; ++t) logits[r * kTileSlots + t] = -INFINITY;
     const auto weights = weights_of_logits<Rows>(logits, tile.vectors(), lse);

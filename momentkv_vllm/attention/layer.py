@@ -51,7 +51,9 @@ class EvictingImpl:
         model, dtype = vllm_config.model_config, vllm_config.model_config.dtype
         page_size = page_tokens(config, vllm_config.cache_config.block_size, keeps_states(model))
         self.layout = StateLayout.of(config, page_size, head_size, dtype)
-        self.kernels: KernelFamily = select(config.kernels, self.device_type, self.layout.cache_shape(dtype))
+        self.kernels: KernelFamily = select(
+            config.kernels, self.device_type, self.layout.cache_shape(dtype, self.logits_soft_cap)
+        )
         self.observed: Observed | None = None
 
     def fused_output_quant_supported(self, quant_key) -> bool:
@@ -64,7 +66,7 @@ class EvictingImpl:
         page_size = kv_cache.shape[2]
         if self.layout.schedule.page_size != page_size:
             self.layout = StateLayout.of(self.config, page_size, self.head_size, kv_cache.dtype)
-        return self.view(kv_cache, self.layout.record, self.layout.packed)
+        return self.view(kv_cache, self.layout.record, self.layout.packed, self.logits_soft_cap)
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
         if self.config is None:
@@ -152,7 +154,6 @@ def _refuse_layer(impl: EvictingImpl, slides: bool) -> None:
     rows = [
         Unsupported("sliding-window attention on a GPU", slides and on_gpu),
         Unsupported("ALiBi", impl.alibi_slopes is not None),
-        Unsupported("logits soft-capping", impl.logits_soft_cap),
         Unsupported("attention sinks on a GPU", impl.sinks is not None and on_gpu),
         Unsupported(f"attention type {impl.attn_type!r}", impl.attn_type != "decoder"),
         Unsupported(f"a KV cache of {cache_dtype}, not of the model's dtype", is_quantized_kv_cache(cache_dtype)),

@@ -24,6 +24,7 @@ class CacheView:
     raw:          [num_pages, num_kv_heads, bytes a head owns of a page] uint8 view of the same memory.
     record_layout: layout of a moment record.
     packed_layout: how store pages are quantised; None: they are pages as any other.
+    softcap:      the layer caps its logits there (softcap.py); 0: it does not.
     """
 
     keys: Tensor
@@ -32,10 +33,15 @@ class CacheView:
     raw: Tensor
     record_layout: RecordLayout
     packed_layout: PackedLayout | None = None
+    softcap: float = 0.0
 
     @classmethod
     def of_vllm_cpu(
-        cls, kv_cache: Tensor, record_layout: RecordLayout, packed_layout: PackedLayout | None = None
+        cls,
+        kv_cache: Tensor,
+        record_layout: RecordLayout,
+        packed_layout: PackedLayout | None = None,
+        softcap: float = 0.0,
     ) -> "CacheView":
         """View vLLM's CPU cache (vllm/v1/attention/backends/cpu_attn.py, x86 instruction sets "vec" and "vec16").
 
@@ -48,13 +54,16 @@ class CacheView:
         halves = kv_cache.view(pages, heads, 2, page_size * head_dim)
         keys = halves[:, :, 0].view(pages, heads, head_dim, page_size).transpose(-1, -2)
         values = halves[:, :, 1].view(pages, heads, page_size, head_dim)
-        return cls(
-            keys, values, kv_cache, kv_cache.view(pages, heads, -1).view(torch.uint8), record_layout, packed_layout
-        )
+        raw = kv_cache.view(pages, heads, -1).view(torch.uint8)
+        return cls(keys, values, kv_cache, raw, record_layout, packed_layout, softcap)
 
     @classmethod
     def of_vllm_gpu(
-        cls, kv_cache: Tensor, record_layout: RecordLayout, packed_layout: PackedLayout | None = None
+        cls,
+        kv_cache: Tensor,
+        record_layout: RecordLayout,
+        packed_layout: PackedLayout | None = None,
+        softcap: float = 0.0,
     ) -> "CacheView":
         """View the cache of vLLM's Triton and FlashAttention backends (vllm/v1/attention/backends/triton_attn.py).
 
@@ -68,7 +77,8 @@ class CacheView:
                 f"the strides {kv_cache.stride()} for the shape {tuple(kv_cache.shape)}"
             )
         keys, values = kv_cache[..., :head_dim], kv_cache[..., head_dim:]
-        return cls(keys, values, kv_cache, kv_cache.flatten(2).view(torch.uint8), record_layout, packed_layout)
+        raw = kv_cache.flatten(2).view(torch.uint8)
+        return cls(keys, values, kv_cache, raw, record_layout, packed_layout, softcap)
 
     def corrected_by(self, correction: str) -> "CacheView":
         """As attention reads it: a covariance that only the score reads is no part of a "zeroth" correction. The means lie where

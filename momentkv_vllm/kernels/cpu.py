@@ -57,13 +57,13 @@ class Cpu(KernelFamily):
             shape = (len(work.pages), query.shape[1], slots + slots // 8)
             if work.weights is None or work.weights.shape != shape:
                 work.weights = query.new_empty(shape, dtype=torch.float32)
-        given = cache.kv, query, output, lse, *work.arguments(), scale, corrected
+        given = cache.kv, query, output, lse, *work.arguments(), scale, cache.softcap, corrected
         store = work.stored, work.store_pages, cache.packed_arguments
         _ops.attend(*given, *cache.record_arguments, *store, work.weights)
 
     def _observe(self, cache: CacheView, mass, query, lse, work: AttendWork, scale: float) -> None:
         store = work.stored, work.store_pages, cache.packed_arguments
-        _ops.observe(cache.kv, mass, query, lse, *work.arguments(), scale, *store, work.weights)
+        _ops.observe(cache.kv, mass, query, lse, *work.arguments(), scale, cache.softcap, *store, work.weights)
 
     def read_store(self, cache: CacheView, pages):
         return _ops.read_store(cache.kv, pages, cache.packed_arguments)

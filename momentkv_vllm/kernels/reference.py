@@ -42,7 +42,7 @@ class Reference(KernelFamily):
         result = (logits - total.unsqueeze(-1)).exp() @ retained.values
         if corrected:
             moments = cache.read_moments(work.moment_pages, work.num_evicted)
-            evicted, log_mass = mo.partial(moments, queries, scale)
+            evicted, log_mass = mo.partial(moments, queries, scale, cache.softcap)
             kept, total = total, torch.logaddexp(total, log_mass)
             result = (kept - total).exp().unsqueeze(-1) * result + (log_mass - total).exp().unsqueeze(-1) * evicted
         output[tokens[real]] = ungrouped(result, groups)[real].to(output.dtype)

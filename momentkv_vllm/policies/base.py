@@ -53,6 +53,7 @@ class Candidates:
     attention:    [rows, heads, tokens] attention mass as the policy `observes` it, summed over a KV head's query heads;
                   of "logits" [rows, heads, tokens, 3]: count, sum, sum of squares. 0 for padding. None: nothing is observed.
     scale:        softmax scale of the layer.
+    softcap:      the layer caps its logits there (softcap.py); 0: it does not.
     """
 
     keys: torch.Tensor
@@ -62,6 +63,7 @@ class Candidates:
     moments: Moments
     attention: torch.Tensor | None
     scale: float
+    softcap: float = 0.0
 
 
 class Policy(ABC):

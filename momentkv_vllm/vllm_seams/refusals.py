@@ -73,7 +73,6 @@ def _model_rows(vllm_config: "VllmConfig") -> list[Unsupported]:
             f"cache of an earlier layer, which would evict before they have)",
             shared,
         ),
-        Unsupported("models with logits soft-capping", getattr(text, "attn_logit_softcapping", None)),
         Unsupported(
             f"models with key heads of {layers.head_size} and value heads of {value_size} numbers", other_values
         ),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from momentkv_vllm.config import AUTO, EvictionConfig
 from momentkv_vllm.kernels import select
 from momentkv_vllm.kv_spec import expected_layout, settled
+from momentkv_vllm.model_layers import full_layers
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -21,7 +22,7 @@ def settled_config(vllm_config: "VllmConfig", config: EvictionConfig) -> Evictio
     layout = expected_layout(config, vllm_config)
     model, device = vllm_config.model_config, current_platform.device_type
     try:
-        select(config.kernels, device, layout.cache_shape(model.dtype))
+        select(config.kernels, device, layout.cache_shape(model.dtype, full_layers(vllm_config).softcap))
     except ValueError as error:
         if config.store_dtype != AUTO or layout.packed is None:
             raise

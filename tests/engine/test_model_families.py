@@ -1,10 +1,14 @@
 """Model families in the real engine: stock's tokens below the budget, bounded above it, or refused by name."""
 
+from dataclasses import replace
+
 import pytest
 from engine import Engine, random_prompt
 from model_families import FAMILIES, make_config, make_model
 from vllm import EngineArgs
 from vllm.model_executor.models import registry
+
+from momentkv_vllm.attention.cpu_backend import MomentKVImpl
 
 BUDGET, STEP = 256, 256
 EVICT = {"policy": "momentkv", "budget_tokens": BUDGET, "max_model_len": 2048, "max_num_batched_tokens": STEP}
@@ -39,7 +43,14 @@ def test_served(engine, family_model, name):
 
 @pytest.mark.parametrize(
     ("name", "store"),
-    [("Gemma 3", INT8), ("GPT-OSS", INT8), ("Gemma 4 31B", {}), ("Llama 4", {}), ("Phi-4-mini", INT8)],
+    [
+        ("Gemma 2", INT8),
+        ("Gemma 3", INT8),
+        ("GPT-OSS", INT8),
+        ("Gemma 4 31B", {}),
+        ("Llama 4", {}),
+        ("Phi-4-mini", INT8),
+    ],
 )
 def test_layers_of_several_kinds_in_any_chunks(engine, family_model, name, store):
     """Pages change hands between layers that evict and layers that do not; a sink takes its mass whoever attends."""
@@ -50,6 +61,16 @@ def test_layers_of_several_kinds_in_any_chunks(engine, family_model, name, store
         assert fine.generate(prompts, 24) == coarse
     below, beyond = list(fine.cached_tokens.values())[2:]
     assert below and beyond > BUDGET, "the second time a prefix and a state were meant to be found"
+
+
+def test_a_cap_of_the_logits_reaches_the_kernels(engine, family_model, monkeypatch):
+    """Without it the tokens beyond the budget are others."""
+    prompt, options = [random_prompt(700)], EVICT | {"dtype": "float32"}
+    capped = engine(family_model("Gemma 2"), **options).generate(prompt, 24)
+    assert len(set(capped[0])) > 5
+    view = MomentKVImpl.view
+    monkeypatch.setattr(MomentKVImpl, "view", staticmethod(lambda *given: replace(view(*given), softcap=0.0)))
+    assert engine(family_model("Gemma 2"), **options).generate(prompt, 24) != capped
 
 
 def test_layers_of_several_kinds_and_exact_prompts_share_nothing_beyond_the_budget(engine, family_model):

@@ -29,6 +29,8 @@ GDN = {
 }  # fmt: skip
 MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 64, "mamba_n_groups": 1, "mamba_expand": 2}
 HEAD = {"head_dim": 32}
+# A cap that bends the logits of these members; published ones have 50.
+CAPPED = {"attn_logit_softcapping": 3.0, "tie_word_embeddings": True}
 
 
 def layers(*pattern: str, times: int = 1) -> dict[str, Any]:
@@ -71,10 +73,9 @@ class Family:
         return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
 
 
-NOT_ON_CPUS, SHARED, CAPPED, WINDOWS = (
+NOT_ON_CPUS, SHARED, WINDOWS = (
     "which vLLM cannot run on a CPU",
     "KV sharing between layers",
-    "soft-capping",
     "nothing to evict",
 )
 
@@ -116,7 +117,7 @@ FAMILIES = {
         "window of 262,144: none; long and partial RoPE",
     ),
     "Gemma": Family("GemmaConfig", {"head_dim": 256}, "head size 256"),
-    "Gemma 2": Family("Gemma2Config", layers(S, F, times=2) | HEAD, "soft-capped logits, window 1 : 1", CAPPED),
+    "Gemma 2": Family("Gemma2Config", layers(S, F, times=2) | HEAD | CAPPED, "soft-capped logits, window 1 : 1"),
     "Gemma 3": Family("Gemma3TextConfig", layers(S, F, times=2) | HEAD, "window 1 : 1"),
     "Gemma 3, 4B": Family("Gemma3TextConfig", layers(*[S] * 5, F, *[S] * 4) | HEAD, "window 9 : 1"),
     "Gemma 3, short context": Family(
@@ -148,7 +149,7 @@ FAMILIES = {
         "layers that share KV",
         SHARED,
     ),
-    "VaultGemma": Family("VaultGemmaConfig", HEAD | layers(S, F, times=2), "soft-capped logits", CAPPED),
+    "VaultGemma": Family("VaultGemmaConfig", HEAD | layers(S, F, times=2) | CAPPED, "soft-capped logits, window 1 : 1"),
     "OLMo 2": Family("Olmo2Config", special="norms of whole rows"),
     "OLMo 3": Family("Olmo3Config", layers(S, S, S, F), "window 3 : 1"),
     "OLMo 3, mostly full": Family(

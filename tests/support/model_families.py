@@ -26,6 +26,8 @@ def make_model(name: str, folder: Path, dtype: str = "") -> Path:
     config = getattr(transformers, family.config)(**COMMON | family.settings)
     model = transformers.AutoModelForCausalLM.from_config(config)
     sharpen(model)
+    if config.tie_word_embeddings:  # or every token would predict itself
+        model.get_input_embeddings().weight.data.mul_(0.1)
     model.to(getattr(torch, dtype or family.dtype)).save_pretrained(folder)
     save_tokenizer(folder)
     return folder

@@ -11,6 +11,7 @@ LAYERS = [
         "refuse",
         "environment",
         "moments",
+        "softcap",
         "event_counts",
         "model_layers",
         "versions",

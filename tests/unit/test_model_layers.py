@@ -143,7 +143,7 @@ LIMITS = [
     ("cuda", (256, 16, torch.bfloat16), ""),
     ("cuda", (512, 16, torch.bfloat16), "head sizes 64, 128, 256, this model has 512"),
     ("cuda", (128, 16, torch.float32), "bfloat16, float16, the KV cache is float32"),
-    ("triton", (80, 48, torch.float16), ""),
+    ("triton", (80, 48, torch.float16, "int8", 8, 50.0), ""),
     ("triton", (512, 16, torch.float16), "head sizes up to 256, this model has 512"),
     ("reference", (528, 24, torch.float64), ""),
 ]
@@ -160,6 +160,16 @@ def test_families_say_what_they_cannot_serve(family, shape, words, monkeypatch):
     with pytest.raises(ValueError, match=f"kernel family '{family}' cannot run here: it serves {words}; use 'auto'"):
         select(family, "cpu", CacheShape(*shape))
     assert select("auto", "cpu", CacheShape(*shape)).limits.objections(CacheShape(*shape)) == []
+
+
+def test_the_cuda_kernels_refuse_capped_logits(monkeypatch):
+    for each in FAMILIES:
+        monkeypatch.setattr(each, "objections", lambda: [])
+    with pytest.raises(
+        ValueError, match="it knows no logit soft-capping yet, this model caps its logits at 50; use 'auto'"
+    ):
+        select("cuda", "cuda", CacheShape(128, 16, torch.float16, softcap=50.0))
+    assert select("auto", "cuda", CacheShape(128, 16, torch.float16, softcap=50.0)).name == "triton"
 
 
 @pytest.mark.parametrize("shape", [shape for family, shape, _ in LIMITS if family == "cpu"])
