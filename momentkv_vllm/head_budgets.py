@@ -110,8 +110,8 @@ def shared(reach: Tensor, store_tokens: int, grain: int, longest: int) -> Tensor
 def tiles_of(capacity: Tensor, store_tokens: int, page_tiles: int) -> list[list[list[Tile]]]:
     """The tiles of every head of every layer, in order: its own, then those that it is lent.
 
-    An equal share is `store_tokens`; in the end a head holds the first `capacity` [layers, heads] tokens of its tiles. Its own come
-    first: it holds as much as any other until all is full, and at a sequence's first event pages turn into tiles while other
+    An equal share is `store_tokens`; in the end a head holds the first `capacity` [layers, heads] tokens of its tiles. Its own
+    come first: it holds as much as any other until all is full, and at a sequence's first event pages turn into tiles while other
     heads still read their tokens there. Lent are those that heads of this layer or an earlier one give up.
     """
     own, spare, found = store_tokens // TILE_TOKENS, [], []

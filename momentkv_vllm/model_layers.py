@@ -43,9 +43,14 @@ def keeps_states(model: Any) -> bool:
     return bool(model.is_hybrid)
 
 
+def sharing_layers(model: Any) -> int:
+    """How many layers read the cache of an earlier one and have none of their own: the last ones (Gemma 3n, Gemma 4 E2B, E4B)."""
+    return getattr(model.hf_text_config, "num_kv_shared_layers", None) or 0
+
+
 @dataclass(frozen=True)
 class FullLayers:
-    """The layers that attend to all tokens, as far as the configuration tells.
+    """The layers that attend to all tokens in a cache of their own, as far as the configuration tells.
 
     Attributes:
         head_size: of keys.
@@ -68,7 +73,7 @@ def full_layers(vllm_config: Any) -> FullLayers:
     if keeps_states(model):
         return _beside_states(model)
     arch, types = model.model_arch_config, getattr(model.hf_text_config, "layer_types", None) or []
-    types = types[: arch.total_num_hidden_layers]
+    types = types[: arch.total_num_hidden_layers - sharing_layers(model)]
     full = [i for i, kind in enumerate(types) if kind == "full_attention"]
     softcap = getattr(model.hf_text_config, "attn_logit_softcapping", None) or 0.0
     if not full or not has_windows(model):

@@ -14,6 +14,7 @@ from vllm.utils.torch_utils import is_quantized_kv_cache
 
 from momentkv_vllm.attention.head_reach import Probe
 from momentkv_vllm.attention.monitor import Attended, Monitor
+from momentkv_vllm.attention.sharing import SharedCache
 from momentkv_vllm.attention.sinks import add_sinks
 from momentkv_vllm.attention.spec_hook import EvictingBackend
 from momentkv_vllm.attention.step_plan import StepPlan
@@ -59,6 +60,8 @@ class EvictingImpl:
         self.observed: Observed | None = None
         self.probe: Probe | None = None
         self.heads: HeadBudgets | None = None
+        layers, target = vllm_config.compilation_config.static_forward_context, self.kv_sharing_target_layer_name
+        self.shared = SharedCache(self, layers[target].impl if target else None)
 
     @property
     def measures_heads(self) -> bool:
@@ -98,6 +101,8 @@ class EvictingImpl:
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
+        if self.shared.only_reads:
+            output.zero_()
         part = attn_metadata.stock_part
         if part is not None:
             rows = query[part.tokens]
@@ -105,14 +110,19 @@ class EvictingImpl:
                 layer, rows, key, value, kv_cache, part.metadata, torch.empty_like(rows)
             )
         cache, monitor = self.view_of(kv_cache), getattr(attn_metadata, "monitor", None)
-        for round_ in step.rounds:
+        for round_ in self.shared.rounds(step):
             sampling = monitor if monitor and monitor.due(round_) else None
             for attend in round_.attends:
                 self._attend(cache, query, output, attend, sampling)
             for retire in round_.retires:
                 with monitor.timed() if monitor else nullcontext():
                     self.kernels.consolidate(
-                        cache, self._observed_in(cache), retire, self.policy, self.config.sink_tokens, self.scale
+                        cache,
+                        self.shared.target._observed_in(cache),
+                        retire,
+                        self.policy,
+                        self.config.sink_tokens,
+                        self.scale,
                     )
         return output
 
@@ -162,7 +172,8 @@ def _zero_fresh_pages(kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> Non
 
 def _refuse_layer(impl: EvictingImpl, slides: bool) -> None:
     """Layer features that eviction does not model. Raises ValueError; the model cannot be loaded then."""
-    # Clearing pages and adding sinks wait for the device, which a captured step cannot.
+    # Clearing pages and adding sinks wait for the device, which a captured step cannot; its events are those of all layers at
+    # once (at_end.py), after the last layer with a cache.
     on_gpu, cache_dtype = impl.device_type == "cuda", impl.kv_cache_dtype
     rows = [
         Unsupported("sliding-window attention on a GPU", slides and on_gpu),
@@ -170,6 +181,6 @@ def _refuse_layer(impl: EvictingImpl, slides: bool) -> None:
         Unsupported("attention sinks on a GPU", impl.sinks is not None and on_gpu),
         Unsupported(f"attention type {impl.attn_type!r}", impl.attn_type != "decoder"),
         Unsupported(f"a KV cache of {cache_dtype}, not of the model's dtype", is_quantized_kv_cache(cache_dtype)),
-        Unsupported("KV sharing between layers", impl.kv_sharing_target_layer_name is not None),
+        Unsupported("KV sharing between layers on a GPU", impl.kv_sharing_target_layer_name is not None and on_gpu),
     ]
     refuse_first(rows, what="models with ")

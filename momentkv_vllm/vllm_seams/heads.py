@@ -48,6 +48,7 @@ def _rows(vllm_config: "VllmConfig", config: EvictionConfig, layout: StateLayout
         ),
         Unsupported("models with sliding-window layers", has_windows(model)),
         Unsupported("models whose other layers keep states", keeps_states(model)),
+        Unsupported("models with KV sharing between layers", getattr(model.hf_text_config, "num_kv_shared_layers", 0)),
         Unsupported("models with logits soft-capping", full_layers(vllm_config).softcap),
         Unsupported("models that see or hear", model.is_multimodal_model or model.uses_mrope),
         Unsupported("--enable-lora", vllm_config.lora_config is not None),

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 from engine import Engine, random_prompt
-from model_families import FAMILIES, make_config, make_model
+from model_families import FAMILIES, make_config, make_model, make_seeing_model
 from quick import quick
 from vllm import EngineArgs
 from vllm.model_executor.models import registry
@@ -89,6 +89,28 @@ def test_layers_of_several_kinds_and_exact_prompts_share_nothing_beyond_the_budg
     for prompt in prompts:
         assert cached.generate([prompt], 16) == plain.generate([prompt], 16)
     assert cached.manager.states is None and 0 < max(cached.cached_tokens.values()) < BUDGET
+
+
+@pytest.mark.parametrize("name", ["Gemma 3", "Gemma 4", "Gemma 4 E"])
+def test_the_text_of_models_that_also_see(engine, tmp_path, name):
+    """With --language-model-only the published class gives the text model's tokens, evicting or not."""
+    prompts = [random_prompt(n) for n in (20, 150, 700)]
+    text = engine(make_model(name, tmp_path / "text"), **EVICT).generate(prompts, 12)
+    e = engine(make_seeing_model(name, tmp_path / "seeing"), **EVICT, language_model_only=True)
+    assert e.generate(prompts, 12) == text and e.manager.metrics.values
+
+
+@pytest.mark.parametrize(("bidirectional", "refused"), [("vision", True), (None, False)])
+def test_images_of_gemma_4(tmp_path, bidirectional, refused):
+    """The large ones read them in both directions, the E ones from left to right."""
+    folder = make_seeing_model("Gemma 4 E", tmp_path, use_bidirectional_attention=bidirectional)
+    carrier = {"kv_eviction": {"policy": "momentkv", "budget_tokens": BUDGET}}
+    args = EngineArgs(model=str(folder), max_model_len=2048, additional_config=carrier)
+    if not refused:
+        assert args.create_engine_config()
+        return
+    with pytest.raises(ValueError, match="read images in both directions.*--language-model-only"):
+        args.create_engine_config()
 
 
 @pytest.mark.parametrize("name", [n for n, f in REFUSED.items() if not f.by_layers])

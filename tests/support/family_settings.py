@@ -73,11 +73,7 @@ class Family:
         return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
 
 
-NOT_ON_CPUS, SHARED, WINDOWS = (
-    "which vLLM cannot run on a CPU",
-    "KV sharing between layers",
-    "nothing to evict",
-)
+NOT_ON_CPUS, WINDOWS = "which vLLM cannot run on a CPU", "nothing to evict"
 
 # fmt: off
 FAMILIES = {
@@ -130,7 +126,6 @@ FAMILIES = {
             "hidden_size_per_layer_input": 32, "altup_num_inputs": 4, "laurel_rank": 16,
             "activation_sparsity_pattern": [0.0] * 10, "tie_word_embeddings": True},
         "layers that share KV",
-        SHARED,
     ),
     "Gemma 4": Family("Gemma4TextConfig", GEMMA4, "window 5 : 1, full heads twice as wide"),
     "Gemma 4 31B": Family(
@@ -147,7 +142,6 @@ FAMILIES = {
         "Gemma4TextConfig",
         GEMMA4 | layers(S, S, S, S, S, F, times=2) | {"hidden_size_per_layer_input": 32, "num_kv_shared_layers": 6},
         "layers that share KV",
-        SHARED,
     ),
     "VaultGemma": Family("VaultGemmaConfig", HEAD | layers(S, F, times=2) | CAPPED, "soft-capped logits, window 1 : 1"),
     "OLMo 2": Family("Olmo2Config", special="norms of whole rows"),
