@@ -28,10 +28,15 @@ SEED = 0
 class Probe:
     """Stands in for a layer's attention during the pass. `reach`: [kv heads], the largest of a KV head's query heads."""
 
-    def __init__(self) -> None:
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
         self.reach: Tensor | None = None
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, scale: float) -> Tensor:
+    def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, *_args, **_kwargs) -> Tensor:
+        """As an AttentionImpl's; nothing is cached."""
+        return self.attend(query, key, value, output)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> Tensor:
         """Causal attention of one sequence into `output` [tokens, num_heads, head_dim], like `query`; key, value:
         [tokens, num_kv_heads, head_dim]."""
         q, k, v = (x.transpose(0, 1).float() for x in (query, key, value))
@@ -39,7 +44,7 @@ class Probe:
         later = torch.ones(tokens, tokens, dtype=torch.bool).triu_(1)
         reach = torch.zeros(q.shape[0])
         for head in range(q.shape[0]):
-            weights = (q[head] @ k[head // groups].T * scale).masked_fill_(later, -torch.inf).softmax(-1)
+            weights = (q[head] @ k[head // groups].T * self.scale).masked_fill_(later, -torch.inf).softmax(-1)
             output[:, head] = (weights @ v[head // groups]).to(output.dtype)
             far = weights.tril_(-(tokens // NEAR_SHARE))[-_repeated(tokens) :, FIRST_TOKENS:]
             reach[head] = far.sum(-1).mean()
@@ -81,8 +86,9 @@ def measure(runner: Any, impls: Sequence[Any]) -> Tensor:
 
     config = runner.vllm_config
     ids = random_tokens(config.model_config.get_vocab_size(), config.model_config.max_model_len)
-    for impl in impls:
-        impl.probe = Probe()
+    probes = [Probe(impl.scale) for impl in impls]
+    for impl, probe in zip(impls, probes, strict=True):
+        impl.forward = probe.forward  # before the class's own
     with set_forward_context(None, config, num_tokens=len(ids)):
         runner.model(
             input_ids=ids.to(torch.int32),
@@ -90,10 +96,9 @@ def measure(runner: Any, impls: Sequence[Any]) -> Tensor:
             intermediate_tensors=None,
             inputs_embeds=None,
         )
-    reach = torch.stack([impl.probe.reach for impl in impls])
     for impl in impls:
-        impl.probe = None
-    return reach
+        del impl.forward
+    return torch.stack([probe.reach for probe in probes])
 
 
 def share_out(impls: Sequence[Any], caches: Sequence[CacheView], reach: Tensor, longest: int) -> None:

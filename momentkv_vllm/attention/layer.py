@@ -12,7 +12,6 @@ import torch
 from vllm.config import get_current_vllm_config
 from vllm.utils.torch_utils import is_quantized_kv_cache
 
-from momentkv_vllm.attention.head_reach import Probe
 from momentkv_vllm.attention.monitor import Attended, Monitor
 from momentkv_vllm.attention.sharing import SharedCache
 from momentkv_vllm.attention.sinks import add_sinks
@@ -58,7 +57,6 @@ class EvictingImpl:
             config.kernels, self.device_type, self.layout.cache_shape(dtype, self.logits_soft_cap)
         )
         self.observed: Observed | None = None
-        self.probe: Probe | None = None
         self.heads: HeadBudgets | None = None
         layers, target = vllm_config.compilation_config.static_forward_context, self.kv_sharing_target_layer_name
         self.shared = SharedCache(self, layers[target].impl if target else None)
@@ -95,8 +93,6 @@ class EvictingImpl:
     ) -> torch.Tensor:
         """As vLLM's, see there for shapes. The hot path of eviction."""
         step: StepPlan | None = getattr(attn_metadata, "eviction", None)
-        if attn_metadata is None and self.config is not None and self.probe is not None:
-            return self.probe.attend(query, key, value, output, self.scale)
         if step is None:
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
@@ -116,14 +112,8 @@ class EvictingImpl:
                 self._attend(cache, query, output, attend, sampling)
             for retire in round_.retires:
                 with monitor.timed() if monitor else nullcontext():
-                    self.kernels.consolidate(
-                        cache,
-                        self.shared.target._observed_in(cache),
-                        retire,
-                        self.policy,
-                        self.config.sink_tokens,
-                        self.scale,
-                    )
+                    observed, sinks = self.shared.target._observed_in(cache), self.config.sink_tokens
+                    self.kernels.consolidate(cache, observed, retire, self.policy, sinks, self.scale)
         return output
 
     def _attend(

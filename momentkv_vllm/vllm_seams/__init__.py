@@ -9,14 +9,15 @@ that a user could have given (engine_args.py sets some that were left open). The
 | EngineArgs.from_cli_args | engine_args.py | the parsed options reach no config | same |
 | EngineArgs.create_engine_config | engine_args.py | nothing is refused before the engine starts | vLLM has a config hook |
 | CPUModelRunner.sample_tokens | cpu_runner.py | a seed and a long prompt end a CPU engine | vLLM rewinds CPU generators |
+| CPUModelRunner.initialize_kv_cache | cpu_runner.py | all heads hold as many tokens | vLLM has a hook after loading |
 | CPUModelRunner._zero_block_ids | block_memory.py | hybrids: other sequences' tokens are erased | vLLM zeroes whole blocks |
 | gpu_model_runner.copy_kv_cache_blocks_inplace | block_memory.py | hybrids: pages are copied in part | copies are whole |
 | Worker.determine_available_memory | gpu.py | what is observed lies beside the granted memory | specs ask for it |
 | EngineCore.kv_eviction_states | engine_core.py | no states in files | vLLM lets a scheduler call workers |
 | model_arch_config.rswa_window | attention/cpu_backend.py | builders learn no prompt lengths | their metadata has them |
 
-The first three are in place before vLLM builds its parser. The fourth mends stock vLLM as well. The next two mend what stock runs
-into with blocks of several pages, and with copies in hybrid models. The one of `Worker` is CUDA's only. The one of `EngineCore`
+The first three are in place before vLLM builds its parser. The fourth mends stock vLLM as well. The fifth runs the model once,
+before there is a KV cache. The next two mend what stock runs into with blocks of several pages, and with copies in hybrid models. The one of `Worker` is CUDA's only. The one of `EngineCore`
 is added and replaces nothing. The last is a value, no method: set in the worker's copy of the model config where a page schedule
 asks for prompt lengths.
 

@@ -63,8 +63,8 @@ def test_below_the_budget_it_is_stock(engine, spread):
 def test_the_pass_is_the_models_own_attention(engine, spread):
     """The hidden states behind it are those of vLLM's attention, so what later layers show is what they do in service."""
     query, key, value = torch.randn(3, 100, 4, 32)
-    output, probe = torch.empty_like(query), Probe()
-    probe.attend(query, key[:, :2], value[:, :2], output, 0.2)
+    output, probe = torch.empty_like(query), Probe(0.2)
+    probe.attend(query, key[:, :2], value[:, :2], output)
     wide = (x[:, :2].repeat_interleave(2, 1).transpose(0, 1) for x in (key, value))
     want = torch.nn.functional.scaled_dot_product_attention(query.transpose(0, 1), *wide, is_causal=True, scale=0.2)
     torch.testing.assert_close(output, want.transpose(0, 1), atol=1e-5, rtol=1e-5)
@@ -77,9 +77,9 @@ def test_who_copies_reaches_far():
     assert len(ids) == 2 * REPEATED + BETWEEN and torch.equal(ids[:REPEATED], ids[-REPEATED:])
     rows = torch.randn(1000, 64, generator=torch.Generator().manual_seed(0))[ids].unsqueeze(1)
     near = torch.arange(len(ids)).float().view(-1, 1, 1) * torch.ones(64)
-    probes = [Probe(), Probe()]
-    probes[0].attend(rows, rows, rows, torch.empty_like(rows), 1.0)
-    probes[1].attend(torch.ones_like(near), near, rows, torch.empty_like(rows), 1.0)
+    probes = [Probe(1.0), Probe(1.0)]
+    probes[0].attend(rows, rows, rows, torch.empty_like(rows))
+    probes[1].attend(torch.ones_like(near), near, rows, torch.empty_like(rows))
     assert 0.3 < probes[0].reach.item() <= 0.5 + 0.2 and probes[1].reach.item() < 0.01
 
 

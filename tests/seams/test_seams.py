@@ -147,6 +147,7 @@ PATCHES = {
     "EngineArgs.from_cli_args": "vllm_seams/engine_args.py",
     "EngineArgs.create_engine_config": "vllm_seams/engine_args.py",
     "CPUModelRunner.sample_tokens": "vllm_seams/cpu_runner.py",
+    "CPUModelRunner.initialize_kv_cache": "vllm_seams/cpu_runner.py",
     "CPUModelRunner._zero_block_ids": "vllm_seams/block_memory.py",
     "gpu_model_runner.copy_kv_cache_blocks_inplace": "vllm_seams/block_memory.py",
     "Worker.determine_available_memory": "vllm_seams/gpu.py",

@@ -23,7 +23,7 @@ LAYERS = [
     },
     {"policies"},
     {"config"},
-    {"page_schedule", "page_blocks", "page_layout", "packed_store", "records", "testing"},
+    {"page_schedule", "page_blocks", "page_layout", "packed_store", "head_budgets", "records", "testing"},
     {"triton_kernels"},
     {"kernels"},
     {"kv_spec"},
