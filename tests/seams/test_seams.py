@@ -189,7 +189,11 @@ def test_every_patch_is_in_both_ledgers():
     assert {name: where if "/" in where else f"vllm_seams/{where}" for name, where in rows} == PATCHES
     methods = sum(name[0].isupper() for name in PATCHES)
     functions = sum(name.split(".")[0].endswith("_runner") for name in PATCHES)
-    said = {5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine"}[methods] + " patched methods, " + {1: "one patched function"}[functions]
+    said = (
+        {5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine"}[methods]
+        + " patched methods, "
+        + {1: "one patched function"}[functions]
+    )
     said += " and " + {1: "one value"}[len(PATCHES) - methods - functions]
     assert said in (PACKAGE.parent / "docs/design.md").read_text()
 
