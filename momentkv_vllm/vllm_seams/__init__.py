@@ -9,6 +9,9 @@ that a user could have given (engine_args.py sets some that were left open). The
 | EngineArgs.from_cli_args | engine_args.py | the parsed options reach no config | same |
 | EngineArgs.create_engine_config | engine_args.py | nothing is refused before the engine starts | vLLM has a config hook |
 | CPUModelRunner.sample_tokens | cpu_runner.py | a seed and a long prompt end a CPU engine | vLLM rewinds CPU generators |
+| CPUModelRunner._build_attention_metadata | row_classes.py | rows all get the default budget | builders see requests |
+| InputProcessor.process_inputs | requests.py | an unknown budget class ends the engine | plugins may check requests |
+| OpenAIServingChat, OpenAIServingCompletion | usage.py | usage blocks do not say what was evicted | usage may be extended |
 | CPUModelRunner._zero_block_ids | block_memory.py | hybrids: other sequences' tokens are erased | vLLM zeroes whole blocks |
 | gpu_model_runner.copy_kv_cache_blocks_inplace | block_memory.py | hybrids: pages are copied in part | copies are whole |
 | Worker.determine_available_memory | gpu.py | what is observed lies beside the granted memory | specs ask for it |

@@ -255,7 +255,7 @@ def test_other_settings_are_refused_by_name(saving, options, words):
     e = saving(**options)
     error = ask(e, "load")["error"]
     assert words in error and "serve as it was saved" in error
-    assert not e.manager.states.count()
+    assert not e.manager.books[0].states.count()
 
 
 def test_another_model_is_refused(saving, models):

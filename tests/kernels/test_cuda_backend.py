@@ -61,8 +61,8 @@ def test_the_layer_answers_as_the_cpu_backend(models, monkeypatch, policy):
         output = cuda.step(common_of(lens, new), *tokens)
         torch.testing.assert_close(output, want, rtol=1e-4, atol=1e-4)
     assert (
-        cpu.builder.planner.schedule.boundary_column(lens[0]) > 0
-        and cpu.builder.planner.schedule.boundary_column(lens[1]) == 0
+        cpu.builder.planner.schedules[0].boundary_column(lens[0]) > 0
+        and cpu.builder.planner.schedules[0].boundary_column(lens[1]) == 0
     )
 
 
@@ -72,7 +72,7 @@ def test_decode_steps_reuse_their_buffers(models):
     register()
     cuda = Side(config_of(models()), CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder)
     captured = lists_of(cuda.builder.build_for_cudagraph_capture(common_of([1, 1, 1], [1, 1, 1])))
-    schedule = cuda.builder.planner.schedule
+    schedule = cuda.builder.planner.schedules[0]
     due = [schedule.first_event_tokens, schedule.first_event_tokens + schedule.retire_tokens, 5]
     replayed = lists_of(cuda.builder.build(0, common_of(due, [1, 1, 1])))
     for before, now in zip(captured, replayed, strict=True):

@@ -162,7 +162,7 @@ class Simulation:
         self.drafts = 0 if self.lag or size == 2 else rng.choice([0, size - 2])
         step_tokens = (self.chunk + self.drafts) * (1 + self.lag)
         spec = MomentKVSpec(
-            block_size=size * pages, num_kv_heads=1, head_size=8, dtype=None, schedule=plan, step_tokens=step_tokens,
+            block_size=size * pages, num_kv_heads=1, head_size=8, dtype=None, schedules=(plan,), step_tokens=step_tokens,
             config=EvictionConfig(
                 rng.choice(["momentkv", "keydiff"]), plan.first_event_tokens, observation_tokens=rng.randint(1, 8),
                 state_share=rng.choice([0.1, 0.5, 1.0]), state_interval_tokens=rng.choice([0, 0, 7]),

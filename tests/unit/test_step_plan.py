@@ -16,7 +16,7 @@ def planned(policy, store_dtype):
     values = {"policy": policy, "budget_tokens": 256, "store_dtype": store_dtype, "observation_tokens": LAST}
     config = EvictionConfig.from_dict(values)
     schedule = StateLayout.of(config, PAGE, 64, torch.bfloat16).schedule
-    planner, observed = StepPlanner(schedule, config, config.policy_class), []
+    planner, observed = StepPlanner([schedule], config, config.policy_class), []
     for end in range(1, TOKENS + 1):
         rounds = planner.build([0, 1], [end], [0], TABLE).rounds
         observed.append(any((w.observe_from < w.num_queries).any() for r in rounds for w in r.attends))
@@ -41,7 +41,7 @@ def test_one_attend_and_one_consolidation_for_each_event_of_a_prompt(grain, even
     """8,192 tokens in steps of 2,048 at a budget of 1,024: the first event there, then one every 32 tokens, or every `grain`."""
     config = EvictionConfig("momentkv", 1024, prefill_retire_tokens=grain)
     schedule = StateLayout.of(config, PAGE, 128, torch.bfloat16).schedule
-    planner, prompt, step = StepPlanner(schedule, config, config.policy_class), 8192, 2048
+    planner, prompt, step = StepPlanner([schedule], config, config.policy_class), 8192, 2048
     table = torch.arange(1, 1 + prompt // PAGE)[None]
     rounds = [
         r for end in range(step, prompt + 1, step) for r in planner.build([0, step], [end], [prompt], table).rounds
