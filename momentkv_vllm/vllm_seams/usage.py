@@ -22,25 +22,27 @@ def patch_usage() -> None:
 
     if getattr(OpenAIServingChat, "_momentkv_patched", False):
         return
-    _wrap(OpenAIServingChat, "chat_completion_stream_generator", _streams)
-    _wrap(OpenAIServingCompletion, "completion_stream_generator", _streams)
-    _wrap(OpenAIServingChat, "chat_completion_full_generator", _answers_chat)
-    _wrap(OpenAIServingCompletion, "request_output_to_completion_response", _answers_completion)
+    chat, completion = OpenAIServingChat, OpenAIServingCompletion
+    stream, full = chat.chat_completion_stream_generator, chat.chat_completion_full_generator
+    OpenAIServingChat.chat_completion_stream_generator = _where_asked(stream, _streams)
+    OpenAIServingChat.chat_completion_full_generator = _where_asked(full, _answers_chat)
+    stream, full = completion.completion_stream_generator, completion.request_output_to_completion_response
+    OpenAIServingCompletion.completion_stream_generator = _where_asked(stream, _streams)
+    OpenAIServingCompletion.request_output_to_completion_response = _where_asked(full, _answers_completion)
     OpenAIServingChat._momentkv_patched = True
 
 
-def _wrap(handler: type, name: str, asked: Callable[[Callable, dict[str, Any]], Any]) -> None:
-    """Replace a method by asked(method, its arguments by name) where the request asks for usage."""
-    method = getattr(handler, name)
+def _where_asked(method: Callable, answer: Callable[[Callable, dict[str, Any]], Any]) -> Callable:
+    """`method`, or answer(method, its arguments by name) where the request asks for usage."""
     names = list(inspect.signature(method).parameters)
 
     @functools.wraps(method)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         given = dict(zip(names, args, strict=False)) | kwargs
-        wanted = (given["request"].vllm_xargs or {}).get(KV_USAGE)
-        return asked(method, given) if wanted else method(*args, **kwargs)
+        asks = (given["request"].vllm_xargs or {}).get(KV_USAGE)
+        return answer(method, given) if asks else method(*args, **kwargs)
 
-    setattr(handler, name, wrapped)
+    return wrapped
 
 
 class Noted:
