@@ -66,8 +66,10 @@ def class_number(names: Sequence[str], extra_args: Mapping[str, Any] | None) -> 
 
 def salted(salt: str | None, names: Sequence[str], number: int) -> str | None:
     """What the hashes of a request's blocks start from. Beyond the smaller budget the same tokens have other keys and values in
-    another class, in every layer: those of the default class keep vLLM's hashes, the others have their own."""
-    return f"{SALT}{names[number]} {salt or ''}" if number else salt
+    another class, in every layer: those of the default class keep vLLM's hashes, the others have their own. So has a salt of a
+    client that looks like ours."""
+    salt_of_class = number or (salt or "").startswith(SALT)
+    return f"{SALT}{names[number]} {salt or ''}" if salt_of_class else salt
 
 
 def _pair(part: Any) -> tuple[Any, Any]:

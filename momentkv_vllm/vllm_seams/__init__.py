@@ -21,10 +21,11 @@ that a user could have given (engine_args.py sets some that were left open). The
 | EngineCore.kv_eviction_states | engine_core.py | no states in files | vLLM lets a scheduler call workers |
 | model_arch_config.rswa_window | attention/cpu_backend.py | builders learn no prompt lengths | their metadata has them |
 
-The first three are in place before vLLM builds its parser. The fourth mends stock vLLM as well. Those of block_memory.py mend what
-stock runs into with blocks of several pages, and with copies in hybrid models. The one of `Worker` is CUDA's only. The one of
-`EngineCore` is added and replaces nothing. What concerns budgets of requests changes nothing for one that names none. The last is a
-value, no method: set in the worker's copy of the model config where a page schedule asks for prompt lengths.
+The first three are in place before vLLM builds its parser. The fourth mends stock vLLM as well. Those of block_memory.py
+mend what stock runs into with blocks of several pages, and with copies in hybrid models. The one of `Worker` is CUDA's only.
+The one of `EngineCore` is added and replaces nothing. What concerns budgets of requests changes nothing for one that names
+none. The last is a value, no method: set in the worker's copy of the model config where a page schedule asks for prompt
+lengths.
 
 tests/seams/test_seams.py is the second ledger: it finds every patch in our source, wants it in this table, and says by name which
 target vLLM renamed.

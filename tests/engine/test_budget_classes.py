@@ -183,7 +183,7 @@ def test_a_response_says_what_it_held(engine, models, pipelined):
         with pytest.raises(VLLMValidationError, match="is not true or false"):
             e.add(PROMPTS[0], 1, extra_args=wrong)
     with pytest.raises(VLLMValidationError, match="tells of one answer, and n=2"):
-        e.add(PROMPTS[0], 1, extra_args={"kv_eviction_usage": True}, n=2)
+        e.add(PROMPTS[0], 1, extra_args={"kv_eviction_usage": True}, n=2, temperature=1.0)
 
 
 def test_a_pool_too_small_for_off_is_refused(engine, models):
