@@ -24,6 +24,9 @@ from momentkv_vllm.vllm_seams.refusals import SLIDING_PAGE_TOKENS, STATE_PAGES, 
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
+API_SERVER = "vllm.entrypoints.launchers.api_server.entry"
+"""Imported in processes that answer over HTTP, before they make their configuration."""
+
 
 def patch_engine_args() -> None:
     """Install the three wrappers; calling it again does nothing."""
@@ -85,7 +88,7 @@ def _evicting_config(engine_args: Any, config: EvictionConfig, create: Callable[
     choose_scheduler(vllm_config)
 
     serve_metrics()
-    if "vllm.entrypoints.openai.api_server" in sys.modules:  # nothing else answers over HTTP
+    if API_SERVER in sys.modules:
         from momentkv_vllm.vllm_seams.usage import patch_usage
 
         patch_usage()

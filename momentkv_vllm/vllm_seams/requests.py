@@ -5,7 +5,7 @@ another class than the default their own hashes.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from momentkv_vllm.budget_classes import KV_USAGE, class_number, salted
@@ -23,15 +23,31 @@ def patch_input_processor() -> None:
 
     @functools.wraps(process)
     def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        names, number = _class_names(self), 0
-        if names:
-            number = _checked(names, params)
+        number = class_of_request(self, getattr(params, "extra_args", None), getattr(params, "n", 1))
         request = process(self, request_id, prompt, params, *args, **kwargs)
-        request.cache_salt = salted(request.cache_salt, names, number)
+        request.cache_salt = salted(request.cache_salt, _class_names(self), number)
         return request
 
     process_inputs._momentkv_patched = True
     InputProcessor.process_inputs = process_inputs
+
+
+def class_of_request(processor: Any, extra_args: Mapping[str, Any] | None, answers: int | None) -> int:
+    """Number of the class that a request names, by the server's input processor; 0 without eviction. Raises vLLM's ValueError for
+    what a client got wrong.
+
+    answers: how many the request asks for, n."""
+    from vllm.exceptions import VLLMValidationError
+
+    names, extra_args = _class_names(processor), extra_args or {}
+    if not names:
+        return 0
+    try:
+        if KV_USAGE in extra_args:
+            _check_usage(extra_args[KV_USAGE], answers or 1)
+        return class_number(names, extra_args)
+    except ValueError as error:
+        raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
 
 
 def _class_names(processor: Any) -> Sequence[str]:
@@ -41,19 +57,6 @@ def _class_names(processor: Any) -> Sequence[str]:
         config = EvictionConfig.from_vllm(processor.vllm_config)
         names = processor.momentkv_class_names = config.class_names if config.active else ()
     return names
-
-
-def _checked(names: Sequence[str], params: Any) -> int:
-    """Number of the class that a request's parameters name. Raises vLLM's ValueError for what a client got wrong."""
-    from vllm.exceptions import VLLMValidationError
-
-    extra_args = getattr(params, "extra_args", None) or {}
-    try:
-        if KV_USAGE in extra_args:
-            _check_usage(extra_args[KV_USAGE], getattr(params, "n", 1))
-        return class_number(names, extra_args)
-    except ValueError as error:
-        raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
 
 
 def _check_usage(asked: Any, answers: int) -> None:

@@ -1,7 +1,10 @@
 """Patches of vLLM's chat and completion handlers: what a response's sequence held and evicted goes into its usage block, if the
 request asked for it with `vllm_xargs: {"kv_eviction_usage": true}` (ledger: vllm_seams/__init__.py).
 
-Our scheduler sends it with a request's last output, in the field that vLLM has for what a cache says of a request
+A streamed response begins before vLLM has looked at its request. What a client got wrong about ours is refused here, with
+a status of its own (HTTP 400).
+
+Our scheduler sends what was held with a request's last output, in the field that vLLM has for what a cache says of a request
 (`kv_transfer_params`; connectors, whose it is, are refused). Handlers copy that field into responses that are not streamed only.
 """
 
@@ -13,6 +16,7 @@ from typing import Any
 
 from momentkv_vllm.budget_classes import KV_USAGE
 from momentkv_vllm.budget_classes import USAGE_FIELD as FIELD
+from momentkv_vllm.vllm_seams.requests import class_of_request
 
 
 def patch_usage() -> None:
@@ -24,12 +28,23 @@ def patch_usage() -> None:
         return
     chat, completion = OpenAIServingChat, OpenAIServingCompletion
     stream, full = chat.chat_completion_stream_generator, chat.chat_completion_full_generator
-    OpenAIServingChat.chat_completion_stream_generator = _where_asked(stream, _streams)
+    OpenAIServingChat.chat_completion_stream_generator = _checked(_where_asked(stream, _streams))
     OpenAIServingChat.chat_completion_full_generator = _where_asked(full, _answers_chat)
     stream, full = completion.completion_stream_generator, completion.request_output_to_completion_response
-    OpenAIServingCompletion.completion_stream_generator = _where_asked(stream, _streams)
+    OpenAIServingCompletion.completion_stream_generator = _checked(_where_asked(stream, _streams))
     OpenAIServingCompletion.request_output_to_completion_response = _where_asked(full, _answers_completion)
     OpenAIServingChat._momentkv_patched = True
+
+
+def _checked(method: Callable) -> Callable:
+    """`method` of a handler, which raises vLLM's ValueError at once for a wrong request."""
+
+    @functools.wraps(method)
+    def wrapped(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        class_of_request(self.input_processor, request.vllm_xargs, request.n)
+        return method(self, request, *args, **kwargs)
+
+    return wrapped
 
 
 def _where_asked(method: Callable, answer: Callable[[Callable, dict[str, Any]], Any]) -> Callable:

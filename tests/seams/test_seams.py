@@ -420,6 +420,15 @@ def test_what_a_scheduler_says_of_a_request_reaches_its_output():
     assert text.index("self._free_blocks(request)") < text.index("return kv_xfer_params, ec_xfer_params")
 
 
+def test_api_servers_have_imported_what_we_know_them_by():
+    """vllm_seams/engine_args.py patches their handlers, and no other process's."""
+    from momentkv_vllm.vllm_seams.engine_args import API_SERVER
+
+    assert f"from {API_SERVER} import" in inspect.getsource(importlib.import_module("vllm.entrypoints.cli.serve"))
+    handler = source("vllm.entrypoints.generate.base.serving:GenerateBaseServing.__init__")
+    assert "self.input_processor = engine_client.input_processor" in handler
+
+
 def test_workers_get_a_request_s_extra_arguments():
     """vllm_seams/row_classes.py reads them by row, of the requests that the runner keeps while they wait again, too."""
     assert "sampling_params" in {f.name for f in dataclasses.fields(find("vllm.v1.core.sched.output:NewRequestData"))}
