@@ -146,6 +146,14 @@ def test_events_that_depend_on_a_prompt_s_length_are_refused_on_a_gpu(monkeypatc
     assert key in refused.feature and str(value) in refused.feature and key in refused.way_out
 
 
+def test_several_budgets_are_refused_on_a_gpu(monkeypatch):
+    monkeypatch.setenv(gpu.ALLOW_UNTESTED_GPU.name, "1")
+    platform = SimpleNamespace(device_type="cuda", is_cpu=lambda: False, is_cuda=lambda: True)
+    config = EvictionConfig("momentkv", budgets="256,off")
+    (refused,) = [r for r in gpu.gpu_rows(platform, SimpleNamespace(speculative_config=None), config) if r.present]
+    assert "several budgets (256, off) on a GPU" in refused.feature and "--kv-budget" in refused.way_out
+
+
 def test_the_layout_is_checked():
     strided = torch.zeros(3, PAGE, HEADS, 2 * D).transpose(1, 2)
     with pytest.raises(ValueError, match="LBHNC"):
