@@ -27,7 +27,7 @@ from momentkv_vllm.metrics import read_metrics
 
 def main():
     options = json.loads(sys.argv[1])
-    eviction = {"policy": "momentkv", "budgets": "base=384,large=768", "moment_dtype": "float32", "state_folder": sys.argv[3]}
+    eviction = {"policy": "momentkv", "budgets": "base=384,small=160", "moment_dtype": "float32", "state_folder": sys.argv[3]}
     llm = LLM(**options, max_model_len=4096, max_num_batched_tokens=256, dtype="float32",
               num_gpu_blocks_override=200, additional_config={"kv_eviction": eviction})
     prompts = json.loads(sys.argv[2])
@@ -41,7 +41,7 @@ def main():
     tokens, _ = ask(prompts)
     metrics = read_metrics()
     again = ask(prompts)
-    both = ask(2 * prompts, ["base"] * len(prompts) + ["large"] * len(prompts))[0]
+    both = ask(2 * prompts, ["base"] * len(prompts) + ["small"] * len(prompts))[0]
     call = llm.llm_engine.engine_core.call_utility
     said = [call("kv_eviction_states", "save", "text", prompts[2], "")]
     assert llm.reset_prefix_cache()
