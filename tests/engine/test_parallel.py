@@ -41,12 +41,12 @@ def main():
     tokens, _ = ask(prompts)
     metrics = read_metrics()
     again = ask(prompts)
-    both = ask(2 * prompts, ["base"] * len(prompts) + ["small"] * len(prompts))[0]
     call = llm.llm_engine.engine_core.call_utility
     said = [call("kv_eviction_states", "save", "text", prompts[2], "")]
     assert llm.reset_prefix_cache()
     said.append(call("kv_eviction_states", "load", "text", [], ""))
     loaded = ask(prompts[2:3])
+    both = ask(2 * prompts, ["base"] * len(prompts) + ["small"] * len(prompts))[0]
     print("RESULT", json.dumps({"tokens": tokens, "metrics": metrics, "again": again, "said": said, "loaded": loaded,
                                  "both": both}))
 
