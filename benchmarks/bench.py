@@ -2,14 +2,14 @@
 
     PYTHONPATH=benchmarks python -m bench [NAME [ARGUMENTS]]
 
-A result is `results/NAME.json`, with the machine and the targets. ARGUMENTS go to the last step.
+A result is `results/NAME.json`, with the machine and the targets. ARGUMENTS go to the last step; `--show` derives table, targets
+and picture of a record (benchmark.py) from its last result.
 """
 
 import os
 import shlex
 import subprocess
 import sys
-import venv
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,13 +33,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """minutes: on two cores. needs: a real model to make first; a second environment, requirements/NEEDS.txt."""
+    """minutes: on two cores. real_model: it is made first."""
 
     what: str
     minutes: int
     steps: tuple[Step, ...]
     real_model: bool = False
-    environment: str | None = None
 
 
 def one(what: str, minutes: int, module: str, arguments: str = "", **more) -> Benchmark:
@@ -55,14 +54,14 @@ TRAIN = "--minutes 60 --out benchmarks/test_model/"
 
 BENCHMARKS = {
     "serving": one("stock vLLM against momentkv: decode tokens/s, first token, KV bytes, concurrency", 20, "serving.run"),
-    "load": one("vllm bench serve and GuideLLM at rising rates, both in one pool", 10, "load.run", environment="guidellm"),
+    "load": one("vllm bench serve and GuideLLM at rising rates, both in one pool", 10, "load.run"),
     "prefix": one("prompt tokens saved under a shared system prompt", 5, "serving.prefix"),
     "resume": one("prompt tokens computed of conversations and documents that come again", 10, "serving.resume"),
     "kernels": one("C++ kernels against vLLM's own on the same tokens", 5, "kernels.run"),
     "store": one("attention over quantised stores against 16-bit ones", 5, "kernels.store"),
-    "metrics": one("what counting and sampling for the metrics cost", 2, "metrics_cost"),
+    "metrics_cost": one("what counting and sampling for the metrics cost", 2, "metrics_cost"),
     "dashboard": one("the Grafana dashboard's panels, drawn from a real run that a real Prometheus scrapes", 4, "dashboard"),
-    "memory": one("where a CPU worker's memory grows, with and without a limit on oneDNN's cache", 15, "soak.engine_memory"),
+    "memory": one("where a CPU worker's memory grows, with and without a limit on oneDNN's cache", 15, "memory"),
     "soak": one("mixed traffic beside stock, the engine killed: no wrong token, no page held", 30, "soak.run", "--minutes 30"),
     "fuzz": one("10,000 random requests, aborts and disconnects, and schemathesis, also to stock", 60, "fuzz.run"),
     "quality": one(
@@ -100,8 +99,6 @@ def listing() -> str:
 def run(name: str, arguments: list[str]) -> int:
     """Its steps one after another, from the repository's root. Returns the first exit status that is not 0."""
     benchmark = BENCHMARKS[name]
-    if benchmark.environment:
-        second_environment(benchmark.environment)
     steps = [Step("real_model.make")] if benchmark.real_model else []
     steps += benchmark.steps
     for step in steps:
@@ -123,16 +120,6 @@ def run_step(command: list[str], output: str | None) -> int:
     target.parent.mkdir(exist_ok=True)
     with target.open("w") as file:
         return subprocess.run(command, cwd=ROOT, env=environment, stdout=file).returncode
-
-
-def second_environment(name: str) -> None:
-    """.venv-NAME with the packages of requirements/NAME.txt, which do not fit beside vLLM's."""
-    folder = ROOT / f".venv-{name}"
-    if not (folder / "bin/python").exists():
-        venv.create(folder, with_pip=True)
-    pip = [folder / "bin/pip", "install", "-q"]
-    subprocess.run([*pip, "torch==2.13.0"], check=True)
-    subprocess.run([*pip, "-r", ROOT / f"requirements/{name}.txt"], check=True)
 
 
 def main() -> None:

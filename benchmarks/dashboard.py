@@ -8,6 +8,7 @@ import random
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import matplotlib
@@ -16,6 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import openai
 import report
+from benchmark import Benchmark
 from prometheus import Prometheus, panels
 from server import Server
 from tqdm import tqdm
@@ -76,7 +78,7 @@ def draw(prometheus: Prometheus, begin: float, end: float, path: Path) -> int:
     return drawn
 
 
-def main() -> None:
+def measure(_: Namespace) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         model = make_llama(Path(folder) / "model")
         server = Server(model, "--kv-eviction", "momentkv", "--kv-budget", "256", *POOL, folder=Path(folder))
@@ -87,20 +89,25 @@ def main() -> None:
             begin = time.time()
             answers = load(server.url)
             prometheus.wait_scrapes(2)
-            picture = report.RESULTS / "dashboard.png"
-            drawn = draw(prometheus, begin, time.time(), picture)
-            peak = prometheus.query("max_over_time((momentkv:stock_pages / momentkv:pool_pages)[10m:1s])")[0]["value"][
-                1
-            ]
-            used = prometheus.query("max_over_time(vllm:kv_cache_usage_perc[10m])")[0]["value"][1]
+            drawn = draw(prometheus, begin, time.time(), report.RESULTS / "dashboard.png")
+            peaks = (
+                "max_over_time((momentkv:stock_pages / momentkv:pool_pages)[10m:1s])",
+                "max_over_time(vllm:kv_cache_usage_perc[10m])",
+            )
+            need, used = (float(prometheus.query(peak)[0]["value"][1]) for peak in peaks)
         finally:
             prometheus.stop()
             server.stop()
     wanted = sum(len(queries) for _, queries in panels(WINDOW))
-    figures = {"answers": answers, "stock_need_to_pool_peak": float(peak), "pool_in_use_peak": float(used)}
-    report.write("dashboard", figures, [report.target("panel queries with data", drawn / wanted, 1.0)])
-    print(f"written {picture}")
+    figures = {"answers": answers, "stock_need_to_pool_peak": need, "pool_in_use_peak": used}
+    return figures | {"queries_with_data": drawn / wanted}
 
+
+def targets(found: dict[str, float]) -> list[dict]:
+    return [report.target("panel queries with data", found["queries_with_data"], 1.0)]
+
+
+BENCHMARK = Benchmark("dashboard", measure, lambda found: [report.rows_of([found])], targets)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.run()

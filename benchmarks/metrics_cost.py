@@ -1,14 +1,17 @@
-"""What the metrics cost, in CPU time of one thread, beside the decode attention that they accompany (make bench NAME=metrics)."""
+"""What the metrics cost, in CPU time of one thread, beside the decode attention that they accompany."""
 
 import os
 import statistics
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import report
 import torch
+from benchmark import Benchmark
 from kernels.cases import Case, Shape
 
 from momentkv_vllm.attention.monitor import SAMPLE_EVERY, Attended, Monitor
@@ -38,7 +41,7 @@ def microseconds(call: Callable[[], None], calls: int) -> float:
     return statistics.median(once() for _ in range(9))
 
 
-def main() -> None:
+def measure(_: Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
     with tempfile.TemporaryDirectory() as folder:
@@ -72,10 +75,20 @@ def main() -> None:
         }
     visit = cost["consolidation_timed"] + cost["sample"] / SAMPLE_EVERY
     share = visit / PLAN.retire_tokens / cost["attention_a_token"]
-    figures = {"microseconds": cost, "visit_microseconds": visit, "share_of_attention": share}
-    print(report.table([["", "us"], *cost.items(), ("a layer visit with an eviction", visit)]))
-    report.write("metrics_cost", figures, [report.target("share of decode attention", share, 0.005, at_least=False)])
+    return {"microseconds": cost, "visit_microseconds": visit, "share_of_attention": share}
 
+
+def tables(found: dict[str, Any]) -> list[list[list]]:
+    return [
+        [["", "us"], *found["microseconds"].items(), ("a layer visit with an eviction", found["visit_microseconds"])]
+    ]
+
+
+def targets(found: dict[str, Any]) -> list[dict[str, Any]]:
+    return [report.target("share of decode attention", found["share_of_attention"], 0.005, at_least=False)]
+
+
+BENCHMARK = Benchmark("metrics_cost", measure, tables, targets)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.run()

@@ -1,9 +1,10 @@
 """What every benchmark writes: JSON with a machine header and targets, and a table."""
 
+import contextlib
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -39,10 +40,38 @@ def write(name: str, results: Any, targets: Sequence[dict[str, Any]] = ()) -> Pa
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), "results": results, "targets": list(targets)}, indent=1) + "\n")
-    for t in targets:
-        print(f"{'ok    ' if t['ok'] else 'MISSED'} {t['name']}: {t['value']:.3f} (target {t['limit']})")
+    print_targets(targets)
     print(f"written {path}")
     return path
+
+
+def print_targets(targets: Sequence[dict[str, Any]]) -> None:
+    for t in targets:
+        print(f"{'ok    ' if t['ok'] else 'MISSED'} {t['name']}: {t['value']:.3f} (target {t['limit']})")
+
+
+@contextlib.contextmanager
+def picture(
+    path: Path, rows: int = 1, columns: int = 1, size: tuple[float, float] = (11, 4), **more: Any
+) -> Iterator[Any]:
+    """Axes, as `plt.subplots` gives them, that are saved as `path`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(rows, columns, figsize=size, **more)
+    yield axes
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    print(f"written {path}")
+
+
+def rows_of(records: Sequence[Mapping[str, Any]], *columns: str) -> list[list[Any]]:
+    """Records as rows for `table`, under the names of `columns`, by default all of the first one's."""
+    columns = columns or tuple(records[0])
+    return [[*columns], *([record[c] for c in columns] for record in records)]
 
 
 def compact(rows: Sequence[Sequence[str]]) -> str:

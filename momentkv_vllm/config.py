@@ -22,6 +22,7 @@ PREFILL_MODES = ("auto", "chunked", "full")
 CORRECTIONS = ("off", "zeroth", "first")
 STORE_DTYPES = ("auto", "model", "int8", "int4")
 RUN_TOKENS = (1, 8, 16)
+HEAD_BUDGETS = ("auto", "equal", "measured")
 MOMENT_DTYPES = ("int8", "bfloat16", "float32")
 AUTO = "auto"
 """As a number of tokens: None, the value that follows from the budget."""
@@ -68,6 +69,9 @@ class EvictionConfig:
             "auto" is "int4" for models of 16 bits and "int8" for those of 32, where the kernels have it and a page then holds
             more tokens, else "model".
         run_tokens: neighbours that are retained or evicted together; None ("auto"): 8 with a quantised store, else 1.
+        head_budgets: how heads share a quantised store. "equal": all hold as many tokens; "measured": those that look far hold
+            more, over all layers, and every one a sixth of an equal share at least (head_budgets.py); "auto" is "measured" where
+            that can be (docs/design.md).
         observation_tokens: queries before an eviction whose attention a policy may use that observes the last ones.
         retire_tokens: tokens between two evictions, rounded up to whole pages; None ("auto"): 1/32 of the budget, one page at
             least.
@@ -93,6 +97,7 @@ class EvictionConfig:
     moment_dtype: str = "bfloat16"
     store_dtype: str = "auto"
     run_tokens: int | None = None
+    head_budgets: str = AUTO
     observation_tokens: int = 16
     retire_tokens: int | None = None
     prefill_retire_tokens: int | None = None
@@ -109,6 +114,7 @@ class EvictionConfig:
         _choice("correction", self.correction, CORRECTIONS)
         _choice("moment_dtype", self.moment_dtype, MOMENT_DTYPES)
         _choice("store_dtype", self.store_dtype, STORE_DTYPES)
+        _choice("head_budgets", self.head_budgets, HEAD_BUDGETS)
         _choice("kernels", self.kernels, KERNELS)
         if self.budgets is not None:
             object.__setattr__(self, "budgets", budgets_of(self.budgets))

@@ -13,6 +13,7 @@ from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from momentkv_vllm.config import AUTO, BudgetClass, EvictionConfig
+from momentkv_vllm.head_budgets import equal_until
 from momentkv_vllm.kernels.limits import CacheShape
 from momentkv_vllm.model_layers import full_layers, keeps_states
 from momentkv_vllm.packed_store import TILE_TOKENS, PackedLayout
@@ -60,12 +61,16 @@ class StateLayout:
             record = replace(record, start=start)
             record_tokens = page_tokens - min(page_tokens, start // packed.tile_bytes * TILE_TOKENS)
         schedule = build_schedule(config, page_size, moment_pages, keeps_only_sinks, page_tokens, record_tokens)
+        if config.head_budgets == "measured":
+            schedule = replace(schedule, equal_tokens=equal_until(schedule.store_tokens, schedule.retire_tokens))
         return cls(schedule, record, packed)
 
-    def cache_shape(self, dtype: torch.dtype) -> CacheShape:
-        """What kernels must be able to serve."""
+    def cache_shape(self, dtype: torch.dtype, softcap: float = 0.0) -> CacheShape:
+        """What kernels must be able to serve, in layers that cap their logits there."""
         store = self.packed.dtype if self.packed else ""
-        return CacheShape(self.record.head_dim, self.schedule.page_size, dtype, store, self.schedule.run_tokens)
+        return CacheShape(
+            self.record.head_dim, self.schedule.page_size, dtype, store, self.schedule.run_tokens, softcap
+        )
 
 
 RECORD_ALIGNMENT = 64

@@ -43,21 +43,28 @@ def keeps_states(model: Any) -> bool:
     return bool(model.is_hybrid)
 
 
+def sharing_layers(model: Any) -> int:
+    """How many layers read the cache of an earlier one and have none of their own: the last ones (Gemma 3n, Gemma 4 E2B, E4B)."""
+    return getattr(model.hf_text_config, "num_kv_shared_layers", None) or 0
+
+
 @dataclass(frozen=True)
 class FullLayers:
-    """The layers that attend to all tokens, as far as the configuration tells.
+    """The layers that attend to all tokens in a cache of their own, as far as the configuration tells.
 
     Attributes:
         head_size: of keys.
         page_ratio: pages of the other layers have so many times the bytes of theirs, if more. vLLM gives all layers pages of
             the same bytes, and so these layers as many times the tokens.
         count, others: how many there are, and how many layers there are of the rarest other kind; 0 if not told.
+        softcap: where they cap their logits; 0: nowhere.
     """
 
     head_size: int
     page_ratio: float = 1.0
     count: int = 0
     others: int = 0
+    softcap: float = 0.0
 
 
 def full_layers(vllm_config: Any) -> FullLayers:
@@ -66,10 +73,11 @@ def full_layers(vllm_config: Any) -> FullLayers:
     if keeps_states(model):
         return _beside_states(model)
     arch, types = model.model_arch_config, getattr(model.hf_text_config, "layer_types", None) or []
-    types = types[: arch.total_num_hidden_layers]
+    types = types[: arch.total_num_hidden_layers - sharing_layers(model)]
     full = [i for i, kind in enumerate(types) if kind == "full_attention"]
+    softcap = getattr(model.hf_text_config, "attn_logit_softcapping", None) or 0.0
     if not full or not has_windows(model):
-        return FullLayers(model.get_head_size())
+        return FullLayers(model.get_head_size(), softcap=softcap)
     numbers = [
         model.get_num_kv_heads(vllm_config.parallel_config, arch[i]) * arch[i].head_size for i in range(len(types))
     ]
@@ -79,6 +87,7 @@ def full_layers(vllm_config: Any) -> FullLayers:
         max(1.0, max(numbers) / numbers[full[0]]),
         len(full),
         min(kinds.values(), default=0),
+        softcap,
     )
 
 

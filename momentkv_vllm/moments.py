@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from momentkv_vllm.softcap import capped, slope
+
 
 @dataclass
 class Moments:
@@ -72,27 +74,34 @@ def merge(a: Moments, b: Moments) -> Moments:
     )
 
 
-def partial(moments: Moments, query: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def partial(
+    moments: Moments, query: torch.Tensor, scale: float, softcap: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What attention over the evicted tokens would have returned, as one flash-decoding split.
 
     Args:
         query: [rows, heads, queries, head_dim], the query heads of a KV head side by side.
         scale: softmax scale, usually 1/sqrt(head_dim).
+        softcap: logits are capped at it, f(x) = softcap tanh(x / softcap); 0: they are not, f(x) = x.
 
     Returns:
         (output [rows, heads, queries, head_dim], logsumexp [rows, heads, queries]); -inf where count is 0.
-        output = v' + scale C q (eq. 9; zeroth order without C), logsumexp = log n + scale q.k' (eq. 11).
+        output = v' + f'(x) scale C q (eq. 9; zeroth order without C), logsumexp = log n + f(x) (eq. 11), with x = scale q.k'.
+
+    Both are what attention gives to first order around the mean key. A token weighs exp(f(x + dx)), with dx = scale q.(k - k'):
+    exp(f(x)) (1 + f'(x) dx + ...). The dx add up to zero over the evicted tokens, so their mass is n exp(f(x)), capped or not.
+    Their values' weighted mean is v' plus f'(x) times the mean of dx (v - v'), which is scale C q: a cap flattens that step, for
+    f' <= 1. Without one f is linear, and this is the paper's. With one the mass is no lower bound: f is concave above 0 only.
 
     The first-order step is limited to the root mean square distance of the evicted values to their mean: no weighting of
     the evicted values can move further than their spread allows by much, and a far query would otherwise extrapolate.
     """
     empty = (moments.count == 0)[:, None, None]
-    log_mass = moments.count.clamp(min=1).log()[:, None, None] + scale * (
-        query @ moments.mean_key.unsqueeze(-1)
-    ).squeeze(-1)
+    logits = scale * (query @ moments.mean_key.unsqueeze(-1)).squeeze(-1)
+    log_mass = moments.count.clamp(min=1).log()[:, None, None] + capped(logits, softcap)
     output = moments.mean_value.unsqueeze(2)
     if moments.covariance is not None:
-        step = scale * (query @ moments.covariance)
+        step = scale * slope(logits, softcap).unsqueeze(-1) * (query @ moments.covariance)
         limit = moments.value_spread.clamp(min=0).sqrt()[:, :, None]
         length = step.norm(dim=-1)
         step = step * torch.where(length > limit, limit / length.clamp(min=1e-30), 1.0).unsqueeze(-1)

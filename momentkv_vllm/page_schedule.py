@@ -50,6 +50,8 @@ class PageSchedule(EventCounts):
         record_in_store: the moment record lies at the end of the last store page and needs no pages of its own;
             `record_tokens`: slots that this takes from the store.
         run_tokens: neighbours that stay or leave together.
+        equal_tokens: until so many have left the window, every head holds them all; more than that, and some have evicted.
+            0: heads always hold as many.
         exact_prompt_tokens: longest prompt that is attended exactly, all of its events deferred to its end; 0: none
             ("chunked" prefill), ANY_PROMPT: all ("full").
         evicts: False: the budget is as large as the longest sequence, which never reaches it.
@@ -66,6 +68,7 @@ class PageSchedule(EventCounts):
     record_tokens: int = 0
     run_tokens: int = 1
     prefill_retire_pages: int = 0
+    equal_tokens: int = 0
     evicts: bool = True
 
     def keeping_all(self, most_tokens: int) -> "PageSchedule":
@@ -129,8 +132,13 @@ class PageSchedule(EventCounts):
         return self.store_pages + self.moment_pages + (events_after_first + 1) * self.retire_pages
 
     def evicted_tokens(self, boundary_column: int) -> int:
-        """n: tokens in the moments once every column before `boundary_column` is retired; the same for every head."""
+        """n: tokens in the moments once every column before `boundary_column` is retired; the same for every head, or the mean
+        over heads with budgets of their own."""
         return max(0, boundary_column * self.page_size - self.store_tokens)
+
+    def competes(self, boundary_column: int) -> bool:
+        """Whether any head has evicted by then: until its store is full nobody competes."""
+        return boundary_column * self.page_size > (self.equal_tokens or self.store_tokens)
 
     def retained_pages(self, committed_tokens: int, boundary_column: int) -> int:
         """Store + window pages that attention reads after `committed_tokens`."""

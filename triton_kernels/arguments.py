@@ -64,11 +64,13 @@ class EventLists(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Compile-time sizes of a head and a page; block_d: dimensions padded to a power of two that a matrix product takes."""
+    """Compile-time sizes of a head and a page; block_d: dimensions padded to a power of two that a matrix product takes; softcap:
+    of the layer's logits, 0: none."""
 
     page: int
     head_dim: int
     block_d: int
+    softcap: float
 
 
 class RecordSizes(NamedTuple):
@@ -146,7 +148,7 @@ def attending_warps(work: Any) -> int:
 def sizes(cache: Any) -> Sizes:
     head_dim = cache.keys.shape[3]
     least = cache.packed_layout.width if cache.packed_layout else 16
-    return Sizes(cache.page_size, head_dim, triton.next_power_of_2(max(least, head_dim)))
+    return Sizes(cache.page_size, head_dim, triton.next_power_of_2(max(least, head_dim)), cache.softcap)
 
 
 def _covariance_type(cache: Any) -> torch.dtype:

@@ -31,6 +31,23 @@ def dot_rotated(x, b):
 
 
 @triton.jit
+def tanh(x):
+    """In what the interpreter knows too; no exponential overflows."""
+    decay = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    far = (1.0 - decay) / (1.0 + decay)
+    return tl.where(x < 0, -far, far)
+
+
+@triton.jit
+def capped(logits, SIZES: tl.constexpr):
+    """Scaled logits as the softmax sees them."""
+    if SIZES.softcap != 0:
+        return tanh(logits / SIZES.softcap) * SIZES.softcap
+    else:
+        return logits
+
+
+@triton.jit
 def program_head():
     """This program's KV head, 64 bits wide: in vLLM's layout LHBNC a head is as far from the next as its part of the pool."""
     return tl.program_id(1).to(tl.int64)
@@ -82,10 +99,14 @@ def record_partial(q, q_at, asks, num_evicted, records, head, pages, scale, SIZE
     x = q.to(tl.float32)
     mean_key = tl.load(float_at(records, head, pages, RECORD.mean_key + d, real, RECORD), mask=real, other=0.0)
     mean_value = tl.load(float_at(records, head, pages, RECORD.mean_value + d, real, RECORD), mask=real, other=0.0)
-    log_mass = tl.log(num_evicted) + scale * tl.sum(x * mean_key[None, :], 1)
+    logits = scale * tl.sum(x * mean_key[None, :], 1)
+    log_mass = tl.log(num_evicted) + capped(logits, SIZES)
     out = tl.zeros_like(x) + mean_value[None, :]
     if RECORD.has_covariance:
         step = _times_covariance(q, q_at, asks, records, head, pages, SIZES, RECORD) * scale
+        if SIZES.softcap != 0:
+            bent = tanh(logits / SIZES.softcap)
+            step *= (1.0 - bent * bent)[:, None]
         spread = tl.load(float_at(records, head, pages, RECORD.spread, True, RECORD))
         limit = tl.sqrt(tl.maximum(spread, 0.0))
         length = tl.sqrt(tl.sum(step * step, 1))

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .arguments import sizes, store_sizes, tiles_of, tokens_of
-from .common import dot, dot_rotated, narrow, program_head
+from .common import capped, dot, dot_rotated, narrow, program_head
 from .retained import exact_keys, stored_tokens
 from .store import rotated, stored_keys, tiles_at
 
@@ -36,7 +36,7 @@ def _attention(
         else:
             logits = dot(q, k)
             seen = real[:, None] & (slots[None, :] <= (first_last + at)[:, None])
-        total += tl.sum(tl.where(seen, tl.exp(logits * scale - norm[:, None]), 0.0), 0)
+        total += tl.sum(tl.where(seen, tl.exp(capped(logits * scale, SIZES) - norm[:, None]), 0.0), 0)
     return total
 
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import LOG2E, dot, dot_rotated, narrow
+from .common import LOG2E, capped, dot, dot_rotated, narrow
 from .store import rotated, stored_keys, stored_values, tiles_at
 
 
@@ -32,8 +32,17 @@ def _weights(logits, peak):
 
 
 @triton.jit
+def _in_base_2(products, scale, SIZES: tl.constexpr):
+    """Logits of products q.k: where no cap asks for them in base e, one multiplication."""
+    if SIZES.softcap != 0:
+        return capped(products * scale, SIZES) * LOG2E
+    else:
+        return products * (scale * LOG2E)
+
+
+@triton.jit
 def _attend_exact(
-    q, acc, peak, total, slots, limit, end, tokens, head, pages, scale_log2, left, leaves,
+    q, acc, peak, total, slots, limit, end, tokens, head, pages, scale, left, leaves,
     SIZES: tl.constexpr, LEAVE: tl.constexpr,
 ):  # fmt: skip
     """One softmax update by the slots `slots` [N] of exact pages; query m sees those up to limit[m], none is read past `end`."""
@@ -41,7 +50,8 @@ def _attend_exact(
     page = tl.load(pages + slots // SIZES.page, mask=real, other=0).to(tl.int64)
     slot = slots % SIZES.page
     k = exact_keys(tokens, head, page, slot, real, SIZES)
-    logits = tl.where(slots[None, :] <= limit[:, None], dot(q, k) * scale_log2, float("-inf"))
+    logits = _in_base_2(dot(q, k), scale, SIZES)
+    logits = tl.where(slots[None, :] <= limit[:, None], logits, float("-inf"))
     if LEAVE:
         tl.store(left[:, None] + slots[None, :], logits, mask=leaves[:, None] & real[None, :])
     p, shrink, peak = _weights(logits, peak)
@@ -51,7 +61,7 @@ def _attend_exact(
 
 @triton.jit
 def _attend_stored(
-    q, acc, peak, total, slots, asks, stored, tiles, head, pages, scale_log2, left, leaves,
+    q, acc, peak, total, slots, asks, stored, tiles, head, pages, scale, left, leaves,
     TYPE: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr, LEAVE: tl.constexpr,
 ):  # fmt: skip
     """Likewise by slots of a quantised store, of which all queries that ask [M] see the first `stored`; q [M, D] float32 and acc
@@ -59,7 +69,8 @@ def _attend_stored(
     real = slots < stored
     at = tiles_at(tiles, head, pages, slots, real, STORE)
     k = narrow(stored_keys(tiles, at, slots, real, SIZES.block_d, STORE), TYPE)
-    logits = tl.where(asks[:, None] & real[None, :], dot_rotated(q, k) * scale_log2, float("-inf"))
+    logits = _in_base_2(dot_rotated(q, k), scale, SIZES)
+    logits = tl.where(asks[:, None] & real[None, :], logits, float("-inf"))
     if LEAVE:
         tl.store(left[:, None] + slots[None, :], logits, mask=leaves[:, None] & real[None, :])
     p, shrink, peak = _weights(logits, peak)
@@ -87,7 +98,6 @@ def attend_retained(
     Query m sees exact slots up to limit[m]; -1: it is none. LEAVE: where leaves[m], its logits in base 2 are left behind
     left[m] by slot of the store and behind left_exact[m] by slot of exact pages.
     """
-    scale_log2 = scale * LOG2E
     acc = tl.zeros((q.shape[0], SIZES.block_d), tl.float32)
     peak = tl.full((q.shape[0],), float("-inf"), tl.float32)
     total = tl.zeros((q.shape[0],), tl.float32)
@@ -95,13 +105,13 @@ def attend_retained(
         turned = rotated(q.to(tl.float32), STORE.block)
         for first in range(store_from, store_to, BLOCK_N):
             acc, peak, total = _attend_stored(
-                turned, acc, peak, total, first + tl.arange(0, BLOCK_N), limit >= 0, store_to, tiles, head, pages, scale_log2,
+                turned, acc, peak, total, first + tl.arange(0, BLOCK_N), limit >= 0, store_to, tiles, head, pages, scale,
                 left, leaves, q.dtype, SIZES, STORE, LEAVE,
             )  # fmt: skip
         acc = rotated(acc, STORE.block)
     for first in range(exact_from, exact_to, BLOCK_N):
         acc, peak, total = _attend_exact(
-            q, acc, peak, total, first + tl.arange(0, BLOCK_N), limit, exact_to - 1, tokens, head, exact_pages, scale_log2,
+            q, acc, peak, total, first + tl.arange(0, BLOCK_N), limit, exact_to - 1, tokens, head, exact_pages, scale,
             left_exact, leaves, SIZES, LEAVE,
         )  # fmt: skip
     return acc, peak, total

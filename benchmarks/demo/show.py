@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import report
 from demo.questions import Question, same_words
 from demo.session import Session
 
@@ -63,19 +64,12 @@ def held_at_end(session: Session) -> int:
 
 
 def plot(sessions: dict[str, Session], budget: int, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for name, session in sessions.items():
-        axes.plot(*zip(*session.growth, strict=True), label=name)
-    axes.axhline(budget, color="grey", linestyle=":", label=f"--kv-budget {budget}")
-    axes.set(
-        xlabel="seconds", ylabel="KV tokens it holds (vLLM's gauge)",
-        title="One sequence reads a document, then answers",
-    )  # fmt: skip
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with report.picture(path, size=(7, 4)) as axes:
+        for name, session in sessions.items():
+            axes.plot(*zip(*session.growth, strict=True), label=name)
+        axes.axhline(budget, color="grey", linestyle=":", label=f"--kv-budget {budget}")
+        axes.set(
+            xlabel="seconds", ylabel="KV tokens it holds (vLLM's gauge)",
+            title="One sequence reads a document, then answers",
+        )  # fmt: skip
+        axes.legend()

@@ -6,13 +6,13 @@ weights). Ratios are what counts: the machine is shared.
 
 import statistics
 import time
+from argparse import Namespace
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 import report
 import torch
+from benchmark import Benchmark
 from kernels.cases import CPU, Case, Shape
 from tqdm import tqdm
 from vllm.platforms import current_platform
@@ -20,9 +20,6 @@ from vllm.platforms import current_platform
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import select
 from momentkv_vllm.page_schedule import DEFAULT_RETIRE_SHARE
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  after the backend is chosen
 
 REPEATS = 25
 SHAPES = [
@@ -132,8 +129,8 @@ def measure_retire(budget: int) -> dict[str, Any]:
     }
 
 
-def plot(path: Path, attends: list[dict[str, Any]], contexts: list[dict[str, Any]]) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), width_ratios=[3, 2])
+def draw(results: dict[str, Any], axes: Any) -> None:
+    (left, right), attends, contexts = axes, results["attend"], results["context"]
     y = range(len(attends))
     left.barh([i + 0.2 for i in y], [a["attend_to_vllm"] for a in attends], 0.4, label="attend")
     corrected = [a["attend_to_vllm"] * a["corrected_to_attend"] for a in attends]
@@ -148,11 +145,10 @@ def plot(path: Path, attends: list[dict[str, Any]], contexts: list[dict[str, Any
     right.set(xscale="log", yscale="log", xlabel="context", ylabel="speed-up of decode attention, budget 1024")
     right.set_xticks(x, [f"{c // 1024}K" for c in x])
     right.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
 
 
-def targets(attends: list[dict], retires: list[dict], contexts: list[dict]) -> list[dict[str, Any]]:
+def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
+    attends, retires, contexts = (results[name] for name in ("attend", "retire", "context"))
     main = next(a for a in attends if a["shape"] == MAIN.label)
     worst = max(a["attend_to_vllm"] for a in attends)
     return [
@@ -168,45 +164,35 @@ def targets(attends: list[dict], retires: list[dict], contexts: list[dict]) -> l
     ]
 
 
-def main() -> None:
+def gate() -> None:
     current_platform.import_kernels()
     for shape in tqdm(SHAPES, desc="check"):
         check(shape)
+
+
+def measure(_: Namespace) -> dict[str, Any]:
     bandwidth = read_bandwidth()
-    attends = [measure_attend(shape, bandwidth) for shape in tqdm(SHAPES, desc="attend")]
-    contexts = [measure_context(context) for context in tqdm(CONTEXTS, desc="context")]
-    retires = [measure_retire(budget) for budget in tqdm(BUDGETS, desc="retire")]
-    print(f"instruction set {CPU.isa()}, {torch.get_num_threads()} threads, memory reads {bandwidth / 1e9:.1f} GB/s\n")
-    heading = ["attend", "/ vLLM", "correction", "share of bandwidth", "vLLM's share"]
-    keys = ["shape", "attend_to_vllm", "corrected_to_attend", "bandwidth_share", "vllm_bandwidth_share"]
-    print(report.table([heading, *([a[k] for k in keys] for a in attends)]), "\n")
-    print(report.table([["context", "speed-up", "bytes bound", "share"], *(list(c.values()) for c in contexts)]), "\n")
-    print(
-        report.table(
-            [
-                [
-                    "budget",
-                    "tokens an event",
-                    "event / decode token",
-                    "share",
-                    "observed query / decode token",
-                    "share",
-                ],
-                *(list(r.values()) for r in retires),
-            ]
-        )
-    )
-    plot(report.RESULTS / "kernels.png", attends, contexts)
-    results = {
+    return {
         "isa": CPU.isa(),
         "threads": torch.get_num_threads(),
         "read_bytes_per_second": bandwidth,
-        "attend": attends,
-        "context": contexts,
-        "retire": retires,
+        "attend": [measure_attend(shape, bandwidth) for shape in tqdm(SHAPES, desc="attend")],
+        "context": [measure_context(context) for context in tqdm(CONTEXTS, desc="context")],
+        "retire": [measure_retire(budget) for budget in tqdm(BUDGETS, desc="retire")],
     }
-    report.write("kernels", results, targets(attends, retires, contexts))
 
+
+def tables(results: dict[str, Any]) -> list[list[list]]:
+    keys = ("shape", "attend_to_vllm", "corrected_to_attend", "bandwidth_share", "vllm_bandwidth_share")
+    machine = [results["isa"], results["threads"], results["read_bytes_per_second"] / 1e9]
+    return [
+        [["instruction set", "threads", "memory reads, GB/s"], machine],
+        report.rows_of(results["attend"], *keys),
+        *(report.rows_of(results[section]) for section in ("context", "retire")),
+    ]
+
+
+BENCHMARK = Benchmark("kernels", measure, tables, targets, draw, panels=2, size=(12, 4.5), gate=gate)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.run()

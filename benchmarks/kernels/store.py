@@ -5,11 +5,13 @@ Correctness first; then medians of interleaved repeats, caches flushed before ev
 """
 
 import statistics
+from argparse import Namespace
 from dataclasses import replace
 from typing import Any
 
 import report
 import torch
+from benchmark import Benchmark
 from kernels.cases import CPU, Case, Shape
 from kernels.run import interleaved, seconds
 from kernels.store_cases import BUDGET, WINDOW, StoreCase
@@ -37,7 +39,7 @@ def check(case: StoreCase) -> None:
     torch.testing.assert_close(ours, case.output, rtol=2**-5, atol=2**-7)
 
 
-def measure(shape: Shape, dtype: str) -> dict[str, Any]:
+def measure_attend(shape: Shape, dtype: str) -> dict[str, Any]:
     store = StoreCase(shape, dtype)
     check(store)
     bytes_, tokens = Case(replace(shape, slots=BUDGET)), Case(replace(shape, slots=store.tokens + WINDOW))
@@ -87,28 +89,41 @@ def measure_events(dtype: str, head_dim: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    print(
-        report.table([list(rows[0]), *([f"{x:.3f}" if isinstance(x, float) else x for x in r.values()] for r in rows)])
-    )
-
-
-def main() -> None:
+def measure(_: Namespace) -> dict[str, Any]:
     settings = [(dtype, d) for dtype in ("int4", "int8", "model") for d in (64, 128)]
     events = [measure_events(*one) for one in tqdm(settings, desc="events")]
-    rows = [measure(shape, dtype) for dtype in ("int8", "int4") for shape in tqdm(SHAPES, desc=dtype)]
-    show(rows)
-    show(events)
-    targets = [
+    rows = [measure_attend(shape, dtype) for dtype in ("int8", "int4") for shape in tqdm(SHAPES, desc=dtype)]
+    return {"kernels": CPU.label(), "attend": rows, "events": events}
+
+
+def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
         report.target(
             f"{name} / decode attention, {e['store_dtype']}, d={e['head_dim']}", e[key], limit, at_least=False
         )
         for name, key, limit in (("retiring", "retiring_share", 0.04), ("observing", "observing_share", 0.1))
-        for e in events
+        for e in results["events"]
         if e["store_dtype"] != "int8"
     ]
-    report.write("store", {"kernels": CPU.label(), "attend": rows, "events": events}, targets)
 
+
+def draw(results: dict[str, Any], axes: Any) -> None:
+    for axis, dtype in zip(axes, ("int4", "int8"), strict=True):
+        rows = [r for r in results["attend"] if r["store_dtype"] == dtype]
+        for shift, key in ((0.2, "to_same_bytes"), (-0.2, "to_same_tokens")):
+            label = key.removeprefix("to_").replace("_", " ")
+            axis.barh([place + shift for place in range(len(rows))], [r[key] for r in rows], 0.4, label=label)
+        axis.axvline(1, color="black", lw=1)
+        names = [r["shape"] for r in rows] if axis is axes[0] else []
+        axis.set_yticks(range(len(names)), names, fontsize=7)
+        axis.set_xlabel(f"attention over an {dtype} store / over 16 bits")
+    axes[0].legend(fontsize=8, loc="lower right")
+
+
+BENCHMARK = Benchmark(
+    "store", measure, lambda results: [report.rows_of(results[s]) for s in ("attend", "events")], targets, draw, panels=2,
+    size=(13, 4.5),
+)  # fmt: skip
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.run()

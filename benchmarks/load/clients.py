@@ -12,11 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import environments
 import numpy as np
 from load.model import NEW_TOKENS, PROMPT_TOKENS
-
-ROOT = Path(__file__).parent.parent.parent
-GUIDELLM = ROOT / ".venv-guidellm/bin/guidellm"
 
 
 def run(command: list[str], folder: Path) -> None:
@@ -54,7 +52,13 @@ def guidellm(url: str, model: Path, prompts: Path, rate: float, seconds: float, 
     """GuideLLM: `rate * seconds` requests at even distances (0.8.1's Poisson arrivals lose their start time on a busy machine and
     come all at once), until all are answered. Its summary weighs by tokens, so the figures are taken from its requests."""
     result = folder / "guidellm.json"
-    command = [str(GUIDELLM), "run", "--disable-console", "--seed", "kind=static,value=0"]
+    command = [
+        str(environments.programs("guidellm") / "guidellm"),
+        "run",
+        "--disable-console",
+        "--seed",
+        "kind=static,value=0",
+    ]
     command += ["--backend", f"kind=openai_http,target={url},model=load,request_format=/v1/completions"]
     command += [
         "--profile",

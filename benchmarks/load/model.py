@@ -5,9 +5,8 @@ import random
 import shutil
 from pathlib import Path
 
-import torch
+import random_llama
 from quality.wording import Compact
-from transformers import LlamaConfig, LlamaForCausalLM
 
 TEST_MODEL = Path(__file__).parent.parent / "test_model/checkpoint"
 PROMPT_TOKENS, NEW_TOKENS = 512, 256
@@ -15,13 +14,17 @@ PROMPT_TOKENS, NEW_TOKENS = 512, 256
 
 def make(folder: Path) -> Path:
     """bfloat16 checkpoint of 50 M parameters with a tokenizer, one word a token."""
-    path = folder / "model"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(Compact.WORDS), hidden_size=768, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=12,
-        num_key_value_heads=4, head_dim=64, max_position_embeddings=4096,
-    )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    path = random_llama.make(
+        folder / "model",
+        words=len(Compact.WORDS),
+        hidden=768,
+        mlp=2048,
+        layers=8,
+        heads=12,
+        kv_heads=4,
+        head_dim=64,
+        context=4096,
+    )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TEST_MODEL / name, path)
     return path

@@ -1,18 +1,17 @@
 """Load: stock vLLM against momentkv in the same KV pool, at rising request rates, by two clients.
 
-    PYTHONPATH=benchmarks python -P -m load.run [--rates 0.5 1 2 4] [--seconds 20]
-
 Both servers are up all the time and asked in turn, so every ratio is of neighbours in time. Servers and clients share the cores.
 """
 
-import argparse
 import tempfile
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
+import environments
 import report
+from benchmark import Benchmark
 from load import clients, model
 from server import Server
 from tqdm import tqdm
@@ -73,27 +72,20 @@ def pairs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """README's rows: what each server did."""
-    heading = [
-        "client",
-        "requests/s",
-        "server",
-        "output tokens/s",
-        "TTFT median / p99, ms",
-        "TPOT median / p99, ms",
-        "preemptions",
-    ]
+def table(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """What each server did, the first row its heading."""
+    heading = ["client", "requests/s", "server", "output tokens/s", "TTFT median / p99, ms", "TPOT median / p99, ms"]
+    heading.append("preemptions")
     lines = []
     for r in sorted(rows, key=lambda r: (r["client"] != "vllm bench serve", r["rate"], r["server"] != "stock")):
         first, later = f"{r['ttft_median']:.0f} / {r['ttft_p99']:.0f}", f"{r['tpot_median']:.1f} / {r['tpot_p99']:.1f}"
         speed = f"{r['output_tokens_per_second']:.0f}"
         lines.append([r["client"], f"{r['rate']:g}", r["server"], speed, first, later, f"{r['preemptions']:.0f}"])
-    return report.compact([heading, *lines])
+    return [heading, *lines]
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(20, 3.6))
+def draw(results: dict[str, Any], axes: Any) -> None:
+    rows = results["rows"]
     for axis, (key, title) in zip(axes, PANELS.items(), strict=True):
         for client, style in (("vllm bench serve", "-"), ("GuideLLM", "--")):
             for server, colour in (("stock", "tab:gray"), ("momentkv", "tab:blue")):
@@ -105,15 +97,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set(title=title, xlabel="requests/s asked for", xscale="log", yscale="log" if "ttft" in key else "linear")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="stock vLLM against momentkv under load")
+def options(parser) -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 1.0, 2.0, 4.0])
     parser.add_argument("--seconds", type=float, default=20.0, help="requests asked for = rate x seconds")
-    args = parser.parse_args()
+
+
+def measure_servers(args: Namespace) -> dict[str, Any]:
     servers: dict[str, Server] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -136,18 +127,22 @@ def main() -> None:
         finally:
             for server in servers.values():
                 server.stop()
-    print(table(rows))
-    ratios = pairs(rows)
-    limits = [report.target("requests without an answer", sum(r["failed"] for r in rows), 0, at_least=False)]
-    busiest = max(args.rates)
-    for r in (r for r in ratios if r["rate"] == busiest):
+    return {"pool_tokens": POOL_TOKENS, "budget_tokens": BUDGET_TOKENS, "rows": rows, "ratios": pairs(rows)}
+
+
+def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
+    limits = [report.target("requests without an answer", sum(r["failed"] for r in results["rows"]), 0, at_least=False)]
+    busiest = max(r["rate"] for r in results["ratios"])
+    for r in (r for r in results["ratios"] if r["rate"] == busiest):
         what = f"{r['client']}, {busiest:g} requests/s: output tokens/s over stock"
         limits.append(report.target(what, r["output_tokens_per_second"], 1.0))
-    plot(rows, report.RESULTS / "load.png")
-    report.write(
-        "load", {"pool_tokens": POOL_TOKENS, "budget_tokens": BUDGET_TOKENS, "rows": rows, "ratios": ratios}, limits
-    )
+    return limits
 
+
+BENCHMARK = Benchmark(
+    "load", measure_servers, lambda results: [table(results["rows"])], targets, draw, panels=len(PANELS), size=(20, 3.6),
+    gate=lambda: environments.programs("guidellm"), options=options,
+)  # fmt: skip
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.run()

@@ -39,12 +39,16 @@ STORES: dict[str, dict[str, Any]] = {
     **{f"{name}, int4": {**ablated, **IN_OUR_STORE} for name, ablated in ABLATION.items()},
 }
 """Other stores: ours in others, and the others' scores, corrections and prompts in ours."""
+HEADS: dict[str, dict[str, Any]] = {
+    f"momentkv, {how} heads": {"policy": "momentkv", "head_budgets": how} for how in ("equal", "measured")
+}
+"""Ours, by what its heads hold."""
 GRAINS: dict[str, dict[str, Any]] = {
     f"momentkv, prompts every {tokens}": {"policy": "momentkv", "prefill_retire_tokens": tokens}
     for tokens in (64, 128, 256, 512)
 }
 """Ours, with events further apart while a prompt is read."""
-KNOWN = METHODS | ABLATION | STORES | GRAINS
+KNOWN = METHODS | ABLATION | STORES | HEADS | GRAINS
 
 DTYPE = torch.bfloat16
 

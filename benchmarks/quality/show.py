@@ -129,36 +129,29 @@ def targets(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 def plot(results: Sequence[Result], token_bytes: int, path: Path) -> None:
     """Accuracy against budget and KL against bytes, at equal bytes, one column of panels per prefill mode."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     grouped = groups(results)
     modes = list(dict.fromkeys(prefill for _, prefill in grouped))
-    figure, axes = plt.subplots(2, len(modes), figsize=(6 * len(modes), 8), squeeze=False, sharex="row", sharey="row")
     full, *_ = [r for r in results if r.cell.method == FULL]
-    for (above, below), mode in zip(axes.T, modes, strict=True):
-        for number, method in enumerate(dict.fromkeys(r.cell.method for r in results if r.cell.prefill)):
-            line = sorted((b, g[method]) for (b, m), g in grouped.items() if m == mode and method in g)
-            style = {"marker": "os^dv"[number % 5], "linewidth": 2.5 if method == OURS else 1, "label": method}
-            _line(above, [(b, r.mean) for b, r in line], style)
-            _line(below, [(b * token_bytes, r.kl) for b, r in line], style)
-        for r in [r for r in results if r.cell.method == FP8]:
-            _line(above, [(r.cell.budget_tokens, r.mean)], {"marker": "*", "color": "black", "label": FP8})
-            _line(below, [(r.cell.budget_tokens * token_bytes, r.kl)], {"marker": "*", "color": "black"})
-        if full.mean is not None:
-            above.axhline(full.mean, color="grey", linestyle=":", label=FULL)
-        above.set(title=f"{mode} prefill, equal bytes", xlabel="budget, tokens", ylabel="mean accuracy")
-        below.set(xlabel="KV bytes of a sequence", ylabel="KL to the full cache", yscale="log")
-        for axis, unit in ((above, 1), (below, token_bytes)):
-            ticks = sorted({b * unit for b, _ in grouped})
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(ticks, [f"{t:,}" for t in ticks])
-    axes[0, 0].legend(fontsize="small")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    size, shared = (6 * len(modes), 8), {"squeeze": False, "sharex": "row", "sharey": "row"}
+    with report.picture(path, 2, len(modes), size, **shared) as axes:
+        for (above, below), mode in zip(axes.T, modes, strict=True):
+            for number, method in enumerate(dict.fromkeys(r.cell.method for r in results if r.cell.prefill)):
+                line = sorted((b, g[method]) for (b, m), g in grouped.items() if m == mode and method in g)
+                style = {"marker": "os^dv"[number % 5], "linewidth": 2.5 if method == OURS else 1, "label": method}
+                _line(above, [(b, r.mean) for b, r in line], style)
+                _line(below, [(b * token_bytes, r.kl) for b, r in line], style)
+            for r in [r for r in results if r.cell.method == FP8]:
+                _line(above, [(r.cell.budget_tokens, r.mean)], {"marker": "*", "color": "black", "label": FP8})
+                _line(below, [(r.cell.budget_tokens * token_bytes, r.kl)], {"marker": "*", "color": "black"})
+            if full.mean is not None:
+                above.axhline(full.mean, color="grey", linestyle=":", label=FULL)
+            above.set(title=f"{mode} prefill, equal bytes", xlabel="budget, tokens", ylabel="mean accuracy")
+            below.set(xlabel="KV bytes of a sequence", ylabel="KL to the full cache", yscale="log")
+            for axis, unit in ((above, 1), (below, token_bytes)):
+                ticks = sorted({b * unit for b, _ in grouped})
+                axis.set_xscale("log", base=2)
+                axis.set_xticks(ticks, [f"{t:,}" for t in ticks])
+        axes[0, 0].legend(fontsize="small")
 
 
 def _line(axes: Any, points: Sequence[tuple[float, float | None]], style: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
-"""One vLLM engine in a process of its own; prints one JSON line for each cell.
+"""One vLLM engine in a process of its own; tells one result for each cell.
 
-    python -m serving.measure '{"model": PATH, "eviction": {...} or null, "kind": "decode", "steps": 24, "cells": [[8192, 32]]}'
+Its task: {"model": PATH, "eviction": {...} or null, "kind": "decode", "steps": 24, "cells": [[8192, 32]]}
 
 "decode": seconds of a decode step with every sequence decoding, the mean over a cycle of evictions ("cycle": steps from one to
 the next). Contexts of up to 32K cannot be read for real on two cores, so steps that read prompts skip the model and the cache is
@@ -11,37 +11,23 @@ meaningless (random weights: they are anyway).
 "pool": in a pool of POOL_TOKENS, how many of many equal requests run at a time, and how many are preempted; prompts as above.
 """
 
-import json
-import os
 import statistics
-import sys
 import time
 from typing import Any
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
-
-from vllm import EngineArgs, LLMEngine, SamplingParams  # noqa: E402  after the environment is set
+import child
+from serving import engine
+from serving.model import POOL_NEW, POOL_PROMPT, POOL_REQUESTS, POOL_TOKENS
 
 CHUNK = {"decode": 8192, "ttft": 2048, "pool": 512, "tokens": 2048}
-POOL_TOKENS, POOL_PROMPT, POOL_NEW, POOL_REQUESTS = 16384, 2048, 256, 96
 
 
 class Engine:
     """vLLM's engine, stepped by hand."""
 
     def __init__(self, model: str, eviction: dict | None, max_num_seqs: int, chunk: int, **extra: Any) -> None:
-        if eviction:
-            extra["additional_config"] = {"kv_eviction": eviction}
-        args = EngineArgs(
-            model=model,
-            skip_tokenizer_init=True,
-            enable_prefix_caching=False,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=chunk,
-            **extra,
-        )
-        self.llm = LLMEngine.from_engine_args(args)
+        limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": chunk}
+        self.llm = engine.start(model, eviction, enable_prefix_caching=False, **limits, **extra)
         self.number = 0
 
     @property
@@ -65,8 +51,7 @@ class Engine:
 
     def add(self, context: int, new_tokens: int) -> None:
         prompt = [(7 * i + self.number) % 8000 for i in range(context)]
-        sampling = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True, detokenize=False)
-        self.llm.add_request(str(self.number), {"prompt_token_ids": prompt}, sampling)
+        engine.add(self.llm, str(self.number), prompt, new_tokens)
         self.number += 1
 
     def decode_seconds(self, context: int, batch: int, steps: int, cycle: int) -> float:
@@ -108,16 +93,16 @@ class Engine:
             self.llm.step()
 
 
-def measure_pool(engine: Engine) -> dict[str, float]:
+def measure_pool(served: Engine) -> dict[str, float]:
     """Sequences running at a time while others wait, and preemptions."""
-    scheduler = engine.llm.engine_core.engine_core.scheduler
+    scheduler = served.llm.engine_core.engine_core.scheduler
     preempt, preempted = scheduler._preempt_request, []
     scheduler._preempt_request = lambda request, *args: (preempted.append(request), preempt(request, *args))[1]
     for _ in range(POOL_REQUESTS):
-        engine.add(POOL_PROMPT, POOL_NEW)
+        served.add(POOL_PROMPT, POOL_NEW)
     running = []
-    while engine.llm.has_unfinished_requests():
-        engine.llm.step()
+    while served.llm.has_unfinished_requests():
+        served.llm.step()
         if scheduler.waiting:
             running.append(len(scheduler.running))
     return {"running": statistics.mean(running[len(running) // 4 :]), "preemptions": len(preempted)}
@@ -130,23 +115,22 @@ def main(task: dict) -> None:
         extra["num_gpu_blocks_override"] = POOL_TOKENS // task["page_size"] + 1  # and the null page
         extra |= {"block_size": task["page_size"], "max_model_len": POOL_PROMPT + POOL_NEW}
     seqs = 64 if kind == "pool" else max(batch for _, batch in cells)
-    engine = Engine(task["model"], task["eviction"], seqs, CHUNK[kind], **extra)
+    served = Engine(task["model"], task["eviction"], seqs, CHUNK[kind], **extra)
     if kind in ("decode", "pool") and task.get("fake_prefill", True):
-        engine.fake_prefill()
+        served.fake_prefill()
     if kind == "pool":
-        print("RESULT", json.dumps(measure_pool(engine)), flush=True)
+        child.tell(measure_pool(served))
     for context, batch in cells:
         if kind == "tokens":
-            print("RESULT", json.dumps({"tokens": engine.tokens(context, batch)}), flush=True)
+            child.tell({"tokens": served.tokens(context, batch)})
             continue
         if kind == "decode":
-            seconds = engine.decode_seconds(context, batch, task["steps"], task.get("cycle", 1))
+            seconds = served.decode_seconds(context, batch, task["steps"], task.get("cycle", 1))
         else:
-            engine.ttft_seconds(256)
-            seconds = engine.ttft_seconds(context)
-        cell = {"context": context, "batch": batch, "seconds": seconds, "pool_tokens": engine.pool_tokens}
-        print("RESULT", json.dumps(cell), flush=True)
+            served.ttft_seconds(256)
+            seconds = served.ttft_seconds(context)
+        child.tell({"context": context, "batch": batch, "seconds": seconds, "pool_tokens": served.pool_tokens})
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main(child.task())

@@ -2,26 +2,19 @@
 
 from pathlib import Path
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+import random_llama
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, MLP, VOCABULARY = 8, 1024, 16, 4, 2816, 8192
 MAX_CONTEXT = 33 * 1024
+POOL_TOKENS, POOL_PROMPT, POOL_NEW, POOL_REQUESTS = 16384, 2048, 256, 96
 
 
 def make(folder: Path, head_dim: int) -> Path:
     """bfloat16 checkpoint without a tokenizer (skip_tokenizer_init)."""
-    path = folder / f"llama-d{head_dim}"
-    if (path / "config.json").exists():
-        return path
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=MLP, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=head_dim,
-        max_position_embeddings=MAX_CONTEXT, tie_word_embeddings=False,
+    return random_llama.make(
+        folder / f"llama-d{head_dim}", words=VOCABULARY, hidden=HIDDEN, mlp=MLP, layers=LAYERS, heads=HEADS, kv_heads=KV_HEADS,
+        head_dim=head_dim, context=MAX_CONTEXT,
     )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
-    return path
 
 
 def weight_bytes(head_dim: int) -> int:

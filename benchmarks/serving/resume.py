@@ -1,25 +1,22 @@
 """Long texts that come again: prompt tokens computed, stock vLLM against momentkv with and without states.
 
-    PYTHONPATH=benchmarks python -m serving.resume
-
 Conversations: three of 20 turns each, in turns, that grow to eight budgets. Documents: six of eight budgets, eight questions on
 each, round robin. Each kind of engine runs in a process of its own and is real throughout. Token counts are exact: they depend on
 neither machine nor weights, so the model is small. What it does to the time is measured apart (resume_time.py).
 """
 
-import json
-import os
 import random
-import subprocess
-import sys
 import tempfile
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import child
+import random_llama
 import report
-import torch
+from benchmark import Benchmark
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
 
 BUDGET, LONG = 512, 8 * 512
 TURNS, CONVERSATIONS, ANSWER = 20, 3, 16
@@ -31,8 +28,6 @@ EVICTION = {"policy": "momentkv", "budget_tokens": BUDGET}
 ENGINES = {"stock": None, "momentkv": EVICTION, "momentkv, no states": EVICTION | {"state_share": 0}}
 PAGE = 32
 """Stock's smallest on a CPU, and then the same for both: what differs is the states."""
-
-COLUMNS = ("requests", "prompt_tokens", "computed_tokens", "share")
 
 Ask = Callable[[list[int]], list[int]]
 
@@ -60,35 +55,37 @@ def documents(ask: Ask) -> None:
 
 def serve(model: str, eviction: dict | None, load: str, pool: int) -> dict[str, int]:
     """In the child: run a load once; its prompt tokens, and those that were computed."""
-    from serving.measure import SamplingParams  # sets vLLM's environment first
-    from vllm import EngineArgs, LLMEngine
+    from serving import engine
 
-    extra = {"additional_config": {"kv_eviction": eviction}} if eviction else {}
-    engine = LLMEngine.from_engine_args(
-        EngineArgs(
-            model=model, skip_tokenizer_init=True, enforce_eager=True, max_num_seqs=4, block_size=PAGE,
-            max_num_batched_tokens=BUDGET, max_model_len=LONG + 1024, num_gpu_blocks_override=pool // PAGE + 40, **extra,
-        )
-    )  # fmt: skip
-    sampling = SamplingParams(max_tokens=ANSWER, temperature=0.0, ignore_eos=True, detokenize=False)
+    served = start(model, eviction, pool // PAGE + 40)
     found = {"requests": 0, "prompt_tokens": 0, "computed_tokens": 0}
 
     def ask(prompt: list[int]) -> list[int]:
-        engine.add_request(str(found["requests"]), {"prompt_token_ids": list(prompt)}, sampling)
-        outputs = [o for o in iterate(engine) if o.finished]
+        engine.add(served, str(found["requests"]), prompt, ANSWER)
+        outputs = [o for o in iterate(served) if o.finished]
         found["requests"] += 1
         found["prompt_tokens"] += len(prompt)
         found["computed_tokens"] += len(prompt) - outputs[0].num_cached_tokens
         return list(outputs[0].outputs[0].token_ids)
 
     {"conversations": conversations, "documents": documents}[load](ask)
-    engine.engine_core.shutdown()
+    served.engine_core.shutdown()
     return found
 
 
-def iterate(engine) -> Iterator:
-    while engine.has_unfinished_requests():
-        yield from engine.step()
+def start(model: str, eviction: dict | None, pages: int):
+    """In a child: an engine for four texts of LONG tokens."""
+    from serving import engine
+
+    return engine.start(
+        model, eviction, max_num_seqs=4, block_size=PAGE, max_num_batched_tokens=BUDGET, max_model_len=LONG + 1024,
+        num_gpu_blocks_override=pages,
+    )  # fmt: skip
+
+
+def iterate(served) -> Iterator:
+    while served.has_unfinished_requests():
+        yield from served.step()
 
 
 def cells(engine: str) -> list[tuple[str, str, int]]:
@@ -97,35 +94,12 @@ def cells(engine: str) -> list[tuple[str, str, int]]:
     return [(load, kind, tokens[load]) for load in LOADS for kind, tokens in pools.items()]
 
 
-def measure(name: str, model: str) -> Iterator[tuple[str, dict[str, int]]]:
-    """Every cell of one engine, in a child."""
-    child = subprocess.Popen(
-        [sys.executable, "-P", "-m", "serving.resume", name, model],
-        env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    said = []
-    for line in child.stdout:
-        said.append(line)
-        if line.startswith("RESULT "):
-            yield tuple(json.loads(line.removeprefix("RESULT ")))
-    if child.wait():
-        raise SystemExit("".join(said[-60:]))
-
-
 def make_model(
     folder: Path, layers: int = 1, hidden: int = 64, heads: int = 2, kv_heads: int = 1, head_dim: int = 32
 ) -> str:
-    """Random weights in bfloat16, 1,000 words."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=1000, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=LONG + 1024,
-    )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return str(folder)
+    """Random weights, 1,000 words."""
+    size = {"hidden": hidden, "mlp": 2 * hidden, "layers": layers, "heads": heads, "kv_heads": kv_heads}
+    return str(random_llama.make(folder, words=1000, head_dim=head_dim, context=LONG + 1024, **size))
 
 
 def targets(found: dict[str, dict[str, int]]) -> list[dict]:
@@ -147,29 +121,51 @@ def targets(found: dict[str, dict[str, int]]) -> list[dict]:
     ]
 
 
-def main() -> None:
-    found = {}
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        tqdm(total=sum(len(cells(name)) for name in ENGINES), desc="loads") as bar,
-    ):
-        path = make_model(Path(folder))
-        for name in ENGINES:
-            for cell, counts in measure(name, path):
-                found[cell] = counts | {"share": counts["computed_tokens"] / counts["prompt_tokens"]}
-                bar.update()
-    print(report.table([["load, pool, engine", *COLUMNS], *([n, *(c[k] for k in COLUMNS)] for n, c in found.items())]))
+def options(parser) -> None:
+    parser.add_argument("--only-time", action="store_true", help="measure the times again, keep the counts")
+
+
+def measure(args: Namespace) -> dict[str, Any]:
     # It imports this module.
     from serving import resume_time
 
-    times = resume_time.measure()
-    report.write("resume", found | {"time": times}, targets(found) + resume_time.targets(times))
+    if args.only_time:
+        return BENCHMARK.known() | {"time": resume_time.measure()}
+    found: dict[str, Any] = {}
+    total = sum(len(cells(name)) for name in ENGINES)
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=total, desc="loads") as bar:
+        path = make_model(Path(folder))
+        for name in ENGINES:
+            for cell, counts in child.results("serving.resume", {"engine": name, "model": path}):
+                found[cell] = counts | {"share": counts["computed_tokens"] / counts["prompt_tokens"]}
+                bar.update()
+    return found | {"time": resume_time.measure()}
 
+
+def tables(found: dict[str, Any]) -> list[list[list]]:
+    return [report.rows_of([{"load, pool, engine": n, **c} for n, c in found.items() if n != "time"])]
+
+
+def all_targets(found: dict[str, Any]) -> list[dict]:
+    from serving import resume_time
+
+    return targets(found) + resume_time.targets(found["time"])
+
+
+def draw(found: dict[str, Any], axes: Any) -> None:
+    for name, milliseconds in found["time"]["turns"].items():
+        axes.plot(range(1, len(milliseconds) + 1), milliseconds, "o-", label=name)
+    axes.set_xticks(range(1, 21, 3))
+    axes.set(xlabel="turn of a conversation", ylabel="time to the first token (CPU ms)", ylim=(0, None))
+    axes.legend()
+
+
+BENCHMARK = Benchmark("resume", measure, tables, all_targets, draw, size=(6, 4), options=options)
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        for load, kind, pool in cells(sys.argv[1]):
-            counts = serve(sys.argv[2], ENGINES[sys.argv[1]], load, pool)
-            print("RESULT", json.dumps([f"{load}, {kind} pool, {sys.argv[1]}", counts]), flush=True)
+    if task := child.task():
+        for load, kind, pool in cells(task["engine"]):
+            counts = serve(task["model"], ENGINES[task["engine"]], load, pool)
+            child.tell([f"{load}, {kind} pool, {task['engine']}", counts])
     else:
-        main()
+        BENCHMARK.run()

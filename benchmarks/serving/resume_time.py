@@ -1,50 +1,32 @@
 """What states do to the time: the first token of a conversation's turns, and the cost where no text ever comes again.
 
-    PYTHONPATH=benchmarks python -m serving.resume_time
-
-Part of `make bench NAME=resume`; alone it renews its own figures in results/resume.json. Seconds are those of the CPU with one
+Part of serving.resume, whose `--only-time` measures it alone. Seconds are those of the CPU with one
 thread, which other jobs on the machine change little; engines that are compared run in one process and take turns.
 """
 
-import json
-import os
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
+import child
 import report
-from serving.resume import BUDGET, EVICTION, LONG, PAGE, make_model, words
+from serving.resume import BUDGET, EVICTION, LONG, make_model, start, words
 
 TURNS, CONVERSATIONS, ANSWER = 20, 5, 16
 PAIRS, REQUESTS, PROMPT, NEW = 9, 4, 4 * BUDGET, 64
+PAGES = 1024
 ENGINES = {"stock": None, "momentkv": EVICTION}
-
-
-def start(model: str, eviction: dict | None):
-    from serving.measure import LLMEngine  # sets vLLM's environment first
-    from vllm import EngineArgs
-
-    extra = {"additional_config": {"kv_eviction": eviction}} if eviction else {}
-    return LLMEngine.from_engine_args(
-        EngineArgs(
-            model=model, skip_tokenizer_init=True, enforce_eager=True, max_num_seqs=4, block_size=PAGE,
-            max_num_batched_tokens=BUDGET, max_model_len=LONG + 1024, num_gpu_blocks_override=1024, **extra,
-        )
-    )  # fmt: skip
 
 
 def ask(engine, prompts: list[list[int]], new: int) -> tuple[float, float, list[int]]:
     """CPU seconds to the first token, to the end, and the last answer."""
-    from serving.measure import SamplingParams
+    from serving.engine import add
 
-    sampling = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True, detokenize=False)
     begin, first, answer = time.process_time(), 0.0, []
     for prompt in prompts:
-        engine.add_request(str(random.random()), {"prompt_token_ids": list(prompt)}, sampling)
+        add(engine, str(random.random()), prompt, new)
     while engine.has_unfinished_requests():
         for output in engine.step():
             first = first or time.process_time() - begin
@@ -56,7 +38,7 @@ def turns(model: str) -> dict[str, list[float]]:
     """Milliseconds to the first token of every turn of a conversation that grows to eight budgets, medians over conversations."""
     found = {}
     for name, eviction in ENGINES.items():
-        engine, rng, seconds = start(model, eviction), random.Random(0), []
+        engine, rng, seconds = start(model, eviction, PAGES), random.Random(0), []
         ask(engine, [words(rng, 2 * BUDGET)], 4)  # warm
         for _ in range(CONVERSATIONS):
             history, row = words(rng, 64), []
@@ -73,7 +55,7 @@ def turns(model: str) -> dict[str, list[float]]:
 
 def cost(model: str) -> dict[str, list[float]]:
     """Tokens per second with states over those without, prompt and answer together, by pair of runs over the same new texts."""
-    engines = [start(model, EVICTION), start(model, EVICTION | {"state_share": 0})]
+    engines = [start(model, settings, PAGES) for settings in (EVICTION, EVICTION | {"state_share": 0})]
     rng, rates, firsts = random.Random(2), [], []
     for pair in range(PAIRS + 1):
         texts, seconds = [words(rng, PROMPT) for _ in range(REQUESTS)], {}
@@ -91,16 +73,7 @@ def measure() -> dict[str, dict]:
     """Both, in a child."""
     with tempfile.TemporaryDirectory() as folder:
         path = make_model(Path(folder), layers=4, hidden=512, heads=8, kv_heads=2, head_dim=64)
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", "serving.resume_time", path],
-            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not lines:
-        raise SystemExit(done.stdout[-3000:])
-    return json.loads(lines[-1].removeprefix("RESULT "))
+        return next(child.results("serving.resume_time", {"model": path}, OMP_NUM_THREADS="1"))
 
 
 def targets(found: dict[str, dict]) -> list[dict]:
@@ -113,16 +86,6 @@ def targets(found: dict[str, dict]) -> list[dict]:
     ]
 
 
-def main() -> None:
-    found = measure()
-    known = json.loads((report.RESULTS / "resume.json").read_text())
-    names = {t["name"] for t in targets(found)}
-    kept = [t for t in known["targets"] if t["name"] not in names]
-    report.write("resume", known["results"] | {"time": found}, [*kept, *targets(found)])
-
-
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        print("RESULT", json.dumps({"turns": turns(sys.argv[1]), "cost": cost(sys.argv[1])}), flush=True)
-    else:
-        main()
+    model = child.task()["model"]
+    child.tell({"turns": turns(model), "cost": cost(model)})

@@ -4,28 +4,23 @@ Beside every speed-up stands its bytes bound: weights plus KV that a stock decod
 records. Stock and momentkv take turns, each engine in a process of its own. `--only SECTION` measures one section again.
 """
 
-import argparse
-import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import child
 import report
 import torch
+from benchmark import Benchmark
 from serving import model
-from serving.measure import POOL_NEW, POOL_PROMPT, POOL_TOKENS
+from serving.model import POOL_NEW, POOL_PROMPT, POOL_TOKENS
 from tqdm import tqdm
 
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kv_spec import StateLayout
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  after the backend is chosen
 
 BUDGET, POOL_BUDGET, STOCK_PAGE, OUR_PAGE = 1024, 512, 128, 16
 POOL_GIB = 9
@@ -40,18 +35,11 @@ def measure(
     """Results of one engine process. `plugins` "" keeps vLLM from loading us at all."""
     # All cores: vLLM's automatic binding leaves one out.
     every_core = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{os.cpu_count() - 1}"}
-    environment = (
-        os.environ | every_core | {"VLLM_CPU_KVCACHE_SPACE": str(gib), "PYTHONPATH": str(Path(__file__).parents[1])}
-    )
+    environment = every_core | {"VLLM_CPU_KVCACHE_SPACE": str(gib)}
     if plugins is not None:
         environment["VLLM_PLUGINS"] = plugins
-    job = json.dumps({"model": str(path), "eviction": eviction, "kind": kind, **task})
-    command = [sys.executable, "-m", "serving.measure", job]
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{job} failed:\n{done.stderr[-3000:]}")
-    return [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    task |= {"model": str(path), "eviction": eviction, "kind": kind}
+    return list(child.results("serving.measure", task, **environment))
 
 
 def layout(budget: int, head_dim: int) -> StateLayout:
@@ -162,23 +150,23 @@ def pool(folder: Path, bar: tqdm) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def plot(path: Path, rows: list[dict[str, Any]]) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+def draw(results: dict[str, Any], axes: Any) -> None:
+    rows = [r for r in results["decode"] if "speedup" in r]
     for axis, head_dim in zip(axes, (64, 128), strict=True):
         for batch in sorted({r["batch"] for r in rows}):
-            part = [r for r in rows if r["batch"] == batch and r["head_dim"] == head_dim and "speedup" in r]
+            part = [r for r in rows if (r["batch"], r["head_dim"]) == (batch, head_dim)]
             line = axis.plot([r["context"] for r in part], [r["speedup"] for r in part], "o-", label=f"batch {batch}")
             color = line[0].get_color()
             axis.plot([r["context"] for r in part], [r["bytes_bound"] for r in part], "--", color=color)
         axis.set(xscale="log", yscale="log", xlabel="context", title=f"head_dim {head_dim}, budget {BUDGET}")
         axis.set_xticks([2048, 8192, 32768], ["2K", "8K", "32K"])
         axis.legend(fontsize=8)
+    axes[1].sharey(axes[0])
     axes[0].set_ylabel("decode tokens/s over stock (dashed: bytes bound)")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
 
 
-def targets(rows: list[dict], overheads: dict[str, float], pools: dict[str, Any]) -> list[dict[str, Any]]:
+def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
+    rows, overheads, pools = (results[section] for section in ("decode", "overhead", "pool"))
     found = []
     for context in (8192, 32768):
         shares = [r["of_bound"] for r in rows if r["context"] == context and "of_bound" in r]
@@ -217,42 +205,32 @@ SECTIONS = {
 }
 
 
-def show(results: dict[str, Any]) -> None:
-    done = [r for r in results["decode"] if "speedup" in r]
-    columns = ["head_dim", "context", "batch", "speedup", "bytes_bound", "of_bound", "to_16_bit_store"]
-    print(report.table([columns, *([r[c] for c in columns] for r in done)]), "\n")
-    bare = [["head_dim", "batch", "step without context / batch 1"], *(list(r.values()) for r in results["bare_step"])]
-    print(report.table(bare), "\n")
-    ttft = [["context", "time to first token / stock"], *(list(t.values()) for t in results["ttft"])]
-    print(report.table(ttft), "\n")
-    pools = results["pool"]
-    figures = [*(pools[k] for k in ("ratio", "arithmetic", "of_arithmetic"))]
-    preemptions = [pools["stock"]["preemptions"], pools["momentkv"]["preemptions"]]
-    heading = ["sequences in a fixed pool, ratio", "by pages", "share", "preemptions stock", "momentkv"]
-    print(report.table([heading, [*figures, *preemptions]]))
+def options(parser) -> None:
+    parser.add_argument("--only", choices=SECTIONS, help="measure one section again, keep the others")
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--quick", action="store_true", help="small cells, one repeat")
-    options.add_argument("--only", choices=SECTIONS, help="measure one section again, keep the others")
-    arguments = options.parse_args()
-    name = "serving_quick" if arguments.quick else "serving"
-    results: dict[str, Any] = {}
-    if arguments.only:
-        results = json.loads((report.RESULTS / f"{name}.json").read_text())["results"]
-    wanted = [arguments.only] if arguments.only else list(SECTIONS)
+def measure_sections(args: Namespace) -> dict[str, Any]:
+    results = BENCHMARK.known(args.quick) if args.only else {}
     with tempfile.TemporaryDirectory() as folder, tqdm(desc="engines") as bar:
-        for section in wanted:
+        for section in [args.only] if args.only else SECTIONS:
             bar.set_postfix_str(section)
-            results[section] = SECTIONS[section](Path(folder), arguments.quick, bar)
-    if set(SECTIONS) <= set(results):
-        show(results)
-        if not arguments.quick:
-            plot(report.RESULTS / "serving.png", results["decode"])
-    limits = targets(results["decode"], results["overhead"], results["pool"])
-    report.write(name, results, limits)
+            results[section] = SECTIONS[section](Path(folder), args.quick, bar)
+    return results
 
+
+def tables(results: dict[str, Any]) -> list[list[list]]:
+    columns = ("head_dim", "context", "batch", "speedup", "bytes_bound", "of_bound", "to_16_bit_store")
+    done, pools = [r for r in results["decode"] if "speedup" in r], results["pool"]
+    heading = ["sequences in a fixed pool, ratio", "by pages", "share", "preemptions stock", "momentkv"]
+    figures = [*(pools[k] for k in ("ratio", "arithmetic", "of_arithmetic"))]
+    return [
+        report.rows_of(done, *(c for c in columns if c in done[0])),
+        *(report.rows_of(results[section]) for section in ("bare_step", "ttft")),
+        [heading, [*figures, *(pools[name]["preemptions"] for name in ("stock", "momentkv"))]],
+    ]
+
+
+BENCHMARK = Benchmark("serving", measure_sections, tables, targets, draw, panels=2, quick=True, options=options)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.run()

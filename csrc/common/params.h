@@ -28,10 +28,35 @@ struct RecordLayout {
   int mean_key, mean_value, spread, scales, covariance;
 };
 
+// Where a head's tile lies, its own or one that was lent, maybe by another layer (momentkv_vllm/head_budgets.py): page of the row's
+// store; bytes from that page of this layer's cache to the tile, and numbers from that page's observations to the tile's.
+struct TilePlace {
+  int64_t column, data, observed;
+};
+
 // How quantised store pages look: momentkv_vllm/packed_store.py. `block`: numbers that are rotated together.
 struct PackedLayout {
   int bits = 0;  // 8 or 4; 0: no store is quantised
   int64_t width = 0, block = 0, code_bytes = 0, values_offset = 0, scales_offset = 0, tile_bytes = 0, page_tiles = 0;
+  // Heads with budgets of their own; null: all hold the same number of tokens, each in its own part of the pages.
+  const TilePlace* places = nullptr;    // [heads, most_tiles]
+  const int64_t* capacity = nullptr;    // [heads] tokens
+  int64_t most_tiles = 0;
+  int64_t equal_tokens = 0;  // that have left the window until when heads hold as many, all of them
+
+  // part_bytes: a head's of a page; part_observed: observed numbers of it.
+  TilePlace place(int64_t head, int64_t number, int64_t part_bytes, int64_t part_observed) const {
+    if (places != nullptr) return places[head * most_tiles + number];
+    const int64_t tile = number % page_tiles;
+    return {number / page_tiles, head * part_bytes + tile * tile_bytes, head * part_observed + tile * 8};
+  }
+  // Of the tokens that have left a row's window, those that a head holds where every head would hold `stored`; the others it
+  // has evicted.
+  int64_t held(int64_t head, int64_t stored, float evicted) const {
+    const int64_t all = stored + int64_t(evicted);
+    if (capacity == nullptr || all <= equal_tokens) return stored;
+    return all < capacity[head] ? all : capacity[head];
+  }
 };
 
 template <class Cache>

@@ -87,6 +87,17 @@ struct Running {
   float *out, *top, *mass;
 };
 
+// Caps scaled logits of `Rows` rows in place. Out of line: layers that cap nothing shall not even fetch its code.
+template <int Rows>
+__attribute__((noinline, cold)) void cap(const Attend& a, int vectors, float* logits) {
+  const float inverse = 1 / a.softcap;
+  for (int r = 0; r < Rows; ++r)
+    for (int v = 0; v < vectors; ++v) {
+      float* at = logits + r * kTileSlots + v * kLanes;
+      store(at, hyperbolic_tangent(load(at) * inverse) * a.softcap);
+    }
+}
+
 // Turns logits into weights in place and returns in `keep` what the earlier sums are to be multiplied by.
 inline void soften(float* logits, int slots, int visible, float& top, float& mass, float& keep) {
   Vec highest = splat(-INFINITY);
@@ -119,8 +130,11 @@ inline float* weights_of(const Attend& a, const AttendItem& item) {
   return a.weights + (item.row * a.query_heads + item.head * groups) * a.row_weights();
 }
 
-// Leaves the weights of some slots of a query head, and what they are relative to.
+// Leaves the weights of some slots of a query head, and what they are relative to. Asks for the place of the next ones: it is
+// written here first and read again by observe, from a cache then.
 inline void leave(const Attend& a, float* left, int64_t slot, const float* weights, int slots, float top) {
+  for (int i = 0; i < kTileSlots; i += 16) __builtin_prefetch(left + slot + kTileSlots + i, 1);
+  __builtin_prefetch(left + a.row_slots() + (slot + kTileSlots) / 8, 1);
   std::copy_n(weights, slots, left + slot);
   std::fill_n(left + a.row_slots() + slot / 8, (slots + 7) / 8, top);
 }
@@ -130,6 +144,7 @@ template <int Rows, class T>
 inline void attend_tile(const Attend& a, const Tile<T>& tile, const float* query, const int* visible, float* logits,
                         float* left, int64_t slot, Running run) {
   dot_keys<Rows, true>(tile, query, a.cache.head_dim, a.cache.page_size, a.scale, logits);
+  if (a.softcap != 0) cap<Rows>(a, tile.vectors(), logits);
   float keep[Rows];
   for (int r = 0; r < Rows; ++r)
     soften(logits + r * kTileSlots, tile.vectors() * kLanes, visible[r], run.top[r], run.mass[r], keep[r]);
@@ -167,7 +182,8 @@ inline void add_covariance(const RecordView& record, int64_t d, const float* que
   for (; dim < d; dim += kLanes) add_covariance_block<Rows, 1>(rows, record.scales(), d, dim, query, step);
 }
 
-// The first-order partial of the evicted tokens (paper eqs. 9, 11) as one more step of the running softmax.
+// The first-order partial of the evicted tokens (paper eqs. 9, 11; capped logits: `partial` of momentkv_vllm/moments.py) as one
+// more step of the running softmax.
 // `query` is [head_dim][Rows]; `step` has room for Rows * head_dim floats.
 template <int Rows, class C>
 inline void attend_record(const Attend& a, const RecordView& record, float num_evicted, const float* query, float* step,
@@ -184,13 +200,15 @@ inline void attend_record(const Attend& a, const RecordView& record, float num_e
     for (int64_t i = 0; i < d; ++i) dot += mean_key[i] * query[i * Rows + r];
     Vec square = {};
     for (int64_t i = 0; i < d; i += kLanes) square += load(step + r * d + i) * load(step + r * d + i);
-    const float length = a.scale * sqrtf(sum(square));
+    const float bent = a.softcap != 0 ? tanhf(a.scale * dot / a.softcap) : 0;
+    const float slope = a.scale * (1 - bent * bent);
+    const float length = slope * sqrtf(sum(square));
     const float shrink = length > limit ? limit / length : 1.0f;
-    const float log_mass = logf(num_evicted) + a.scale * dot;
+    const float log_mass = logf(num_evicted) + (a.softcap != 0 ? a.softcap * bent : a.scale * dot);
     const float top = log_mass > run.top[r] ? log_mass : run.top[r];
     const float keep = expf(run.top[r] - top), weight = expf(log_mass - top);
     for (int64_t i = 0; i < d; i += kLanes) {
-      const Vec evicted = load(mean_value + i) + load(step + r * d + i) * (a.scale * shrink);
+      const Vec evicted = load(mean_value + i) + load(step + r * d + i) * (slope * shrink);
       store(run.out + r * d + i, load(run.out + r * d + i) * keep + evicted * weight);
     }
     run.mass[r] = run.mass[r] * keep + weight;
@@ -244,6 +262,7 @@ void attend_store(const Attend& a, const AttendItem& item, const float* query, i
   for (; first < end; first += kTileSlots) {
     const PackedSlots slots(a.cache, p, item.head, a.pages + item.row * a.max_pages, first, end);
     dot_packed<Bits, Rows, true>(slots, p, queries, a.scale, logits);
+    if (a.softcap != 0) cap<Rows>(a, slots.vectors(), logits);
     for (int r = 0; r < Rows; ++r)
       soften(logits + r * kTileSlots, slots.vectors() * kLanes, slots.slots, run.top[r], run.mass[r], keep[r]);
     for (int r = 0; left != nullptr && r < Rows; ++r)
@@ -272,7 +291,7 @@ void attend_rows(const Attend& a, const AttendItem& item, int first_row, float* 
   for (int r = 0; r < Rows; ++r) sees[r] = a.last_slot[item.row] + item.first_query + (first_row + r) / groups + 1;
   float* left = weights_of(a, item);
   if (left != nullptr) left += first_row * a.row_weights();
-  const int64_t stored = a.stored_of(item.row), store_end = stored < item.end_slot ? stored : item.end_slot;
+  const int64_t stored = a.held(item.row, item.head), store_end = stored < item.end_slot ? stored : item.end_slot;
   if (item.first_slot < store_end) {
     const auto attend_bits = a.packed.bits == 8 ? attend_store<8, Rows> : attend_store<4, Rows>;
     attend_bits(a, item, packed, item.first_slot, store_end, logits, left, run);
@@ -287,7 +306,7 @@ void attend_rows(const Attend& a, const AttendItem& item, int first_row, float* 
   if (item.with_record) {
     const RecordView record{a.cache, a.record_layout, a.moment_pages + item.row * a.num_moment_pages, item.head};
     with_covariance_type(a.record_layout.covariance_type, [&](auto c) {
-      attend_record<Rows, decltype(c)>(a, record, a.num_evicted[item.row], packed, logits, run);
+      attend_record<Rows, decltype(c)>(a, record, a.evicted(item.row, item.head), packed, logits, run);
     });
   }
   finish<T>(a, item, first_row, Rows, run);

@@ -68,10 +68,33 @@ PackedLayout packed_of(const Cache& c, at::IntArrayRef packed) {
   return p;
 }
 
+// Heads with budgets of their own: momentkv_vllm/head_budgets.py. Where their tiles lie in other layers cannot be checked here.
+void set_heads(PackedLayout& p, const Cache& c, const OptionalTensor& places, const OptionalTensor& capacity, int64_t equal_tokens,
+               int64_t columns) {
+  TORCH_CHECK(places.has_value() == capacity.has_value(), "places and capacity are given together");
+  if (!places) return;
+  TORCH_CHECK(p.bits != 0 && places->dim() == 3, "places has shape ", places->sizes(),
+              "; it must be [heads, tiles, 3] of a quantised store");
+  p.most_tiles = places->size(1);
+  p.places = reinterpret_cast<const TilePlace*>(data_of<int64_t>(places, "places", {c.heads, p.most_tiles, 3}));
+  p.capacity = data_of<int64_t>(capacity, "capacity", {c.heads});
+  p.equal_tokens = equal_tokens;
+  for (int64_t head = 0; head < c.heads; ++head) {
+    TORCH_CHECK(p.capacity[head] % 8 == 0 && p.capacity[head] > 0 && p.capacity[head] <= p.most_tiles * 8, "head ", head,
+                " holds ", p.capacity[head], " tokens; they must fill whole tiles, at most ", p.most_tiles);
+    for (int64_t tile = 0; tile < p.most_tiles; ++tile) {
+      const int64_t column = p.places[head * p.most_tiles + tile].column;
+      TORCH_CHECK(column >= 0 && column < columns, "head ", head, " has a tile in page ", column, " of a store of ", columns);
+    }
+  }
+}
+
 // The rows' quantised stores.
 void set_store(Attend& a, const OptionalTensor& stored, int64_t store_pages, at::IntArrayRef packed,
+               const OptionalTensor& places, const OptionalTensor& capacity, int64_t equal_tokens,
                const OptionalTensor& observed) {
   a.packed = packed_of(a.cache, packed);
+  set_heads(a.packed, a.cache, places, capacity, equal_tokens, store_pages);
   a.stored = data_of<int64_t>(stored, "stored", {a.rows});
   a.store_pages = store_pages;
   a.observed_slots = std::max(a.cache.page_size, a.packed.page_tiles * 8);
@@ -88,7 +111,7 @@ void check_rows(const Attend& a, int64_t tokens) {
     TORCH_CHECK(a.num_queries[row] > 0 && a.last_slot[row] >= 0 && a.first_token[row] >= 0 &&
                     a.last_slot[row] + a.num_queries[row] <= exact_pages * a.cache.page_size,
                 "row ", row, " sees more slots than its pages hold");
-    TORCH_CHECK(stored >= 0 && stored % 8 == 0 && stored <= a.store_slots(), "row ", row, " has ", stored,
+    TORCH_CHECK(stored >= 0 && stored % 8 == 0 && stored <= a.store_pages * a.packed.page_tiles * 8, "row ", row, " has ", stored,
                 " stored tokens; they must fill whole tiles of its ", a.store_pages, " store pages");
     TORCH_CHECK(a.first_token[row] + a.num_queries[row] <= tokens, "row ", row, " has queries beyond the ", tokens,
                 " tokens of query");
@@ -118,7 +141,8 @@ struct Items {
     merges.clear();
     size_t floats = 0;
     for (int64_t row = 0; row < a.rows; ++row)
-      if (a.num_queries[row] == 1) floats += splits(a, row) * a.query_heads * (a.cache.head_dim + 1);
+      for (int64_t head = 0; a.num_queries[row] == 1 && head < a.cache.heads; ++head)
+        floats += splits(a, row, head) * (a.query_heads / a.cache.heads) * (a.cache.head_dim + 1);
     if (partials.size() < floats) partials.resize(floats);
     float* next = partials.data();
     for (int32_t row = 0; row < a.rows; ++row)
@@ -126,27 +150,30 @@ struct Items {
         a.num_queries[row] == 1 ? add_decode(a, row, head, next) : add_chunk(a, row, head);
   }
 
-  static int64_t slots(const Attend& a, int64_t row) { return a.stored_of(row) + a.last_slot[row] + a.num_queries[row]; }
-  static int64_t splits(const Attend& a, int64_t row) {
-    const int64_t stored = a.stored_of(row);
-    return std::max<int64_t>(1, (slots(a, row) - stored + stored / kPackedSlots) / kSplitSlots);
+  static int64_t slots(const Attend& a, int64_t row, int64_t head) {
+    return a.held(row, head) + a.last_slot[row] + a.num_queries[row];
   }
-  static bool with_record(const Attend& a, int64_t row) { return a.corrected && a.num_evicted[row] > 0; }
+  static int64_t splits(const Attend& a, int64_t row, int64_t head) {
+    const int64_t stored = a.held(row, head);
+    return std::max<int64_t>(1, (slots(a, row, head) - stored + stored / kPackedSlots) / kSplitSlots);
+  }
+  static bool with_record(const Attend& a, int64_t row, int64_t head) { return a.corrected && a.evicted(row, head) > 0; }
 
   // The s-th of n cuts of a row's slots: between whole tiles of kernels, or pages.
-  static int64_t cut(const Attend& a, int64_t row, int64_t s, int64_t n) {
-    const int64_t stored = a.stored_of(row), at = slots(a, row) * s / n, page = a.cache.page_size;
-    if (s == n) return slots(a, row);
+  static int64_t cut(const Attend& a, int64_t row, int64_t head, int64_t s, int64_t n) {
+    const int64_t stored = a.held(row, head), at = slots(a, row, head) * s / n, page = a.cache.page_size;
+    if (s == n) return slots(a, row, head);
     return at < stored ? at / kTileSlots * kTileSlots : stored + (at - stored) / page * page;
   }
 
   void add_decode(const Attend& a, int32_t row, int32_t head, float*& next) {
     const int64_t size = a.query_heads / a.cache.heads * (a.cache.head_dim + 1);
-    const int32_t n = int32_t(splits(a, row));
+    const int32_t n = int32_t(splits(a, row, head));
     if (n > 1) merges.push_back({row, head, n, next});
     for (int32_t s = 0; s < n; ++s) {
       const bool last = s == n - 1;
-      parts.push_back({row, head, 0, 1, cut(a, row, s, n), cut(a, row, s + 1, n), last && with_record(a, row),
+      parts.push_back({row, head, 0, 1, cut(a, row, head, s, n), cut(a, row, head, s + 1, n),
+                       last && with_record(a, row, head),
                        n > 1 ? next : nullptr});
       if (n > 1) next += size;
     }
@@ -156,18 +183,21 @@ struct Items {
     const int32_t queries = int32_t(a.num_queries[row]);
     const int32_t step = std::max<int32_t>(1, int32_t(kRowsPerItem / (a.query_heads / a.cache.heads)));
     for (int32_t first = 0; first < queries; first += step)
-      parts.push_back({row, head, first, std::min(step, queries - first), 0, slots(a, row), with_record(a, row), nullptr});
+      parts.push_back({row, head, first, std::min(step, queries - first), 0, slots(a, row, head), with_record(a, row, head),
+                       nullptr});
   }
 };
 
 void attend(const Tensor& kv, const Tensor& query, const Tensor& output, const OptionalTensor& lse, MOMENTKV_ATTEND_WORK,
-            double scale, bool corrected, MOMENTKV_RECORD, const OptionalTensor& stored, int64_t store_pages,
-            at::IntArrayRef packed, const OptionalTensor& weights) {
+            double scale, double softcap, bool corrected, MOMENTKV_RECORD, const OptionalTensor& stored, int64_t store_pages,
+            at::IntArrayRef packed, const OptionalTensor& places, const OptionalTensor& capacity,
+            int64_t equal_tokens, const OptionalTensor& weights) {
   const AttendTensors work MOMENTKV_ATTEND_WORK_GIVEN;
   Attend a{};
   a.cache = cache_of(kv);
   set_attend(a, kv, query, output, lse, work, scale, corrected, MOMENTKV_RECORD_GIVEN);
-  set_store(a, stored, store_pages, packed, {});
+  a.softcap = float(softcap);
+  set_store(a, stored, store_pages, packed, places, capacity, equal_tokens, {});
   check_rows(a, query.size(0));
   set_observing(a, work, weights);
   thread_local Items items;
@@ -181,13 +211,16 @@ void attend(const Tensor& kv, const Tensor& query, const Tensor& output, const O
 }
 
 void observe(const Tensor& kv, const Tensor& observed, const Tensor& query, const Tensor& lse, MOMENTKV_ATTEND_WORK,
-             double scale, const OptionalTensor& stored, int64_t store_pages, at::IntArrayRef packed,
-             const OptionalTensor& weights) {
+             double scale, double softcap, const OptionalTensor& stored, int64_t store_pages, at::IntArrayRef packed,
+             const OptionalTensor& places, const OptionalTensor& capacity,
+            int64_t equal_tokens, const OptionalTensor& weights) {
   const AttendTensors work MOMENTKV_ATTEND_WORK_GIVEN;
   Attend a{};
   a.cache = cache_of(kv);
   set_queries(a, kv, query, work, scale);
-  set_store(a, stored, store_pages, packed, observed);
+  a.softcap = float(softcap);
+  a.num_evicted = data_of<float>(work.num_evicted, "num_evicted", {a.rows});
+  set_store(a, stored, store_pages, packed, places, capacity, equal_tokens, observed);
   check_rows(a, query.size(0));
   a.lse = data_of<float>(lse, "lse", {query.size(0), a.query_heads});
   set_observing(a, work, weights);
@@ -200,20 +233,37 @@ void observe(const Tensor& kv, const Tensor& observed, const Tensor& query, cons
 void check_attention_term(const Consolidate& c, bool there) {
   for (int64_t row = 0; !there && row < c.rows; ++row) {
     const int64_t stored = c.stored == nullptr ? 0 : c.stored[row], exact = c.retiring_pages + (stored > 0 ? 0 : c.store_pages);
-    TORCH_CHECK(stored + exact * c.cache.page_size <= c.store_tokens, "row ", row,
+    const int64_t least = c.packed.capacity == nullptr ? c.store_tokens : *std::min_element(c.packed.capacity, c.packed.capacity + c.cache.heads);
+    TORCH_CHECK(stored + exact * c.cache.page_size <= least, "row ", row,
                 " evicts by a score with attention, which needs the means and the observed attention; give score");
   }
 }
 
+// Heads' own budgets are for the native score, and a first event must leave a page's part to the head whose it is: others read
+// their tokens there.
+void check_heads(const Consolidate& c) {
+  if (c.packed.places == nullptr) return;
+  TORCH_CHECK(c.score == nullptr && c.stored != nullptr, "heads with budgets of their own have no given score");
+  for (int64_t head = 0; head < c.cache.heads; ++head)
+    TORCH_CHECK(c.packed.capacity[head] % c.run_tokens == 0 && c.run_tokens % 8 == 0, "head ", head, " holds ",
+                c.packed.capacity[head], " tokens in runs of ", c.run_tokens, "; they must be whole runs of whole tiles");
+  const int64_t first = (c.store_pages + c.retiring_pages) * c.cache.page_size;
+  for (int64_t row = 0; row < c.rows; ++row)
+    TORCH_CHECK(c.stored[row] > 0 || first <= c.store_tokens, "row ", row, " retires ", first,
+                " tokens at its first event; a head of the mean holds ", c.store_tokens);
+}
+
 void consolidate(const Tensor& kv, MOMENTKV_RETIRE_WORK, const OptionalTensor& score, const OptionalTensor& observed,
                  int64_t sink_tokens, double attention_weight, MOMENTKV_RECORD, const OptionalTensor& stored,
-                 int64_t run_tokens, int64_t store_tokens, at::IntArrayRef packed) {
+                 int64_t run_tokens, int64_t store_tokens, at::IntArrayRef packed, const OptionalTensor& places,
+                 const OptionalTensor& capacity, int64_t equal_tokens) {
   Consolidate c{};
   c.cache = cache_of(kv);
   c.packed = packed_of(c.cache, packed);
+  set_heads(c.packed, c.cache, places, capacity, equal_tokens, store_pages.size(1));
   c.observed_slots = std::max(c.cache.page_size, c.packed.page_tiles * 8);
   const int64_t pages = store_pages.size(1), page_size = c.cache.page_size;
-  c.candidates = (pages + retiring_pages.size(1)) * page_size + pages * c.packed.page_tiles * 8;
+  c.candidates = (pages + retiring_pages.size(1)) * page_size + std::max(pages * c.packed.page_tiles, c.packed.most_tiles) * 8;
   set_consolidate(c, kv, MOMENTKV_RETIRE_WORK_GIVEN, score, observed, sink_tokens, attention_weight, MOMENTKV_RECORD_GIVEN,
                   c.candidates, c.observed_slots);
   c.stored = data_of<int64_t>(stored, "stored", {c.rows});
@@ -223,6 +273,7 @@ void consolidate(const Tensor& kv, MOMENTKV_RETIRE_WORK, const OptionalTensor& s
               " tokens; pages of ", page_size, " and a store of ", c.store_tokens, " must be whole runs");
   TORCH_CHECK(c.stored == nullptr || c.packed.bits != 0, "stored is given; packed must say how the store is quantised");
   if (!score && attention_weight != 0) check_attention_term(c, has_means && observed);
+  check_heads(c);
   TORCH_CHECK(c.store_tokens <= pages * c.observed_slots, "a store of ", pages, " pages does not hold ", store_tokens, " tokens");
   const Kernels& k = kernels();
   in_parallel(c.rows * c.cache.heads, [&](int64_t i) { k.consolidate(c, i, scratch(k.consolidate_scratch(c))); });
@@ -254,17 +305,17 @@ TORCH_LIBRARY(momentkv_cpu, m) {
   m.def("write(Tensor(a!) kv, Tensor key, Tensor value, Tensor slots, Tensor(b!)? observed) -> ()", &momentkv::write);
   m.def(
       "attend(Tensor kv, Tensor query, Tensor(a!) output, Tensor(b!)? lse, " MOMENTKV_ATTEND_WORK_SCHEMA
-      ", float scale, bool corrected, " MOMENTKV_RECORD_SCHEMA
-      ", Tensor? stored, int store_pages, int[] packed, Tensor(c!)? weights) -> ()",
+      ", float scale, float softcap, bool corrected, " MOMENTKV_RECORD_SCHEMA
+      ", Tensor? stored, int store_pages, int[] packed, Tensor? places, Tensor? capacity, int equal_tokens, Tensor(c!)? weights) -> ()",
       &momentkv::attend);
   m.def(
       "observe(Tensor kv, Tensor(a!) observed, Tensor query, Tensor lse, " MOMENTKV_ATTEND_WORK_SCHEMA
-      ", float scale, Tensor? stored, int store_pages, int[] packed, Tensor(b!)? weights) -> ()",
+      ", float scale, float softcap, Tensor? stored, int store_pages, int[] packed, Tensor? places, Tensor? capacity, int equal_tokens, Tensor(b!)? weights) -> ()",
       &momentkv::observe);
   m.def(
       "consolidate(Tensor(a!) kv, " MOMENTKV_RETIRE_WORK_SCHEMA
       ", Tensor? score, Tensor(b!)? observed, int sink_tokens, float attention_weight, " MOMENTKV_RECORD_SCHEMA
-      ", Tensor? stored, int run_tokens, int store_tokens, int[] packed) -> ()",
+      ", Tensor? stored, int run_tokens, int store_tokens, int[] packed, Tensor? places, Tensor? capacity, int equal_tokens) -> ()",
       &momentkv::consolidate);
   m.def("read_store(Tensor kv, Tensor pages, int[] packed) -> (Tensor, Tensor)", &momentkv::read_store);
   m.def("isa() -> str", &momentkv::isa);

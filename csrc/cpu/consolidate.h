@@ -184,7 +184,7 @@ struct Winners {
   int64_t next;
 
   Winners(const Event& e, const int32_t* losers)
-      : loser(std::lower_bound(losers, losers + e.losers(), int32_t(e.filled()))), end(losers + e.losers()), next(e.filled()) {}
+      : loser(std::lower_bound(losers, losers + e.losers(), int32_t(e.settled()))), end(losers + e.losers()), next(e.settled()) {}
   int64_t take() {
     while (loser < end && *loser == next) ++loser, ++next;
     return next++;
@@ -210,11 +210,13 @@ void quantise_into(const Event& e, int64_t winner, uint8_t* tile, int token) {
 template <class T>
 void fill_holes(const Event& e, const int32_t* losers) {
   Winners winners(e, losers);
-  const int64_t filled = e.filled(), stay = e.candidates() - e.losers();
+  const int64_t filled = e.settled(), stay = e.candidates() - e.losers();
   auto put = [&](int64_t slot) {
     const int64_t winner = winners.take();
     if (e.c.stored == nullptr)
       move_exact<T>(e, winner, slot);
+    else if (e.is_packed(winner))  // whole tiles move, for whole runs do
+      std::memcpy(e.tile(slot), e.tile(winner), slot % kTileTokens == 0 ? e.c.packed.tile_bytes : 0);
     else
       quantise_into<T>(e, winner, e.tile(slot), int(slot % kTileTokens));
     if (e.c.observed != nullptr) *e.mass_of_slot(slot) = *e.mass(winner);

@@ -22,9 +22,14 @@ using Write = WriteParams<Cache>;
 struct Consolidate : ConsolidateParams<Cache> {
   PackedLayout packed;
   const int64_t* stored;  // [rows] tokens in a quantised store, 0: its pages are still exact; null: no store is quantised
-  int64_t store_tokens;   // that a store holds when it is full
+  int64_t store_tokens;   // that a store holds when it is full, in the mean over heads
   int64_t run_tokens;     // neighbours that stay or leave together
   int64_t observed_slots, candidates;  // of a page; of a row of `score`
+
+  // What a head may hold once `tokens` have left the row's window.
+  int64_t capacity(int64_t head, int64_t tokens) const {
+    return packed.capacity == nullptr || tokens <= packed.equal_tokens ? store_tokens : packed.capacity[head];
+  }
 };
 
 struct ReadStore {
@@ -37,6 +42,7 @@ struct ReadStore {
 
 // Of attend and of observe.
 struct Attend : AttendParams<Cache> {
+  float softcap;                // of the scaled logits, softcap * tanh(x / softcap); 0: they are not capped
   float* observed;              // observe: [num_pages, heads, page_size]
   const int64_t* observe_from;  // [rows] first counted query of the row
   const bool* restart;          // [rows] observe: forget earlier mass
@@ -49,10 +55,17 @@ struct Attend : AttendParams<Cache> {
   int64_t observed_slots;  // of a page
 
   int64_t stored_of(int64_t row) const { return stored == nullptr ? 0 : stored[row]; }
+  // Tokens that a head holds in the row's quantised store, and those that it has evicted.
+  int64_t held(int64_t row, int64_t head) const { return packed.held(head, stored_of(row), num_evicted[row]); }
+  float evicted(int64_t row, int64_t head) const {
+    return num_evicted[row] + float(stored_of(row) - held(row, head));
+  }
   // The pages of a row that are exact, slot 0 first; `last_slot` counts from there.
   const int64_t* exact_pages(int64_t row) const { return pages + row * max_pages + (stored_of(row) > 0 ? store_pages : 0); }
   // Slots of the store, which come before the exact ones in `weights`.
-  int64_t store_slots() const { return stored == nullptr ? 0 : store_pages * packed.page_tiles * 8; }
+  int64_t store_slots() const {
+    return stored == nullptr ? 0 : (packed.places == nullptr ? store_pages * packed.page_tiles : packed.most_tiles) * 8;
+  }
   int64_t row_slots() const { return store_slots() + max_pages * cache.page_size; }
   int64_t row_weights() const { return row_slots() / 8 * 9; }
 };

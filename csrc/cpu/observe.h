@@ -57,14 +57,13 @@ inline Weights<Rows> weights_of_logits(float* logits, int vectors, const float* 
 template <class F>
 inline void each_tile_mass(const Attend& a, const AttendItem& item, int64_t first, int64_t end, F f) {
   constexpr int kPagesAhead = 8;  // whose masses are asked for: a page takes a fraction of a read from memory
-  const int64_t page_slots = a.packed.page_tiles * kTileTokens;
-  const int64_t* page = a.pages + item.row * a.max_pages + first / page_slots;
-  const int64_t* last = page + (end - 1 - first / page_slots * page_slots) / page_slots;
-  auto mass = [&](int64_t page) { return a.observed + (page * a.cache.heads + item.head) * a.observed_slots; };
-  for (int64_t slot = first, in_page = first % page_slots; slot < end; slot += kTileTokens, in_page += kTileTokens) {
-    if (in_page == page_slots) in_page = 0, ++page;
-    __builtin_prefetch(mass(page[std::min<int64_t>(kPagesAhead, last - page)]) + in_page, 1);
-    f(slot, mass(*page) + in_page);
+  const int64_t ahead = kPagesAhead * a.packed.page_tiles * kTileTokens;
+  auto mass = [&](int64_t slot) {
+    return PackedSlots::mass_of(a.cache, a.packed, item.head, a.pages + item.row * a.max_pages, slot, a.observed, a.observed_slots);
+  };
+  for (int64_t slot = first; slot < end; slot += kTileTokens) {
+    __builtin_prefetch(mass(std::min(slot + ahead, end - kTileTokens)), 1);
+    f(slot, mass(slot));
   }
 }
 
@@ -72,7 +71,7 @@ inline void each_tile_mass(const Attend& a, const AttendItem& item, int64_t firs
 template <int Bits, int Rows>
 void observe_store(const Attend& a, const AttendItem& item, const float* query, const float* lse, const float* left, float* logits) {
   const PackedLayout& p = a.packed;
-  const int64_t end = a.stored[item.row];
+  const int64_t end = a.held(item.row, item.head);
   if (left != nullptr) {
     LeftWeights<Rows> weights(a, left, lse);
     return each_tile_mass(a, item, 0, end, [&](int64_t slot, float* mass) {
@@ -84,6 +83,7 @@ void observe_store(const Attend& a, const AttendItem& item, const float* query, 
   for (int64_t first = 0; first < end; first += kTileSlots) {
     const PackedSlots slots(a.cache, p, item.head, a.pages + item.row * a.max_pages, first, end);
     dot_packed<Bits, Rows, false>(slots, p, queries, a.scale, logits);
+    if (a.softcap != 0) cap<Rows>(a, slots.vectors(), logits);
     const auto weights = weights_of_logits<Rows>(logits, slots.vectors(), lse);
     each_tile_mass(a, item, first, first + slots.slots,
                    [&](int64_t slot, float* mass) { weights.template add_to<TileVec>(mass, slot - first); });
@@ -110,6 +110,7 @@ void observe_exact(const Attend& a, const AttendItem& item, const float* query, 
   for (int64_t first = 0; first < sees[Rows - 1]; first += kTileSlots) {
     const Tile<T> tile(a.cache, item.head, pages, first, sees[Rows - 1]);
     dot_keys<Rows, false>(tile, query, a.cache.head_dim, page_size, a.scale, logits);
+    if (a.softcap != 0) cap<Rows>(a, tile.vectors(), logits);
     for (int r = 0; r < Rows; ++r)
       for (int64_t t = sees[r] > first ? sees[r] - first : 0; t < tile.vectors() * kLanes; ++t) logits[r * kTileSlots + t] = -INFINITY;
     const auto weights = weights_of_logits<Rows>(logits, tile.vectors(), lse);
@@ -147,9 +148,12 @@ void observe(const Attend& a, int64_t item_index, float* scratch) {
   const AttendItem item{int32_t(row_index), int32_t(item_index % a.cache.heads), 0, int32_t(a.num_queries[row_index])};
   if (a.restart[item.row]) {
     const int64_t exact = (a.last_slot[item.row] + item.num_queries + a.cache.page_size - 1) / a.cache.page_size;
-    const int64_t* end = a.exact_pages(item.row) + exact;
-    for (const int64_t* page = a.pages + item.row * a.max_pages; page < end; ++page)
-      std::fill_n(a.observed + (*page * a.cache.heads + item.head) * a.observed_slots, a.observed_slots, 0.0f);
+    const int64_t* pages = a.exact_pages(item.row);
+    for (int64_t p = 0; p < exact; ++p)
+      std::fill_n(a.observed + (pages[p] * a.cache.heads + item.head) * a.observed_slots, a.observed_slots, 0.0f);
+    // Tile by tile: another head's, which may lie in this head's part of a page, are cleared with that head's.
+    if (a.stored_of(item.row) > 0)
+      each_tile_mass(a, item, 0, a.held(item.row, item.head), [](int64_t, float* mass) { std::fill_n(mass, kTileTokens, 0.0f); });
   }
   int row = int(a.observe_from[item.row] * groups);
   const int rows = item.num_queries * int(groups);

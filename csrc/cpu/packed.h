@@ -38,21 +38,23 @@ struct PackedSlots {
   // Slots [first, end), which starts a tile, at most kTileSlots of them.
   PackedSlots(const Cache& c, const PackedLayout& p, int64_t head, const int64_t* pages, int64_t first, int64_t end)
       : slots(int(end - first < kTileSlots ? end - first : kTileSlots)) {
-    const int64_t part = c.page_size * 2 * c.head_dim * bytes_of(c.type), there = (end - first) / kTileTokens;
-    int64_t page = first / kTileTokens / p.page_tiles, tile = first / kTileTokens % p.page_tiles;
+    const int64_t number = first / kTileTokens, there = (end - first) / kTileTokens;
     const uint8_t* at = nullptr;
     for (int t = 0; t < 2 * kTiles; ++t) {
-      if (t < there) {
-        at = reinterpret_cast<uint8_t*>(c.data) + (pages[page] * c.heads + head) * part + tile * p.tile_bytes;
-        if (++tile == p.page_tiles) tile = 0, ++page;
-      }
+      if (t < there) at = tile_of(c, p, head, pages, number + t);
       tiles[t] = at;
     }
   }
   static uint8_t* tile_of(const Cache& c, const PackedLayout& p, int64_t head, const int64_t* pages, int64_t number) {
     const int64_t part = c.page_size * 2 * c.head_dim * bytes_of(c.type);
-    return reinterpret_cast<uint8_t*>(c.data) + (pages[number / p.page_tiles] * c.heads + head) * part +
-           number % p.page_tiles * p.tile_bytes;
+    const TilePlace at = p.place(head, number, part, 0);
+    return reinterpret_cast<uint8_t*>(c.data) + pages[at.column] * c.heads * part + at.data;
+  }
+  // What queries have given to a slot: `observed` is [num_pages, heads, observed_slots].
+  static float* mass_of(const Cache& c, const PackedLayout& p, int64_t head, const int64_t* pages, int64_t slot, float* observed,
+                        int64_t observed_slots) {
+    const TilePlace at = p.place(head, slot / kTileTokens, 0, observed_slots);
+    return observed + pages[at.column] * c.heads * observed_slots + at.observed + slot % kTileTokens;
   }
   int vectors() const { return (slots + kLanes - 1) / kLanes; }
 
@@ -169,6 +171,12 @@ inline void fetch_ahead(const PackedLayout& p, const uint8_t* bytes) {
   2 * kTiles * p.tile_bytes <= kFirstCache ? __builtin_prefetch(bytes, 0, 3) : __builtin_prefetch(bytes, 0, 2);
 }
 
+// The same for bytes [from, end) of a tile.
+inline void fetch_part(const PackedLayout& p, const uint8_t* tile, int64_t from, int64_t end) {
+  const uint8_t* line = reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(tile + from) & ~uintptr_t(63));
+  for (; line < tile + end; line += 64) fetch_ahead(p, line);
+}
+
 // logits[r][slot] = scale * q_r . k_slot, in rows of kTileSlots. Ahead: add_packed of the same slots follows, and the next keys are
 // fetched here, their values there, so that memory works all the time; else only keys are read.
 template <int Bits, int Rows, bool Ahead>
@@ -271,108 +279,4 @@ inline void add_packed(const PackedSlots& t, const PackedLayout& p, const Vec* s
         }
     }
   }
-}
-
-// A code's byte in a tile.
-inline int64_t key_byte(int64_t byte, int token) { return byte / 4 * 4 * kTileTokens + token * 4 + byte % 4; }
-inline int64_t value_byte(const PackedLayout& p, int64_t byte, int token) {
-  return p.values_offset + token / 2 * 2 * p.code_bytes + byte * 2 + token % 2;
-}
-template <class Byte>
-inline Byte* scale_at(const PackedLayout& p, Byte* tile, int64_t group, int token) {
-  return tile + p.scales_offset + (group * kTileTokens + token) * 2;
-}
-
-// Writes the codes of `size` numbers with one scale into `codes`, one each; returns the scale. As `quantised` of
-// packed_store.py, bit by bit.
-template <int Bits>
-inline BFloat16 quantise(const float* x, int64_t size, uint8_t* codes) {
-  constexpr float kStep = Bits == 8 ? 2.0 / 253 : 2.0 / 15;
-  float top = 0;
-  for (int64_t i = 0; i < size; ++i) top = fabsf(x[i]) > top || x[i] != x[i] ? fabsf(x[i]) : top;
-  const float wanted = top * kStep;
-  const BFloat16 scale{wanted == wanted ? uint16_t((bits_as<uint32_t>(wanted) + 0xffff) >> 16) : uint16_t(0x7fc0)};
-  const float wide = to_float(scale), inverse = wide > 0 ? 1 / wide : 0;
-  for (int64_t i = 0; i < size; ++i) {
-    float code = floorf(x[i] * inverse);
-    code = code != code ? 0 : code < Code<Bits>::kLowest ? Code<Bits>::kLowest : code > Code<Bits>::kHighest ? Code<Bits>::kHighest : code;
-    codes[i] = uint8_t(int(code) + Code<Bits>::kOffset);
-  }
-  return scale;
-}
-
-// Byte j of `codes`, one per number.
-template <int Bits>
-inline uint8_t packed_byte(const uint8_t* codes, int64_t j) {
-  if (Bits == 8) return codes[j];
-  const uint8_t* group = codes + j / 16 * kGroup + j % 16;
-  return uint8_t(group[0] | group[16] << 4);
-}
-
-// A token into a tile. `key` and `value`: [width], zeros behind head_dim, not rotated; they are used up.
-template <int Bits>
-inline void write_token(const PackedLayout& p, float* key, float* value, uint8_t* tile, int token) {
-  uint8_t codes[kMaxHeadDim];
-  const int64_t groups = p.width / kGroup;
-  rotate(key, p.width, p.block);
-  for (int64_t g = 0; g < groups; ++g) {
-    const BFloat16 scale = quantise<Bits>(key + g * kGroup, kGroup, codes + g * kGroup);
-    std::memcpy(scale_at(p, tile, g, token), &scale, 2);
-  }
-  for (int64_t j = 0; j < p.code_bytes; ++j) tile[key_byte(j, token)] = packed_byte<Bits>(codes, j);
-  rotate(value, p.width, p.block);
-  const BFloat16 scale = quantise<Bits>(value, p.width, codes);
-  std::memcpy(scale_at(p, tile, groups, token), &scale, 2);
-  for (int64_t j = 0; j < p.code_bytes; ++j) tile[value_byte(p, j, token)] = packed_byte<Bits>(codes, j);
-}
-
-// Which byte of a token's codes holds number n; that number, of such a byte.
-template <int Bits>
-inline int64_t code_byte(int64_t n) { return Bits == 8 ? n : n / kGroup * 16 + n % 16; }
-template <int Bits>
-inline float number_of(uint8_t byte, int64_t n, const uint8_t* scale) {
-  const int shift = Bits == 8 ? 0 : int(n % kGroup / 16 * 4);
-  return (float(byte >> shift & ((1 << Bits) - 1)) - Code<Bits>::kMiddle) * to_float(load_raw<BFloat16>(scale));
-}
-
-// Number n of a tile's token, rotated.
-template <int Bits>
-inline float key_number(const PackedLayout& p, const uint8_t* tile, int token, int64_t n) {
-  return number_of<Bits>(tile[key_byte(code_byte<Bits>(n), token)], n, scale_at(p, tile, n / kGroup, token));
-}
-template <int Bits>
-inline float value_number(const PackedLayout& p, const uint8_t* tile, int token, int64_t n) {
-  return number_of<Bits>(tile[value_byte(p, code_byte<Bits>(n), token)], n, scale_at(p, tile, p.width / kGroup, token));
-}
-
-// A token of a tile as float32 [width], not rotated.
-template <int Bits>
-inline void read_token(const PackedLayout& p, const uint8_t* tile, int token, float* key, float* value) {
-  for (int64_t i = 0; i < p.width; ++i) {
-    key[i] = key_number<Bits>(p, tile, token, i);
-    value[i] = value_number<Bits>(p, tile, token, i);
-  }
-  rotate(key, p.width, p.block);
-  rotate(value, p.width, p.block);
-}
-
-// Calls f(constant) with the bits of a code.
-template <class F>
-inline void with_bits(int bits, F f) {
-  bits == 8 ? f(std::integral_constant<int, 8>{}) : f(std::integral_constant<int, 4>{});
-}
-
-// Item: row * heads + head.
-void read_store(const ReadStore& r, int64_t item) {
-  const int64_t d = r.cache.head_dim, slots = r.num_pages * r.packed.page_tiles * kTileTokens;
-  float key[kMaxHeadDim], value[kMaxHeadDim];
-  with_bits(r.packed.bits, [&](auto bits) {
-    for (int64_t slot = 0; slot < slots; ++slot) {
-      uint8_t* tile = PackedSlots::tile_of(r.cache, r.packed, item % r.cache.heads, r.pages + item / r.cache.heads * r.num_pages,
-                                           slot / kTileTokens);
-      read_token<bits>(r.packed, tile, int(slot % kTileTokens), key, value);
-      std::copy_n(key, d, r.keys + (item * slots + slot) * d);
-      std::copy_n(value, d, r.values + (item * slots + slot) * d);
-    }
-  });
 }

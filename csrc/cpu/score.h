@@ -118,9 +118,10 @@ void weighed_values(const Event& e, float* weighed) {
 template <class T>
 void score_by_direction(const Event& e, float* room, float* score) {
   std::fill_n(score, e.candidates(), 0.0f);
+  if (e.c.attention_weight != 0) {
+    weighed_values<T>(e, room);
+    add_relative(e, room, e.c.attention_weight, score);
+  }
   turned_keys<T>(e, room);
   add_relative(e, room, 1, score);
-  if (e.c.attention_weight == 0) return;
-  weighed_values<T>(e, room);
-  add_relative(e, room, e.c.attention_weight, score);
 }

@@ -20,7 +20,14 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from momentkv_vllm.attention.layer import EvictingImpl
 from momentkv_vllm.attention.monitor import Monitor
 from momentkv_vllm.attention.self_check import check_cache_layout
-from momentkv_vllm.attention.spec_hook import WINDOW_SPECS, EvictingBackend, leave_to_vllm, require_bounded_spec
+from momentkv_vllm.attention.sharing import SharingPlanner
+from momentkv_vllm.attention.spec_hook import (
+    WINDOW_SPECS,
+    EvictingBackend,
+    leave_to_vllm,
+    require_bounded_spec,
+    shares_caches,
+)
 from momentkv_vllm.attention.step_plan import StepPlan, StepPlanner
 from momentkv_vllm.attention.stock_rows import StockPart, StockRows, stock_part
 from momentkv_vllm.config import EvictionConfig
@@ -80,7 +87,8 @@ class MomentKVMetadataBuilder(CPUAttentionMetadataBuilder):
         check_cache_layout(self.isa, kv_cache_spec)
         kernels = select(config.kernels, shape=kv_cache_spec.layout.cache_shape(kv_cache_spec.dtype))
         logger.info_once("--kv-eviction %s: kernels %s", config.policy, kernels.label())
-        self.planner = StepPlanner(kv_cache_spec.schedules, config, config.policy_class)
+        planner = SharingPlanner if shares_caches(vllm_config) else StepPlanner
+        self.planner = planner(kv_cache_spec.schedules, config, config.policy_class)
         if get_tensor_model_parallel_rank() == 0:
             self.monitor = Monitor(kv_cache_spec)
         if any(schedule.reads_prompt_lengths for schedule in kv_cache_spec.schedules):

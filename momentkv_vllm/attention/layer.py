@@ -13,10 +13,12 @@ from vllm.config import get_current_vllm_config
 from vllm.utils.torch_utils import is_quantized_kv_cache
 
 from momentkv_vllm.attention.monitor import Attended, Monitor
+from momentkv_vllm.attention.sharing import SharedCache
 from momentkv_vllm.attention.sinks import add_sinks
 from momentkv_vllm.attention.spec_hook import EvictingBackend
 from momentkv_vllm.attention.step_plan import StepPlan
 from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.head_budgets import HeadBudgets
 from momentkv_vllm.kernels import KernelFamily, select
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.observed import Observed
@@ -51,8 +53,18 @@ class EvictingImpl:
         model, dtype = vllm_config.model_config, vllm_config.model_config.dtype
         page_size = page_tokens(config, vllm_config.cache_config.block_size, keeps_states(model))
         self.layout = StateLayout.of(config, page_size, head_size, dtype)
-        self.kernels: KernelFamily = select(config.kernels, self.device_type, self.layout.cache_shape(dtype))
+        self.kernels: KernelFamily = select(
+            config.kernels, self.device_type, self.layout.cache_shape(dtype, self.logits_soft_cap)
+        )
         self.observed: Observed | None = None
+        self.heads: HeadBudgets | None = None
+        layers, target = vllm_config.compilation_config.static_forward_context, self.kv_sharing_target_layer_name
+        self.shared = SharedCache(self, layers[target].impl if target else None)
+
+    @property
+    def measures_heads(self) -> bool:
+        """Whether its heads share the store of all layers by what a pass over random tokens shows of them."""
+        return self.config is not None and self.config.head_budgets == "measured" and self.layout.packed is not None
 
     def fused_output_quant_supported(self, quant_key) -> bool:
         """Ours write no quantized output: `forward` ignores `output_scale` where rows are evicted."""
@@ -64,7 +76,9 @@ class EvictingImpl:
         page_size = kv_cache.shape[2]
         if self.layout.schedule.page_size != page_size:
             self.layout = StateLayout.of(self.config, page_size, self.head_size, kv_cache.dtype)
-        return self.view(kv_cache, self.layout.record, self.layout.packed)
+        cache = self.view(kv_cache, self.layout.record, self.layout.packed, self.logits_soft_cap)
+        cache.heads = self.heads
+        return cache
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
         if self.config is None:
@@ -83,6 +97,8 @@ class EvictingImpl:
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
+        if self.shared.only_reads:
+            output.zero_()
         part = attn_metadata.stock_part
         if part is not None:
             rows = query[part.tokens]
@@ -90,15 +106,14 @@ class EvictingImpl:
                 layer, rows, key, value, kv_cache, part.metadata, torch.empty_like(rows)
             )
         cache, monitor = self.view_of(kv_cache), getattr(attn_metadata, "monitor", None)
-        for round_ in step.rounds:
+        for round_ in self.shared.rounds(step):
             sampling = monitor if monitor and monitor.due(round_) else None
             for attend in round_.attends:
                 self._attend(cache, query, output, attend, sampling)
             for retire in round_.retires:
                 with monitor.timed() if monitor else nullcontext():
-                    self.kernels.consolidate(
-                        cache, self._observed_in(cache), retire, self.policy, self.config.sink_tokens, self.scale
-                    )
+                    observed, sinks = self.shared.target._observed_in(cache), self.config.sink_tokens
+                    self.kernels.consolidate(cache, observed, retire, self.policy, sinks, self.scale)
         return output
 
     def _attend(
@@ -118,9 +133,9 @@ class EvictingImpl:
             self._observe(cache, query, lse, attend)
 
     def _observe(self, cache: CacheView, query: torch.Tensor, lse: torch.Tensor, attend: AttendWork) -> None:
-        self.kernels.observe(cache, self._observing(cache), query, lse, attend, self.scale)
+        self.kernels.observe(cache, self.observing(cache), query, lse, attend, self.scale)
 
-    def _observing(self, cache: CacheView) -> Observed:
+    def observing(self, cache: CacheView) -> Observed:
         """What is observed in this cache, from now on if it was not."""
         if self._observed_in(cache) is None:
             # A captured memset would run at every replay; observation begins by clearing what it will read.
@@ -147,15 +162,15 @@ def _zero_fresh_pages(kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> Non
 
 def _refuse_layer(impl: EvictingImpl, slides: bool) -> None:
     """Layer features that eviction does not model. Raises ValueError; the model cannot be loaded then."""
-    # Clearing pages and adding sinks wait for the device, which a captured step cannot.
+    # Clearing pages and adding sinks wait for the device, which a captured step cannot; its events are those of all layers at
+    # once (at_end.py), after the last layer with a cache.
     on_gpu, cache_dtype = impl.device_type == "cuda", impl.kv_cache_dtype
     rows = [
         Unsupported("sliding-window attention on a GPU", slides and on_gpu),
         Unsupported("ALiBi", impl.alibi_slopes is not None),
-        Unsupported("logits soft-capping", impl.logits_soft_cap),
         Unsupported("attention sinks on a GPU", impl.sinks is not None and on_gpu),
         Unsupported(f"attention type {impl.attn_type!r}", impl.attn_type != "decoder"),
         Unsupported(f"a KV cache of {cache_dtype}, not of the model's dtype", is_quantized_kv_cache(cache_dtype)),
-        Unsupported("KV sharing between layers", impl.kv_sharing_target_layer_name is not None),
+        Unsupported("KV sharing between layers on a GPU", impl.kv_sharing_target_layer_name is not None and on_gpu),
     ]
     refuse_first(rows, what="models with ")

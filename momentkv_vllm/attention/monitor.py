@@ -85,7 +85,7 @@ def measure(seen: Attended, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     record = cache.read_moments(attend.moment_pages[rows], attend.num_evicted[rows])
     heads = record.mean_key.shape[1]
     grouped = query.float().unflatten(1, (heads, -1))
-    evicted, log_mass = mo.partial(record, grouped, seen.scale)
+    evicted, log_mass = mo.partial(record, grouped, seen.scale, cache.softcap)
     total = lse.unflatten(1, (heads, -1))
     if not seen.corrected:
         total = torch.logaddexp(total, log_mass)

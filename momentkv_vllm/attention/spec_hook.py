@@ -65,6 +65,12 @@ def leave_to_vllm(vllm_config: VllmConfig, config: EvictionConfig, layer_names: 
         )
 
 
+def shares_caches(vllm_config: VllmConfig) -> bool:
+    """Whether layers of the loaded model read the cache of another one."""
+    layers = get_layers_from_vllm_config(vllm_config, Attention).values()
+    return any(layer.kv_sharing_target_layer_name is not None for layer in layers)
+
+
 def _full_spec(spec: AttentionSpec, vllm_config: VllmConfig) -> FullAttentionSpec | None:
     """The spec of a layer that attends to all tokens of a sequence, as one with a window that hides none does; else None."""
     if type(spec) is FullAttentionSpec:
@@ -77,9 +83,10 @@ def _full_spec(spec: AttentionSpec, vllm_config: VllmConfig) -> FullAttentionSpe
 
 
 def _evicting_layers(vllm_config: VllmConfig) -> int:
-    """How many layers of the loaded model evict."""
+    """How many layers of the loaded model evict, each in a cache of its own."""
     layers = get_layers_from_vllm_config(vllm_config, Attention).values()
-    ours = (layer for layer in layers if issubclass(layer.get_attn_backend(), EvictingBackend))
+    own = (layer for layer in layers if layer.kv_sharing_target_layer_name is None)
+    ours = (layer for layer in own if issubclass(layer.get_attn_backend(), EvictingBackend))
     return sum(_full_spec(layer.get_kv_cache_spec(vllm_config), vllm_config) is not None for layer in ours)
 
 

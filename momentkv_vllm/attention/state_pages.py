@@ -62,12 +62,12 @@ class StatePages:
         return {"rank": self.rank, "ranks": self.vllm_config.parallel_config.world_size}
 
     def _kv_state_caches(self) -> dict[str, tuple[int, Tensor]]:
-        """By layer: its KV cache group, and its cache with the pool's pages in front."""
+        """By layer with a cache of its own: its KV cache group, and its cache with the pool's pages in front."""
         config, layers = self.model_runner.kv_cache_config, self.model_runner.compilation_config.static_forward_context
         found = {}
         for group, spec in enumerate(config.kv_cache_groups):
             for layer in spec.layer_names:
-                if layer in layers:
+                if layer in layers and getattr(layers[layer], "kv_sharing_target_layer_name", None) is None:
                     cache = layers[layer].kv_cache
                     cache = cache if isinstance(cache, Tensor) else cache[0]
                     found[layer] = group, cache.unflatten(0, (config.num_blocks, -1))

@@ -7,6 +7,7 @@ is one round, and the result never depends on how the scheduler cut the prompt.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,10 +68,12 @@ class StepPlan:
 
     stock_rows: rows still below their budget, served by vLLM's own kernel.
     rounds: the rest.
+    shared: `rounds` as layers that share a cache run them (sharing.py); None if no layers of the model do.
     """
 
     stock_rows: list[int]
     rounds: list[Round]
+    shared: Any = None
 
 
 class StepPlanner:
@@ -125,7 +128,11 @@ class StepPlanner:
                 if number == len(rounds):
                     rounds.append([])
                 rounds[number].append(segment)
-        return StepPlan(stock_rows, [self._round(segments, table) for segments in rounds])
+        return self._plan(stock_rows, rounds, table)
+
+    def _plan(self, stock_rows: list[int], segments: list[list[Segment]], table: np.ndarray) -> StepPlan:
+        """segments: of each round."""
+        return StepPlan(stock_rows, [Round(self._attends(s, table), self._retires(s, table)) for s in segments])
 
     @staticmethod
     def _only_observed(s: Segment) -> Segment:
@@ -161,25 +168,24 @@ class StepPlanner:
         if self.observe_all:
             return 0
         event = schedule.next_event(position, prompt)
-        if not schedule.evicted_tokens(schedule.boundary_column(event, prompt)):
+        if not schedule.competes(schedule.boundary_column(event, prompt)):
             return NEVER  # a quantised store still has room: nobody competes
         return max(event - self.config.observation_tokens, schedule.last_event(position, prompt))
 
-    def _round(self, segments: list[Segment], table: np.ndarray) -> Round:
-        round_ = Round()
+    def _attends(self, segments: list[Segment], table: np.ndarray) -> list[AttendWork]:
         # Decode rows would pay for the padding of chunks beside them: they get a list of their own. A list has one schedule.
         groups: dict[tuple[int, bool, bool], list[Segment]] = {}
         for s in segments:
             groups.setdefault((s.schedule, s.observe_only, s.end - s.start > 1), []).append(s)
-        for group in groups.values():
-            round_.attends += [self._attend(part, table) for part in self._split(group)]
+        return [self._attend(part, table) for group in groups.values() for part in self._split(group)]
+
+    def _retires(self, segments: list[Segment], table: np.ndarray) -> list[RetireWork]:
         # A first event retires more pages than later ones: grouping by their number avoids padding.
         due: dict[tuple[int, int], list[Segment]] = {}
         for s in segments:
             if s.retire_to:
                 due.setdefault((s.schedule, s.retire_to - self._retire_from(s)), []).append(s)
-        round_.retires += [self._retire(due[key], table) for key in sorted(due)]
-        return round_
+        return [self._retire(due[key], table) for key in sorted(due)]
 
     def _split(self, segments: list[Segment]) -> Iterator[list[Segment]]:
         """Parts of at most `most_slots` gathered slots."""
@@ -233,7 +239,7 @@ class StepPlanner:
             run_tokens=schedule.run_tokens,
             stored=self._stored(segments),
             store_tokens=schedule.store_tokens,
-            evicts=any(schedule.evicted_tokens(s.retire_to) for s in segments),
+            evicts=any(schedule.competes(s.retire_to) for s in segments),
         )
 
     def _retained_columns(self, s: Segment) -> list[int]:

@@ -17,6 +17,7 @@ from momentkv_vllm.block_manager.manager import MomentKVManager
 from momentkv_vllm.block_manager.startup import refuse_pool_without_states
 from momentkv_vllm.budget_classes import KV_BUDGET, KV_USAGE, USAGE_FIELD
 from momentkv_vllm.kv_spec import MomentKVSpec
+from momentkv_vllm.model_layers import sharing_layers
 from momentkv_vllm.page_schedule import PageSchedule
 from momentkv_vllm.refuse import refuse
 
@@ -28,9 +29,14 @@ class StopsAtEvents:
       after they were filled, and the step that reaches the first event rewrites them: without the stop, a prompt whose first
       chunk is longer than the budget would leave nothing in the prefix cache. Prompts below it are scheduled as vLLM does.
     * A step that reads past two events stops at the first of them if the request shall keep its state there (states.py).
+    * A step stops at the first event if all of its tokens are asked for and some layers share a cache: they attend to what stands
+      at the end of a step (attention/sharing.py).
     * Draft tokens stop before the tokens that the next event depends on: a page is retired for good, and what a policy has
       observed stays observed, so these steps have one token and no drafts.
     """
+
+    caches_are_shared = False
+    """Whether some layers read the cache of others."""
 
     def bind(self, evicting: MomentKVManager) -> None:
         """Take over what the block manager and its spec say."""
@@ -43,6 +49,9 @@ class StopsAtEvents:
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """vLLM's last word on how many tokens of a request a step computes: [num_computed_tokens, + num_new_tokens)."""
         tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        if self.caches_are_shared and request.sampling_params.prompt_logprobs is not None:
+            event = self._schedule_of(request).next_event(num_computed_tokens, request.num_prompt_tokens)
+            tokens = min(tokens, event - num_computed_tokens)
         if num_computed_tokens < request.num_tokens - 1:  # it reads known tokens, without drafts
             uncached = self.evicting.cacheable_tokens(request) - num_computed_tokens
             first_event = self._schedule_of(request).first_event_of(request.num_prompt_tokens)
@@ -131,6 +140,7 @@ class RestartsSessions(StartsFromStates):
         refuse_pool_without_states(spec, cache.block_pool.num_gpu_blocks - 1, len(managers) - 1, cache.enable_caching)
         evicting.share_prompts(alone=len(managers) == 1)
         self.bind(evicting)
+        self.caches_are_shared = bool(sharing_layers(self.vllm_config.model_config))
         self.overtaken: WeakSet[Request] = WeakSet()
 
     def add_request(self, request: Request) -> None:

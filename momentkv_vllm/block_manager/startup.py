@@ -95,8 +95,9 @@ def _announce_budget(
         )  # fmt: skip
     if schedule.is_packed:
         logger.info(
-            "momentkv: store_dtype %s holds %d tokens in the memory of %d; nothing is evicted until it is full",
+            "momentkv: store_dtype %s holds %d tokens in the memory of %d; nothing is evicted until it is full%s",
             spec.config.store_dtype, schedule.held_tokens, schedule.first_event_tokens,
+            ", then heads that look far hold more of it" if schedule.equal_tokens else "",
         )  # fmt: skip
     if 3 * schedule.moment_pages > budget:
         logger.warning(

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from momentkv_vllm import records
+from momentkv_vllm.head_budgets import HeadBudgets
 from momentkv_vllm.moments import Moments
-from momentkv_vllm.packed_store import PackedLayout, PackedPages, rotated_block
+from momentkv_vllm.packed_store import TILE_TOKENS, PackedLayout, PackedPages, rotated_block
 from momentkv_vllm.page_layout import RecordLayout
 
 
@@ -24,6 +25,8 @@ class CacheView:
     raw:          [num_pages, num_kv_heads, bytes a head owns of a page] uint8 view of the same memory.
     record_layout: layout of a moment record.
     packed_layout: how store pages are quantised; None: they are pages as any other.
+    heads: what each head holds of a quantised store; None: all as much, each in its own part of the pages.
+    softcap:      the layer caps its logits there (softcap.py); 0: it does not.
     """
 
     keys: Tensor
@@ -32,10 +35,16 @@ class CacheView:
     raw: Tensor
     record_layout: RecordLayout
     packed_layout: PackedLayout | None = None
+    softcap: float = 0.0
+    heads: HeadBudgets | None = None
 
     @classmethod
     def of_vllm_cpu(
-        cls, kv_cache: Tensor, record_layout: RecordLayout, packed_layout: PackedLayout | None = None
+        cls,
+        kv_cache: Tensor,
+        record_layout: RecordLayout,
+        packed_layout: PackedLayout | None = None,
+        softcap: float = 0.0,
     ) -> "CacheView":
         """View vLLM's CPU cache (vllm/v1/attention/backends/cpu_attn.py, x86 instruction sets "vec" and "vec16").
 
@@ -43,18 +52,21 @@ class CacheView:
         key numbers stored dimension-major, then as many value numbers stored token-major. The start-up self-check
         (attention/self_check.py) proves this against vLLM's own store before the first request.
         """
-        pages, heads, page_size, width = kv_cache.shape
+        pages, num_heads, page_size, width = kv_cache.shape
         head_dim = width // 2
-        halves = kv_cache.view(pages, heads, 2, page_size * head_dim)
-        keys = halves[:, :, 0].view(pages, heads, head_dim, page_size).transpose(-1, -2)
-        values = halves[:, :, 1].view(pages, heads, page_size, head_dim)
-        return cls(
-            keys, values, kv_cache, kv_cache.view(pages, heads, -1).view(torch.uint8), record_layout, packed_layout
-        )
+        halves = kv_cache.view(pages, num_heads, 2, page_size * head_dim)
+        keys = halves[:, :, 0].view(pages, num_heads, head_dim, page_size).transpose(-1, -2)
+        values = halves[:, :, 1].view(pages, num_heads, page_size, head_dim)
+        raw = kv_cache.view(pages, num_heads, -1).view(torch.uint8)
+        return cls(keys, values, kv_cache, raw, record_layout, packed_layout, softcap)
 
     @classmethod
     def of_vllm_gpu(
-        cls, kv_cache: Tensor, record_layout: RecordLayout, packed_layout: PackedLayout | None = None
+        cls,
+        kv_cache: Tensor,
+        record_layout: RecordLayout,
+        packed_layout: PackedLayout | None = None,
+        softcap: float = 0.0,
     ) -> "CacheView":
         """View the cache of vLLM's Triton and FlashAttention backends (vllm/v1/attention/backends/triton_attn.py).
 
@@ -68,7 +80,8 @@ class CacheView:
                 f"the strides {kv_cache.stride()} for the shape {tuple(kv_cache.shape)}"
             )
         keys, values = kv_cache[..., :head_dim], kv_cache[..., head_dim:]
-        return cls(keys, values, kv_cache, kv_cache.flatten(2).view(torch.uint8), record_layout, packed_layout)
+        raw = kv_cache.flatten(2).view(torch.uint8)
+        return cls(keys, values, kv_cache, raw, record_layout, packed_layout, softcap)
 
     def corrected_by(self, correction: str) -> "CacheView":
         """As attention reads it: a covariance that only the score reads is no part of a "zeroth" correction. The means lie where
@@ -105,6 +118,17 @@ class CacheView:
             return []
         sizes = [layout.code_bytes, layout.values_offset, layout.scales_offset, layout.tile_bytes]
         return [layout.bits, layout.width, rotated_block(layout.width), *sizes, self.packed.page_tiles]
+
+    @property
+    def head_arguments(self) -> tuple[Tensor | None, Tensor | None, int]:
+        """What operators in C++ are told of heads with budgets of their own."""
+        return (
+            (None, None, 0) if self.heads is None else (self.heads.places, self.heads.capacity, self.heads.equal_tokens)
+        )
+
+    def store_slots(self, store_pages: int) -> int:
+        """Most slots of a head in a quantised store of so many pages."""
+        return store_pages * self.packed.page_tokens if self.heads is None else self.heads.places.shape[1] * TILE_TOKENS
 
     def read_tokens(self, pages: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens of `pages` [rows, n] as float32 (keys, values) [rows, heads, n * page_size, head_dim]."""

@@ -51,24 +51,24 @@ class Cpu(KernelFamily):
         if work.observe_from is not None and work.query_bound() == 1:
             # Observing is then one pass over the weights that attention has computed, not another one over the keys. Rows that
             # are not observed leave their part alone: it costs addresses and no memory.
-            store_slots = 0 if work.stored is None else work.store_pages * cache.packed.page_tokens
+            store_slots = 0 if work.stored is None else cache.store_slots(work.store_pages)
             # A weight per slot, then what they are relative to for every eight.
             slots = store_slots + work.pages.shape[1] * cache.page_size
             shape = (len(work.pages), query.shape[1], slots + slots // 8)
             if work.weights is None or work.weights.shape != shape:
                 work.weights = query.new_empty(shape, dtype=torch.float32)
-        given = cache.kv, query, output, lse, *work.arguments(), scale, corrected
-        store = work.stored, work.store_pages, cache.packed_arguments
+        given = cache.kv, query, output, lse, *work.arguments(), scale, cache.softcap, corrected
+        store = work.stored, work.store_pages, cache.packed_arguments, *cache.head_arguments
         _ops.attend(*given, *cache.record_arguments, *store, work.weights)
 
     def _observe(self, cache: CacheView, mass, query, lse, work: AttendWork, scale: float) -> None:
-        store = work.stored, work.store_pages, cache.packed_arguments
-        _ops.observe(cache.kv, mass, query, lse, *work.arguments(), scale, *store, work.weights)
+        store = work.stored, work.store_pages, cache.packed_arguments, *cache.head_arguments
+        _ops.observe(cache.kv, mass, query, lse, *work.arguments(), scale, cache.softcap, *store, work.weights)
 
     def read_store(self, cache: CacheView, pages):
         return _ops.read_store(cache.kv, pages, cache.packed_arguments)
 
     def _consolidate(self, cache: CacheView, mass, work: RetireWork, score, sink_tokens: int, attention_weight) -> None:
         given = cache.kv, *work.arguments(), score, mass, sink_tokens, attention_weight
-        store = work.stored, work.run_tokens, work.store_tokens, cache.packed_arguments
+        store = work.stored, work.run_tokens, work.store_tokens, cache.packed_arguments, *cache.head_arguments
         _ops.consolidate(*given, *cache.record_arguments, *store)

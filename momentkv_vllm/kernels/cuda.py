@@ -27,7 +27,7 @@ class Cuda(KernelFamily):
 
     name = "cuda"
     devices = ("cuda",)
-    limits = Limits((64, 128, 256), page_step=16, dtypes=(torch.bfloat16, torch.float16), stores=False)
+    limits = Limits((64, 128, 256), page_step=16, dtypes=(torch.bfloat16, torch.float16), stores=False, softcaps=False)
     by_name_only = True
 
     def objections(self) -> list[str]:

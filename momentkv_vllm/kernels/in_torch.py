@@ -11,6 +11,7 @@ from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
 from momentkv_vllm.packed_store import rotated
 from momentkv_vllm.policies.base import Candidates
+from momentkv_vllm.softcap import capped
 
 
 def read_store(cache: CacheView, pages: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,7 +46,7 @@ def candidates(
     if seen is not None:
         attention = torch.where(valid.view(len(valid), 1, -1, *[1] * (seen.dim() - 3)), seen, 0.0)
     moments = cache.read_moments(work.moment_pages, work.num_evicted)
-    return Candidates(keys, values, valid, work.capacity(cache.page_size), moments, attention, scale)
+    return Candidates(keys, values, valid, work.capacity(cache.page_size), moments, attention, scale, cache.softcap)
 
 
 def _exact_pages(work: RetireWork) -> tuple[Tensor, Tensor]:
@@ -70,6 +71,7 @@ class Retained:
     first, and which slots, [rows, queries, slots]. Of slots that no query of a row sees keys and values are zero.
 
     tokens: [rows, queries] flat tokens of the queries; real: which of them are no padding.
+    softcap: of the logits, 0: none.
     """
 
     keys: Tensor
@@ -77,6 +79,7 @@ class Retained:
     visible: Tensor
     tokens: Tensor
     real: Tensor
+    softcap: float
 
     @classmethod
     def of(cls, cache: CacheView, work: AttendWork) -> "Retained":
@@ -93,7 +96,8 @@ class Retained:
             visible = torch.cat([held.unsqueeze(1).expand(-1, visible.shape[1], -1), visible], 2)
         # What no query sees may hold anything: 0 * NaN would be NaN.
         seen = visible.any(1)[:, None, :, None]
-        return cls(torch.where(seen, keys, 0.0), torch.where(seen, values, 0.0), visible, tokens, real)
+        keys, values = (torch.where(seen, x, 0.0) for x in (keys, values))
+        return cls(keys, values, visible, tokens, real, cache.softcap)
 
     def logits(self, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """(queries [rows, heads, groups * queries, head_dim], their logits [rows, heads, groups * queries, slots], -inf where
@@ -101,7 +105,8 @@ class Retained:
         heads = self.keys.shape[1]
         queries = grouped(query[self.tokens].float(), heads)
         visible = self.visible.repeat(1, query.shape[1] // heads, 1).unsqueeze(1)
-        return queries, ((queries @ self.keys.transpose(-1, -2)) * scale).masked_fill(~visible, -torch.inf)
+        logits = capped((queries @ self.keys.transpose(-1, -2)) * scale, self.softcap)
+        return queries, logits.masked_fill(~visible, -torch.inf)
 
 
 def add_mass(cache: CacheView, mass: Tensor, query: Tensor, lse: Tensor, work: AttendWork, scale: float) -> None:

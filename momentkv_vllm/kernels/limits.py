@@ -9,13 +9,14 @@ import torch
 @dataclass(frozen=True)
 class CacheShape:
     """A layer's cache: numbers of a head, tokens of a page, and the type of the numbers; how its store is quantised ("" where it
-    is not), and how many neighbours compete for it together."""
+    is not), how many neighbours compete for it together, and where the layer caps its logits (0: nowhere)."""
 
     head_size: int
     page_size: int
     dtype: torch.dtype
     store_dtype: str = ""
     run_tokens: int = 1
+    softcap: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Limits:
     dtypes: tuple[torch.dtype, ...] | None = None
     stores: bool = True
     """Quantised ones, and stores that keep runs of neighbours."""
+    softcaps: bool = True
 
     def objections(self, shape: CacheShape) -> list[str]:
         """Why a family with these limits cannot serve such a cache; empty if it can."""
@@ -41,6 +43,8 @@ class Limits:
             found.append(f"it knows no store of {shape.store_dtype} yet, only store_dtype 'model'")
         if not self.stores and shape.run_tokens > 1:
             found.append(f"it knows no runs of {shape.run_tokens} tokens yet, only run_tokens 1")
+        if not self.softcaps and shape.softcap:
+            found.append(f"it knows no logit soft-capping yet, this model caps its logits at {shape.softcap:g}")
         return found
 
 

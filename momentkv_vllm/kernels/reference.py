@@ -42,7 +42,7 @@ class Reference(KernelFamily):
         result = (logits - total.unsqueeze(-1)).exp() @ retained.values
         if corrected:
             moments = cache.read_moments(work.moment_pages, work.num_evicted)
-            evicted, log_mass = mo.partial(moments, queries, scale)
+            evicted, log_mass = mo.partial(moments, queries, scale, cache.softcap)
             kept, total = total, torch.logaddexp(total, log_mass)
             result = (kept - total).exp().unsqueeze(-1) * result + (log_mass - total).exp().unsqueeze(-1) * evicted
         output[tokens[real]] = ungrouped(result, groups)[real].to(output.dtype)
@@ -88,9 +88,16 @@ def _packed(cache: CacheView, tokens: Candidates, work: RetireWork, source: Tens
     entering &= source < tokens.valid.sum(1).view(-1, 1, 1)
     pick = source.unsqueeze(-1).expand(-1, -1, -1, tokens.keys.shape[-1])
     new = Packed.of(tokens.keys.gather(2, pick), tokens.values.gather(2, pick), layout)
+    # A store that shrinks moves what it holds, bytes and all.
+    moved = torch.where((source < work.stored.view(-1, 1, 1)) & (place < work.store_tokens), source, place)
+    old = Packed(*(getattr(old, f.name).gather(2, _wide(moved, getattr(old, f.name))) for f in fields(Packed)))
     return Packed(
         *(torch.where(entering.unsqueeze(-1), getattr(new, f.name), getattr(old, f.name)) for f in fields(Packed))
     )
+
+
+def _wide(index: Tensor, like: Tensor) -> Tensor:
+    return index.unsqueeze(-1).expand(-1, -1, -1, like.shape[-1])
 
 
 def chosen(score: Tensor, valid: Tensor, store_tokens: int, run_tokens: int, sink_tokens: int) -> Tensor:
@@ -116,11 +123,11 @@ def fill_holes(kept: Tensor, filled: Tensor, store_tokens: int) -> Tensor:
     """For every store slot the candidate that it holds next, [rows, heads, store_tokens].
 
     The first `filled` [rows] candidates are in the store. A kept one stays where it is; the i-th lost or empty slot takes the
-    i-th kept retiring token. At most as many tokens move as retire. An empty slot that stays empty names a candidate behind
-    the last one, or itself.
+    i-th kept retiring token; those of a store that held more than `store_tokens` until now come before them. An empty slot that
+    stays empty names a candidate behind the last one, or itself.
     """
     candidates = torch.arange(kept.shape[-1], device=kept.device)
-    in_store = candidates < filled.view(-1, 1, 1)
+    in_store = candidates < filled.clamp(max=store_tokens).view(-1, 1, 1)
     slots = candidates[:store_tokens]
     stays = (kept & in_store)[..., :store_tokens]
     source = slots.expand(stays.shape).clone()

@@ -10,8 +10,9 @@ import torch
 from momentkv_vllm.moments import Moments
 
 READS = ("means", "covariance", "order", "head")
-AS_PUBLISHED = {"store_dtype": "model", "run_tokens": 1}
-"""Defaults of other people's methods: tokens as the model has them, one by one. A quantised store is a setting away."""
+AS_PUBLISHED = {"store_dtype": "model", "run_tokens": 1, "head_budgets": "equal"}
+"""Defaults of other people's methods: tokens as the model has them, one by one, as many of every head. A quantised store is a
+setting away."""
 NATIVE_SCORES = ("key_direction",)
 
 
@@ -53,6 +54,7 @@ class Candidates:
     attention:    [rows, heads, tokens] attention mass as the policy `observes` it, summed over a KV head's query heads;
                   of "logits" [rows, heads, tokens, 3]: count, sum, sum of squares. 0 for padding. None: nothing is observed.
     scale:        softmax scale of the layer.
+    softcap:      the layer caps its logits there (softcap.py); 0: it does not.
     """
 
     keys: torch.Tensor
@@ -62,6 +64,7 @@ class Candidates:
     moments: Moments
     attention: torch.Tensor | None
     scale: float
+    softcap: float = 0.0
 
 
 class Policy(ABC):

@@ -9,6 +9,7 @@ that a user could have given (engine_args.py sets some that were left open). The
 | EngineArgs.from_cli_args | engine_args.py | the parsed options reach no config | same |
 | EngineArgs.create_engine_config | engine_args.py | nothing is refused before the engine starts | vLLM has a config hook |
 | CPUModelRunner.sample_tokens | cpu_runner.py | a seed and a long prompt end a CPU engine | vLLM rewinds CPU generators |
+| CPUModelRunner.initialize_kv_cache | cpu_runner.py | all heads hold as many tokens | vLLM has a hook after loading |
 | CPUModelRunner._build_attention_metadata | row_classes.py | rows all get the default budget | builders see requests |
 | InputProcessor.process_inputs | requests.py | an unknown budget class ends the engine | plugins may check requests |
 | OpenAIServingChat.chat_completion_stream_generator | usage.py | usage says nothing of eviction | usage may be extended |
@@ -21,11 +22,11 @@ that a user could have given (engine_args.py sets some that were left open). The
 | EngineCore.kv_eviction_states | engine_core.py | no states in files | vLLM lets a scheduler call workers |
 | model_arch_config.rswa_window | attention/cpu_backend.py | builders learn no prompt lengths | their metadata has them |
 
-The first three are in place before vLLM builds its parser. The fourth mends stock vLLM as well. Those of block_memory.py
+The first three are in place before vLLM builds its parser. The fourth mends stock vLLM as well. The fifth runs the model once,
+before there is a KV cache. What concerns budgets of requests changes nothing for one that names none. Those of block_memory.py
 mend what stock runs into with blocks of several pages, and with copies in hybrid models. The one of `Worker` is CUDA's only.
-The one of `EngineCore` is added and replaces nothing. What concerns budgets of requests changes nothing for one that names
-none. The last is a value, no method: set in the worker's copy of the model config where a page schedule asks for prompt
-lengths.
+The one of `EngineCore` is added and replaces nothing. The last is a value, no method: set in the worker's copy of the model
+config where a page schedule asks for prompt lengths.
 
 tests/seams/test_seams.py is the second ledger: it finds every patch in our source, wants it in this table, and says by name which
 target vLLM renamed.

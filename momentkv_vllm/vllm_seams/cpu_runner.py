@@ -1,4 +1,5 @@
-"""A patch of vLLM's CPU worker: a request with a `seed` whose prompt takes several steps (ledger: vllm_seams/__init__.py).
+"""Patches of vLLM's CPU worker (ledger: vllm_seams/__init__.py): heads with budgets of their own are measured before there is a
+KV cache and told where their tiles lie when there is; a request with a `seed` may have a prompt that takes several steps.
 
 vLLM samples a token for every row of a step, also for a prompt that is not read to its end, and then rewinds that row's random
 generator (GPUModelRunner._bookkeeping_sync, vLLM 0.32.0). CPU generators cannot be rewound, so the engine ended.
@@ -13,12 +14,20 @@ import numpy as np
 
 
 def patch_cpu_runner() -> None:
-    """Wrap `sample_tokens` of the CPU model runner; calling it again does nothing."""
+    """Wrap two methods of the CPU model runner; calling it again does nothing."""
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     if getattr(CPUModelRunner, "_momentkv_patched", False):
         return
-    sample = CPUModelRunner.sample_tokens
+    sample, initialize = CPUModelRunner.sample_tokens, CPUModelRunner.initialize_kv_cache
+
+    @functools.wraps(initialize)
+    def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from momentkv_vllm.attention.head_reach import measured_layers
+
+        # The pass needs the model as it is before there is a cache: layers that have none yet attend as they are told.
+        with measured_layers(self):
+            return initialize(self, *args, **kwargs)
 
     @functools.wraps(sample)
     def sample_tokens(self: Any, grammar_output: Any) -> Any:
@@ -26,6 +35,7 @@ def patch_cpu_runner() -> None:
             return sample(self, grammar_output)
 
     CPUModelRunner.sample_tokens = sample_tokens
+    CPUModelRunner.initialize_kv_cache = initialize_kv_cache
     CPUModelRunner._momentkv_patched = True
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.environment import ALLOW_UNTESTED_GPU
 from momentkv_vllm.kernels.observed import page_bytes
+from momentkv_vllm.model_layers import sharing_layers
 from momentkv_vllm.refuse import Unsupported
 
 if TYPE_CHECKING:
@@ -94,6 +95,10 @@ def gpu_rows(platform: Any, vllm_config: "VllmConfig", config: EvictionConfig) -
             f"prefill_retire_tokens={config.prefill_retire_tokens} on a GPU, whose steps know no prompt lengths yet",
             config.prefill_retire_tokens is not None,
             "leave prefill_retire_tokens out",
+        ),
+        Unsupported(
+            "models with KV sharing between layers on a GPU, where all layers evict after the last one with a cache",
+            sharing_layers(vllm_config.model_config),
         ),
         Unsupported("speculative decoding on a GPU", drafts, "leave --speculative-config out"),
         Unsupported(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.environment import ALLOW_UNTESTED_VLLM
-from momentkv_vllm.model_layers import full_layers, has_windows, keeps_states
+from momentkv_vllm.model_layers import full_layers, has_windows, keeps_states, sharing_layers
 from momentkv_vllm.refuse import WITHOUT, Unsupported, refuse, refuse_first
 from momentkv_vllm.versions import TESTED_VLLM, installed_vllm
 from momentkv_vllm.vllm_seams.gpu import BACKEND_NAMES, gpu_rows
@@ -60,7 +60,6 @@ def _model_rows(vllm_config: "VllmConfig") -> list[Unsupported]:
     text = model.hf_text_config
     value_size = getattr(text, "v_head_dim", None)
     other_values = value_size not in (None, layers.head_size) and not getattr(text, "kv_lora_rank", None)
-    shared = getattr(text, "num_kv_shared_layers", None)
     text_only = "take its text alone with --language-model-only"
     return [
         Unsupported("runner 'pooling' (embedding and scoring models)", model.runner_type != "generate"),
@@ -68,12 +67,6 @@ def _model_rows(vllm_config: "VllmConfig") -> list[Unsupported]:
         Unsupported("encoder-decoder models", model.is_encoder_decoder),
         Unsupported("attention-free models", model.is_attention_free),
         Unsupported("models that read images in both directions (prefix-LM)", model.is_mm_prefix_lm, text_only),
-        Unsupported(
-            f"models with KV sharing between layers ({shared} of {model.model_arch_config.total_num_hidden_layers} read the "
-            f"cache of an earlier layer, which would evict before they have)",
-            shared,
-        ),
-        Unsupported("models with logits soft-capping", getattr(text, "attn_logit_softcapping", None)),
         Unsupported(
             f"models with key heads of {layers.head_size} and value heads of {value_size} numbers", other_values
         ),
@@ -109,6 +102,11 @@ def _cache_rows(vllm_config: "VllmConfig", config: EvictionConfig) -> list[Unsup
             "--enable-prefix-caching (the policy must observe every query of a sequence)",
             cache.enable_prefix_caching and config.policy_class.observes_every_query(),
             "leave the option out, take another policy",
+        ),
+        Unsupported(
+            "--kv-sharing-fast-prefill (layers that share KV must see what the next eviction takes)",
+            cache.kv_sharing_fast_prefill,
+            leave_out,
         ),
         Unsupported("KV offloading (--kv-offloading-size)", cache.kv_offloading_size, leave_out),
         Unsupported("KV connectors (--kv-transfer-config)", vllm_config.kv_transfer_config, leave_out),
@@ -157,6 +155,12 @@ def _engine_rows(vllm_config: "VllmConfig", config: EvictionConfig, platform: An
             f"must be read again)",
             own and (exact or coarse),
             f"{leave_out}, use prefill 'chunked' without prefill_retire_tokens",
+        ),
+        Unsupported(
+            f"--scheduler-cls {scheduler.scheduler_cls} for models with KV sharing between layers (steps of prompt_logprobs must "
+            f"end at evictions)",
+            own and sharing_layers(vllm_config.model_config),
+            leave_out,
         ),
         Unsupported(
             f"--scheduler-cls {scheduler.scheduler_cls} with --async-scheduling (a session whose prompt grows under a step in "

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from momentkv_vllm.config import AUTO, EvictionConfig
 from momentkv_vllm.kernels import select
 from momentkv_vllm.kv_spec import expected_layout, settled
+from momentkv_vllm.model_layers import full_layers
+from momentkv_vllm.vllm_seams.heads import settled_head_budgets
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -21,10 +23,11 @@ def settled_config(vllm_config: "VllmConfig", config: EvictionConfig) -> Evictio
     layout = expected_layout(config, vllm_config)
     model, device = vllm_config.model_config, current_platform.device_type
     try:
-        select(config.kernels, device, layout.cache_shape(model.dtype))
+        family = select(config.kernels, device, layout.cache_shape(model.dtype, full_layers(vllm_config).softcap))
     except ValueError as error:
         if config.store_dtype != AUTO or layout.packed is None:
             raise
         logger.warning("momentkv: store_dtype auto is model, not %s: %s", layout.packed.dtype, error)
         return settled_config(vllm_config, replace(config, store_dtype="model"))
-    return settled(config, layout.schedule.page_size, layout.record.head_dim, model.dtype)
+    config = settled(config, layout.schedule.page_size, layout.record.head_dim, model.dtype)
+    return replace(config, head_budgets=settled_head_budgets(vllm_config, config, layout, family.name))

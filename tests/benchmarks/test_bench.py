@@ -4,6 +4,7 @@ import importlib.util
 import sys
 
 import bench
+import environments
 import pytest
 
 
@@ -43,3 +44,11 @@ def test_the_last_step_gets_the_user_s_arguments_and_the_real_model_comes_first(
     monkeypatch.setattr(bench, "run_step", lambda command, output: ran.append(command[3:]) or 0)
     assert bench.run("quality-simulator", ["--texts", "2"]) == 0
     assert ran[0] == ["real_model.make"] and ran[1][-2:] == ["--texts", "2"]
+
+
+def test_packages_that_cannot_be_had_are_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(environments, "ROOT", tmp_path)
+    (tmp_path / "requirements").mkdir()
+    (tmp_path / "requirements/absent.txt").write_text("absent @ file:///nowhere/absent-1.0-py3-none-any.whl\n")
+    with pytest.raises(environments.NotMade, match=r"no packages of requirements/absent.txt: .*nowhere"):
+        environments.programs("absent")

@@ -216,6 +216,7 @@ def test_an_engine_that_the_system_ends_is_said():
         run.measure_all(run.Job("m", (), 512, (Deadly(),), 1), [128], None)
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 @pytest.mark.timeout(900)
 def test_a_model_without_weights_is_refused(words, tmp_path):

@@ -127,6 +127,7 @@ def test_finished_cells_of_other_code_are_run_again(tmp_path, monkeypatch):
 
 
 @needs_model
+@pytest.mark.slow
 @pytest.mark.engine
 @pytest.mark.timeout(900)
 def test_simulator_and_engine_agree():

@@ -124,3 +124,15 @@ def test_the_cost_of_metrics_is_that_of_the_committed_results():
         f"{100 * found['share_of_attention']:.1f} % of", f"every {SAMPLE_EVERY}th", f"up to {SAMPLE_ROWS} sequences",
     ):  # fmt: skip
         assert figure in text, figure
+
+
+def test_clients_are_pinned_to_the_versions_that_their_page_names():
+    table = rows("clients.md", "| client | script | environment | tested with |")
+    pinned = 0
+    for _, script, environment, version in table:
+        assert (ROOT / script.strip("`")).exists()
+        for file in re.findall(r"-r (\S+txt)", environment):
+            name, number = version.lower().split()
+            assert re.search(rf"^{name}(\[\w+\])?=={re.escape(number)}$", (ROOT / file).read_text(), re.M), version
+            pinned += 1
+    assert pinned == 3

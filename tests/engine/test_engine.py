@@ -2,6 +2,7 @@
 
 import pytest
 from engine import random_prompt
+from quick import quick
 
 from momentkv_vllm.policies import names
 
@@ -55,14 +56,18 @@ def test_prompt_longer_than_the_whole_pool(engine):
 
 @pytest.mark.parametrize(
     ("policy", "prefill"),
-    [
-        *((p, "chunked") for p in names()),
-        ("momentkv", "full"),
-        ("momentkv", "auto"),
-        ("paper", "full"),
-        ("snapkv", "full"),
-        ("h2o", "full"),
-    ],
+    quick(
+        [
+            *((p, "chunked") for p in ("momentkv", "streamingllm", "h2o", "snapkv")),
+            ("momentkv", "auto"),
+            ("h2o", "full"),
+        ],
+        [
+            *((p, "chunked") for p in names()),
+            ("momentkv", "auto"),
+            *((p, "full") for p in ("momentkv", "paper", "snapkv", "h2o")),
+        ],
+    ),
 )
 def test_tokens_do_not_depend_on_chunk_size_or_batch(engine, models, policy, prefill):
     """The schedule is a pure function of committed tokens: chunks, neighbours and order cannot matter."""

@@ -1,10 +1,15 @@
 """Model families in the real engine: stock's tokens below the budget, bounded above it, or refused by name."""
 
+from dataclasses import replace
+
 import pytest
 from engine import Engine, random_prompt
-from model_families import FAMILIES, make_config, make_model
+from model_families import FAMILIES, make_config, make_model, make_seeing_model
+from quick import quick
 from vllm import EngineArgs
 from vllm.model_executor.models import registry
+
+from momentkv_vllm.attention.cpu_backend import MomentKVImpl
 
 BUDGET, STEP = 256, 256
 EVICT = {"policy": "momentkv", "budget_tokens": BUDGET, "max_model_len": 2048, "max_num_batched_tokens": STEP}
@@ -24,7 +29,13 @@ def family_model(tmp_path_factory):
     return lambda name: make_model(name, root / name.replace(" ", "-"))
 
 
-@pytest.mark.parametrize("name", [n for n in FAMILIES if n not in REFUSED])
+# Plain, mixture of experts, windows, sinks, wide heads, chunked attention, scaled RoPE, none in some layers, layers without
+# attention, linear attention, convolutions. Every other family is like one of them in what eviction meets.
+STRUCTURES = ("Llama", "Qwen3-MoE", "Gemma 3, 4B", "GPT-OSS", "Gemma 4", "Llama 4", "Phi-4-mini", "SmolLM3", "Granite 4 hybrid",
+              "Qwen3-Next", "LFM2")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", quick(STRUCTURES, (n for n in FAMILIES if n not in REFUSED)))
 def test_served(engine, family_model, name):
     dtype, short = FAMILIES[name].dtype, [random_prompt(n) for n in (20, 150)]
     stock = engine(family_model(name), max_model_len=2048, block_size=32, dtype=dtype).generate(short, 12)
@@ -39,7 +50,14 @@ def test_served(engine, family_model, name):
 
 @pytest.mark.parametrize(
     ("name", "store"),
-    [("Gemma 3", INT8), ("GPT-OSS", INT8), ("Gemma 4 31B", {}), ("Llama 4", {}), ("Phi-4-mini", INT8)],
+    [
+        ("Gemma 2", INT8),
+        ("Gemma 3", INT8),
+        ("GPT-OSS", INT8),
+        ("Gemma 4 31B", {}),
+        ("Llama 4", {}),
+        ("Phi-4-mini", INT8),
+    ],
 )
 def test_layers_of_several_kinds_in_any_chunks(engine, family_model, name, store):
     """Pages change hands between layers that evict and layers that do not; a sink takes its mass whoever attends."""
@@ -52,6 +70,16 @@ def test_layers_of_several_kinds_in_any_chunks(engine, family_model, name, store
     assert below and beyond > BUDGET, "the second time a prefix and a state were meant to be found"
 
 
+def test_a_cap_of_the_logits_reaches_the_kernels(engine, family_model, monkeypatch):
+    """Without it the tokens beyond the budget are others."""
+    prompt, options = [random_prompt(700)], EVICT | {"dtype": "float32"}
+    capped = engine(family_model("Gemma 2"), **options).generate(prompt, 24)
+    assert len(set(capped[0])) > 5
+    view = MomentKVImpl.view
+    monkeypatch.setattr(MomentKVImpl, "view", staticmethod(lambda *given: replace(view(*given), softcap=0.0)))
+    assert engine(family_model("Gemma 2"), **options).generate(prompt, 24) != capped
+
+
 def test_layers_of_several_kinds_and_exact_prompts_share_nothing_beyond_the_budget(engine, family_model):
     """Pages of layers with a window have one key, whether the prompt was exact (up to 1,024 tokens) or longer."""
     text = random_prompt(1100, seed=2)
@@ -61,6 +89,28 @@ def test_layers_of_several_kinds_and_exact_prompts_share_nothing_beyond_the_budg
     for prompt in prompts:
         assert cached.generate([prompt], 16) == plain.generate([prompt], 16)
     assert cached.manager.books[0].states is None and 0 < max(cached.cached_tokens.values()) < BUDGET
+
+
+@pytest.mark.parametrize("name", ["Gemma 3", "Gemma 4", "Gemma 4 E"])
+def test_the_text_of_models_that_also_see(engine, tmp_path, name):
+    """With --language-model-only the published class gives the text model's tokens, evicting or not."""
+    prompts = [random_prompt(n) for n in (20, 150, 700)]
+    text = engine(make_model(name, tmp_path / "text"), **EVICT).generate(prompts, 12)
+    e = engine(make_seeing_model(name, tmp_path / "seeing"), **EVICT, language_model_only=True)
+    assert e.generate(prompts, 12) == text and e.manager.metrics.values
+
+
+@pytest.mark.parametrize(("bidirectional", "refused"), [("vision", True), (None, False)])
+def test_images_of_gemma_4(tmp_path, bidirectional, refused):
+    """The large ones read them in both directions, the E ones from left to right."""
+    folder = make_seeing_model("Gemma 4 E", tmp_path, use_bidirectional_attention=bidirectional)
+    carrier = {"kv_eviction": {"policy": "momentkv", "budget_tokens": BUDGET}}
+    args = EngineArgs(model=str(folder), max_model_len=2048, additional_config=carrier)
+    if not refused:
+        assert args.create_engine_config()
+        return
+    with pytest.raises(ValueError, match="read images in both directions.*--language-model-only"):
+        args.create_engine_config()
 
 
 @pytest.mark.parametrize("name", [n for n, f in REFUSED.items() if not f.by_layers])

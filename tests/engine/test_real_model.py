@@ -134,6 +134,7 @@ TIGHT = {"max_num_batched_tokens": 100, "num_gpu_blocks_override": 32, "watermar
 
 @needs_model
 @pytest.mark.engine
+@pytest.mark.slow
 def test_the_same_tokens_when_preempted(alone, prompts):
     e = start(**TIGHT)
     try:
@@ -145,6 +146,7 @@ def test_the_same_tokens_when_preempted(alone, prompts):
 
 @needs_model
 @pytest.mark.engine
+@pytest.mark.slow
 def test_in_bfloat16_only_near_ties_differ(prompts):
     said = []
     for options in ({}, TIGHT):

@@ -127,12 +127,12 @@ def test_what_is_not_there_and_what_is_not_evicted(saving):
     assert "nothing is evicted of texts below 256 tokens" in save(e, random_prompt(200))["error"]
 
 
-@pytest.mark.parametrize("name", ["../document", "/tmp/x", "a/b", "", ".hidden", "a.b", "x" * 101, "a\n"])
-def test_names_are_plain(saving, name):
+def test_names_are_plain(saving):
     e = saving()
     e.generate([DOCUMENT], 1)
-    for action in ("save", "load"):
-        assert "is no name of a state" in ask(e, action, name, DOCUMENT)["error"]
+    for name in ("../document", "/tmp/x", "a/b", "", ".hidden", "a.b", "x" * 101, "a\n"):
+        for action in ("save", "load"):
+            assert "is no name of a state" in ask(e, action, name, DOCUMENT)["error"], (name, action)
 
 
 def test_links_are_not_followed(saving, folder, tmp_path_factory):

@@ -1,9 +1,11 @@
 """Requests that start from the state of an evicted prefix: the tokens are those of a request that read everything."""
 
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
 from engine import Engine, random_prompt
+from quick import quick
 from vllm import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.block_pool import BlockPool
@@ -57,7 +59,10 @@ def figure(e: Engine, metric) -> float:
     return e.manager.metrics.values[metric, 0]
 
 
-@pytest.mark.parametrize("kind", SETTINGS)
+QUICK = ("momentkv", "momentkv, int4, first", "momentkv, int4, a coarse grain", "keydiff, off", "expected_attention")
+
+
+@pytest.mark.parametrize("kind", quick(QUICK, SETTINGS))
 def test_tokens_are_those_without_the_cache(engine, models, kind):
     """A document with three questions, then a conversation that goes on from the last answer."""
     options = {**EXACT, **SETTINGS[kind], "model": models(seed=1)}
@@ -96,8 +101,9 @@ def test_states_do_not_depend_on_the_chunk_size(engine, models, chunk):
     assert cached.cached_tokens["r1"] > 800
 
 
-@pytest.mark.parametrize("policy", ["momentkv", "keydiff"])
-@pytest.mark.parametrize("pages", [36, 58])
+@pytest.mark.parametrize(
+    ("policy", "pages"), quick([("momentkv", 58), ("keydiff", 36)], product(("momentkv", "keydiff"), (36, 58)))
+)
 def test_a_tight_pool(engine, models, policy, pages):
     """The pool holds one sequence and a chunk, or two; the states come and go."""
     options = {**EXACT, "policy": policy, "model": models(seed=1), "max_num_batched_tokens": 128}

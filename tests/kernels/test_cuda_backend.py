@@ -123,24 +123,30 @@ def test_layers_that_it_cannot_serve(change, word):
     assert (reasons == []) if word is None else any(word in r for r in reasons)
 
 
+def asked(**text):
+    """As much of a vLLM configuration as these refusals read."""
+    model = SimpleNamespace(hf_text_config=SimpleNamespace(**text))
+    return SimpleNamespace(speculative_config=None, model_config=model)
+
+
 @pytest.mark.parametrize("insists", [False, True])
 def test_a_gpu_is_refused_unless_the_user_insists(monkeypatch, caplog, insists):
     monkeypatch.setenv(gpu.ALLOW_UNTESTED_GPU.name, "1" if insists else "0")
     platform = SimpleNamespace(device_type="cuda", is_cpu=lambda: False, is_cuda=lambda: True)
     config = EvictionConfig("momentkv")
-    found = gpu.gpu_rows(platform, SimpleNamespace(speculative_config=None), config)
+    found = gpu.gpu_rows(platform, asked(), config)
     refused = [f"{row.feature}; {row.way_out}" for row in found if row.present]
     assert bool(refused) is not insists
     assert insists or "not been run on a GPU yet" in refused[0] and gpu.ALLOW_UNTESTED_GPU.name in refused[0]
     other = SimpleNamespace(device_type="xpu", is_cpu=lambda: False, is_cuda=lambda: False)
-    assert any(row.present for row in gpu.gpu_rows(other, SimpleNamespace(speculative_config=None), config))
+    assert any(row.present for row in gpu.gpu_rows(other, asked(), config))
 
 
 @pytest.mark.parametrize("values", [{"prefill": "auto"}, {"prefill_retire_tokens": 256}])
 def test_events_that_depend_on_a_prompt_s_length_are_refused_on_a_gpu(monkeypatch, values):
     monkeypatch.setenv(gpu.ALLOW_UNTESTED_GPU.name, "1")
     platform = SimpleNamespace(device_type="cuda", is_cpu=lambda: False, is_cuda=lambda: True)
-    rows = gpu.gpu_rows(platform, SimpleNamespace(speculative_config=None), EvictionConfig("momentkv", **values))
+    rows = gpu.gpu_rows(platform, asked(), EvictionConfig("momentkv", **values))
     (refused,) = [row for row in rows if row.present]
     ((key, value),) = values.items()
     assert key in refused.feature and str(value) in refused.feature and key in refused.way_out
@@ -149,9 +155,17 @@ def test_events_that_depend_on_a_prompt_s_length_are_refused_on_a_gpu(monkeypatc
 def test_several_budgets_are_refused_on_a_gpu(monkeypatch):
     monkeypatch.setenv(gpu.ALLOW_UNTESTED_GPU.name, "1")
     platform = SimpleNamespace(device_type="cuda", is_cpu=lambda: False, is_cuda=lambda: True)
-    config = EvictionConfig("momentkv", budgets="256,off")
-    (refused,) = [r for r in gpu.gpu_rows(platform, SimpleNamespace(speculative_config=None), config) if r.present]
+    rows = gpu.gpu_rows(platform, asked(), EvictionConfig("momentkv", budgets="256,off"))
+    (refused,) = [row for row in rows if row.present]
     assert "several budgets (256, off) on a GPU" in refused.feature and "--kv-budget" in refused.way_out
+
+
+def test_layers_that_share_a_cache_are_refused_on_a_gpu(monkeypatch):
+    monkeypatch.setenv(gpu.ALLOW_UNTESTED_GPU.name, "1")
+    platform = SimpleNamespace(device_type="cuda", is_cpu=lambda: False, is_cuda=lambda: True)
+    rows = gpu.gpu_rows(platform, asked(num_kv_shared_layers=20), EvictionConfig("momentkv"))
+    (refused,) = [row for row in rows if row.present]
+    assert "KV sharing between layers on a GPU" in refused.feature
 
 
 def test_the_layout_is_checked():

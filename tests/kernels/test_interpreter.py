@@ -17,6 +17,7 @@ FILES = [
     "test_attention_kernels.py",
     "test_consolidation_kernels.py",
     "test_packed_kernels.py",
+    "test_softcap.py",
     "test_score_kernels.py",
     "test_decode_plan.py",
     "test_cuda_backend.py",
@@ -51,5 +52,6 @@ def test_triton_kernels_and_what_stands_on_them():
         ("answers", 3),
         ("together", 4),
         ("on_the_way", 2),
+        ("capped", 6),
     ):
         assert sum(word in line for line in passed) >= least, (word, passed)

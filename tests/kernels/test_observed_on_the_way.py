@@ -26,11 +26,12 @@ class InTwo(graph.Layer):
         self.family.observe(self.cache, self.mass, self.query, lse, attend, self.scale)
 
 
-@pytest.mark.parametrize("store", ["model", "int4"])
-def test_observed_on_the_way(store):
+@pytest.mark.parametrize(("store", "softcap"), [("model", 0.0), ("int4", 0.0), ("int4", 1.5)])
+def test_observed_on_the_way(store, softcap):
     """Rows before, at and behind an event, one that begins again, one that observes nothing."""
     sizes, family = (2, 1, 2, 32, 128), select("triton", "cpu")
     once, twice = graph.Layer(family, "cpu", store, *sizes), InTwo(family, "cpu", store, *sizes)
+    once.cache.softcap = twice.cache.softcap = softcap
     # Where the first event comes, and where a later one does: then a quantised store holds tokens.
     for step in (0, 3, 4, once.schedule.retire_tokens + 3):
         for layer in (once, twice):

@@ -41,6 +41,7 @@ STOCK_SCHEDULER = "vllm.v1.core.sched.scheduler.Scheduler"
             ["pipeline parallelism", "--enforce-eager", "also without eviction"],
         ),
         ({"runner": "pooling", "convert": "embed"}, ["pooling"]),
+        ({"kv_sharing_fast_prefill": True}, ["--kv-sharing-fast-prefill", "leave the option out"]),
     ],
 )
 def test_options(models, options, words):
@@ -72,6 +73,14 @@ def test_a_scheduler_that_would_not_read_a_session_again(models):
         refusals.refuse_unsupported(config, eviction)
     config.scheduler_config.scheduler_cls = type("Own", (AsyncMomentKVScheduler,), {})
     refusals.refuse_unsupported(config, eviction)
+
+
+def test_a_scheduler_that_would_not_end_steps_at_evictions(tmp_path):
+    """Layers that share KV give every token's logits in such steps only."""
+    model = make_config("Gemma 4 E", tmp_path)
+    with pytest.raises(ValueError, match=f"--scheduler-cls {STOCK_SCHEDULER} for models with KV sharing"):
+        config_of(model, scheduler_cls=STOCK_SCHEDULER)
+    assert config_of(model).scheduler_config.scheduler_cls
 
 
 def model_of(folder, source, config, architecture):

@@ -135,12 +135,13 @@ def test_start_up_line_states_the_layout(server):
 @pytest.mark.parametrize(
     ("options", "words_in_log"),
     [
-        (["--kv-eviction", "lru"], ["--kv-eviction", "lru", "momentkv"]),
-        (["--kv-budget", "64"], ["without 'policy'", "--kv-eviction"]),
         (
             ["--kv-eviction", "h2o", "--enable-prefix-caching"],
             ["--enable-prefix-caching", "serve without --kv-eviction"],
         ),
+        # The same words without a server: tests/unit/test_config.py.
+        pytest.param(["--kv-eviction", "lru"], ["--kv-eviction", "lru", "momentkv"], marks=pytest.mark.slow),
+        pytest.param(["--kv-budget", "64"], ["without 'policy'", "--kv-eviction"], marks=pytest.mark.slow),
     ],
 )
 def test_a_server_that_cannot_evict_does_not_start(folder, options, words_in_log):

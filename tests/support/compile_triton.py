@@ -83,8 +83,8 @@ def pack(case: Case, dtype: str) -> None:
     case.work.last_slot -= 2 * case.shape.page_size
 
 
-def main(capability: int, shapes: list[tuple[Shape, str, int]]) -> None:
-    """shapes: with the dtype of a quantised store, "" for none, and its runs."""
+def main(capability: int, shapes: list[tuple[Shape, str, int, float]]) -> None:
+    """shapes: with the dtype of a quantised store, "" for none, its runs, and where logits are capped, 0 for nowhere."""
     triton.runtime.driver.set_active(Target(capability))
     launch = JITFunction.run
     seen = set()
@@ -102,10 +102,11 @@ def main(capability: int, shapes: list[tuple[Shape, str, int]]) -> None:
 
     JITFunction.run = compile_only
     policy, family = find("momentkv"), Triton()
-    for shape, dtype, run in shapes:
+    for shape, dtype, run, softcap in shapes:
         case = Case(shape, "cpu")
         if dtype:
             pack(case, dtype)
+        case.cache.softcap = softcap
         case.attend(family, True, lse=True)
         if shape.queries > 1:
             continue
@@ -128,5 +129,9 @@ def main(capability: int, shapes: list[tuple[Shape, str, int]]) -> None:
 if __name__ == "__main__":
     small = {"head_dim": 64, "kv_heads": 1, "rows": 1, "slots": 64}
     served = small | {"head_dim": 128, "groups": 4}
-    stores = [(Shape(**served), "int4", 8), (Shape(**served, queries=3), "int4", 8), (Shape(**small), "int8", 1)]
-    main(int(sys.argv[1]), [(Shape(**small), "", 1), (Shape(**small, queries=3), "", 1), *stores])
+    stores = [
+        (Shape(**served), "int4", 8, 0.0),
+        (Shape(**served, queries=3), "int4", 8, 0.0),
+        (Shape(**small), "int8", 1, 50.0),
+    ]
+    main(int(sys.argv[1]), [(Shape(**small), "", 1, 0.0), (Shape(**small, queries=3), "", 1, 50.0), *stores])

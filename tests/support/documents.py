@@ -29,6 +29,7 @@ CHOICES = {
     "moment_dtype": config.MOMENT_DTYPES,
     "store_dtype": config.STORE_DTYPES,
     "run_tokens": (AUTO, *config.RUN_TOKENS),
+    "head_budgets": config.HEAD_BUDGETS,
     "kernels": config.KERNELS,
 }
 """Legal values of the settings that are no counts."""
@@ -240,7 +241,7 @@ def turns() -> str:
 
 
 def prefix() -> str:
-    rows = [(f"{r['system_tokens']:,}", r["saving_to_stock"]) for r in results("prefix_cache")]
+    rows = [(f"{r['system_tokens']:,}", r["saving_to_stock"]) for r in results("prefix")]
     return markdown(("tokens of the system prompt", "prompt tokens saved, over stock's saving"), rows)
 
 
@@ -282,7 +283,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "judge-short": judged_short,
     "judge-long": judged_long,
     "kernels": kernels,
-    "load": lambda: load.run.table(results("load")["rows"]),
+    "load": lambda: report.compact(load.run.table(results("load")["rows"])),
     "memory": memory,
     "metrics": metrics,
     "models": models,

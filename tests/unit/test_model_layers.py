@@ -69,6 +69,7 @@ def test_windows_stay_where_layers_differ_in_their_heads(tmp_path):
     [
         ("Gemma 4", 32, 1 * 32 * 2 * (64 + 64) * 4),
         ("Gemma 4 31B", 64, 1 * 64 * 1 * (64 + 64) * 4),
+        ("Gemma 4 E", 32, 1 * 32 * 2 * (64 + 64) * 4),
         ("Llama 4", 32, 1 * 32 * 2 * (32 + 32) * 4),
         ("Llama 4, short context", 32, 1 * 32 * 2 * (32 + 32) * 4),
         ("Phi-4-mini", 16, 2 * 16 * 2 * (64 + 64) * 4),
@@ -118,10 +119,11 @@ def test_a_budget_too_small_for_the_pages_that_vllm_makes(tmp_path):
         config_of(model, additional_config=carrier)
 
 
-@pytest.mark.parametrize(("name", "words"), [("Gemma 3n", "5 of 10 read the cache"), ("Gemma 4 E", "6 of 12 read the")])
-def test_layers_that_share_kv_are_counted(tmp_path, name, words):
-    with pytest.raises(ValueError, match=words):
-        config_of(make_config(name, tmp_path))
+@pytest.mark.parametrize(("name", "full", "sliding"), [("Gemma 3n", 1, 4), ("Gemma 4 E", 1, 5)])
+def test_layers_that_read_the_cache_of_others_are_not_counted(tmp_path, name, full, sliding):
+    """Of 10 layers 5 read, of 12 layers 6: the last ones."""
+    layers = full_layers(config_of(make_config(name, tmp_path)))
+    assert (layers.count, layers.others) == (full, sliding)
 
 
 def test_gemma_4_is_refused_a_backend_only_if_the_user_names_it(tmp_path):
@@ -143,7 +145,7 @@ LIMITS = [
     ("cuda", (256, 16, torch.bfloat16), ""),
     ("cuda", (512, 16, torch.bfloat16), "head sizes 64, 128, 256, this model has 512"),
     ("cuda", (128, 16, torch.float32), "bfloat16, float16, the KV cache is float32"),
-    ("triton", (80, 48, torch.float16), ""),
+    ("triton", (80, 48, torch.float16, "int8", 8, 50.0), ""),
     ("triton", (512, 16, torch.float16), "head sizes up to 256, this model has 512"),
     ("reference", (528, 24, torch.float64), ""),
 ]
@@ -160,6 +162,16 @@ def test_families_say_what_they_cannot_serve(family, shape, words, monkeypatch):
     with pytest.raises(ValueError, match=f"kernel family '{family}' cannot run here: it serves {words}; use 'auto'"):
         select(family, "cpu", CacheShape(*shape))
     assert select("auto", "cpu", CacheShape(*shape)).limits.objections(CacheShape(*shape)) == []
+
+
+def test_the_cuda_kernels_refuse_capped_logits(monkeypatch):
+    for each in FAMILIES:
+        monkeypatch.setattr(each, "objections", lambda: [])
+    with pytest.raises(
+        ValueError, match="it knows no logit soft-capping yet, this model caps its logits at 50; use 'auto'"
+    ):
+        select("cuda", "cuda", CacheShape(128, 16, torch.float16, softcap=50.0))
+    assert select("auto", "cuda", CacheShape(128, 16, torch.float16, softcap=50.0)).name == "triton"
 
 
 @pytest.mark.parametrize("shape", [shape for family, shape, _ in LIMITS if family == "cpu"])

@@ -97,6 +97,29 @@ def test_first_order_beats_zeroth_near_the_mean_and_is_bounded_far_away():
     assert (far[0, 0, 0] - m.mean_value[0, 0]).norm() <= m.value_spread[0, 0].sqrt() * 1.001
 
 
+def test_capped_logits_are_exact_to_first_order():
+    """Keys that lie close together: what is left of the error shrinks with the square of their distance."""
+    generator = torch.Generator().manual_seed(4)
+    centre, spread = torch.randn(16, generator=generator), torch.randn(200, 16, generator=generator)
+    values, query = torch.randn(200, 16, generator=generator), torch.randn(5, 16, generator=generator)
+    values += 3 * spread[:, :1]
+    errors = {}
+    for distance in (0.1, 0.05):
+        keys = centre + distance * (spread - spread.mean(0))
+        m = of_tokens(keys[None, None], values[None, None], torch.ones(1, 1, 200), True)
+        m.value_spread = m.value_spread * 100  # the limit on steps is not the matter here
+        output, lse = partial(m, query[None, None], 0.5, softcap=2.0)
+        logits = 2.0 * torch.tanh(0.5 * query @ keys.T / 2.0)
+        bare, _ = partial(m, query[None, None], 0.5)
+        want = logits.softmax(-1) @ values
+        errors[distance] = [(lse[0, 0] - logits.logsumexp(-1)).abs().max(), (output[0, 0] - want).norm()]
+        assert errors[distance][1] < 0.3 * (bare[0, 0] - want).norm(), (
+            "the step of a logit without a cap is another one"
+        )
+    for wide, narrow in zip(*errors.values(), strict=True):
+        assert narrow < 0.4 * wide
+
+
 def test_no_evicted_tokens_weigh_nothing():
     m = of_tokens(torch.randn(1, 1, 3, 4), torch.randn(1, 1, 3, 4), torch.zeros(1, 1, 3), True)
     output, lse = partial(m, torch.randn(1, 1, 2, 4), 1.0)

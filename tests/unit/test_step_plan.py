@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from momentkv_vllm.attention.sharing import SharingPlanner
 from momentkv_vllm.attention.step_plan import StepPlanner
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kv_spec import StateLayout, schedules_of
@@ -82,3 +83,25 @@ def test_a_step_of_several_classes_is_the_steps_of_each(store_dtype):
 
 def described(work) -> str:
     return str({key: x.tolist() if isinstance(x, torch.Tensor) else x for key, x in vars(work).items()})
+
+
+@pytest.mark.parametrize(("end", "waits"), [(256 + 3 * PAGE, True), (256 + 3 * PAGE + 5, False)])
+def test_layers_that_share_a_cache_attend_before_the_last_event(end, waits):
+    """A step of one request over three events after the first: readers see the tokens after the third, or, where the step ends
+    with an event, those before it, and that event waits for the last reader."""
+    config = EvictionConfig.from_dict(
+        {"policy": "momentkv", "budget_tokens": 256, "store_dtype": "model", "retire_tokens": PAGE}
+    )
+    schedule = StateLayout.of(config, PAGE, 64, torch.bfloat16).schedule
+    planner, start = SharingPlanner([schedule], config, config.policy_class), 256
+    assert list(schedule.events(start - 1, end)) == [256, 272, 288, 304]
+    plan = planner.build([0, end - start], [end], [0], TABLE)
+    target, readers, last = plan.shared.target, plan.shared.readers, plan.shared.last_reader
+    assert [len(r.retires) for r in plan.rounds] == [1, 1, 1] + [0] * (not waits)
+    assert [len(r.retires) for r in target] == [1, 1, 0] if waits else [1, 1, 1, 0]
+    assert all(a.attends is b.attends for a, b in zip(plan.rounds, target, strict=True))
+    assert [len(r.retires) for r in readers] == [0] and [len(r.retires) for r in last] == [int(waits)]
+    (work,), seen = readers[0].attends, plan.rounds[-1].attends[0]
+    assert work.observe_from is None and seen.observe_from is not None
+    assert (work.first_token, work.num_queries) == (seen.first_token, seen.num_queries)
+    assert work.pages.equal(seen.pages) and last[0].attends is readers[0].attends

@@ -1,6 +1,6 @@
 """Soak: mixed traffic on a real server in a tight KV pool, with its engine restarted and its worker killed.
 
-    PYTHONPATH=benchmarks python -P -m soak.run [--minutes 30]
+    make bench NAME=soak
 
 Before the traffic every request is asked alone; every answer in the traffic is compared with that one token by token, and at the
 end, on a server that was restarted twice, all are asked alone again. Beside it stock vLLM takes the same traffic for as long as
@@ -12,6 +12,7 @@ import asyncio
 import concurrent.futures
 import json
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,13 +20,13 @@ from typing import Any
 
 import psutil
 import report
+from memory import PRIMITIVES, VARIABLE
 from server import Server
 from soak.catalog import NEAR_TIE, catalog, record, replay
-from soak.engine_memory import PRIMITIVES, VARIABLE
 from soak.memory import Memory
 from soak.traffic import Traffic
 
-MODEL = Path(__file__).parent.parent / "test_model/checkpoint"
+MODEL = Path(__file__).parents[3] / "benchmarks/test_model/checkpoint"
 # Float32, so that tokens are decided (catalog.NEAR_TIE).
 COMMON = ["--dtype", "float32", "--max-num-batched-tokens", "256", "--max-num-seqs", "12", "--max-model-len", "4096"]
 # Requests that are not done by then keep the server for ever: vLLM 0.32.0 kills its engine and waits for their answers.
@@ -93,7 +94,7 @@ class Soak:
         self.server.stop()
 
     def _start(self) -> Server:
-        # By default oneDNN keeps what it compiles for every new number of tokens, longer than a soak: soak.engine_memory.
+        # By default oneDNN keeps what it compiles for every new number of tokens, longer than a soak: benchmarks/memory.py.
         limit = {VARIABLE: str(PRIMITIVES)}
         return Server(
             MODEL, *self.options, folder=self.folder, name="soak", binding=self.core, environment=limit
@@ -173,6 +174,7 @@ def judge(found: dict[str, Any]) -> list[dict[str, Any]]:
 def soak(running: Soak, plan: list[tuple[float, str]]) -> dict[str, Any]:
     """plan: seconds of traffic and how each life ends, the last one with "stop"."""
     for seconds, end in plan:
+        print(f"{seconds:.0f} s of traffic, then {end}", file=sys.stderr, flush=True)
         running.run(seconds, end)
         print(json.dumps(running.lives[-1]), flush=True)
     return running.finish()

@@ -1,28 +1,26 @@
 """Where the memory of a CPU worker grows: one engine, random requests, the C library's own books after every batch.
 
-    PYTHONPATH=benchmarks python -P -m soak.engine_memory
-
 Stock vLLM and momentkv, each with oneDNN's default of 1,024 kept primitives and with PRIMITIVES. oneDNN compiles a matrix product
 for every number of tokens in a step and every weight's shape, and keeps it; what grows with work done and ends is that cache.
 """
 
-import argparse
 import concurrent.futures
 import ctypes
-import json
 import os
 import random
 import statistics
-import subprocess
-import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import child
 import psutil
 import report
+from benchmark import Benchmark
+from tqdm import tqdm
 
-MODEL = Path(__file__).parent.parent / "test_model/checkpoint"
+MODEL = Path(__file__).parent / "test_model/checkpoint"
 VARIABLE, PRIMITIVES = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", 64
 BATCHES, REQUESTS = 80, 24
 OPTIONS = {
@@ -76,12 +74,8 @@ def serve(engine: str) -> list[dict[str, float]]:
 
 def cell(engine: str, primitives: int | None, core: int) -> dict[str, Any]:
     """The samples of one engine in a process of its own, on one core; primitives None leaves oneDNN's default."""
-    settings = {k: v for k, v in os.environ.items() if k != VARIABLE} | {"OMP_NUM_THREADS": "1"}
-    if primitives:
-        settings[VARIABLE] = str(primitives)
-    command = ["taskset", "-c", str(core), sys.executable, "-P", "-m", "soak.engine_memory", "--serve", engine]
-    done = subprocess.run(command, env=settings, stdout=subprocess.PIPE, text=True, check=True)
-    samples = json.loads(done.stdout.splitlines()[-1])
+    settings = {"OMP_NUM_THREADS": "1"} | ({VARIABLE: str(primitives)} if primitives else {})
+    (samples,) = child.results("memory", {"engine": engine}, ("taskset", "-c", str(core)), **settings)
     half = samples[len(samples) // 2 :]
     return {
         "engine": engine,
@@ -92,32 +86,43 @@ def cell(engine: str, primitives: int | None, core: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--serve", choices=ENGINES, help="only this engine, its samples as JSON")
-    args = parser.parse_args()
-    if args.serve:
-        print(json.dumps(serve(args.serve)))
-        return
-    cells = []
-    with concurrent.futures.ThreadPoolExecutor() as threads:
+def measure(_: Namespace) -> list[dict[str, Any]]:
+    cells: list[dict[str, Any]] = []
+    os.environ.pop(VARIABLE, None)
+    with concurrent.futures.ThreadPoolExecutor() as threads, tqdm(total=2 * len(ENGINES), desc="engines") as bar:
         for primitives in (None, PRIMITIVES):
-            cells += threads.map(cell, ENGINES, [primitives] * 2, range(2))
+            for found in threads.map(cell, ENGINES, [primitives] * 2, range(2)):
+                cells.append(found)
+                bar.update()
+    return cells
+
+
+def tables(cells: list[dict[str, Any]]) -> list[list[list]]:
     columns = ("resident", "allocated", "kept_free")
-    rows = [
-        ["engine", "primitives", *(f"{c}, first to last MiB" for c in columns), "growth of second half", "s a batch"]
-    ]
+    heading = ["engine", "primitives", *(f"{c}, first to last MiB" for c in columns)]
+    rows = [[*heading, "growth of second half", "s per batch"]]
     for c in cells:
         spans = [f"{c['samples'][name][0]:.0f} to {c['samples'][name][-1]:.0f}" for name in columns]
         rows.append([c["engine"], c["primitives"], *spans, c["growth_of_second_half"], c["seconds_a_batch"]])
-    print(report.table(rows))
-    limited = next(c for c in cells if c["engine"] == "momentkv" and c["primitives"] == PRIMITIVES)
-    report.write(
-        "memory",
-        cells,
-        [report.target("growth with few primitives", limited["growth_of_second_half"], 0.02, at_least=False)],
-    )
+    return [rows]
 
+
+def targets(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    limited = next(c for c in cells if c["engine"] == "momentkv" and c["primitives"] == PRIMITIVES)
+    return [report.target("growth with few primitives", limited["growth_of_second_half"], 0.02, at_least=False)]
+
+
+def draw(cells: list[dict[str, Any]], axes: Any) -> None:
+    for c in cells:
+        axes.plot(c["samples"]["resident"], label=f"{c['engine']}, {c['primitives']} products kept")
+    axes.set(xlabel="batch", ylabel="resident memory (MiB)")
+    axes.legend(fontsize=8)
+
+
+BENCHMARK = Benchmark("memory", measure, tables, targets, draw, size=(6, 4))
 
 if __name__ == "__main__":
-    main()
+    if task := child.task():
+        child.tell(serve(task["engine"]))
+    else:
+        BENCHMARK.run()

@@ -8,6 +8,7 @@ from typing import Any
 
 from quality.ruler import sample
 from quality.wording import Compact
+from tqdm import tqdm
 
 NEAR_TIE = 0.01
 """Nats between the two best tokens below which rounding decides: vLLM's CPU matrix products sum in another order for other batch
@@ -70,13 +71,13 @@ def ask_alone(url: str, request: Request) -> tuple[list[int], list[float]]:
 
 def record(url: str, requests: list[Request]) -> None:
     """The sequential run that all later answers are held against."""
-    for request in requests:
+    for request in tqdm(requests, desc="asked alone"):
         request.tokens, request.margins = ask_alone(url, request)
 
 
 def replay(url: str, requests: list[Request]) -> dict[str, int]:
     """The same requests one at a time again, usually on a server that started since: verdicts counted."""
     verdicts = {"right": 0, "near tie": 0, "wrong": 0}
-    for request in requests:
+    for request in tqdm(requests, desc="asked alone"):
         verdicts[request.compare(ask_alone(url, request)[0])] += 1
     return verdicts

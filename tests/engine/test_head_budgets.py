@@ -1,0 +1,103 @@
+"""Heads with budgets of their own in a real vLLM engine: who gets them, what is refused, tokens independent of scheduling."""
+
+import pytest
+import torch
+from engine import Engine, random_prompt
+
+from momentkv_vllm.attention.head_reach import BETWEEN, REPEATED, Probe, random_tokens
+from momentkv_vllm.head_budgets import LEAST_SHARE
+
+PAGE, NEW = 16, 48
+OURS = {"policy": "momentkv", "budget_tokens": 128, "store_dtype": "int4", "block_size": PAGE}
+
+
+def layers_of(e: Engine) -> list:
+    worker = e.vllm.engine_core.engine_core.model_executor.driver_worker.worker
+    return [layer.impl for layer in worker.model_runner.compilation_config.static_forward_context.values()]
+
+
+def capacities(e: Engine) -> list[list[int]] | None:
+    heads = [impl.heads for impl in layers_of(e)]
+    return None if None in heads else [h.capacity.tolist() for h in heads]
+
+
+@pytest.fixture
+def spread(models):
+    """A model whose heads look differently far."""
+    return models(seed=1)
+
+
+def test_auto_measures_and_every_engine_finds_the_same(engine, spread):
+    first, second = (engine(**OURS, model=spread, max_num_batched_tokens=n) for n in (64, 512))
+    found = capacities(first)
+    assert found == capacities(second)
+    schedule = first.manager.schedule
+    held = torch.tensor(found)
+    assert held.unique().numel() > 1 and held.sum() == schedule.store_tokens * held.numel()
+    assert held.min() >= schedule.store_tokens // LEAST_SHARE // 8 * 8
+
+
+def test_tokens_do_not_depend_on_chunk_size_or_batch(engine, spread):
+    prompts = [random_prompt(n) for n in (900, 1100, 1300)]
+    alone = [engine(**OURS, model=spread).generate([p], max_tokens=NEW)[0] for p in prompts]
+    assert engine(**OURS, model=spread, max_num_batched_tokens=96).generate(prompts, max_tokens=NEW) == alone
+    equal = engine(**OURS, model=spread, head_budgets="equal").generate(prompts, max_tokens=NEW)
+    assert equal != alone, "what heads hold must matter here"
+
+
+def test_a_cached_state_answers_as_the_prompt_does(engine, spread):
+    document = random_prompt(1200, seed=3)
+    prompts = [document + random_prompt(40, seed)[1:] for seed in range(3)]
+    plain = engine(**OURS, model=spread).generate(prompts, max_tokens=NEW)
+    cached = engine(**OURS, model=spread, enable_prefix_caching=True)
+    assert [cached.generate([p], max_tokens=NEW)[0] for p in prompts] == plain
+    assert cached.cached_tokens["r2"] > 1000
+
+
+def test_below_the_budget_it_is_stock(engine, spread):
+    prompts = [random_prompt(n) for n in (40, 100)]
+    stock = engine(block_size=32, model=spread).generate(prompts)
+    assert engine(**{**OURS, "block_size": 32}, model=spread).generate(prompts) == stock
+
+
+def test_the_pass_is_the_models_own_attention(engine, spread):
+    """The hidden states behind it are those of vLLM's attention, so what later layers show is what they do in service."""
+    query, key, value = torch.randn(3, 100, 4, 32)
+    output, probe = torch.empty_like(query), Probe(0.2)
+    probe.attend(query, key[:, :2], value[:, :2], output)
+    wide = (x[:, :2].repeat_interleave(2, 1).transpose(0, 1) for x in (key, value))
+    want = torch.nn.functional.scaled_dot_product_attention(query.transpose(0, 1), *wide, is_causal=True, scale=0.2)
+    torch.testing.assert_close(output, want.transpose(0, 1), atol=1e-5, rtol=1e-5)
+    assert probe.reach.shape == (2,) and (probe.reach >= 0).all() and (probe.reach <= 1).all()
+
+
+def test_who_copies_reaches_far():
+    """Queries that find the key of the same token: the first time is REPEATED + BETWEEN tokens before."""
+    ids = random_tokens(1000, 4096)
+    assert len(ids) == 2 * REPEATED + BETWEEN and torch.equal(ids[:REPEATED], ids[-REPEATED:])
+    rows = torch.randn(1000, 64, generator=torch.Generator().manual_seed(0))[ids].unsqueeze(1)
+    near = torch.arange(len(ids)).float().view(-1, 1, 1) * torch.ones(64)
+    probes = [Probe(1.0), Probe(1.0)]
+    probes[0].attend(rows, rows, rows, torch.empty_like(rows))
+    probes[1].attend(torch.ones_like(near), near, rows, torch.empty_like(rows))
+    assert 0.3 < probes[0].reach.item() <= 0.5 + 0.2 and probes[1].reach.item() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"store_dtype": "model"}, "store_dtype 'model'"),
+        ({"run_tokens": 1}, "run_tokens 1"),
+        ({"policy": "snapkv"}, "policy 'snapkv', whose score no kernel has"),
+        ({"kernels": "reference"}, "kernels 'reference'"),
+        ({"prefill": "full"}, "prefill 'full'"),
+        ({"prefill_retire_tokens": 64}, "prefill_retire_tokens"),
+        ({"budgets": "128,256"}, r"several budgets \(128, 256\)"),
+        ({"budgets": "128,off"}, r"several budgets \(128, off\)"),
+    ],
+)
+def test_where_heads_cannot_differ(engine, spread, options, why):
+    """Asked for it is refused, "auto" is "equal"."""
+    with pytest.raises(ValueError, match=f"{why}.*use 'auto' or 'equal'"):
+        engine(**{**OURS, **options}, head_budgets="measured", model=spread)
+    assert capacities(engine(**{**OURS, **options}, model=spread)) is None

@@ -1,0 +1,137 @@
+"""Heads that hold different numbers of tokens, in tiles of other heads and layers: each is what the reference makes of it alone."""
+
+import ctypes
+
+import pytest
+import torch
+from kernel_cases import run_attend
+
+from momentkv_vllm.head_budgets import Sizes, budgets, equal_until, shared, tiles_of
+from momentkv_vllm.kernels import select
+from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.observed import Observed
+from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
+from momentkv_vllm.packed_store import PackedLayout
+from momentkv_vllm.page_layout import RecordLayout
+from momentkv_vllm.policies import find
+
+LAYERS, HEADS, PAGE, D, STORE_PAGES, PAGES, PAGES_READ = 2, 3, 16, 64, 2, 40, 22
+SCALE = D**-0.5
+MOMENT_PAGE = PAGES - 1
+
+
+class Sequence:
+    """One sequence's pages 1, 2, ... in some layers; heads hold `capacity` tokens each, all others `store_tokens`."""
+
+    def __init__(self, family: str, policy: str, dtype: str, layers: int, heads: int, extra_pages: int = 0) -> None:
+        self.kernels, self.policy = select(family), find(policy)()
+        self.extra = list(range(PAGES, PAGES + extra_pages))
+        shape = (PAGES + extra_pages, heads, PAGE, 2 * D)
+        record = RecordLayout(D, has_covariance=False)
+        self.caches = [
+            CacheView.of_vllm_cpu(torch.zeros(shape, dtype=torch.bfloat16), record, PackedLayout(dtype, D))
+            for _ in range(layers)
+        ]
+        self.observed = [Observed.of(cache, "mass") for cache in self.caches]
+        self.restart = True
+
+    def write(self, layer: int, at: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        slots = PAGE + at + torch.arange(len(keys))
+        self.kernels.write(self.caches[layer], keys, values, slots, self.observed[layer])
+
+    def attend(self, layer: int, queries: torch.Tensor, at: int, boundary: int, stored: int, evicted: int):
+        store = [*range(1, 1 + STORE_PAGES), *self.extra] if boundary else []
+        pages = [*store, *range(1 + boundary, 1 + -(-(at + len(queries)) // PAGE))]
+        work = AttendWork(
+            first_token=torch.tensor([0]), num_queries=torch.tensor([len(queries)]), pages=torch.tensor([pages]),
+            last_slot=torch.tensor([at - boundary * PAGE]), moment_pages=torch.tensor([[MOMENT_PAGE]]),
+            num_evicted=torch.tensor([float(evicted)]), stored=torch.tensor([stored]), store_pages=len(store) or STORE_PAGES,
+            observe_from=torch.tensor([0]), restart=torch.tensor([True]),
+        )  # fmt: skip
+        output, lse = run_attend(self.kernels, self.caches[layer], queries, work, SCALE, True)
+        self.kernels.observe(self.caches[layer], self.observed[layer], queries, lse, work, SCALE)
+        return output.float(), lse
+
+    def retire(self, layer: int, boundary: int, stored: int, evicted: int, store_tokens: int) -> None:
+        store = [*range(1, 1 + STORE_PAGES), *(self.extra if boundary else [])]
+        work = RetireWork(
+            store_pages=torch.tensor([store]), retiring_pages=torch.tensor([[1 + (boundary or STORE_PAGES)]]),
+            moment_pages=torch.tensor([[MOMENT_PAGE]]), num_evicted=torch.tensor([float(evicted)]), run_tokens=8,
+            stored=torch.tensor([stored]), store_tokens=store_tokens,
+        )  # fmt: skip
+        self.kernels.consolidate(self.caches[layer], self.observed[layer], work, self.policy, 4, SCALE)
+
+
+def tiles_held(cache: CacheView, head: int, tiles: int) -> list[torch.Tensor]:
+    """Bytes of the tiles that a head holds, wherever they are."""
+    page, size = cache.raw[0].numel(), cache.packed.layout.tile_bytes
+    addresses = [
+        cache.kv.data_ptr() + (1 + column) * page + at for column, at, _ in cache.heads.places[head, :tiles].tolist()
+    ]
+    return [torch.frombuffer(bytearray(ctypes.string_at(at, size)), dtype=torch.uint8) for at in addresses]
+
+
+@pytest.mark.parametrize(("dtype", "policy"), [("int4", "momentkv"), ("int8", "momentkv"), ("int4", "keydiff")])
+def test_every_head_is_what_the_reference_makes_of_it_alone(dtype, policy):
+    reach = torch.tensor([[0.1, 0.9, 0.2], [0.9, 0.05, 1.0]])
+    ours = Sequence("cpu", policy, dtype, LAYERS, HEADS)
+    packed = ours.caches[0].packed
+    store_tokens = STORE_PAGES * packed.page_tokens
+    capacity = shared(reach, store_tokens, 8, longest=10_000)
+    assert capacity.unique().numel() > 3 and (capacity[1].sum() > HEADS * store_tokens), "a layer lends to the next"
+    addresses = torch.tensor(
+        [[c.kv.data_ptr(), o.data.data_ptr()] for c, o in zip(ours.caches, ours.observed, strict=True)]
+    )
+    sizes = Sizes(packed.raw.shape[2], ours.caches[0].page_slots, packed.layout.tile_bytes)
+    held = budgets(
+        capacity, tiles_of(capacity, store_tokens, packed.page_tiles), addresses, sizes, equal_until(store_tokens, PAGE)
+    )
+    for cache, heads in zip(ours.caches, held, strict=True):
+        cache.heads = heads
+    extra = -(-int(capacity.max()) // packed.page_tokens)
+    alone = {
+        (layer, head): Sequence("reference", policy, dtype, 1, 1, extra)
+        for layer in range(LAYERS)
+        for head in range(HEADS)
+    }
+    generator, equal = torch.Generator().manual_seed(3), equal_until(store_tokens, PAGE)
+    boundary, evictions = 0, 0
+    for page in range(PAGES_READ):
+        keys, values = torch.randn(2, LAYERS, PAGE, HEADS, D, generator=generator).bfloat16()
+        queries = torch.randn(LAYERS, PAGE, 2 * HEADS, D, generator=generator).bfloat16()
+        at, after = page * PAGE, (boundary or STORE_PAGES) + 1
+        retires = page >= STORE_PAGES + 1
+        gone = boundary * PAGE
+        uniform = min(store_tokens, gone)
+        # One query per row now and then, as in decode: the kernels then leave their weights to be observed.
+        asked = queries[:, :1] if page % 3 == 2 else queries
+        at += PAGE - 1 if page % 3 == 2 else 0
+        for layer in range(LAYERS):
+            ours.write(layer, page * PAGE, keys[layer], values[layer])
+            output, lse = ours.attend(layer, asked[layer], at, boundary, uniform, gone - uniform)
+            if retires:
+                ours.retire(layer, boundary, uniform, gone - uniform, store_tokens)
+            for head in range(HEADS):
+                one, mine = alone[layer, head], int(capacity[layer, head])
+                stored = gone if gone <= equal else min(mine, gone)
+                evictions += gone - stored > 0
+                one.write(0, page * PAGE, keys[layer, :, head : head + 1], values[layer, :, head : head + 1])
+                group = slice(2 * head, 2 * head + 2)
+                want, want_lse = one.attend(0, asked[layer][:, group], at, boundary, stored, gone - stored)
+                torch.testing.assert_close(output[:, group], want, atol=1e-2, rtol=2e-2)
+                torch.testing.assert_close(lse[:, group], want_lse, atol=2e-3, rtol=0)
+                if retires:
+                    one.retire(0, boundary, stored, gone - stored, store_tokens if after * PAGE <= equal else mine)
+        # Every layer of a step has run: what the next step finds.
+        boundary = after if retires else 0
+        for (layer, head), one in alone.items() if retires else ():
+            gone = boundary * PAGE
+            tiles = (gone if gone <= equal else min(int(capacity[layer, head]), gone)) // 8
+            raw, size = one.caches[0].packed, packed.layout.tile_bytes
+            pages = [*range(1, 1 + STORE_PAGES), *one.extra]
+            own = [(pages[n // raw.page_tiles], n % raw.page_tiles * size) for n in range(tiles)]
+            want = [raw.raw[page, 0, at : at + size] for page, at in own]
+            got = tiles_held(ours.caches[layer], head, tiles)
+            same = sum(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+            assert same == tiles, f"layer {layer}, head {head}, page {page}: {tiles - same} of {tiles} tiles differ"
+    assert evictions > 50

@@ -1,0 +1,86 @@
+"""What heads hold where they do not hold the same, and where it lies."""
+
+import pytest
+import torch
+
+from momentkv_vllm.head_budgets import LEAST_SHARE, Sizes, Tile, budgets, least_tokens, shared, tiles_of
+
+STORE, GRAIN, LONGEST = 96, 8, 4096
+
+
+def reach_of(layers=6, heads=4, seed=0):
+    return torch.rand(layers, heads, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_heads_hold_what_layers_before_them_can_lend(seed):
+    capacity = shared(reach_of(seed=seed), STORE, GRAIN, LONGEST)
+    equal = torch.full_like(capacity, STORE)
+    assert capacity.sum() == equal.sum(), "everything is given away"
+    assert (capacity.sum(1).cumsum(0) <= equal.sum(1).cumsum(0)).all()
+    assert (capacity % GRAIN == 0).all() and capacity.min() >= STORE // LEAST_SHARE // GRAIN * GRAIN
+
+
+def test_who_looks_further_holds_more():
+    reach = reach_of()
+    capacity = shared(reach, STORE, GRAIN, LONGEST)
+    for of_layer, held in zip(reach, capacity, strict=True):
+        assert (held[of_layer.argsort()].diff() >= -GRAIN).all()
+    # The layer that looks furthest is the last one: nothing keeps it from taking from all others.
+    reach[-1] = 1.0
+    assert shared(reach, STORE, GRAIN, LONGEST)[-1].min() > capacity.float().mean()
+    # Were it the first one, no earlier layer could lend to it.
+    reach = reach.flip(0)
+    assert shared(reach, STORE, GRAIN, LONGEST)[0].sum() == STORE * reach.shape[1]
+
+
+def test_no_head_holds_more_than_the_longest_sequence_has():
+    reach = torch.tensor([[0.0, 0.0, 0.01, 1.0]])
+    capacity = shared(reach, STORE, GRAIN, longest=150)
+    assert capacity.max() == 152 and capacity.sum() == 4 * STORE
+    assert shared(reach, STORE, GRAIN, longest=STORE).unique().tolist() == [STORE]
+
+
+def test_equal_reach_is_an_equal_share():
+    assert shared(torch.full((3, 2), 0.4), STORE, GRAIN, LONGEST).unique().tolist() == [STORE]
+    assert shared(torch.zeros(3, 2), STORE, GRAIN, LONGEST).unique().tolist() == [STORE]
+
+
+@pytest.mark.parametrize("grain", [8, 16])
+def test_nobody_holds_nothing(grain):
+    assert least_tokens(776, grain) == 776 // LEAST_SHARE // grain * grain
+    assert least_tokens(16, grain) == grain
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_tile_is_held_once_and_lent_to_no_earlier_layer(seed):
+    page_tiles, own = 7, STORE // 8
+    capacity = shared(reach_of(seed=seed), STORE, GRAIN, LONGEST)
+    tiles = tiles_of(capacity, STORE, page_tiles)
+    held = [
+        tile
+        for heads, of_layer in zip(tiles, capacity.tolist(), strict=True)
+        for head, tokens in zip(heads, of_layer, strict=True)
+        for tile in head[: tokens // 8]
+    ]
+    assert len(held) == len(set(held)) == capacity.sum() // 8
+    for layer, heads in enumerate(tiles):
+        for head, mine in enumerate(heads):
+            assert len(mine) == max(own, capacity[layer, head] // 8)
+            first = [Tile(layer, head, n // page_tiles, n % page_tiles) for n in range(own)]
+            assert mine[:own] == first, "its own first, from its first page on"
+            assert all(tile.layer <= layer for tile in mine)
+            assert all(tile.page * page_tiles + tile.number < own for tile in mine), "the record's tiles are nobody's"
+
+
+def test_kernels_are_told_bytes_and_observations():
+    tiles = [
+        [[Tile(0, 0, 0, 0)], [Tile(0, 1, 0, 0), Tile(0, 1, 1, 2)]],
+        [[Tile(1, 0, 0, 0), Tile(0, 0, 3, 1)], [Tile(1, 1, 0, 0)]],
+    ]
+    addresses = torch.tensor([[10_000, 400], [90_000, 480]])
+    sizes = Sizes(part_bytes=1000, part_slots=56, tile_bytes=100)
+    first, second = budgets(torch.tensor([[8, 16], [16, 8]]), tiles, addresses, sizes, 40)
+    assert first.capacity.tolist() == [8, 16] and second.capacity.tolist() == [16, 8]
+    assert first.places.tolist() == [[[0, 0, 0]] * 2, [[0, 1000, 56], [1, 1200, 72]]]
+    assert second.places.tolist() == [[[0, 0, 0], [3, 100 - 80_000, 8 - 20]], [[0, 1000, 56]] * 2]
