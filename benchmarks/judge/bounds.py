@@ -1,6 +1,6 @@
 """How far a better score could go, what heads would gain from budgets of their own, and where the correction errs.
 
-    PYTHONPATH=benchmarks python -P -m judge.bounds --documents LEVAL --what default oracle shared errors
+    PYTHONPATH=benchmarks python -P -m judge.bounds --documents LEVAL --what default reach oracle shared errors
 
 One text at a time, float32, with the product's page schedule, quantised store, runs and default score. Unlike quality/simulate.py
 a mask per head says which tokens are alive: so heads may differ, and an oracle may look at queries to come.
@@ -14,14 +14,16 @@ import report
 import torch
 import torch.nn.functional as F
 from judge import documents
-from judge.material import TEXT_TOKENS, Material
+from judge.material import KINDS, TEXT_TOKENS, Material
 from quality.results import mean_error
 from quality.simulate import exact_attention
 from real_model import folder
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
+from momentkv_vllm.attention.head_reach import Probe, random_tokens
 from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.head_budgets import equal_until, shared
 from momentkv_vllm.kv_spec import StateLayout
 from momentkv_vllm.packed_store import Packed, rotated
 from momentkv_vllm.policies.key_direction import ATTENTION_WEIGHT
@@ -31,10 +33,14 @@ BLOCK = 16
 WHAT = {
     "default": {}, "oracle": {"oracle": True}, "shared": {"shared": "attention"}, "pooled": {"shared": "score"},
     "oracle shared": {"oracle": True, "shared": "oracle"}, "errors": {"errors": True},
+    "reach": {"reach": "lent"}, "reach in layers": {"reach": "in layers"}, "reach of layers": {"reach": "of layers"},
+    "reach, anyone to anyone": {"reach": "anyone"},
 }  # fmt: skip
 """oracle: a token's score is the attention that the judged queries still to come will give it (attention over all tokens).
 shared: a layer's heads share its store, each at least a fifth of its part: a head gets as many runs as it has among the layer's
-best by observed attention (which decays by a tenth per event, as in Ada-KV), by the default score, or by the oracle."""
+best by observed attention (which decays by a tenth per event, as in Ada-KV), by the default score, or by the oracle.
+reach: heads hold what momentkv_vllm/head_budgets.py gives them; heads of a layer among themselves; layers, whose heads hold the
+same; or all heads, as if later layers could lend to earlier ones too. Everywhere else heads hold the same."""
 
 
 @dataclass
@@ -42,6 +48,9 @@ class Variant:
     layout: StateLayout
     oracle: bool = False
     shared: str = ""
+    reach: str = ""
+    capacity: torch.Tensor | None = None
+    """With `reach`: [layers, heads] tokens."""
     errors: bool = False
     found: list[dict[str, float]] = field(default_factory=list)
     """With `errors`: of every layer, in turn."""
@@ -50,7 +59,10 @@ class Variant:
 class Layer:
     """Attention of one layer over one text. key, value: [1, heads, tokens, d] exact; held_*: as they are held now."""
 
-    def __init__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, how: Variant) -> None:
+    def __init__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, how: Variant, number: int = 0
+    ) -> None:
+        self.capacity = None if how.capacity is None else how.capacity[number].view(1, -1, 1)
         self.key, self.value, self.scale, self.how = key, value, scale, how
         self.heads, self.tokens = key.shape[1:3]
         self.query = query.unflatten(1, (self.heads, -1))
@@ -101,7 +113,9 @@ class Layer:
         if self.means:
             count, mean_key, mean_value = self.means
             grouped = self.query[:, :, :, first:last].flatten(2, 3)
-            mass = count.log().unsqueeze(-1) + self.scale * (grouped @ mean_key.unsqueeze(-1)).squeeze(-1)
+            mass = count.clamp(min=1e-30).log().unsqueeze(-1) + self.scale * (grouped @ mean_key.unsqueeze(-1)).squeeze(
+                -1
+            )
             total = torch.logaddexp(kept_mass, mass)
         weight = (logits - total.unsqueeze(-1)).exp()
         result = weight @ self.held_v[:, :, :last]
@@ -157,7 +171,7 @@ class Layer:
         new, self.boundary, self.recent = slice(self.boundary, end), end, 0.9 * self.recent + self.mass
         alive = self.alive[..., :end].unflatten(-1, (-1, run))[..., 0]
         part = plan.store_tokens // run
-        if alive[0, 0].sum() > part or self.means:
+        if end > equal_until(plan.store_tokens, plan.retire_tokens) if self.how.reach else end > plan.store_tokens:
             score = self._score(event, end).unflatten(-1, (-1, run)).mean(-1)
             score[..., 0] = torch.inf
             score = score.masked_fill(~alive, -torch.inf)
@@ -170,6 +184,8 @@ class Layer:
 
     def _parts(self, score: torch.Tensor, alive: torch.Tensor, part: int, event: int) -> torch.Tensor | int:
         """Runs of every head."""
+        if self.capacity is not None:
+            return self.capacity // self.how.layout.schedule.run_tokens
         if not self.how.shared:
             return part
         by = {"attention": self.recent, "oracle": None if self.future is None else self.future[:, :, event // BLOCK]}
@@ -202,11 +218,25 @@ class Model:
         kind = {"dtype": torch.float32, "attn_implementation": "momentkv_bounds"}
         self.model = AutoModelForCausalLM.from_pretrained(path, **kind)
         self.how: Variant | None = None
+        self.probes: list[Probe] | None = None
+
+    @torch.no_grad()
+    def reach(self) -> torch.Tensor:
+        """[layers, heads], as the worker measures it."""
+        self.probes = []
+        self.model.model(random_tokens(self.model.config.vocab_size, 1 << 20)[None], use_cache=False)
+        reach, self.probes = torch.stack([p.reach for p in self.probes]), None
+        return reach
 
     def _attention(self, module, query, key, value, attention_mask, scaling, **_) -> tuple[torch.Tensor, None]:
+        if self.probes is not None:
+            probe, output = Probe(scaling), torch.empty_like(query[0].transpose(0, 1))
+            probe.attend(*(x[0].transpose(0, 1) for x in (query, key, value)), output)
+            self.probes.append(probe)
+            return output.unsqueeze(0), None
         if self.how is None:
             return exact_attention(query, key, value, scaling).transpose(1, 2), None
-        return Layer(query, key, value, scaling, self.how).attend().transpose(1, 2), None
+        return Layer(query, key, value, scaling, self.how, module.layer_idx).attend().transpose(1, 2), None
 
     @torch.no_grad()
     def log_probs(self, ids: list[int], how: Variant | None) -> torch.Tensor:
@@ -214,6 +244,16 @@ class Model:
         self.how = how
         hidden = self.model.model(torch.tensor([ids]), use_cache=False).last_hidden_state
         return self.model.lm_head(hidden[0, -TEXT_TOKENS - 1 : -1]).log_softmax(-1)
+
+
+def capacity_of(reach: torch.Tensor, who: str, layout: StateLayout, longest: int) -> torch.Tensor:
+    """[layers, heads] tokens: see WHAT."""
+    given = layout.schedule.store_tokens, layout.schedule.run_tokens, longest
+    if who == "in layers":
+        return torch.cat([shared(of_layer[None], *given) for of_layer in reach])
+    if who == "of layers":
+        return shared(reach.mean(-1, keepdim=True), *given).expand(reach.shape)
+    return shared(reach.view(1, -1), *given).view_as(reach) if who == "anyone" else shared(reach, *given)
 
 
 def main() -> None:
@@ -231,6 +271,9 @@ def main() -> None:
     config = EvictionConfig.from_dict({"policy": "momentkv", "budget_tokens": args.budget})
     layout = StateLayout.of(config, 16, model.model.config.head_dim, torch.bfloat16)
     variants = {name: Variant(layout, **WHAT[name]) for name in args.what}
+    reach = model.reach()
+    for variant in filter(lambda v: v.reach, variants.values()):
+        variant.capacity = capacity_of(reach, variant.reach, layout, KINDS["text_2k"].context)
     found: dict[str, list[float]] = {name: [] for name in args.what}
     material = Material(tokenizer, documents.load(args.documents, "choose"), "choose")
     for item in tqdm(material.items("text_2k", args.texts), desc="texts"):
