@@ -15,7 +15,9 @@ from benchmark import Benchmark
 from kernels.cases import Case, Shape
 
 from momentkv_vllm.attention.monitor import SAMPLE_EVERY, Attended, Monitor
+from momentkv_vllm.block_manager.class_books import ClassBooks
 from momentkv_vllm.block_manager.metrics import PageMetrics
+from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.environment import METRICS_DIR
 from momentkv_vllm.kernels import select
 from momentkv_vllm.metrics import CONSOLIDATE_SECONDS
@@ -44,22 +46,29 @@ def measure(_: Namespace) -> dict[str, Any]:
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
     with tempfile.TemporaryDirectory() as folder:
         METRICS_DIR.set(folder)
-        blocks = PageBlocks(PLAN)
+        blocks, config = PageBlocks(PLAN), EvictionConfig("momentkv", 1024)
         spec = SimpleNamespace(
-            model_name="m", engine=0, schedule=PLAN, blocks=blocks, splits_blocks=False, page_bytes=1 << 20
-        )
+            model_name="m", engine=0, schedule=PLAN, schedules=[PLAN], blocks=blocks, blocks_of=PageBlocks,
+            splits_blocks=False, page_bytes=1 << 20, config=config, observes_attention=True, step_tokens=256,
+        )  # fmt: skip
+        books = ClassBooks.of(spec, 0)
+        books.retired, books.evicted, books.sequences, books.evicting = 9, 100, 8, 4
         monitor, pages, case = (
             Monitor(spec),
             PageMetrics(spec, 4096),
             Case(Shape(slots=PLAN.first_event_tokens, kv_heads=8)),
         )
-        live = iter(range(1 << 30))
+
+        def change_pages() -> None:
+            books.live += 1
+            pages.holdings([books])
+
         lse = torch.empty(case.query.shape[:2])
         select("cpu").attend(case.cache, case.query, case.output, lse, case.work, case.scale, True)
         attended = Attended(case.cache, case.query, case.output, lse, case.work, case.scale, True)
         cost = {
-            "pages_changed": microseconds(lambda: pages.holdings(next(live), 9, 100, 8, 4), 5000),
-            "pages_retired": microseconds(lambda: pages.retired(2, 32), 5000),
+            "pages_changed": microseconds(change_pages, 5000),
+            "pages_retired": microseconds(lambda: pages.retired(0, 2, 32), 5000),
             "consolidation_timed": microseconds(lambda: monitor.metrics.observe(CONSOLIDATE_SECONDS, 1e-3), 5000),
             "sample": microseconds(lambda: monitor.sample(attended), 50),
             "attention_a_token": microseconds(lambda: case.attend(True), 50) / case.shape.rows,

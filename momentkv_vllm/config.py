@@ -7,9 +7,11 @@ rebuilt from it wherever it is needed, so that every process agrees by construct
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from typing import Any, NamedTuple
 
+from momentkv_vllm.budget_classes import Budgets, budgets_of, written
 from momentkv_vllm.policies import OFF, WAYS_OUT, Policy, find, names, origin
 from momentkv_vllm.refuse import refuse
 
@@ -31,13 +33,27 @@ SMALL_BUDGET_TOKENS = 1024
 logger = logging.getLogger(f"vllm.{__name__}")
 
 
+class BudgetClass(NamedTuple):
+    """What some requests are served with.
+
+    config: as if it were the only class. evicts: False where its requests keep every token; `config` has a budget all the same.
+    """
+
+    name: str
+    config: "EvictionConfig"
+    evicts: bool
+
+
 @dataclass(frozen=True)
 class EvictionConfig:
     """KV eviction settings; every count is in tokens of one sequence.
 
     Attributes:
         policy: which tokens stay ("off" is stock vLLM). A policy's own defaults go before those below.
-        budget_tokens: KV budget of a sequence, the moment state included; rounded down to whole pages.
+        budget_tokens: KV budget of a sequence, the moment state included; rounded down to whole pages. With `budgets` the first
+            of these that is a number.
+        budgets: classes that a request chooses from, by name in tokens or "off", the first is the default; None: one class of
+            `budget_tokens`.
         window_tokens: newest tokens that are always kept exact, rounded up to whole pages; None ("auto"): 1/16 of the budget
             with a quantised store, else half.
         sink_tokens: first tokens of a sequence that are never evicted.
@@ -72,6 +88,7 @@ class EvictionConfig:
 
     policy: str = OFF
     budget_tokens: int = 1024
+    budgets: Budgets | None = None
     window_tokens: int | None = None
     sink_tokens: int = 4
     prefill: str = "chunked"
@@ -99,6 +116,9 @@ class EvictionConfig:
         _choice("store_dtype", self.store_dtype, STORE_DTYPES)
         _choice("head_budgets", self.head_budgets, HEAD_BUDGETS)
         _choice("kernels", self.kernels, KERNELS)
+        if self.budgets is not None:
+            object.__setattr__(self, "budgets", budgets_of(self.budgets))
+            object.__setattr__(self, "budget_tokens", _first_number(self.budgets))
         _count("budget_tokens", self.budget_tokens, 1)
         _count("sink_tokens", self.sink_tokens, 0)
         _count("observation_tokens", self.observation_tokens, 1)
@@ -120,7 +140,22 @@ class EvictionConfig:
     @property
     def default_page_tokens(self) -> int:
         """Tokens of a page where the user chooses none: the grain of store, moments and window."""
-        return 16 if self.budget_tokens <= SMALL_BUDGET_TOKENS else 32
+        return 16 if min(c.config.budget_tokens for c in self.classes) <= SMALL_BUDGET_TOKENS else 32
+
+    @cached_property
+    def classes(self) -> tuple[BudgetClass, ...]:
+        """What requests choose from, the default first."""
+        budgets = self.budgets or ((str(self.budget_tokens), self.budget_tokens),)
+        return tuple(
+            BudgetClass(
+                name, replace(self, budgets=None, budget_tokens=tokens or self.budget_tokens), tokens is not None
+            )
+            for name, tokens in budgets
+        )
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(c.name for c in self.classes)
 
     @property
     def policy_class(self) -> type[Policy]:
@@ -133,7 +168,7 @@ class EvictionConfig:
         return self.store_dtype if self.store_dtype in ("int8", "int4") else ""
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"budgets": self.budgets and written(self.budgets)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any] | None) -> "EvictionConfig":
@@ -151,6 +186,13 @@ class EvictionConfig:
             refuse(f"{CONFIG_KEY}: unknown key {unknown[0]!r}", f"legal keys are {', '.join(known)}")
         if "policy" not in values and values:
             refuse(f"{CONFIG_KEY}: keys {sorted(values)} without 'policy'", f"set --kv-eviction, e.g. {_EXAMPLE}")
+        if values.get("budgets") is not None and "budget_tokens" in values:
+            first = _first_number(budgets_of(values["budgets"]))
+            if values["budget_tokens"] != first:
+                refuse(
+                    f"{CONFIG_KEY}.budget_tokens={values['budget_tokens']!r} contradicts budgets, whose first number is {first}",
+                    "give one",
+                )
         policy = values.get("policy", "off")
         defaults = find(policy).defaults if policy in names() else {}
         if not set(defaults) <= set(known):
@@ -166,6 +208,10 @@ class EvictionConfig:
         """The configuration carried by a `VllmConfig` (vllm/config/vllm.py, field `additional_config`)."""
         carrier = vllm_config.additional_config
         return cls.from_dict(carrier.get(CONFIG_KEY) if isinstance(carrier, Mapping) else None)
+
+
+def _first_number(budgets: Budgets) -> int:
+    return next(tokens for _, tokens in budgets if tokens is not None)
 
 
 _EXAMPLE = '{"policy": "momentkv", "budget_tokens": 1024}'

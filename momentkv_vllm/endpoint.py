@@ -18,8 +18,9 @@ from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.kv_spec import expected_layout
+from momentkv_vllm.kv_spec import expected_schedules
 from momentkv_vllm.metrics import read_metrics
+from momentkv_vllm.page_schedule import PageSchedule
 from momentkv_vllm.state_routes import state_routes
 
 PATH = "/kv_eviction"
@@ -52,21 +53,27 @@ class KVEvictionEndpoint:
 
 
 def summary(vllm_config: Any) -> dict[str, Any]:
-    """`config` (keys as in docs/settings.md) and, with eviction on, `schedule` (pages, and the token counts of events)."""
+    """`config` (keys as in docs/settings.md) and, with eviction on, `schedule` (pages, and the token counts of events) of
+    the default class, and of each in `classes`."""
     config = EvictionConfig.from_vllm(vllm_config)
     shown = config.to_dict() | {"state_folder": "set" if config.state_folder else None}
     found: dict[str, Any] = {"active": config.active, "config": shown}
     if config.active:
-        schedule = expected_layout(config, vllm_config).schedule
-        sizes = {
-            "budget_pages": schedule.budget_pages,
-            "first_event": schedule.first_event_tokens,
-            "retire_tokens": schedule.retire_tokens,
-            "store_tokens": schedule.store_tokens,
-            "held_tokens": schedule.held_tokens,
-        }
-        found["schedule"] = {**asdict(schedule), **sizes}
+        schedules = expected_schedules(config, vllm_config)
+        found["schedule"] = _told(schedules[0])
+        found["classes"] = {name: _told(s) for name, s in zip(config.class_names, schedules, strict=True)}
     return found
+
+
+def _told(schedule: PageSchedule) -> dict[str, Any]:
+    sizes = {
+        "budget_pages": schedule.budget_pages,
+        "first_event": schedule.first_event_tokens if schedule.evicts else None,
+        "retire_tokens": schedule.retire_tokens,
+        "store_tokens": schedule.store_tokens,
+        "held_tokens": schedule.held_tokens,
+    }
+    return {**asdict(schedule), **sizes}
 
 
 async def _is_healthy(engine: EngineClient) -> bool:

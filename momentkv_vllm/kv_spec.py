@@ -2,16 +2,17 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
-from typing import Self
+from typing import Any, Self
 
 import torch
 from vllm.config import VllmConfig
 from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from momentkv_vllm.config import AUTO, EvictionConfig
+from momentkv_vllm.config import AUTO, BudgetClass, EvictionConfig
 from momentkv_vllm.head_budgets import equal_until
 from momentkv_vllm.kernels.limits import CacheShape
 from momentkv_vllm.model_layers import full_layers, keeps_states
@@ -110,17 +111,36 @@ def page_tokens(config: EvictionConfig, block_size: int, splits_blocks: bool) ->
     return math.gcd(config.default_page_tokens, block_size) if splits_blocks else block_size
 
 
-def schedule_of(config: EvictionConfig, page_size: int, head_dim: int, dtype: torch.dtype) -> PageSchedule:
-    """The page schedule of this configuration for a model's KV heads. Raises ValueError on too small a budget."""
-    return StateLayout.of(config, page_size, head_dim, dtype).schedule
+def schedules_of(
+    config: EvictionConfig, page_size: int, head_dim: int, dtype: torch.dtype, most_tokens: int
+) -> tuple[PageSchedule, ...]:
+    """The page schedules of a configuration's classes for a model's KV heads and sequences of at most `most_tokens`. How a page
+    is read does not depend on the class. Raises ValueError on too small a budget."""
+
+    def of(served: BudgetClass) -> PageSchedule:
+        schedule = StateLayout.of(served.config, page_size, head_dim, dtype).schedule
+        return schedule if served.evicts else schedule.keeping_all(most_tokens)
+
+    return tuple(map(of, config.classes))
 
 
 def expected_layout(config: EvictionConfig, vllm_config: VllmConfig) -> StateLayout:
     """The layout that a model's layers will get, told before there are any. Raises ValueError on too small a budget."""
+    return _expected(vllm_config, config, lambda *heads: StateLayout.of(config, *heads))
+
+
+def expected_schedules(config: EvictionConfig, vllm_config: VllmConfig) -> tuple[PageSchedule, ...]:
+    """Likewise the page schedules of all classes."""
+    longest = vllm_config.model_config.max_model_len
+    return _expected(vllm_config, config, lambda *heads: schedules_of(config, *heads, longest))
+
+
+def _expected(vllm_config: VllmConfig, config: EvictionConfig, of: Callable[[int, int, torch.dtype], Any]) -> Any:
+    """What `of` says of page size, head size and dtype."""
     model, block_size, layers = vllm_config.model_config, vllm_config.cache_config.block_size, full_layers(vllm_config)
     page_size = page_tokens(config, int(block_size * layers.page_ratio), keeps_states(model))
     try:
-        return StateLayout.of(config, page_size, layers.head_size, model.dtype)
+        return of(page_size, layers.head_size, model.dtype)
     except ValueError as error:
         if page_size <= block_size:
             raise
@@ -135,21 +155,23 @@ class MomentKVSpec(FullAttentionSpec):
     """Full attention whose sequences never hold more than a budget.
 
     Attributes:
-        schedule: which pages a sequence holds; that of `page_tokens` always.
+        schedules: which pages a sequence of each class holds, those of `page_tokens` always; the default class's first.
         config: the user's settings.
         step_tokens: most tokens of one request scheduled and not yet settled.
         model_name, engine: labels of the metrics.
         layers: how many layers evict, each counted once per tensor-parallel rank.
         splits_blocks: the model has layers that keep a state, and blocks as large as that, of several pages.
+        most_tokens: of a sequence (--max-model-len).
     """
 
-    schedule: PageSchedule
+    schedules: tuple[PageSchedule, ...]
     config: EvictionConfig
     step_tokens: int
     model_name: str
     engine: int
     layers: int = 0
     splits_blocks: bool = False
+    most_tokens: int = 0
 
     def __post_init__(self) -> None:
         """vLLM gives all layers of a model pages of as many bytes, by copies of the spec with more tokens per page
@@ -164,8 +186,8 @@ class MomentKVSpec(FullAttentionSpec):
             )
         page_size = page_tokens(self.config, self.block_size, self.splits_blocks)
         if page_size != self.schedule.page_size:
-            schedule = schedule_of(self.config, page_size, self.head_size, self.dtype)
-            object.__setattr__(self, "schedule", schedule)
+            schedules = schedules_of(self.config, page_size, self.head_size, self.dtype, self.most_tokens)
+            object.__setattr__(self, "schedules", schedules)
 
     @classmethod
     def of(cls, spec: FullAttentionSpec, config: EvictionConfig, vllm_config: VllmConfig, layers: int) -> Self:
@@ -177,15 +199,17 @@ class MomentKVSpec(FullAttentionSpec):
         known = {f.name: getattr(spec, f.name) for f in fields(spec) if f.init}
         model, splits = vllm_config.model_config.served_model_name, keeps_states(vllm_config.model_config)
         page_size, parallel = page_tokens(config, spec.block_size, splits), vllm_config.parallel_config
+        longest = vllm_config.model_config.max_model_len
         return cls(
             **known,
-            schedule=schedule_of(config, page_size, spec.head_size, spec.dtype),
+            schedules=schedules_of(config, page_size, spec.head_size, spec.dtype, longest),
             config=config,
             step_tokens=vllm_config.max_in_flight_tokens,
             model_name=model[0] if isinstance(model, list) else model,
             engine=parallel.data_parallel_index,
             layers=layers * parallel.tensor_parallel_size,
             splits_blocks=splits,
+            most_tokens=longest,
         )
 
     @classmethod
@@ -194,25 +218,40 @@ class MomentKVSpec(FullAttentionSpec):
         AssertionError tells it that these share no group."""
         assert all(isinstance(s, cls) for s in specs), "layers with and without eviction share no group"
         base = FullAttentionSpec.merge([FullAttentionSpec(**_base_fields(s)) for s in specs])
-        if any(s.schedule != specs[0].schedule for s in specs):
+        if any(s.schedules != specs[0].schedules for s in specs):
             refuse("--kv-eviction needs the same KV head size in all layers")
         return replace(specs[0], **_base_fields(base))
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        """What a sequence of max_model_len holds between steps: the figure behind vLLM's reported concurrency.
+        """What a sequence of max_model_len holds between steps, of the class that holds most: the figure behind vLLM's reported
+        concurrency, and the least that it lets a pool have.
 
         While a prompt is read, tokens that wait for the next of its events (`reading_pages`) and the chunk being prefilled
         come on top; the manager checks at start-up that the pool has room for them.
         """
         blocks = cdiv(vllm_config.model_config.max_model_len, self.block_size)
-        if self.schedule.exact_prompt_tokens < ANY_PROMPT:
-            blocks = min(blocks, self.blocks.budget)
+        if not self.reads_any_prompt_whole:
+            blocks = min(blocks, max(self.blocks_of(s).budget for s in self.schedules))
         return blocks * self.page_size_bytes
 
     @property
+    def reads_any_prompt_whole(self) -> bool:
+        """Whether a prompt of any length is attended exactly (prefill "full")."""
+        return any(s.exact_prompt_tokens >= ANY_PROMPT for s in self.schedules)
+
+    @property
+    def schedule(self) -> PageSchedule:
+        """Of the default class."""
+        return self.schedules[0]
+
+    @property
     def blocks(self) -> PageBlocks:
-        """vLLM's blocks of the schedule's pages."""
-        return PageBlocks.of(self.schedule, self.block_size)
+        """Likewise."""
+        return self.blocks_of(self.schedule)
+
+    def blocks_of(self, schedule: PageSchedule) -> PageBlocks:
+        """vLLM's blocks of a schedule's pages."""
+        return PageBlocks.of(schedule, self.block_size)
 
     @property
     def layout(self) -> StateLayout:
@@ -221,7 +260,7 @@ class MomentKVSpec(FullAttentionSpec):
     @property
     def cacheable_tokens(self) -> int:
         """Longest prefix that any request may take from the prefix cache."""
-        return self.cacheable_before(self.schedule.first_event_tokens)
+        return self.cacheable_before(min(s.first_event_tokens for s in self.schedules))
 
     def cacheable_before(self, first_event: int) -> int:
         """Longest prefix that a request may take from the prefix cache which evicts first at `first_event` tokens.
@@ -240,12 +279,11 @@ class MomentKVSpec(FullAttentionSpec):
         at the ends of blocks, which evictions are not."""
         if self.splits_blocks:
             return False
-        return self.schedule.exact_prompt_tokens < ANY_PROMPT and not self.config.policy_class.observes_every_query()
+        return not self.reads_any_prompt_whole and not self.config.policy_class.observes_every_query()
 
-    @property
-    def state_fingerprint(self) -> bytes:
-        """Of all that shapes a state besides the tokens; an engine has one kernel family."""
-        config = {key: value for key, value in self.config.to_dict().items() if not key.startswith("state_")}
+    def state_fingerprint(self, config: EvictionConfig) -> bytes:
+        """Of all that shapes a state of the class with this `config` besides the tokens; an engine has one kernel family."""
+        config = {key: value for key, value in config.to_dict().items() if not key.startswith("state_")}
         shape = [self.block_size, self.num_kv_heads, self.head_size, str(self.dtype)]
         return sha256(json.dumps([config, shape], sort_keys=True).encode()).digest()
 

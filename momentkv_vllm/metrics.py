@@ -16,7 +16,7 @@ import tempfile
 import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import glob
 
 from prometheus_client import REGISTRY
@@ -61,6 +61,7 @@ SECONDS_BOUNDS = (1e-5, 3e-5, 1e-4, 3e-4, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 PAGE_KINDS = ("store", "moments", "window")
 SEQUENCE_STATES = ("below_budget", "evicting")
 TOKEN_KINDS = ("held", "evicted")
+CLASS_LABEL = "kv_budget"
 
 RETIRED_PAGES = Metric("momentkv:retired_pages", "counter", "KV pages freed to the pool by eviction.")
 EVICTED_TOKENS = Metric("momentkv:evicted_tokens", "counter", "Tokens folded into moments, per KV head.")
@@ -97,6 +98,18 @@ STATE_MISSED_TOKENS = Metric(
     "momentkv:state_missed_tokens", "counter", "Tokens that an earlier text had too, read again for want of a state."
 )
 STATES = Metric("momentkv:states", "gauge", "States in the prefix cache now.")
+CLASS_BUDGET = Metric("momentkv:class_budget_pages", "gauge", "Most pages of a sequence, by budget class.", CLASS_LABEL)
+CLASS_PAGES = Metric(
+    "momentkv:class_live_pages", "gauge", "KV pages that sequences own now, by budget class.", CLASS_LABEL
+)
+CLASS_SEQUENCES = Metric(
+    "momentkv:class_sequences", "gauge", "Sequences that own pages now, by budget class.", CLASS_LABEL
+)
+CLASS_EVICTED = Metric(
+    "momentkv:class_evicted_tokens", "counter", "Tokens folded into moments, per KV head, by budget class.", CLASS_LABEL
+)
+CLASS_METRICS = (CLASS_BUDGET, CLASS_PAGES, CLASS_SEQUENCES, CLASS_EVICTED)
+"""Their label's values are the classes that a server declares (`of_classes`); the other figures are sums over them."""
 CORE_METRICS = (
     RETIRED_PAGES, EVICTED_TOKENS, FREED_BYTES, LIVE_PAGES, SEQUENCES, TOKENS, STOCK_PAGES, POOL_PAGES, BUDGET_PAGES, HELD_TOKENS,
     STATE_LOOKUPS, STATE_HITS, STATE_SAVED_TOKENS, STATE_MISSED_TOKENS, STATES,
@@ -121,7 +134,12 @@ CORRECTION = Metric(
 WORKER_METRICS = (CONSOLIDATE_SECONDS, EVICTED_MASS, CORRECTION)
 """Written by the first tensor-parallel rank of each pipeline stage of an engine (attention/monitor.py)."""
 
-METRICS = (*CORE_METRICS, *WORKER_METRICS)
+METRICS = (*CORE_METRICS, *CLASS_METRICS, *WORKER_METRICS)
+
+
+def of_classes(names: Sequence[str]) -> list[Metric]:
+    """`CLASS_METRICS` for classes of these names, in their order."""
+    return [replace(metric, label_values=tuple(names)) for metric in CLASS_METRICS]
 
 
 class MetricWriter:

@@ -31,7 +31,7 @@ class PageBlocks:
     @property
     def rewritten(self) -> int:
         """Blocks that hold store and moments, wholly or in part: never freed while the sequence lives."""
-        return cdiv(self.schedule.store_pages + self.schedule.moment_pages, self.pages)
+        return cdiv(self.schedule.store_pages + self.schedule.moment_pages, self.pages) if self.schedule.evicts else 0
 
     def retired(self, boundary_column: int) -> int:
         """First block that is not wholly retired once every page before `boundary_column` is; those rewritten stay."""
@@ -44,12 +44,14 @@ class PageBlocks:
 
     def least_pool(self, step_tokens: int) -> int:
         """Blocks that a pool must have for one sequence, as `PageSchedule.least_pool_pages`."""
-        if self.schedule.exact_prompt_tokens >= ANY_PROMPT:
+        if not self.schedule.evicts or self.schedule.exact_prompt_tokens >= ANY_PROMPT:
             return self.budget
         whole = cdiv(self.schedule.least_pool_pages(step_tokens), self.pages)
         return max(whole, self._held(self.schedule.peak_pages(step_tokens)))
 
     def _held(self, pages: int) -> int:
         """Blocks of so many pages that were retired from in between."""
+        if not self.schedule.evicts:
+            return cdiv(pages, self.pages)
         window = pages - self.schedule.store_pages - self.schedule.moment_pages
         return self.rewritten + cdiv(window - 1, self.pages) + 1

@@ -15,7 +15,7 @@ or every `prefill_retire_tokens` while a prompt is read; at its end one more eve
 count e retires every page before `boundary_column(e)`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from momentkv_vllm.config import AUTO, EvictionConfig
 from momentkv_vllm.event_counts import EventCounts
@@ -28,6 +28,8 @@ EXACT_PROMPT_BUDGETS = 4
 """Prompts up to so many budgets are attended exactly with prefill "auto"."""
 ANY_PROMPT = 1 << 62
 """As `exact_prompt_tokens`."""
+NO_EVENT = 1 << 62
+"""A token count that no sequence reaches."""
 
 
 def cdiv(a: int, b: int) -> int:
@@ -52,6 +54,7 @@ class PageSchedule(EventCounts):
             0: heads always hold as many.
         exact_prompt_tokens: longest prompt that is attended exactly, all of its events deferred to its end; 0: none
             ("chunked" prefill), ANY_PROMPT: all ("full").
+        evicts: False: the budget is as large as the longest sequence, which never reaches it.
     """
 
     page_size: int
@@ -66,6 +69,12 @@ class PageSchedule(EventCounts):
     run_tokens: int = 1
     prefill_retire_pages: int = 0
     equal_tokens: int = 0
+    evicts: bool = True
+
+    def keeping_all(self, most_tokens: int) -> "PageSchedule":
+        """The schedule of sequences of at most `most_tokens` that keep every token: all is window."""
+        window = max(1, cdiv(most_tokens, self.page_size) - self.store_pages - self.moment_pages)
+        return replace(self, window_pages=window, exact_prompt_tokens=0, prefill_retire_pages=0, evicts=False)
 
     @property
     def budget_pages(self) -> int:
@@ -109,7 +118,7 @@ class PageSchedule(EventCounts):
     @property
     def first_event_tokens(self) -> int:
         """Committed tokens at which the budget is full: below it the run is stock attention."""
-        return self.budget_pages * self.page_size
+        return self.budget_pages * self.page_size if self.evicts else NO_EVENT
 
     def boundary_column(self, committed_tokens: int, prompt_tokens: int = 0) -> int:
         """First column still exact once `committed_tokens` are in; 0 while nothing was ever evicted.
@@ -147,7 +156,7 @@ class PageSchedule(EventCounts):
 
     def least_pool_pages(self, step_tokens: int) -> int:
         """Pages that a pool must have for one sequence; in "full" prefill a prompt may need more, as in stock vLLM."""
-        if self.exact_prompt_tokens >= ANY_PROMPT:
+        if not self.evicts or self.exact_prompt_tokens >= ANY_PROMPT:
             return self.budget_pages
         return max(self.peak_pages(step_tokens), self._exact_prompt_pages(step_tokens))
 

@@ -32,12 +32,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         )
     for each in (save, load):
         each.add_argument("--cache-salt", default="", help="that of the requests that shall find the state")
+        each.add_argument("--kv-budget", default="", metavar="NAME", help="their budget class, else the default")
 
 
 def run(args: argparse.Namespace) -> None:
     """Prints a line of JSON per state. Raises ValueError with the server's refusal."""
     if args.action == "save":
-        body = {"name": args.name, "cache_salt": args.cache_salt, **_text(args)}
+        body = {"name": args.name, **_found_by(args), **_text(args)}
         print(json.dumps(_ask(args.url, "/save", body)))
         return
     listed = _ask(args.url)["states"] if args.action == "list" or not args.names else []
@@ -48,11 +49,15 @@ def run(args: argparse.Namespace) -> None:
     refusals = []
     for name in args.names or [state["name"] for state in listed if "error" not in state]:
         try:
-            print(json.dumps(_ask(args.url, "/load", {"name": name, "cache_salt": args.cache_salt})), flush=True)
+            print(json.dumps(_ask(args.url, "/load", {"name": name, **_found_by(args)})), flush=True)
         except ValueError as error:  # the next file may fit
             refusals.append(f"{name}: {error}")
     if refusals:
         raise ValueError("\n".join(refusals))
+
+
+def _found_by(args: argparse.Namespace) -> dict[str, str]:
+    return {"cache_salt": args.cache_salt, "kv_budget": args.kv_budget}
 
 
 def _text(args: argparse.Namespace) -> dict[str, Any]:

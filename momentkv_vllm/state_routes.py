@@ -16,6 +16,7 @@ from vllm import SamplingParams
 from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest, TokenizeCompletionRequest
 
 from momentkv_vllm import state_file
+from momentkv_vllm.budget_classes import KV_BUDGET
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.refuse import refuse
 
@@ -23,11 +24,12 @@ PATH = "/kv_eviction/states"
 
 
 class StateToLoad(BaseModel):
-    """cache_salt: that of the requests that shall find it."""
+    """cache_salt, kv_budget: those of the requests that shall find it."""
 
     model_config = ConfigDict(extra="forbid")
     name: str
     cache_salt: str = ""
+    kv_budget: str = ""
 
 
 class StateToSave(StateToLoad):
@@ -58,7 +60,7 @@ def state_routes(keys: list[str], guard: Any) -> APIRouter:
             return no
         try:
             tokens = await _tokens_of(body, request)
-            await _read(request.app.state.momentkv_engine, tokens, body.cache_salt)
+            await _read(request.app.state.momentkv_engine, tokens, body)
             return await _ask_engines(request, "save", body, tokens)
         except ValueError as error:
             return _error(str(error))
@@ -73,17 +75,20 @@ def state_routes(keys: list[str], guard: Any) -> APIRouter:
 async def _ask_engines(request: Request, action: str, body: StateToLoad, tokens: list[int]) -> JSONResponse:
     """Every data-parallel engine; the first one's answer."""
     core = request.app.state.momentkv_engine.engine_core
-    answers = await core.call_utility_all_async("kv_eviction_states", action, body.name, tokens, body.cache_salt)
+    answers = await core.call_utility_all_async(
+        "kv_eviction_states", action, body.name, tokens, body.cache_salt, body.kv_budget
+    )
     errors = [answer["error"] for answer in answers if "error" in answer]
     return _error(errors[0]) if errors else JSONResponse(next(answer for answer in answers if answer))
 
 
-async def _read(engine: Any, tokens: list[int], salt: str) -> None:
+async def _read(engine: Any, tokens: list[int], body: StateToSave) -> None:
     """Have the first engine read the text, so that its last state is in the prefix cache; what is there already is not read."""
-    prompt = {"prompt_token_ids": tokens} | ({"cache_salt": salt} if salt else {})
+    prompt = {"prompt_token_ids": tokens} | ({"cache_salt": body.cache_salt} if body.cache_salt else {})
     parallel = engine.vllm_config.parallel_config
     first = {"data_parallel_rank": 0} if parallel.data_parallel_size > 1 else {}
-    settings = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+    chosen = {KV_BUDGET: body.kv_budget} if body.kv_budget else None
+    settings = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, extra_args=chosen)
     async for _ in engine.generate(prompt, settings, f"kv-state-{uuid.uuid4()}", **first):
         pass
 

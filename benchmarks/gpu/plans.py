@@ -16,7 +16,7 @@ def compare(device: str) -> dict[str, Any]:
     compared = 0
     for store in graph.STORES:
         config, schedule, _, _ = graph.laid_out(store, 512, 64)
-        host = StepPlanner(schedule, config, graph.POLICY)
+        host = StepPlanner([schedule], config, graph.POLICY)
         planner = DecodePlanner(schedule, config, graph.POLICY, ROWS, device)
         columns = CONTEXT * schedule.budget_pages
         table = torch.randperm(ROWS * columns).view(ROWS, columns).int() + 1

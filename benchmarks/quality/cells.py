@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from momentkv_vllm.config import SMALL_BUDGET_TOKENS, EvictionConfig
-from momentkv_vllm.kv_spec import record_layout, schedule_of, settled
+from momentkv_vllm.kv_spec import StateLayout, record_layout, settled
 from momentkv_vllm.policies import DEFAULT, names
 
 FULL = "full cache"
@@ -128,7 +128,7 @@ def cells(
 
 def _fits(cell: Cell, head_dim: int) -> bool:
     try:
-        schedule_of(EvictionConfig.from_dict(cell.eviction), cell.page_size, head_dim, DTYPE)
+        StateLayout.of(EvictionConfig.from_dict(cell.eviction), cell.page_size, head_dim, DTYPE)
     except ValueError as error:
         print(f"left out: {cell.name}: {error}")
         return False

@@ -88,10 +88,10 @@ class MomentKVMetadataBuilder(CPUAttentionMetadataBuilder):
         kernels = select(config.kernels, shape=kv_cache_spec.layout.cache_shape(kv_cache_spec.dtype))
         logger.info_once("--kv-eviction %s: kernels %s", config.policy, kernels.label())
         planner = SharingPlanner if shares_caches(vllm_config) else StepPlanner
-        self.planner = planner(kv_cache_spec.schedule, config, config.policy_class)
+        self.planner = planner(kv_cache_spec.schedules, config, config.policy_class)
         if get_tensor_model_parallel_rank() == 0:
             self.monitor = Monitor(kv_cache_spec)
-        if self.planner.schedule.reads_prompt_lengths:
+        if any(schedule.reads_prompt_lengths for schedule in kv_cache_spec.schedules):
             # Makes the runner hand prompt lengths to builders (CommonAttentionMetadata.rswa_prefix_lens), the only field
             # that carries them. Nothing else on a CPU worker reads this attribute of this process's config copy (ledger of
             # patches: vllm_seams/__init__.py).
@@ -118,6 +118,7 @@ class MomentKVMetadataBuilder(CPUAttentionMetadataBuilder):
             common.seq_lens[:n].tolist(),
             prompts,
             common.block_table_tensor[:n],
+            EvictingBackend.row_classes,
         )
 
 

@@ -119,7 +119,7 @@ class CudaMomentKVMetadataBuilder(TritonAttentionMetadataBuilder):
         kernels = _family(config, kv_cache_spec)
         logger.info_once("--kv-eviction %s: kernels %s", config.policy, kernels.label())
         gathers = kernels.name == "reference"
-        self.planner = StepPlanner(schedule, config, policy, MAX_SLOTS_PER_WORK if gathers else ANY_SLOTS)
+        self.planner = StepPlanner([schedule], config, policy, MAX_SLOTS_PER_WORK if gathers else ANY_SLOTS)
         if _plans_on_device(config, kernels):
             sizes = vllm_config.compilation_config.cudagraph_capture_sizes or [0]
             rows = max(vllm_config.scheduler_config.max_num_seqs, *sizes, 1)

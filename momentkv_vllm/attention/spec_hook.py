@@ -1,5 +1,6 @@
 """The bounded KV cache spec, given to every layer that attends to all tokens of a sequence; layers with a window keep vLLM's."""
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import ClassVar
 
@@ -25,6 +26,10 @@ class EvictingBackend:
     Written by `EvictingImpl.__init__` (layer.py) for every layer, while the model is built. Read by `customize_spec` alone,
     which vLLM calls for every layer after loading, with no config in reach (vllm/v1/worker/gpu_model_runner.py,
     get_kv_cache_spec). A process that builds two models builds and asks for them one after the other."""
+
+    row_classes: ClassVar[Sequence[int]] = ()
+    """Numbers of the budget classes of the next step's rows, which builders' metadata does not tell: a mailbox between the model
+    runner (vllm_seams/cpu_runner.py), which writes it before every step, and the builders, which it calls then."""
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:

@@ -5,7 +5,7 @@ queries of a segment see the same store and moments. Round r handles the r-th se
 is one round, and the result never depends on how the scheduler cut the prompt.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,6 +40,7 @@ class Segment:
     retire_to:       boundary column after the event at `end`, 0 if there is none.
     observe_from:    position of the first query whose attention is observed for the coming event.
     observe_only:    the row is below its budget and attended by vLLM's kernel.
+    schedule:        of the row's budget class, by number.
     """
 
     row: int
@@ -50,6 +51,7 @@ class Segment:
     retire_to: int
     observe_from: int
     observe_only: bool = False
+    schedule: int = 0
 
 
 @dataclass
@@ -75,19 +77,31 @@ class StepPlan:
 
 
 class StepPlanner:
-    """Builds `StepPlan`; pure index arithmetic on the CPU, no model data."""
+    """Builds `StepPlan`; pure index arithmetic on the CPU, no model data.
+
+    schedules: of the budget classes, the default's first.
+    """
 
     def __init__(
-        self, schedule: PageSchedule, config: EvictionConfig, policy: type[Policy], most_slots: int = MAX_SLOTS_PER_WORK
+        self,
+        schedules: Sequence[PageSchedule],
+        config: EvictionConfig,
+        policy: type[Policy],
+        most_slots: int = MAX_SLOTS_PER_WORK,
     ) -> None:
-        self.schedule = schedule
+        self.schedules = schedules
         self.most_slots = most_slots
         self.config = config
         self.observe = policy.observes is not None
         self.observe_all = policy.observes_every_query()
 
     def build(
-        self, query_start: list[int], seq_lens: list[int], prompt_lens: list[int], block_table: torch.Tensor
+        self,
+        query_start: list[int],
+        seq_lens: list[int],
+        prompt_lens: list[int],
+        block_table: torch.Tensor,
+        classes: Sequence[int] = (),
     ) -> StepPlan:
         """Plan one step.
 
@@ -96,6 +110,7 @@ class StepPlanner:
             seq_lens: [num_requests] committed tokens at the end of the step.
             prompt_lens: [num_requests] prompt lengths; read where the schedule `reads_prompt_lengths`.
             block_table: [num_requests, columns] page numbers.
+            classes: number of each request's budget class; rows beyond have the default.
         """
         table = block_table.numpy()
         stock_rows: list[int] = []
@@ -103,7 +118,8 @@ class StepPlanner:
         for row, end in enumerate(seq_lens):
             first_token = query_start[row]
             start = end - (query_start[row + 1] - first_token)
-            segments = list(self._segments(row, first_token, start, end, prompt_lens[row]))
+            number = classes[row] if row < len(classes) else 0
+            segments = list(self._segments(row, first_token, start, end, prompt_lens[row], number))
             if all(s.boundary_column == 0 and s.retire_to == 0 for s in segments):
                 # Nothing evicted, nothing to evict: vLLM's own kernel, bit for bit.
                 stock_rows.append(row)
@@ -124,8 +140,10 @@ class StepPlanner:
         start = max(s.start, s.observe_from)
         return replace(s, first_token=s.first_token + start - s.start, start=start, observe_only=True)
 
-    def _segments(self, row: int, first_token: int, start: int, end: int, prompt: int) -> Iterator[Segment]:
-        schedule = self.schedule
+    def _segments(
+        self, row: int, first_token: int, start: int, end: int, prompt: int, number: int
+    ) -> Iterator[Segment]:
+        schedule = self.schedules[number]
         events = set(schedule.events(start, end, prompt))
         most = MAX_EXACT_QUERIES if prompt <= schedule.exact_prompt_tokens else MAX_QUERIES
         first_cut = start + most - (start - schedule.first_event_tokens) % most
@@ -138,43 +156,47 @@ class StepPlanner:
                 end=stop,
                 boundary_column=schedule.boundary_column(position, prompt),
                 retire_to=schedule.boundary_column(stop, prompt) if stop in events else 0,
-                observe_from=self._observe_from(position, prompt),
+                observe_from=self._observe_from(schedule, position, prompt),
+                schedule=number,
             )
             position = stop
 
-    def _observe_from(self, position: int, prompt: int) -> int:
+    def _observe_from(self, schedule: PageSchedule, position: int, prompt: int) -> int:
         """First observed position before the next event; NEVER when nothing is observed."""
-        if not self.observe:
+        if not self.observe or not schedule.evicts:
             return NEVER
         if self.observe_all:
             return 0
-        event = self.schedule.next_event(position, prompt)
-        if not self.schedule.competes(self.schedule.boundary_column(event, prompt)):
+        event = schedule.next_event(position, prompt)
+        if not schedule.competes(schedule.boundary_column(event, prompt)):
             return NEVER  # a quantised store still has room: nobody competes
-        return max(event - self.config.observation_tokens, self.schedule.last_event(position, prompt))
+        return max(event - self.config.observation_tokens, schedule.last_event(position, prompt))
 
     def _attends(self, segments: list[Segment], table: np.ndarray) -> list[AttendWork]:
-        # Decode rows would pay for the padding of chunks beside them: they get a list of their own.
-        groups: dict[tuple[bool, bool], list[Segment]] = {}
+        # Decode rows would pay for the padding of chunks beside them: they get a list of their own. A list has one schedule.
+        groups: dict[tuple[int, bool, bool], list[Segment]] = {}
         for s in segments:
-            groups.setdefault((s.observe_only, s.end - s.start > 1), []).append(s)
+            groups.setdefault((s.schedule, s.observe_only, s.end - s.start > 1), []).append(s)
         return [self._attend(part, table) for group in groups.values() for part in self._split(group)]
 
     def _retires(self, segments: list[Segment], table: np.ndarray) -> list[RetireWork]:
-        due = [s for s in segments if s.retire_to]
         # A first event retires more pages than later ones: grouping by their number avoids padding.
-        numbers = sorted({s.retire_to - self._retire_from(s) for s in due})
-        return [self._retire([s for s in due if s.retire_to - self._retire_from(s) == n], table) for n in numbers]
+        due: dict[tuple[int, int], list[Segment]] = {}
+        for s in segments:
+            if s.retire_to:
+                due.setdefault((s.schedule, s.retire_to - self._retire_from(s)), []).append(s)
+        return [self._retire(due[key], table) for key in sorted(due)]
 
     def _split(self, segments: list[Segment]) -> Iterator[list[Segment]]:
         """Parts of at most `most_slots` gathered slots."""
-        slots = max(self.schedule.retained_pages(s.end, s.boundary_column) for s in segments) * self.schedule.page_size
+        schedule = self.schedules[segments[0].schedule]
+        slots = max(schedule.retained_pages(s.end, s.boundary_column) for s in segments) * schedule.page_size
         size = max(1, self.most_slots // slots)
         for i in range(0, len(segments), size):
             yield segments[i : i + size]
 
     def _attend(self, segments: list[Segment], table: np.ndarray) -> AttendWork:
-        schedule = self.schedule
+        schedule = self.schedules[segments[0].schedule]
         num_pages = max(schedule.retained_pages(s.end, s.boundary_column) for s in segments)
         n = len(segments)
         pages = np.zeros((n, num_pages), np.int64)
@@ -207,40 +229,43 @@ class StepPlanner:
         )
 
     def _retire(self, segments: list[Segment], table: np.ndarray) -> RetireWork:
-        rows = [s.row for s in segments]
+        rows, schedule = [s.row for s in segments], self.schedules[segments[0].schedule]
         retiring = [table[s.row, self._retire_from(s) : s.retire_to] for s in segments]
         return RetireWork(
-            store_pages=torch.from_numpy(table[rows, : self.schedule.store_pages].astype(np.int64)),
+            store_pages=torch.from_numpy(table[rows, : schedule.store_pages].astype(np.int64)),
             retiring_pages=torch.from_numpy(np.stack(retiring).astype(np.int64)),
             moment_pages=self._moment_pages(segments, table),
             num_evicted=self._count(segments),
-            run_tokens=self.schedule.run_tokens,
+            run_tokens=schedule.run_tokens,
             stored=self._stored(segments),
-            store_tokens=self.schedule.store_tokens,
-            evicts=any(self.schedule.competes(s.retire_to) for s in segments),
+            store_tokens=schedule.store_tokens,
+            evicts=any(schedule.competes(s.retire_to) for s in segments),
         )
 
     def _retained_columns(self, s: Segment) -> list[int]:
-        end = cdiv(s.end, self.schedule.page_size)
+        schedule = self.schedules[s.schedule]
+        end = cdiv(s.end, schedule.page_size)
         if s.boundary_column == 0:
             return list(range(end))
-        return [*range(self.schedule.store_pages), *range(s.boundary_column, end)]
+        return [*range(schedule.store_pages), *range(s.boundary_column, end)]
 
     def _retire_from(self, s: Segment) -> int:
-        return s.boundary_column or self.schedule.store_pages
+        return s.boundary_column or self.schedules[s.schedule].store_pages
 
     def _moment_pages(self, segments: list[Segment], table: np.ndarray) -> torch.Tensor:
-        columns = self.schedule.record_pages
+        columns = self.schedules[segments[0].schedule].record_pages
         return torch.from_numpy(np.ascontiguousarray(table[[s.row for s in segments], columns], np.int64))
 
     def _stored(self, segments: list[Segment]) -> torch.Tensor | None:
         """Tokens in quantised stores."""
-        if not self.schedule.is_packed:
+        schedule = self.schedules[segments[0].schedule]
+        if not schedule.is_packed:
             return None
-        return torch.tensor([self.schedule.stored_tokens(s.boundary_column) for s in segments])
+        return torch.tensor([schedule.stored_tokens(s.boundary_column) for s in segments])
 
     def _count(self, segments: list[Segment]) -> torch.Tensor:
-        return torch.tensor([self.schedule.evicted_tokens(s.boundary_column) for s in segments], dtype=torch.float32)
+        schedule = self.schedules[segments[0].schedule]
+        return torch.tensor([schedule.evicted_tokens(s.boundary_column) for s in segments], dtype=torch.float32)
 
 
 def _column(segments: list[Segment], name: str) -> np.ndarray:

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
+from momentkv_vllm.block_manager.class_books import ClassBooks
+
 
 class ChecksIntegrity:
     """For the block manager (manager.py), whose fields it reads."""
@@ -27,37 +29,49 @@ class ChecksIntegrity:
         for number, count in owners.items():
             found = self.block_pool.blocks[number].ref_cnt
             assert found == count, f"page {number} has {count} owners, but is referenced {found} times"
-        if self.states:
-            self.states.check_integrity(set(owners))
+        for books in self.books:
+            if books.states:
+                books.states.check_integrity(set(owners))
         free = self.block_pool.get_num_free_blocks()
         total = self.block_pool.num_gpu_blocks - 1
         assert len(owners) + other_pages + free == total, (
             f"{len(owners)} owned + {other_pages} of other layers + {free} free pages != {total}"
         )
-        columns = sum(map(len, self.req_to_blocks.values()))
-        counted = self.total_live + self.total_retired
+        for books in self.books:
+            self._check_books(books)
+
+    def _check_books(self, books: ClassBooks) -> None:
+        """A class's sums are those of its requests."""
+        columns = sum(len(row) for name, row in self.req_to_blocks.items() if self.of(name) is books)
+        counted = books.live + books.retired
         assert columns == counted, f"stock would hold {columns} pages, the metrics say {counted}"
-        evicted = sum(map(self.schedule.evicted_tokens, self.evicting.values()))
-        assert evicted == self.total_evicted, f"{evicted} tokens are evicted, the metrics say {self.total_evicted}"
+        evicting = [boundary for name, boundary in self.evicting.items() if self.of(name) is books]
+        evicted = sum(map(books.schedule.evicted_tokens, evicting))
+        assert evicted == books.evicted, f"{evicted} tokens are evicted, the metrics say {books.evicted}"
+        sequences = sum(self.of(name) is books for name in self.live_pages)
+        found, counted = (sequences, len(evicting)), (books.sequences, books.evicting)
+        assert found == counted, f"{found} sequences own pages and evict, the metrics say {counted}"
 
     def _check_schedule(self, request: Request) -> None:
         """What was retired, the schedule must have retired too: a prompt that grew would move it back in `full` prefill."""
         retired = self.evicting.get(request.request_id, 0)
-        scheduled = self.schedule.boundary_column(request.num_computed_tokens, request.num_prompt_tokens)
+        schedule = self.of(request.request_id).schedule
+        scheduled = schedule.boundary_column(request.num_computed_tokens, request.num_prompt_tokens)
         assert retired <= scheduled, (
             f"{request.request_id}: retired up to column {retired}, but the schedule says {scheduled} at "
             f"{request.num_computed_tokens} tokens of a prompt of {request.num_prompt_tokens}"
         )
 
     def _check_request(self, request_id: str, blocks: list[KVCacheBlock]) -> None:
-        boundary = self.blocks.retired(self.evicting.get(request_id, 0))
+        books = self.of(request_id)
+        boundary = books.blocks.retired(self.evicting.get(request_id, 0))
         sealed = request_id in self.prefixes and self.prefixes[request_id].sealed
         assert not boundary or not self.enable_caching or sealed, f"{request_id} evicts unsealed"
         for column, block in enumerate(blocks):
-            rewritten = column < self.rewritten_pages
+            rewritten = column < books.rewritten
             retired = not rewritten and column < boundary
             assert block.is_null == retired, f"{request_id}: column {column} null={block.is_null}, boundary {boundary}"
-            if column < self.private_pages and not retired:
+            if column < books.private and not retired:
                 assert block.ref_cnt == 1, f"{request_id}: page {column} has {block.ref_cnt} owners"
             if rewritten:
                 assert block.block_hash is None or not sealed, (
@@ -65,5 +79,5 @@ class ChecksIntegrity:
                 )
         live = sum(not b.is_null for b in blocks)
         assert live == self.live_pages.get(request_id, 0), f"{request_id}: {live} live pages, counted otherwise"
-        cap = self.max_admission_blocks_per_request
+        cap = books.admission
         assert cap is None or live <= cap, f"{request_id}: {live} live pages exceed the admission bound {cap}"

@@ -6,6 +6,7 @@ from itertools import takewhile
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, resolve_block_hashes
 from vllm.v1.request import Request
 
+from momentkv_vllm.block_manager.class_books import ClassBooks
 from momentkv_vllm.block_manager.states import StateCache
 
 
@@ -34,7 +35,7 @@ class KeepsStates:
     * A request that ends or is preempted leaves its own pages as the state of its last event.
     """
 
-    states: StateCache | None
+    books: list[ClassBooks]
     shares_exact_prompts: bool
 
     def share_prompts(self, alone: bool) -> None:
@@ -43,24 +44,27 @@ class KeepsStates:
         alone: all layers evict. Otherwise the others' pages of an exact prompt and of a longer one with the same beginning have
         one key and other numbers, so that neither is kept beyond the budget.
         """
-        exact = self.schedule.exact_prompt_tokens > 0
+        exact = any(books.schedule.exact_prompt_tokens > 0 for books in self.books)
         if not self.enable_caching or (exact and not alone):
             return
         self.shares_exact_prompts = exact
         if self.kv_cache_spec.has_states:
-            states = StateCache(self.kv_cache_spec, self.block_pool, self.kv_cache_group_id)
-            self.states = states if states.most_states else None
+            for books in self.books:
+                states = StateCache(self.kv_cache_spec, self.block_pool, self.kv_cache_group_id, books.number)
+                books.states = states if states.most_states else None
 
     def cacheable_tokens(self, request: Request) -> int:
         """Longest prefix that the request's pages may be shared of; 0 without prefix caching."""
         if not self.enable_caching:
             return 0
-        first = self.schedule.first_event_of(request.num_prompt_tokens) if self.shares_exact_prompts else 0
-        return self.kv_cache_spec.cacheable_before(max(first, self.schedule.first_event_tokens))
+        schedule = self.of(request.request_id).schedule
+        first = schedule.first_event_of(request.num_prompt_tokens) if self.shares_exact_prompts else 0
+        return self.kv_cache_spec.cacheable_before(max(first, schedule.first_event_tokens))
 
-    def exact_prompt_hit(self, request: Request) -> list[KVCacheBlock]:
-        """Cached pages of a prompt that is longer than the budget and attended exactly: those that stock vLLM would find, up to
-        the queries before the prompt's end that the policy observes."""
+    def longer_hit(self, request: Request) -> list[KVCacheBlock]:
+        """Cached pages of a request that may take more than any other may: its class has a larger budget, or its prompt is longer
+        than the budget and attended exactly. Those that stock vLLM would find, up to the queries before the first event that
+        the policy observes."""
         most = min(self.cacheable_tokens(request), request.num_tokens - 1) // self.block_size
         if most * self.block_size <= self.kv_cache_spec.cacheable_tokens:
             return []
@@ -71,12 +75,13 @@ class KeepsStates:
     def _begin(self, state: PrefixState, request: Request) -> None:
         """The first step of a request that was admitted."""
         state.request = request
-        plan = self.states and self.states.plans.get(request)
+        states = self.of(request.request_id).states
+        plan = states and states.plans.get(request)
         if plan:
             state.keep = list(plan.keep)
-            self.states.remember(request, plan.known)
+            states.remember(request, plan.known)
             start = plan.start if request.request_id in self.evicting else 0
-            self.states.used(request, start)
+            states.used(request, start)
             self.metrics.looked_up(start, plan.known)
 
     def forget_state(self, request_id: str) -> None:
@@ -87,11 +92,13 @@ class KeepsStates:
 
     def _start_from_state(self, request_id: str, boundary: int) -> None:
         """The request goes on from hit pages that were a state: they become its own."""
+        books = self.of(request_id)
         self.evicting[request_id] = boundary
-        self.total_retired += boundary - self.rewritten_pages
-        self.total_evicted += self.schedule.evicted_tokens(boundary)
+        books.evicting += 1
+        books.retired += boundary - books.rewritten
+        books.evicted += books.schedule.evicted_tokens(boundary)
         self.prefixes[request_id] = PrefixState(0, sealed=True)
-        pages = self.req_to_blocks[request_id][: self.rewritten_pages]
+        pages = self.req_to_blocks[request_id][: books.rewritten]
         cached = [column for column, page in enumerate(pages) if page.block_hash is not None]
         if len(cached) <= self._spare_pages():
             for column in cached:
@@ -101,29 +108,36 @@ class KeepsStates:
 
     def _keep_state(self, state: PrefixState) -> None:
         """Keep the state that the request's pages hold before the coming step, if its plan says so."""
-        request = state.request
-        event = self.schedule.last_event(request.num_computed_tokens, request.num_prompt_tokens)
-        planned = event in state.keep and self.states.covers(request, event)
+        request, books = state.request, self.of(state.request.request_id)
+        states = books.states
+        event = books.schedule.last_event(request.num_computed_tokens, request.num_prompt_tokens)
+        planned = event in state.keep and states.covers(request, event)
         state.keep = [e for e in state.keep if e > event]
         row = self.req_to_blocks[request.request_id]
-        if not planned or (not self.states.has(request, event) and self._spare_pages() < self.rewritten_pages):
+        if not planned or (not states.has(request, event) and self._spare_pages() < books.rewritten):
             return
-        self.states.hold_window(request, event, row)
-        if not self.states.has(request, event):
-            copies = self.block_pool.get_new_blocks(self.rewritten_pages)
+        states.hold_window(request, event, row)
+        if not states.has(request, event):
+            copies = self.block_pool.get_new_blocks(books.rewritten)
             for page, copy in zip(row, copies, strict=False):
                 self._copy_before_step(page, copy)
-            self.states.hold(request, event, copies)
-        self.metrics.states_held(self.states.count())
+            states.hold(request, event, copies)
+        self.metrics.states_held(self.states_held())
 
     def _leave_state(self, request: Request) -> None:
         """The request gives its pages back: they hold the state of its last event once the steps in flight are done."""
-        event = self.schedule.last_event(request.num_computed_tokens, request.num_prompt_tokens)
-        if not self.states or not self.states.covers(request, event):
+        books = self.of(request.request_id)
+        states = books.states
+        event = books.schedule.last_event(request.num_computed_tokens, request.num_prompt_tokens)
+        if not states or not states.covers(request, event):
             return
         row = self.req_to_blocks[request.request_id]
-        self.states.remember(request, request.num_prompt_tokens)
-        self.states.hold_window(request, event, row)
-        if not self.states.has(request, event):
-            self.states.hold(request, event, row[: self.rewritten_pages])
-        self.metrics.states_held(self.states.count())
+        states.remember(request, request.num_prompt_tokens)
+        states.hold_window(request, event, row)
+        if not states.has(request, event):
+            states.hold(request, event, row[: books.rewritten])
+        self.metrics.states_held(self.states_held())
+
+    def states_held(self) -> int:
+        """Of all classes."""
+        return sum(books.states.count() for books in self.books if books.states)

@@ -1,18 +1,19 @@
 """The scheduler's side: frees retired pages to vLLM's pool, bounds admission, keeps shared prefixes out of harm's way, counts."""
 
-import sys
 from collections.abc import Sequence
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
+from momentkv_vllm.block_manager.class_books import ClassBooks
 from momentkv_vllm.block_manager.integrity import ChecksIntegrity
 from momentkv_vllm.block_manager.keeping import KeepsStates, PrefixState
 from momentkv_vllm.block_manager.metrics import PageMetrics
 from momentkv_vllm.block_manager.startup import announce
+from momentkv_vllm.budget_classes import class_number
 from momentkv_vllm.kv_spec import MomentKVSpec
-from momentkv_vllm.page_schedule import ANY_PROMPT
+from momentkv_vllm.page_schedule import PageSchedule
 
 
 class MomentKVManager(ChecksIntegrity, KeepsStates, FullAttentionManager):
@@ -36,30 +37,49 @@ class MomentKVManager(ChecksIntegrity, KeepsStates, FullAttentionManager):
 
     def __init__(self, kv_cache_spec: MomentKVSpec, **kwargs) -> None:
         super().__init__(kv_cache_spec, **kwargs)
-        self.schedule, self.blocks = kv_cache_spec.schedule, kv_cache_spec.blocks
-        # Bounds what a waiting request must find free: with eviction it never holds its whole prompt.
-        if self.schedule.exact_prompt_tokens < ANY_PROMPT:
-            self.max_admission_blocks_per_request = self.blocks.least_pool(kv_cache_spec.step_tokens)
+        self.books = [ClassBooks.of(kv_cache_spec, number) for number in range(len(kv_cache_spec.schedules))]
+        self.chosen: dict[str, int] = {}
         self.evicting: dict[str, int] = {}
         self.live_pages: dict[str, int] = {}
         self.prefixes: dict[str, PrefixState] = {}
         self._copied_from: dict[int, KVCacheBlock] = {}
-        # Sums over requests, so that counting costs the same for one sequence and for a thousand.
-        self.total_live = self.total_retired = self.total_evicted = 0
-        self.states = None
         self.shares_exact_prompts = False
         self.metrics = PageMetrics(kv_cache_spec, self.block_pool.num_gpu_blocks - 1)
         announce(kv_cache_spec, self.block_pool.num_gpu_blocks - 1)
 
     @property
-    def rewritten_pages(self) -> int:
-        """Columns before this one are rewritten once the request evicts: S+M, or the blocks that hold these pages."""
-        return self.blocks.rewritten
+    def schedule(self) -> PageSchedule:
+        """Of the default class."""
+        return self.books[0].schedule
 
-    @property
-    def private_pages(self) -> int:
-        """Columns before this one have a single owner. Observed attention is kept by page, so what is observed is not shared."""
-        return sys.maxsize if self.kv_cache_spec.observes_attention else self.rewritten_pages
+    def of(self, request_id: str) -> ClassBooks:
+        """The books of a request's class; those of the default for one that nobody chose a class for."""
+        return self.books[self.chosen.get(request_id, 0)]
+
+    def choose(self, request: Request) -> None:
+        """Note the class of a request that comes in, until `forget`."""
+        settings = request.sampling_params
+        number = class_number(self.kv_cache_spec.config.class_names, settings and settings.extra_args)
+        if number:
+            self.chosen[request.request_id] = number
+
+    def usage(self, request: Request) -> dict[str, str | int]:
+        """What a request that ends has held, before it gives back its pages: tokens in its pages, tokens in its moments (the last
+        token that it sampled is in neither), and the pages themselves, as the pool knows them."""
+        books = self.of(request.request_id)
+        computed = min(request.num_computed_tokens, request.num_tokens - 1)
+        boundary = books.schedule.boundary_column(computed, request.num_prompt_tokens)
+        evicted = books.schedule.evicted_tokens(boundary)
+        return {
+            "kv_budget": books.served.name,
+            "held_tokens": computed - evicted,
+            "evicted_tokens": evicted,
+            "held_pages": self.live_pages.get(request.request_id, 0),
+        }
+
+    def forget(self, request_id: str) -> None:
+        """The request has ended and given back its pages."""
+        self.chosen.pop(request_id, None)
 
     @classmethod
     def find_longest_cache_hit(cls, *, max_length: int, kv_cache_spec: MomentKVSpec, **kwargs):
@@ -72,10 +92,12 @@ class MomentKVManager(ChecksIntegrity, KeepsStates, FullAttentionManager):
         self, request_id: str, num_tokens: int, new_computed_blocks: Sequence[KVCacheBlock], *args, **kwargs
     ) -> int:
         """As vLLM's, plus the pages for copies of hit pages that others own. Columns that were retired need no page."""
+        books = self.of(request_id)
+        self.max_admission_blocks_per_request = books.admission  # read by the call below
         hit = [b for b in new_computed_blocks if not b.is_null]
         num_tokens -= (len(new_computed_blocks) - len(hit)) * self.block_size
         pages = super().get_num_blocks_to_allocate(request_id, num_tokens, hit, *args, **kwargs)
-        return pages + sum(b.ref_cnt > 0 for b in hit[: self.private_pages])
+        return pages + sum(b.ref_cnt > 0 for b in hit[: books.private])
 
     def add_local_computed_blocks(
         self,
@@ -87,12 +109,13 @@ class MomentKVManager(ChecksIntegrity, KeepsStates, FullAttentionManager):
     ) -> None:
         """Give a new request its hit pages; those that it must not share become its own."""
         super().add_local_computed_blocks(request_id, new_computed_blocks, num_local_computed_tokens, *args, **kwargs)
-        for column, block in enumerate(new_computed_blocks[: self.private_pages]):
+        books = self.of(request_id)
+        for column, block in enumerate(new_computed_blocks[: books.private]):
             if block.ref_cnt > 1 and not block.is_null:
                 self._make_private(request_id, column, block)
         # Of an exact prompt there are as many pages as in stock vLLM; a state lacks those that were retired.
         if any(block.is_null for block in new_computed_blocks):
-            self._start_from_state(request_id, self.schedule.boundary_column(num_local_computed_tokens))
+            self._start_from_state(request_id, books.schedule.boundary_column(num_local_computed_tokens))
         self._count_live(request_id, sum(not b.is_null for b in new_computed_blocks))
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
@@ -114,7 +137,7 @@ class MomentKVManager(ChecksIntegrity, KeepsStates, FullAttentionManager):
         filled = min(num_tokens, request.num_computed_tokens, self.cacheable_tokens(request))
         super().cache_blocks(request, filled, *args, **kwargs)
         # `num_tokens` leaves out a token that is still in flight (async scheduling), the step does not.
-        if state.step_end_tokens >= self.schedule.first_event_of(request.num_prompt_tokens):
+        if state.step_end_tokens >= self.of(request.request_id).schedule.first_event_of(request.num_prompt_tokens):
             state.sealed = True
             self._seal(request.request_id)
 
@@ -122,20 +145,23 @@ class MomentKVManager(ChecksIntegrity, KeepsStates, FullAttentionManager):
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
         """Free what the schedule has retired at `processed_computed_tokens` settled tokens."""
-        boundary = self.schedule.boundary_column(processed_computed_tokens, num_prompt_tokens or 0)
+        books = self.of(request_id)
+        boundary = books.schedule.boundary_column(processed_computed_tokens, num_prompt_tokens or 0)
         before = self.evicting.get(request_id, 0)
         # A request that was preempted starts again at zero; its pages were all freed.
         if boundary <= before or request_id not in self.req_to_blocks:
             return
-        first, last = self.blocks.retired(before) or self.rewritten_pages, self.blocks.retired(boundary)
+        blocks = books.blocks
+        first, last = blocks.retired(before) or blocks.rewritten, blocks.retired(boundary)
         self._remove_blocks_in_range(request_id, first, last)
         self.evicting[request_id] = boundary
         freed = last - first
-        self.total_retired += freed
-        newly_evicted = self.schedule.evicted_tokens(boundary) - self.schedule.evicted_tokens(before)
-        self.total_evicted += newly_evicted
+        newly_evicted = books.schedule.evicted_tokens(boundary) - books.schedule.evicted_tokens(before)
+        books.evicting += not before
+        books.retired += freed
+        books.evicted += newly_evicted
         self._count_live(request_id, -freed)
-        self.metrics.retired(pages=freed, tokens=newly_evicted)
+        self.metrics.retired(books.number, pages=freed, tokens=newly_evicted)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """As vLLM's, for a request that ends or is preempted. What its last step has filled is cached first."""
@@ -145,10 +171,12 @@ class MomentKVManager(ChecksIntegrity, KeepsStates, FullAttentionManager):
         elif state and state.request:
             self._cache_last_step(state.request)
         blocks = super().pop_blocks_for_free(request_id)
-        boundary = self.evicting.pop(request_id, 0)
-        self.total_retired -= max(0, self.blocks.retired(boundary) - self.rewritten_pages)
-        self.total_evicted -= self.schedule.evicted_tokens(boundary)
-        self.total_live -= self.live_pages.pop(request_id, 0)
+        books, boundary = self.of(request_id), self.evicting.pop(request_id, 0)
+        books.evicting -= boundary > 0
+        books.retired -= max(0, books.blocks.retired(boundary) - books.rewritten)
+        books.evicted -= books.schedule.evicted_tokens(boundary)
+        books.sequences -= request_id in self.live_pages
+        books.live -= self.live_pages.pop(request_id, 0)
         self._publish()
         return blocks
 
@@ -173,7 +201,9 @@ class MomentKVManager(ChecksIntegrity, KeepsStates, FullAttentionManager):
 
     def _seal(self, request_id: str) -> None:
         """Take the request's pages that will be rewritten out of the prefix cache, leaving copies there."""
-        cached = [b for b in self.req_to_blocks[request_id][: self.rewritten_pages] if b.block_hash is not None]
+        cached = [
+            b for b in self.req_to_blocks[request_id][: self.of(request_id).rewritten] if b.block_hash is not None
+        ]
         copies = self.block_pool.get_new_blocks(min(self._spare_pages(), len(cached)))
         for page, copy in zip(cached, copies, strict=False):
             self.block_pool.move_block_hashes(page, copy)
@@ -200,10 +230,11 @@ class MomentKVManager(ChecksIntegrity, KeepsStates, FullAttentionManager):
 
     def _count_live(self, request_id: str, change: int) -> None:
         if change:
+            books = self.of(request_id)
+            books.sequences += request_id not in self.live_pages
+            books.live += change
             self.live_pages[request_id] = self.live_pages.get(request_id, 0) + change
-            self.total_live += change
             self._publish()
 
     def _publish(self) -> None:
-        counts = self.total_live, self.total_retired, self.total_evicted, len(self.live_pages), len(self.evicting)
-        self.metrics.holdings(*counts)
+        self.metrics.holdings(self.books)

@@ -1,5 +1,8 @@
 """The engine core's figures: what the block manager's books say, kept as running totals."""
 
+from collections.abc import Sequence
+
+from momentkv_vllm.block_manager.class_books import ClassBooks
 from momentkv_vllm.kv_spec import MomentKVSpec
 from momentkv_vllm.metrics import (
     BUDGET_PAGES,
@@ -19,6 +22,7 @@ from momentkv_vllm.metrics import (
     STOCK_PAGES,
     TOKENS,
     MetricWriter,
+    of_classes,
 )
 
 
@@ -27,15 +31,24 @@ class PageMetrics(MetricWriter):
     of the schedule, those of store and moments count as store."""
 
     def __init__(self, spec: MomentKVSpec, pool_pages: int) -> None:
-        super().__init__(CORE_METRICS, spec.model_name, spec.engine)
-        self._blocks, self._moment_pages = spec.blocks, 0 if spec.splits_blocks else spec.schedule.moment_pages
+        self._class_budget, self._class_pages, self._class_sequences, self._class_evicted = by_class = of_classes(
+            spec.config.class_names
+        )
+        super().__init__([*CORE_METRICS, *by_class], spec.model_name, spec.engine)
+        self._block_tokens, self._moment_pages = (
+            spec.blocks.tokens,
+            0 if spec.splits_blocks else spec.schedule.moment_pages,
+        )
         self._page_bytes = spec.page_bytes
         self.set(POOL_PAGES, pool_pages)
         self.set(BUDGET_PAGES, spec.blocks.budget)
         self.set(HELD_TOKENS, spec.schedule.held_tokens)
+        for number, schedule in enumerate(spec.schedules):
+            self.set(self._class_budget, spec.blocks_of(schedule).budget, number)
 
-    def retired(self, pages: int, tokens: int) -> None:
-        """Pages were freed and tokens evicted."""
+    def retired(self, number: int, pages: int, tokens: int) -> None:
+        """Pages of a sequence of the class of that number were freed and tokens evicted."""
+        self.add(self._class_evicted, tokens, number)
         self.add(RETIRED_PAGES, pages)
         self.add(EVICTED_TOKENS, tokens)
         self.add(FREED_BYTES, pages * self._page_bytes)
@@ -51,13 +64,19 @@ class PageMetrics(MetricWriter):
     def states_held(self, states: int) -> None:
         self.set(STATES, states)
 
-    def holdings(self, live_pages: int, absent_pages: int, evicted: int, sequences: int, evicting: int) -> None:
-        """State of all sequences: pages they own and retired, tokens they evicted; how many own any page, how many evict."""
-        store, moments = evicting * (self._blocks.rewritten - self._moment_pages), evicting * self._moment_pages
-        for index, pages in enumerate((store, moments, live_pages - store - moments)):
+    def holdings(self, classes: Sequence[ClassBooks]) -> None:
+        """State of all sequences, by class."""
+        for books in classes:
+            self.set(self._class_pages, books.live, books.number)
+            self.set(self._class_sequences, books.sequences, books.number)
+        live, evicting = sum(b.live for b in classes), sum(b.evicting for b in classes)
+        evicted, columns = sum(b.evicted for b in classes), live + sum(b.retired for b in classes)
+        moments = evicting * self._moment_pages
+        store = sum(b.evicting * b.rewritten for b in classes) - moments
+        for index, pages in enumerate((store, moments, live - store - moments)):
             self.set(LIVE_PAGES, pages, index)
-        self.set(STOCK_PAGES, live_pages + absent_pages)
-        self.set(TOKENS, (live_pages + absent_pages) * self._blocks.tokens - evicted, 0)
+        self.set(STOCK_PAGES, columns)
+        self.set(TOKENS, columns * self._block_tokens - evicted, 0)
         self.set(TOKENS, evicted, 1)
-        self.set(SEQUENCES, sequences - evicting, 0)
+        self.set(SEQUENCES, sum(b.sequences for b in classes) - evicting, 0)
         self.set(SEQUENCES, evicting, 1)

@@ -15,8 +15,10 @@ from vllm.v1.request import Request, StreamingUpdate
 
 from momentkv_vllm.block_manager.manager import MomentKVManager
 from momentkv_vllm.block_manager.startup import refuse_pool_without_states
+from momentkv_vllm.budget_classes import KV_BUDGET, KV_USAGE, USAGE_FIELD
 from momentkv_vllm.kv_spec import MomentKVSpec
 from momentkv_vllm.model_layers import sharing_layers
+from momentkv_vllm.page_schedule import PageSchedule
 from momentkv_vllm.refuse import refuse
 
 
@@ -38,56 +40,61 @@ class StopsAtEvents:
 
     def bind(self, evicting: MomentKVManager) -> None:
         """Take over what the block manager and its spec say."""
-        self.evicting, spec = evicting, evicting.kv_cache_spec
-        self.states = evicting.states
-        self.page_schedule = spec.schedule
-        self.unshared_tokens = spec.unshared_tokens
+        self.evicting = evicting
+        self.unshared_tokens = evicting.kv_cache_spec.unshared_tokens
+
+    def _schedule_of(self, request: Request) -> PageSchedule:
+        return self.evicting.of(request.request_id).schedule
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """vLLM's last word on how many tokens of a request a step computes: [num_computed_tokens, + num_new_tokens)."""
         tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         if self.caches_are_shared and request.sampling_params.prompt_logprobs is not None:
-            event = self.page_schedule.next_event(num_computed_tokens, request.num_prompt_tokens)
+            event = self._schedule_of(request).next_event(num_computed_tokens, request.num_prompt_tokens)
             tokens = min(tokens, event - num_computed_tokens)
         if num_computed_tokens < request.num_tokens - 1:  # it reads known tokens, without drafts
             uncached = self.evicting.cacheable_tokens(request) - num_computed_tokens
-            first_event = self.page_schedule.first_event_of(request.num_prompt_tokens)
+            first_event = self._schedule_of(request).first_event_of(request.num_prompt_tokens)
             reaches_event = num_computed_tokens + tokens >= first_event
             if uncached > 0 and reaches_event:
                 return min(tokens, uncached)
             return self._until_kept_state(request, num_computed_tokens, tokens)
         if tokens <= 1:
             return tokens
-        event = self.page_schedule.next_event(num_computed_tokens, request.num_prompt_tokens)
+        event = self._schedule_of(request).next_event(num_computed_tokens, request.num_prompt_tokens)
         return min(tokens, max(1, event - self.unshared_tokens - num_computed_tokens))
 
     def _until_kept_state(self, request: Request, start: int, tokens: int) -> int:
         """Such that a step's end comes before the next event after one at which the state shall be kept."""
-        plan = self.states and self.states.plans.get(request)
+        books = self.evicting.of(request.request_id)
+        plan = books.states and books.states.plans.get(request)
         keep = next((event for event in plan.keep if event > start), None) if plan else None
-        reads_past = keep and self.page_schedule.next_event(keep, request.num_prompt_tokens) <= start + tokens
+        reads_past = keep and books.schedule.next_event(keep, request.num_prompt_tokens) <= start + tokens
         return keep - start if reads_past else tokens
 
 
 class StartsFromStates(StopsAtEvents):
     """A request whose text is longer than the budget starts from the latest state of its beginning, if one is cached; one whose
-    prompt is attended exactly, from its pages, as in stock vLLM."""
+    prompt is attended exactly, from its pages, as in stock vLLM. vLLM's own lookup knows no classes and ends before any request's
+    first event; what a request may take beyond is found here."""
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         hit = super()._get_local_prefix_cache_hit(request)
         if not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
             return hit
-        row = self.evicting.exact_prompt_hit(request)
-        if len(row) * self.evicting.block_size > hit[1]:
-            return KVCacheBlocks((row,)), len(row) * self.evicting.block_size, 0, False
-        if self.states is None:
+        row, states = self.evicting.longer_hit(request), self.evicting.of(request.request_id).states
+        tokens = len(row) * self.evicting.block_size
+        groups = tokens > hit[1] and self._rows_of_all_groups(request, tokens, row)
+        if groups:
+            hit = KVCacheBlocks(groups), tokens, 0, False
+        if states is None:
             return hit
-        for event, row in self.states.hits(request, after=hit[1]):
+        for event, row in states.hits(request, after=hit[1]):
             groups = self._rows_of_all_groups(request, event, row)
             if groups:
                 hit = KVCacheBlocks(groups), event, 0, False
                 break
-        self.states.plan(request, start=hit[1])
+        states.plan(request, start=hit[1])
         return hit
 
     def _rows_of_all_groups(
@@ -96,7 +103,7 @@ class StartsFromStates(StopsAtEvents):
         """`row` beside what layers with a window need at `tokens`; None if that is not cached."""
         coordinator, groups = self.kv_cache_manager.coordinator, []
         for manager in coordinator.single_type_managers:
-            if manager.kv_cache_group_id == self.states.group_id:
+            if manager is self.evicting:
                 groups.append(row)
                 continue
             (blocks,), length = manager.find_longest_cache_hit(
@@ -136,15 +143,30 @@ class RestartsSessions(StartsFromStates):
         self.caches_are_shared = bool(sharing_layers(self.vllm_config.model_config))
         self.overtaken: WeakSet[Request] = WeakSet()
 
+    def add_request(self, request: Request) -> None:
+        if request.request_id not in self.requests:
+            self.evicting.choose(request)
+        super().add_request(request)
+
+    def _free_request(self, request: Request, *args, **kwargs) -> tuple[dict | None, dict | None]:
+        said = {USAGE_FIELD: self.evicting.usage(request)} if _asks_for_usage(request) else None
+        of_connector, *others = super()._free_request(request, *args, **kwargs)
+        return said or of_connector, *others
+
+    def _free_blocks(self, request: Request) -> None:
+        super()._free_blocks(request)
+        self.evicting.forget(request.request_id)
+
     def _handle_stopped_request(self, request: Request) -> bool:
         settled = request.num_computed_tokens - request.num_output_placeholders
-        event = self.page_schedule.next_event(settled, request.num_prompt_tokens)
+        event = self._schedule_of(request).next_event(settled, request.num_prompt_tokens)
         if settled < request.num_computed_tokens and event - self.unshared_tokens < request.num_computed_tokens:
             self.overtaken.add(request)
         return super()._handle_stopped_request(request)
 
     def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
         before = self._past_events(session)
+        _keep_class(session, update)
         super()._update_request_as_session(session, update)
         if self._past_events(session) != before or session in self.overtaken:
             self.overtaken.discard(session)
@@ -152,7 +174,7 @@ class RestartsSessions(StartsFromStates):
 
     def _past_events(self, session: Request) -> list[int]:
         """All that its prompt's length has decided so far."""
-        schedule, prompt = self.page_schedule, session.num_prompt_tokens
+        schedule, prompt = self._schedule_of(session), session.num_prompt_tokens
         return list(schedule.events(0, session.num_computed_tokens, prompt)) if schedule.reads_prompt_lengths else []
 
     def _read_again(self, session: Request) -> None:
@@ -165,6 +187,19 @@ class RestartsSessions(StartsFromStates):
         if waits_with_pages:
             self.kv_holding_waiting.remove_request(session)
             self.waiting.add_request(session)
+
+
+def _asks_for_usage(request: Request) -> bool:
+    settings = request.sampling_params
+    return bool(settings and settings.extra_args and settings.extra_args.get(KV_USAGE))
+
+
+def _keep_class(session: Request, update: StreamingUpdate) -> None:
+    """A session keeps the class of its first piece, whose pages it has, whatever a later one says; workers read the later one."""
+    first, later = session.sampling_params.extra_args or {}, update.sampling_params.extra_args or {}
+    kept = {key: value for key, value in first.items() if key == KV_BUDGET}
+    if later.get(KV_BUDGET) != first.get(KV_BUDGET):
+        update.sampling_params.extra_args = {k: v for k, v in later.items() if k != KV_BUDGET} | kept
 
 
 def _evicting_spec(kv_cache_config: KVCacheConfig) -> MomentKVSpec:

@@ -12,7 +12,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock, make_block_hash_with_group
 from vllm.v1.request import Request
 
 import momentkv_vllm
-from momentkv_vllm.block_manager.states import StateCache
+from momentkv_vllm.budget_classes import KV_BUDGET, class_number, salted
 from momentkv_vllm.model_identity import model_identity
 from momentkv_vllm.refuse import refuse
 from momentkv_vllm.state_file import FORMAT, Header, token_hash
@@ -25,16 +25,26 @@ NO_TOKEN = 0
 
 
 class StateTransfer:
-    """One engine's.
+    """Those of one budget class of an engine.
 
     scheduler: ours. call_workers: EngineCore.collective_rpc. hasher: of vLLM's block hashes, which differ from start to start.
+    number: of the class, which keeps states.
     """
 
-    def __init__(self, vllm_config: Any, scheduler: Any, call_workers: Callable, hasher: Callable) -> None:
-        self.scheduler, self.states, self.call, self.hasher = scheduler, scheduler.states, call_workers, hasher
+    def __init__(
+        self, vllm_config: Any, scheduler: Any, call_workers: Callable, hasher: Callable, number: int = 0
+    ) -> None:
+        self.scheduler, self.call, self.hasher, self.books = (
+            scheduler,
+            call_workers,
+            hasher,
+            scheduler.evicting.books[number],
+        )
+        self.states, self.schedule = self.books.states, self.books.schedule
         self.managers = scheduler.kv_cache_manager.coordinator.single_type_managers
         self.spec, self.folder = scheduler.evicting.kv_cache_spec, scheduler.evicting.kv_cache_spec.config.state_folder
-        config, model = self.spec.config.to_dict(), vllm_config.model_config
+        # A class's states are those of a server with its budget alone.
+        config, model = self.books.served.config.to_dict(), vllm_config.model_config
         self.identity: Header = {
             "format": FORMAT,
             "momentkv": momentkv_vllm.__version__,
@@ -53,7 +63,7 @@ class StateTransfer:
         if not event:
             refuse(
                 f"these {len(tokens)} tokens have no state: nothing is evicted of texts below "
-                f"{self.spec.schedule.first_event_tokens} tokens, nor of prompts that prefill {self.spec.config.prefill!r} "
+                f"{self.schedule.first_event_tokens} tokens, nor of prompts that prefill {self.spec.config.prefill!r} "
                 f"reads exactly",
                 "save a longer text",
                 "serve with prefill 'chunked'",
@@ -76,7 +86,7 @@ class StateTransfer:
         header = self._call("open_kv_state", self.folder, name, self.identity)[0]
         tokens, event = header["token_ids"], header["tokens"]
         # As if more text followed: a text that prefill "auto" reads exactly finds no state.
-        request = self._request(tokens, salt, behind=1 + max(0, self.spec.schedule.exact_prompt_tokens - len(tokens)))
+        request = self._request(tokens, salt, behind=1 + max(0, self.schedule.exact_prompt_tokens - len(tokens)))
         self._check(name, header, tokens)
         found, _ = next(self._hits(request), (0, ()))
         if found < event:
@@ -89,6 +99,7 @@ class StateTransfer:
     def _request(self, tokens: list[int], salt: str | None, behind: int = 1) -> Request:
         """A text's, with so many tokens behind it."""
         text, settings = [*tokens, *[NO_TOKEN] * behind], SamplingParams(max_tokens=1)
+        salt = salted(salt, self.spec.config.class_names, self.books.number)
         return Request("kv-state", text, settings, None, cache_salt=salt, block_hasher=self.hasher)
 
     def _hits(self, request: Request) -> Iterator[tuple[int, Rows]]:
@@ -99,7 +110,7 @@ class StateTransfer:
                 yield event, rows
 
     def _check(self, name: str, header: Header, tokens: list[int]) -> None:
-        event, schedule = header["tokens"], self.spec.schedule
+        event, schedule = header["tokens"], self.schedule
         if (
             token_hash(tokens) != header["token_hash"]
             or len(tokens) != event
@@ -135,7 +146,7 @@ class StateTransfer:
             # In reverse: of pages freed together vLLM takes the first ones first, and a state is worth nothing without its own.
             pool.free_blocks(reversed(taken))
         self.states.remember(request, end=event)
-        self.scheduler.evicting.metrics.states_held(self.states.count())
+        self.scheduler.evicting.metrics.states_held(self.scheduler.evicting.states_held())
 
     def _name(self, request: Request, event: int, group: int, columns: list[int], row: list[KVCacheBlock]) -> None:
         """Give pages the keys by which a request finds them."""
@@ -160,7 +171,12 @@ class StateTransfer:
         return {"name": name, "tokens": event, "seconds": round(time.perf_counter() - start, 3)}
 
 
-def states_of(scheduler: Any) -> StateCache | None:
-    """None if the engine keeps no states, or may keep none in files."""
-    states = getattr(scheduler, "states", None)
-    return states if states and scheduler.evicting.kv_cache_spec.config.state_folder else None
+def class_with_states(scheduler: Any, name: str) -> int | None:
+    """Number of the budget class of that name, "": the default; None if the engine keeps no states of it, or may keep none in
+    files. Raises ValueError if there is none."""
+    evicting = getattr(scheduler, "evicting", None)
+    if evicting is None:
+        return None
+    config = evicting.kv_cache_spec.config
+    number = class_number(config.class_names, {KV_BUDGET: name} if name else None)
+    return number if config.state_folder and evicting.books[number].states else None

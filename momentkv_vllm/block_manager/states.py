@@ -63,7 +63,7 @@ class Found(NamedTuple):
 
 
 class StateCache:
-    """States of one engine.
+    """States of one budget class of an engine.
 
     Attributes:
         held: pages of each state by the hash of the block that ends at its event, least recently used first. vLLM may have taken
@@ -73,12 +73,19 @@ class StateCache:
         changes: how often a state or a text came in.
     """
 
-    def __init__(self, spec: MomentKVSpec, block_pool: BlockPool, group_id: int) -> None:
-        self.schedule, self.pool, self.group_id = spec.schedule, block_pool, group_id
+    def __init__(self, spec: MomentKVSpec, block_pool: BlockPool, group_id: int, number: int = 0) -> None:
+        """number: of the class. Classes have equal shares of what states may fill."""
+        config = spec.config.classes[number].config
+        self.schedule, self.pool, self.group_id = spec.schedules[number], block_pool, group_id
         self.state_pages = self.schedule.store_pages + self.schedule.moment_pages
-        self.most_states = int(spec.config.state_share * (block_pool.num_gpu_blocks - 1)) // self.state_pages
-        self.interval_tokens = spec.config.state_interval_tokens
-        self.fingerprint = spec.state_fingerprint
+        share = (
+            config.state_share
+            if config.state_share == 1
+            else config.state_share / sum(s.evicts for s in spec.schedules)
+        )
+        self.most_states = self.schedule.evicts * int(share * (block_pool.num_gpu_blocks - 1)) // self.state_pages
+        self.interval_tokens = config.state_interval_tokens
+        self.fingerprint = spec.state_fingerprint(config)
         self.held: dict[BlockHash, list[KVCacheBlock]] = {}
         self.known: dict[BlockHash, None] = {}
         self.plans: WeakKeyDictionary[Request, ReadingPlan] = WeakKeyDictionary()

@@ -10,6 +10,12 @@ that a user could have given (engine_args.py sets some that were left open). The
 | EngineArgs.create_engine_config | engine_args.py | nothing is refused before the engine starts | vLLM has a config hook |
 | CPUModelRunner.sample_tokens | cpu_runner.py | a seed and a long prompt end a CPU engine | vLLM rewinds CPU generators |
 | CPUModelRunner.initialize_kv_cache | cpu_runner.py | all heads hold as many tokens | vLLM has a hook after loading |
+| CPUModelRunner._build_attention_metadata | row_classes.py | rows all get the default budget | builders see requests |
+| InputProcessor.process_inputs | requests.py | an unknown budget class ends the engine | plugins may check requests |
+| OpenAIServingChat.chat_completion_stream_generator | usage.py | usage says nothing of eviction | usage may be extended |
+| OpenAIServingChat.chat_completion_full_generator | usage.py | same | same |
+| OpenAIServingCompletion.completion_stream_generator | usage.py | same | same |
+| OpenAIServingCompletion.request_output_to_completion_response | usage.py | same | same |
 | CPUModelRunner._zero_block_ids | block_memory.py | hybrids: other sequences' tokens are erased | vLLM zeroes whole blocks |
 | gpu_model_runner.copy_kv_cache_blocks_inplace | block_memory.py | hybrids: pages are copied in part | copies are whole |
 | Worker.determine_available_memory | gpu.py | what is observed lies beside the granted memory | specs ask for it |
@@ -17,9 +23,10 @@ that a user could have given (engine_args.py sets some that were left open). The
 | model_arch_config.rswa_window | attention/cpu_backend.py | builders learn no prompt lengths | their metadata has them |
 
 The first three are in place before vLLM builds its parser. The fourth mends stock vLLM as well. The fifth runs the model once,
-before there is a KV cache. The next two mend what stock runs into with blocks of several pages, and with copies in hybrid models.
-The one of `Worker` is CUDA's only. The one of `EngineCore` is added and replaces nothing. The last is a value, no method: set in
-the worker's copy of the model config where a page schedule asks for prompt lengths.
+before there is a KV cache. What concerns budgets of requests changes nothing for one that names none. Those of block_memory.py
+mend what stock runs into with blocks of several pages, and with copies in hybrid models. The one of `Worker` is CUDA's only.
+The one of `EngineCore` is added and replaces nothing. The last is a value, no method: set in the worker's copy of the model
+config where a page schedule asks for prompt lengths.
 
 tests/seams/test_seams.py is the second ledger: it finds every patch in our source, wants it in this table, and says by name which
 target vLLM renamed.

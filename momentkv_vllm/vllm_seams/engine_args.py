@@ -7,10 +7,12 @@ import argparse
 import functools
 import json
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
+from momentkv_vllm.budget_classes import budgets_of, written
 from momentkv_vllm.config import CONFIG_KEY, EvictionConfig
 from momentkv_vllm.environment import unknown_variables
 from momentkv_vllm.model_layers import has_windows, hides_tokens, keeps_states, named_windows
@@ -21,6 +23,9 @@ from momentkv_vllm.vllm_seams.hybrids import align_blocks, say_what_blocks_cost
 from momentkv_vllm.vllm_seams.refusals import SLIDING_PAGE_TOKENS, STATE_PAGES, refuse_unsupported, refuse_untested_vllm
 
 logger = logging.getLogger(f"vllm.{__name__}")
+
+API_SERVER = "vllm.entrypoints.launchers.api_server.entry"
+"""Imported in processes that answer over HTTP, before they make their configuration."""
 
 
 def patch_engine_args() -> None:
@@ -83,6 +88,10 @@ def _evicting_config(engine_args: Any, config: EvictionConfig, create: Callable[
     choose_scheduler(vllm_config)
 
     serve_metrics()
+    if API_SERVER in sys.modules:
+        from momentkv_vllm.vllm_seams.usage import patch_usage
+
+        patch_usage()
     return vllm_config
 
 
@@ -98,16 +107,29 @@ def _add_options(parser: Any) -> Any:
         help=_policies_help(),
     )
     group.add_argument(
-        "--kv-budget", type=int, default=None, metavar="TOKENS", help="KV tokens per sequence, moment state included."
+        "--kv-budget",
+        type=_budget,
+        default=None,
+        metavar="TOKENS",
+        help="KV tokens per sequence, moment state included; or several, of which a request chooses by vllm_xargs "
+        "{'kv_budget': ...} and the first is the default: 1024,4096,off or small=1024,exact=off.",
     )
     group.add_argument(
         "--kv-eviction-config",
         type=json.loads,
         default=None,
         help="Further settings as JSON or dotted keys, e.g. --kv-eviction-config.window_tokens 64. Keys: "
-        f"{', '.join(k for k in keys if k not in ('policy', 'budget_tokens'))}. window_tokens and retire_tokens may be auto.",
+        f"{', '.join(k for k in keys if not k.startswith(('policy', 'budget')))}. window_tokens and retire_tokens may be auto.",
     )
     return parser
+
+
+def _budget(text: str) -> int | dict[str, int | str]:
+    """Of one class, or of several by name."""
+    try:
+        return int(text) if text.isdecimal() else written(budgets_of(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _policies_help() -> str:
@@ -123,9 +145,10 @@ def _carry_options(engine_args: Any, args: argparse.Namespace) -> None:
     if not isinstance(given, dict):
         refuse(f"--kv-eviction-config {given!r} is not a JSON object", "write e.g. '{\"window_tokens\": 64}'")
     options: dict[str, Any] = dict(given)
+    budget = getattr(args, "kv_budget", None)
     for key, value in (
         ("policy", getattr(args, "kv_eviction", None)),
-        ("budget_tokens", getattr(args, "kv_budget", None)),
+        ("budgets" if isinstance(budget, dict) else "budget_tokens", budget),
     ):
         if value is None:
             continue

@@ -101,4 +101,9 @@ def gpu_rows(platform: Any, vllm_config: "VllmConfig", config: EvictionConfig) -
             sharing_layers(vllm_config.model_config),
         ),
         Unsupported("speculative decoding on a GPU", drafts, "leave --speculative-config out"),
+        Unsupported(
+            f"several budgets ({', '.join(config.class_names)}) on a GPU, which plans its steps with one schedule",
+            len(config.classes) > 1,
+            "give --kv-budget one number",
+        ),
     ]

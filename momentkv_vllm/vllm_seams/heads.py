@@ -42,6 +42,8 @@ def _rows(vllm_config: "VllmConfig", config: EvictionConfig, layout: StateLayout
             f"budget_tokens={config.budget_tokens}, a first event of {first} tokens and a store of {schedule.store_tokens}",
             first > schedule.store_tokens,
         ),
+        # A layer's tiles are laid out for one store, and the worker tells kernels of one (attention/head_reach.py).
+        Unsupported(f"several budgets ({', '.join(config.class_names)})", len(config.classes) > 1),
         # Who measures must run the model alone, and all of its layers must attend as they do when they serve.
         Unsupported(
             "tensor or pipeline parallelism", parallel.tensor_parallel_size * parallel.pipeline_parallel_size > 1

@@ -46,19 +46,21 @@ def align_blocks(vllm_config: "VllmConfig") -> None:
 
 def say_what_blocks_cost(vllm_config: "VllmConfig", config: EvictionConfig) -> None:
     """A line about the blocks, and a warning where most of a sequence's memory would be their rounding."""
-    from momentkv_vllm.kv_spec import expected_layout
+    from momentkv_vllm.kv_spec import expected_schedules
     from momentkv_vllm.page_blocks import PageBlocks
 
-    size, schedule = vllm_config.cache_config.block_size, expected_layout(config, vllm_config).schedule
-    held = PageBlocks.of(schedule, size).budget
-    say, sensible = logger.info, SENSIBLE_BLOCKS * size
-    if config.budget_tokens < sensible:
-        say = logger.warning
-    say(
-        "momentkv: vLLM's blocks are as large as a state of this model's other layers, %d tokens; pages are %d, and a sequence "
-        "with --kv-budget %d holds up to %d blocks, the memory of %d tokens; the least sensible budget is %d",
-        size, schedule.page_size, config.budget_tokens, held, held * size, sensible,
-    )  # fmt: skip
+    size = vllm_config.cache_config.block_size
+    for served, schedule in zip(config.classes, expected_schedules(config, vllm_config), strict=True):
+        if not served.evicts:
+            continue
+        held, budget = PageBlocks.of(schedule, size).budget, served.config.budget_tokens
+        sensible = SENSIBLE_BLOCKS * size
+        say = logger.warning if budget < sensible else logger.info
+        say(
+            "momentkv: vLLM's blocks are as large as a state of this model's other layers, %d tokens; pages are %d, and a "
+            "sequence with --kv-budget %d holds up to %d blocks, the memory of %d tokens; the least sensible budget is %d",
+            size, schedule.page_size, budget, held, held * size, sensible,
+        )  # fmt: skip
 
 
 def hybrid_rows(vllm_config: "VllmConfig", platform: Any) -> list[Unsupported]:

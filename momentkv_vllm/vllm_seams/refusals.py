@@ -134,6 +134,7 @@ def _engine_rows(vllm_config: "VllmConfig", config: EvictionConfig, platform: An
     scheduler = vllm_config.scheduler_config
     # A CPU has one backend, whatever a model's hook in vLLM writes here (Gemma 4's: models/config.py); only the user is obeyed.
     attention = backend if platform.is_cpu() else vllm_config.attention_config.backend
+    names = ", ".join(config.class_names)
     own, leave_out = _has_own_scheduler(vllm_config), "leave --scheduler-cls out, derive it from ours"
     coarse = f"prefill_retire_tokens={config.prefill_retire_tokens}" if config.prefill_retire_tokens else ""
     exact = f"prefill {config.prefill!r}" if config.prefill != "chunked" else ""
@@ -166,6 +167,11 @@ def _engine_rows(vllm_config: "VllmConfig", config: EvictionConfig, platform: An
             f"flight must be read again)",
             own and scheduler.async_scheduling,
             f"{leave_out}, use --no-async-scheduling",
+        ),
+        Unsupported(
+            f"--scheduler-cls {scheduler.scheduler_cls} with several budgets ({names}), of which a request chooses",
+            own and len(config.classes) > 1,
+            f"{leave_out}, give --kv-budget one number",
         ),
     ]
 
@@ -249,19 +255,23 @@ def _refuse_page_size(vllm_config: "VllmConfig") -> None:
 
 def _refuse_budget(vllm_config: "VllmConfig", config: EvictionConfig) -> None:
     """The budget must hold state and window; said here because here the user still sees it."""
-    from momentkv_vllm.kv_spec import expected_layout
+    from momentkv_vllm.kv_spec import expected_schedules
     from momentkv_vllm.page_blocks import PageBlocks
 
-    schedule, block_size = expected_layout(config, vllm_config).schedule, vllm_config.cache_config.block_size
-    pool = vllm_config.cache_config.num_gpu_blocks_override
-    step = vllm_config.max_in_flight_tokens
-    blocks = PageBlocks.of(schedule, block_size)
-    need = blocks.least_pool(step)
-    if pool is not None and need > pool - 1:
+    pool, step = vllm_config.cache_config.num_gpu_blocks_override, vllm_config.max_in_flight_tokens
+    for served, schedule in zip(config.classes, expected_schedules(config, vllm_config), strict=True):
+        blocks = PageBlocks.of(schedule, vllm_config.cache_config.block_size)
+        need = blocks.least_pool(step)
+        if pool is None or need <= pool - 1:
+            continue
+        what = f"--kv-budget {served.config.budget_tokens}, the rest for {schedule.what_needs_pages(step)}"
+        if not schedule.evicts:
+            what = (
+                f"--max-model-len {vllm_config.model_config.max_model_len} of requests with kv_budget {served.name!r}"
+            )
         refuse(
             f"--num-gpu-blocks-override {pool} leaves {pool - 1} pages of {blocks.tokens} tokens, but a sequence needs up "
-            f"to {need}: {blocks.budget} for --kv-budget {config.budget_tokens}, the rest for "
-            f"{schedule.what_needs_pages(step)}",
+            f"to {need}: {blocks.budget} for {what}",
             "lower --max-num-batched-tokens, exact_prompt_tokens, prefill_retire_tokens or --kv-budget",
             "give it more pages", WITHOUT,
         )  # fmt: skip

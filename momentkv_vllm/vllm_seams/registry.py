@@ -14,6 +14,8 @@ def register_seams() -> None:
     from momentkv_vllm.vllm_seams.cpu_runner import patch_cpu_runner
     from momentkv_vllm.vllm_seams.engine_core import patch_engine_core
     from momentkv_vllm.vllm_seams.gpu import patch_gpu_worker
+    from momentkv_vllm.vllm_seams.requests import patch_input_processor
+    from momentkv_vllm.vllm_seams.row_classes import patch_row_classes
 
     # The CPU platform always asks for CPU_ATTN (vllm/platforms/cpu.py), so ours takes its place.
     register_backend(AttentionBackendEnum.CPU_ATTN, "momentkv_vllm.attention.cpu_backend.MomentKVBackend")
@@ -23,8 +25,10 @@ def register_seams() -> None:
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(MomentKVSpec, MomentKVManager, uniform_type_base_spec=FullAttentionSpec)
     patch_engine_core()
+    patch_input_processor()
     if current_platform.is_cpu():
         patch_cpu_runner()
+        patch_row_classes()
         patch_block_memory()
     elif current_platform.is_cuda():
         patch_gpu_worker()

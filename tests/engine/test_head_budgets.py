@@ -92,6 +92,8 @@ def test_who_copies_reaches_far():
         ({"kernels": "reference"}, "kernels 'reference'"),
         ({"prefill": "full"}, "prefill 'full'"),
         ({"prefill_retire_tokens": 64}, "prefill_retire_tokens"),
+        ({"budgets": "128,256"}, r"several budgets \(128, 256\)"),
+        ({"budgets": "128,off"}, r"several budgets \(128, off\)"),
     ],
 )
 def test_where_heads_cannot_differ(engine, spread, options, why):

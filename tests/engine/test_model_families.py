@@ -88,7 +88,7 @@ def test_layers_of_several_kinds_and_exact_prompts_share_nothing_beyond_the_budg
     plain, cached = (engine(family_model("Gemma 3"), **options, enable_prefix_caching=c) for c in (False, True))
     for prompt in prompts:
         assert cached.generate([prompt], 16) == plain.generate([prompt], 16)
-    assert cached.manager.states is None and 0 < max(cached.cached_tokens.values()) < BUDGET
+    assert cached.manager.books[0].states is None and 0 < max(cached.cached_tokens.values()) < BUDGET
 
 
 @pytest.mark.parametrize("name", ["Gemma 3", "Gemma 4", "Gemma 4 E"])

@@ -27,13 +27,14 @@ from momentkv_vllm.metrics import read_metrics
 
 def main():
     options = json.loads(sys.argv[1])
-    eviction = {"policy": "momentkv", "budget_tokens": 384, "moment_dtype": "float32", "state_folder": sys.argv[3]}
+    eviction = {"policy": "momentkv", "budgets": "base=384,small=160", "moment_dtype": "float32", "state_folder": sys.argv[3]}
     llm = LLM(**options, max_model_len=4096, max_num_batched_tokens=256, dtype="float32",
               num_gpu_blocks_override=200, additional_config={"kv_eviction": eviction})
     prompts = json.loads(sys.argv[2])
 
-    def ask(some):
-        settings = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    def ask(some, names=("base",) * len(prompts)):
+        settings = [SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, extra_args={"kv_budget": name})
+                    for _, name in zip(some, names)]
         outputs = llm.generate([{"prompt_token_ids": p} for p in some], settings, use_tqdm=False)
         return [list(o.outputs[0].token_ids) for o in outputs], [o.num_cached_tokens for o in outputs]
 
@@ -45,7 +46,9 @@ def main():
     assert llm.reset_prefix_cache()
     said.append(call("kv_eviction_states", "load", "text", [], ""))
     loaded = ask(prompts[2:3])
-    print("RESULT", json.dumps({"tokens": tokens, "metrics": metrics, "again": again, "said": said, "loaded": loaded}))
+    both = ask(2 * prompts, ["base"] * len(prompts) + ["small"] * len(prompts))[0]
+    print("RESULT", json.dumps({"tokens": tokens, "metrics": metrics, "again": again, "said": said, "loaded": loaded,
+                                 "both": both}))
 
 if __name__ == "__main__":
     main()
@@ -85,6 +88,9 @@ def test_two_ranks_give_the_tokens_and_metrics_of_one(tmp_path, models, one_work
     assert two["tokens"] == one_worker["tokens"]
     for name in ("retired_pages_total", "evicted_tokens_total", "freed_bytes_total"):
         assert two["metrics"][f"momentkv:{name}"] == one_worker["metrics"][f"momentkv:{name}"] > 0, name
+    # Classes in one batch; the workers know a row's without a message.
+    assert two["both"] == one_worker["both"] and two["both"][: len(PROMPTS)] == one_worker["tokens"]
+    assert two["both"][len(PROMPTS) :] != one_worker["tokens"], "the classes answer alike: the test proves nothing"
     # From states: kept by every worker, and from a file of each.
     for run in (one_worker, two):
         assert run["again"][0] == one_worker["tokens"] and min(run["again"][1][1:]) > 384

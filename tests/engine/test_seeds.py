@@ -52,7 +52,7 @@ def test_prompts_are_cut_only_where_it_has_a_use(engine, options):
     # An exact prompt's first event is at its end.
     assert first == spec.cacheable_before(spec.schedule.first_event_of(400))
     # A state is kept a quarter of the budget before the prompt's end, and the second time it is read from there.
-    read = [320 - first, 80] if e.manager.states else [400 - first]
+    read = [320 - first, 80] if e.manager.books[0].states else [400 - first]
     assert rest[: len(read)] == read
     assert steps_of(e, random_prompt(400))[0] <= read[-1], "the second time nothing is left to cache"
     uncached = engine(**EVICT | options, max_num_batched_tokens=1024)

@@ -10,17 +10,20 @@ NEW = 20
 
 
 def ask_in_pieces(
-    e: Engine, pieces: list[list[int]], stop: tuple[int, ...] = ()
+    e: Engine, pieces: list[list[int]], stop: tuple[int, ...] = (), classes: tuple[str, ...] = ()
 ) -> tuple[list[list[int]], list[list[int]]]:
     """The answer after each piece, and the text that it answers. vLLM drops the last token of an answer that goes on.
 
-    stop: tokens that end the first answer.
+    stop: tokens that end the first answer. classes: that the first pieces ask for, the others for none.
     """
     core = e.vllm.engine_core.engine_core
     answers, texts, text = [], [], []
     for piece in pieces:
         ends = list(stop) if not answers else []
-        sampling = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True, stop_token_ids=ends)
+        asked = {"kv_budget": classes[len(answers)]} if len(answers) < len(classes) else None
+        sampling = SamplingParams(
+            temperature=0.0, max_tokens=NEW, ignore_eos=True, stop_token_ids=ends, extra_args=asked
+        )
         given = {"prompt_token_ids": list(piece)}  # vLLM extends the list that it is given
         request = e.vllm.input_processor.process_inputs(
             "s", given, sampling, resumable=True, supported_tasks=("generate",)
@@ -72,3 +75,16 @@ def test_a_step_in_flight_has_reached_the_event(engine, models):
         )
         overtaken += length + len(answers[0]) in range(250, 258)
     assert overtaken > 2, "no step in flight came near the event"
+
+
+@pytest.mark.parametrize("pipelined", [False, True])
+@pytest.mark.parametrize("first", ["large", "exact"])
+def test_a_session_keeps_the_class_of_its_first_piece(engine, models, first, pipelined):
+    """A later piece names another class, the ones after that none; the answers are those of the first class throughout."""
+    e = engine(
+        models(seed=1), policy="momentkv", budgets={"small": 256, "large": 384, "exact": "off"}, pipelined=pipelined,
+        enable_prefix_caching=True, max_num_batched_tokens=128,
+    )  # fmt: skip
+    answers, texts = ask_in_pieces(e, PIECES, classes=(first, "small"))
+    assert [e.generate([t], NEW, extra_args={"kv_budget": first})[0] for t in texts] == answers
+    assert e.generate([texts[-1]], NEW)[0] != answers[-1], "the classes answer alike: the test proves nothing"

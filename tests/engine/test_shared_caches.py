@@ -52,6 +52,17 @@ def test_tokens_do_not_depend_on_scheduling(engine, model, name, settings):
         assert list(many.cached_tokens.values())[-1] > BUDGET // 2, "the second time a state was meant to be found"
 
 
+def test_requests_of_several_budgets_get_what_an_engine_of_theirs_gives(engine, model):
+    """Beside each other in small steps: each of them has its events, and its last readers, where its own budget says."""
+    e = engine(model("Gemma 4 E"), **{**EVICT, "budgets": "256,512,off"}, max_num_batched_tokens=64)
+    names = [e.add(p, 40, extra_args={"kv_budget": name}) for p in PROMPTS for name in ("256", "512", "off")]
+    tokens = e.run()
+    alone = [engine(model("Gemma 4 E"), **EVICT | {"budget_tokens": n}).generate(PROMPTS, 40) for n in (256, 512)]
+    alone.append(engine(model("Gemma 4 E"), max_model_len=2048).generate(PROMPTS, 40))
+    assert [tokens[n] for n in names] == [answers[i] for i in range(len(PROMPTS)) for answers in alone]
+    assert len({tuple(tokens[n]) for n in names[-3:]}) == 3, "the budgets answer alike: the test proves nothing"
+
+
 def test_tokens_are_those_of_an_engine_that_never_preempts(engine, model):
     prompts = [random_prompt(n, seed=4) for n in (100, 110, 120)]
     roomy = engine(model("Gemma 3n"), **EVICT).generate(prompts, 200)

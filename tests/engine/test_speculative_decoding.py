@@ -20,8 +20,13 @@ EXACT = {
 }
 
 
-def run(folder, model, prompts: list[int], new_tokens: int, options: dict, **more) -> dict:
-    task = {"model": str(model), "prompts": prompts, "new_tokens": new_tokens, "options": options, "more": more}
+def run(
+    folder, model, prompts: list[int], new_tokens: int, options: dict, sampling: dict | None = None, **more
+) -> dict:
+    task = {
+        "model": str(model), "prompts": prompts, "new_tokens": new_tokens, "options": options, "more": more,
+        "sampling": sampling or {},
+    }  # fmt: skip
     script = Path(__file__).parents[1] / "support/draft_run.py"
     done = subprocess.run([sys.executable, str(script), json.dumps(task)], capture_output=True, text=True, cwd=folder)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
@@ -50,6 +55,16 @@ def test_tokens_are_those_without_drafts(tmp_path, models, mode):
     assert len(steps) < positions, "no draft was accepted: the test proves nothing"
     assert drafts > positions - len(steps), "no draft was rejected: the test proves nothing"
     assert any(first // 16 < (first + tokens - 1) // 16 for first, tokens in steps), "no draft crossed a page"
+
+
+def test_drafts_stop_at_the_events_of_their_class(tmp_path, models):
+    """Those of 384 tokens; the default class evicts first at 1,024."""
+    options = {**EXACT, "budgets": {"large": 1024, "small": 384}}
+    del options["budget_tokens"]
+    sampling = {"extra_args": {"kv_budget": "small"}}
+    seen = run(tmp_path, models(seed=1), [350, 600], 150, options, sampling)
+    assert seen["got"] == seen["want"] and not any(seen["events"]) and seen["steps"]
+    assert seen["retired"][0] == seen["retired"][1] and seen["retired"][0][0] > 0
 
 
 def test_a_prompt_that_comes_again_starts_from_its_state(tmp_path, models):

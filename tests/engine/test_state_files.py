@@ -40,8 +40,10 @@ def saving(engine, models, folder):
     return start
 
 
-def ask(e: Engine, action: str, name: str = "document", tokens: list[int] = (), salt: str = "") -> dict:
-    return e.vllm.engine_core.engine_core.kv_eviction_states(action, name, list(tokens), salt)
+def ask(
+    e: Engine, action: str, name: str = "document", tokens: list[int] = (), salt: str = "", kv_budget: str = ""
+) -> dict:
+    return e.vllm.engine_core.engine_core.kv_eviction_states(action, name, list(tokens), salt, kv_budget)
 
 
 def figure(e: Engine, metric) -> float:
@@ -255,7 +257,7 @@ def test_other_settings_are_refused_by_name(saving, options, words):
     e = saving(**options)
     error = ask(e, "load")["error"]
     assert words in error and "serve as it was saved" in error
-    assert not e.manager.states.count()
+    assert not e.manager.books[0].states.count()
 
 
 def test_another_model_is_refused(saving, models):
@@ -334,3 +336,28 @@ def test_without_a_folder_there_are_no_files(engine, models):
     e = engine(**SETTINGS, model=models(seed=1), enable_prefix_caching=True)
     assert "set --kv-eviction-config.state_folder" in save(e)["error"]
     assert not e.vllm.vllm_config.parallel_config.worker_extension_cls
+
+
+def test_a_file_is_of_its_class(saving, engine, models):
+    """Saved of a class, it fits that class of another server, and a server with that budget alone; no other class finds it."""
+    budgets = {"small": 128, "large": 256, "exact": "off"}
+    options = {"budgets": budgets, "budget_tokens": 128}
+    chosen = {"extra_args": {"kv_budget": "large"}}
+    e = saving(**options)
+    e.generate([DOCUMENT], 1, **chosen)
+    assert "have no state" in ask(e, "save", tokens=DOCUMENT)["error"]
+    assert ask(e, "save", tokens=DOCUMENT, kv_budget="large")["tokens"] == 896
+    assert "keeps no states" in ask(e, "save", tokens=DOCUMENT, kv_budget="exact")["error"]
+    assert "is not one of small, large, exact" in ask(e, "save", tokens=DOCUMENT, kv_budget="big")["error"]
+    want = engine(**SETTINGS, model=models(seed=1)).generate([QUESTION], 24)
+    other = saving(**options)
+    error = ask(other, "load")["error"]
+    assert "was saved with kv_eviction.budget_tokens 256, this server has 128" in error
+    assert ask(other, "load", kv_budget="large")["tokens"] == 896
+    for name, cached in (("small", 0), ("exact", 0), ("large", 896)):
+        tokens = other.generate([QUESTION], 24, extra_args={"kv_budget": name})
+        assert other.cached_tokens[f"r{len(other.cached_tokens) - 1}"] == cached
+        assert (tokens == want) == (name == "large")
+    single = saving()
+    assert ask(single, "load")["tokens"] == 896
+    assert single.generate([QUESTION], 24) == want and single.cached_tokens["r0"] == 896

@@ -245,14 +245,16 @@ def test_an_interval_and_a_share_of_the_pool(engine, models):
         e.generate([DOCUMENT], 8)
         e.generate([DOCUMENT[:700] + random_prompt(100)[1:]], 8)
     assert many.cached_tokens["r1"] == 640 and few.cached_tokens["r1"] < 640
-    assert figure(few, STATES) == few.manager.states.most_states < figure(many, STATES)
+    assert figure(few, STATES) == few.manager.books[0].states.most_states < figure(many, STATES)
 
 
 def test_a_text_that_waits_is_searched_once(monkeypatch):
     """vLLM looks the request at the head of the queue up at every step; again only when a state or a text came in."""
     init_none_hash(sha256)
     schedule = PageSchedule(16, 12, 0, 4)
-    spec = SimpleNamespace(schedule=schedule, config=EvictionConfig("keydiff", BUDGET), state_fingerprint=b"")
+    spec = SimpleNamespace(
+        schedules=(schedule,), config=EvictionConfig("keydiff", BUDGET), state_fingerprint=lambda config: b""
+    )
     states = StateCache(spec, BlockPool(100, True, 16), 0)
     hasher, settings = get_request_block_hasher(16, sha256), SamplingParams(max_tokens=1)
     waiting, other = (

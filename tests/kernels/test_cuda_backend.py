@@ -61,8 +61,8 @@ def test_the_layer_answers_as_the_cpu_backend(models, monkeypatch, policy):
         output = cuda.step(common_of(lens, new), *tokens)
         torch.testing.assert_close(output, want, rtol=1e-4, atol=1e-4)
     assert (
-        cpu.builder.planner.schedule.boundary_column(lens[0]) > 0
-        and cpu.builder.planner.schedule.boundary_column(lens[1]) == 0
+        cpu.builder.planner.schedules[0].boundary_column(lens[0]) > 0
+        and cpu.builder.planner.schedules[0].boundary_column(lens[1]) == 0
     )
 
 
@@ -72,7 +72,7 @@ def test_decode_steps_reuse_their_buffers(models):
     register()
     cuda = Side(config_of(models()), CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder)
     captured = lists_of(cuda.builder.build_for_cudagraph_capture(common_of([1, 1, 1], [1, 1, 1])))
-    schedule = cuda.builder.planner.schedule
+    schedule = cuda.builder.planner.schedules[0]
     due = [schedule.first_event_tokens, schedule.first_event_tokens + schedule.retire_tokens, 5]
     replayed = lists_of(cuda.builder.build(0, common_of(due, [1, 1, 1])))
     for before, now in zip(captured, replayed, strict=True):
@@ -150,6 +150,14 @@ def test_events_that_depend_on_a_prompt_s_length_are_refused_on_a_gpu(monkeypatc
     (refused,) = [row for row in rows if row.present]
     ((key, value),) = values.items()
     assert key in refused.feature and str(value) in refused.feature and key in refused.way_out
+
+
+def test_several_budgets_are_refused_on_a_gpu(monkeypatch):
+    monkeypatch.setenv(gpu.ALLOW_UNTESTED_GPU.name, "1")
+    platform = SimpleNamespace(device_type="cuda", is_cpu=lambda: False, is_cuda=lambda: True)
+    rows = gpu.gpu_rows(platform, asked(), EvictionConfig("momentkv", budgets="256,off"))
+    (refused,) = [row for row in rows if row.present]
+    assert "several budgets (256, off) on a GPU" in refused.feature and "--kv-budget" in refused.way_out
 
 
 def test_layers_that_share_a_cache_are_refused_on_a_gpu(monkeypatch):

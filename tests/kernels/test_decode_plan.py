@@ -44,7 +44,7 @@ def test_the_device_plans_what_the_host_plans_for_quantised_stores(policy, corre
 
 def check_schedule(config: EvictionConfig, schedule: PageSchedule):
     policy = config.policy
-    host = StepPlanner(schedule, config, find(policy))
+    host = StepPlanner([schedule], config, find(policy))
     planner = DecodePlanner(schedule, config, find(policy), 8, "cpu")
     generator = torch.Generator().manual_seed(0)
     table = torch.randint(1, 10_000, (6, 40), generator=generator, dtype=torch.int32)

@@ -180,6 +180,41 @@ def test_flags_and_additional_config_are_one_thing(models):
         EngineArgs.from_cli_args(both)
 
 
+@pytest.mark.parametrize(
+    ("text", "budgets"),
+    [
+        ("1024,4096,off", {"1024": 1024, "4096": 4096, "off": "off"}),
+        ("small=1024,exact=off", {"small": 1024, "exact": "off"}),
+    ],
+)
+def test_several_budgets_by_flag(models, text, budgets):
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    line = f"--model {models()} --kv-eviction momentkv --kv-budget {text}"
+    args = EngineArgs.from_cli_args(parser.parse_args(line.split()))
+    carried = args.additional_config["kv_eviction"]
+    assert (carried["budgets"], carried["budget_tokens"]) == (budgets, 1024)
+    # A further API server process parses what the first one has left.
+    assert EngineArgs.from_cli_args(parser.parse_args(line.split())).additional_config == args.additional_config
+    with pytest.raises(ValueError, match="contradicts"):
+        EngineArgs.from_cli_args(parser.parse_args([*line.split(), "--kv-eviction-config.budget_tokens", "512"]))
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--kv-budget", "1024,many"])
+
+
+def test_several_budgets_need_our_scheduler_and_a_pool_for_the_largest(models):
+    carried = {"kv_eviction": {"policy": "momentkv", "budgets": "256,1024"}}
+    with pytest.raises(
+        ValueError, match=r"several budgets \(256, 1024\), of which a request chooses; leave --scheduler-cls"
+    ):
+        config_of(models(), additional_config=carried, scheduler_cls=STOCK_SCHEDULER, async_scheduling=False)
+    options = {"max_num_batched_tokens": 128, "max_model_len": 4096}
+    with pytest.raises(ValueError, match="64 for --kv-budget 1024, the rest for a prefill step"):
+        config_of(models(), additional_config=carried, num_gpu_blocks_override=60, **options)
+    assert config_of(models(), additional_config=carried, num_gpu_blocks_override=80, **options)
+
+
 def test_a_pool_too_small_for_an_exact_prompt(models):
     carrier = {"kv_eviction": {"policy": "momentkv", "budget_tokens": 256, "prefill": "auto"}}
     options = {"max_num_batched_tokens": 128, "num_gpu_blocks_override": 60, "max_model_len": 4096}

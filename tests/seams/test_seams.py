@@ -118,6 +118,32 @@ def test_pages_are_freed_on_settled_tokens_before_new_ones_are_allocated():
     assert places == sorted(places), f"allocate_slots does not call {steps} in this order"
 
 
+def test_what_a_scheduler_says_of_a_request_reaches_its_output():
+    """Where what a request held travels (vllm_seams/usage.py), and nothing else of it before the request gives back its pages."""
+    text = source("vllm.v1.core.sched.scheduler:Scheduler.update_from_output")
+    assert "kv_transfer_params, ec_transfer_params = self._free_request(request)" in text
+    assert "kv_transfer_params=kv_transfer_params" in text
+    text = source("vllm.v1.core.sched.scheduler:Scheduler._free_request")
+    assert text.index("self._free_blocks(request)") < text.index("return kv_xfer_params, ec_xfer_params")
+
+
+def test_api_servers_have_imported_what_we_know_them_by():
+    """vllm_seams/engine_args.py patches their handlers, and no other process's."""
+    from momentkv_vllm.vllm_seams.engine_args import API_SERVER
+
+    assert f"from {API_SERVER} import" in inspect.getsource(importlib.import_module("vllm.entrypoints.cli.serve"))
+    handler = source("vllm.entrypoints.generate.base.serving:GenerateBaseServing.__init__")
+    assert "self.input_processor = engine_client.input_processor" in handler
+
+
+def test_workers_get_a_request_s_extra_arguments():
+    """vllm_seams/row_classes.py reads them by row, of the requests that the runner keeps while they wait again, too."""
+    assert "sampling_params" in {f.name for f in dataclasses.fields(find("vllm.v1.core.sched.output:NewRequestData"))}
+    runner = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+    assert "sampling_params=sampling_params" in source(f"{runner}._update_states")
+    assert "self.requests[req_id]" in source(f"{runner}._build_attention_metadata")
+
+
 def test_the_runner_still_rewinds_the_generators_of_unfinished_prompts():
     """What vllm_seams/cpu_runner.py works around; without it that patch can go."""
     text = source("vllm.v1.worker.gpu_model_runner:GPUModelRunner._bookkeeping_sync")
@@ -148,6 +174,12 @@ PATCHES = {
     "EngineArgs.create_engine_config": "vllm_seams/engine_args.py",
     "CPUModelRunner.sample_tokens": "vllm_seams/cpu_runner.py",
     "CPUModelRunner.initialize_kv_cache": "vllm_seams/cpu_runner.py",
+    "CPUModelRunner._build_attention_metadata": "vllm_seams/row_classes.py",
+    "InputProcessor.process_inputs": "vllm_seams/requests.py",
+    "OpenAIServingChat.chat_completion_stream_generator": "vllm_seams/usage.py",
+    "OpenAIServingChat.chat_completion_full_generator": "vllm_seams/usage.py",
+    "OpenAIServingCompletion.completion_stream_generator": "vllm_seams/usage.py",
+    "OpenAIServingCompletion.request_output_to_completion_response": "vllm_seams/usage.py",
     "CPUModelRunner._zero_block_ids": "vllm_seams/block_memory.py",
     "gpu_model_runner.copy_kv_cache_blocks_inplace": "vllm_seams/block_memory.py",
     "Worker.determine_available_memory": "vllm_seams/gpu.py",
@@ -189,11 +221,8 @@ def test_every_patch_is_in_both_ledgers():
     assert {name: where if "/" in where else f"vllm_seams/{where}" for name, where in rows} == PATCHES
     methods = sum(name[0].isupper() for name in PATCHES)
     functions = sum(name.split(".")[0].endswith("_runner") for name in PATCHES)
-    said = (
-        {5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine"}[methods]
-        + " patched methods, "
-        + {1: "one patched function"}[functions]
-    )
+    words = {5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine", 13: "thirteen", 14: "fourteen", 15: "fifteen"}
+    said = words[methods] + " patched methods, " + {1: "one patched function"}[functions]
     said += " and " + {1: "one value"}[len(PATCHES) - methods - functions]
     assert said in (PACKAGE.parent / "docs/design.md").read_text()
 

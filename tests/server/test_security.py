@@ -32,7 +32,7 @@ PROMPT = random_words(900)
 
 OTHER = {"policy": "streamingllm", "budget_tokens": 128, "correction": "off"}
 FLAGS = {
-    "xargs": {"vllm_xargs": {"kv_eviction": json.dumps(OTHER), "kv_budget": 128, "policy": "streamingllm"}},
+    "xargs": {"vllm_xargs": {"kv_eviction": json.dumps(OTHER), "budget_tokens": 128, "policy": "streamingllm"}},
     "top level": {"kv_eviction": "streamingllm", "kv_budget": 128, "kv_eviction_config": OTHER},
     "carrier": {
         "additional_config": {"kv_eviction": OTHER},
@@ -80,6 +80,10 @@ def test_requests_cannot_change_the_eviction(server, engine, folder):
         assert answer(server.url, more, HEADERS if number else None) == want, more
         evicted.append(server.metrics()["momentkv:evicted_tokens_total"] - before)
     assert evicted[0] > 0 and set(evicted) == {evicted[0]}
+    for other in (128, "off"):  # the one class of this server is named 256
+        with pytest.raises(urllib.error.HTTPError) as error:
+            answer(server.url, {"vllm_xargs": {"kv_budget": other}})
+        assert error.value.code == 400 and "is not one of 256" in json.loads(error.value.read())["error"]["message"]
     other = engine(**OTHER, model=folder / "model", max_num_batched_tokens=256, max_model_len=3000)
     ours = engine(
         policy="momentkv", budget_tokens=256, store_dtype="auto", model=folder / "model", max_num_batched_tokens=256

@@ -83,7 +83,11 @@ def policy_names() -> str:
 def flags() -> str:
     rows = [
         (f"`--kv-eviction {{{','.join([OFF, *builtins()])}}}`", "the policy; `off` is stock vLLM"),
-        ("`--kv-budget TOKENS`", "KV tokens per sequence, moment state included; the key `budget_tokens`"),
+        (
+            "`--kv-budget TOKENS`",
+            "KV tokens per sequence, moment state included; the key `budget_tokens`. Several, as `1024,4096,off` or "
+            "`small=1024,exact=off`: [classes that a request chooses from](#a-budget-per-request), the key `budgets`",
+        ),
         ("`--kv-eviction-config JSON`", "the keys below, as JSON or dotted: `--kv-eviction-config.window_tokens 64`"),
     ]
     return markdown(("flag", "meaning"), rows)

@@ -13,6 +13,7 @@ os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
 
 from engine import Engine, random_prompt  # noqa: E402  after the environment is set
 
+from momentkv_vllm.budget_classes import class_number  # noqa: E402
 from momentkv_vllm.metrics import EVICTED_TOKENS, RETIRED_PAGES  # noqa: E402
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
@@ -35,12 +36,14 @@ def watch_drafts(e: Engine) -> list[tuple[int, int]]:
 
 def main(task: dict) -> None:
     prompts = [random_prompt(n, seed=5) for n in task["prompts"]]
+    sampling = task["sampling"]
     plain = Engine(task["model"], **task["options"])
-    want = plain.generate(prompts, task["new_tokens"])
+    want = plain.generate(prompts, task["new_tokens"], **sampling)
     e = Engine(task["model"], **task["options"], **task["more"], speculative_config=NGRAM)
     steps = watch_drafts(e)
-    got = e.generate(prompts, task["new_tokens"])
-    events = [list(e.manager.schedule.events(first, first + tokens)) for first, tokens in steps]
+    got = e.generate(prompts, task["new_tokens"], **sampling)
+    number = class_number(e.manager.kv_cache_spec.config.class_names, sampling.get("extra_args"))
+    events = [list(e.manager.books[number].schedule.events(first, first + tokens)) for first, tokens in steps]
     result = {
         "want": want, "got": got, "steps": steps, "events": events, "preemptions": e.preemptions, "cached": e.cached_tokens,
         "peaks": [plain.peak_pages, e.peak_pages], "retired": [[x.manager.metrics.values[m, 0] for m in (RETIRED_PAGES, EVICTED_TOKENS)] for x in (plain, e)],

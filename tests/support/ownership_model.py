@@ -7,7 +7,7 @@ page holds the prefix that was folded into it, likewise. Pages are never cleared
 
 import random
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 from vllm import SamplingParams
@@ -17,6 +17,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
 from momentkv_vllm.block_manager.scheduler import StartsFromStates
+from momentkv_vllm.budget_classes import salted
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kv_spec import MomentKVSpec
 from momentkv_vllm.page_schedule import ANY_PROMPT, PageSchedule, cdiv
@@ -48,9 +49,10 @@ class Stops(StartsFromStates, NoLimit):
 
 @dataclass
 class Sequence:
-    """A request, its prefix hashes, and how it was preempted and aborted."""
+    """A request, the page schedule of its class, its prefix hashes, and how it was preempted and aborted."""
 
     request: Request
+    plan: PageSchedule
     prefix: list[int] = field(default_factory=list)
     aborted: bool = False
     stale: int = 0
@@ -88,9 +90,9 @@ def events_until(plan: PageSchedule, position: int, prompt: int) -> tuple[int, .
 
 
 class Worker:
-    def __init__(self, plan: PageSchedule, pages: int) -> None:
-        self.plan = plan
-        self.pages = [[None] * plan.page_size for _ in range(pages)]
+    def __init__(self, page_size: int, pages: int) -> None:
+        self.page_size = page_size
+        self.pages = [[None] * page_size for _ in range(pages)]
 
     def execute(self, works: list[Work], copies: list) -> None:
         for (_, to), content in zip(copies, [list(self.pages[source]) for source, _ in copies]):
@@ -103,32 +105,34 @@ class Worker:
             self.walk(w)
 
     def write(self, w: Work, position: int, slot) -> None:
-        column, place = divmod(position, self.plan.page_size)
+        column, place = divmod(position, self.page_size)
         self.pages[w.table[column]][place] = slot
 
     def slot(self, w: Work, position: int):
-        events = events_until(self.plan, position, w.sequence.request.num_prompt_tokens)
-        return (w.sequence.hash(position), events) if events else w.sequence.hash(position)
+        plan = w.sequence.plan
+        events = events_until(plan, position, w.sequence.request.num_prompt_tokens)
+        return (w.sequence.hash(position), events, plan) if events else w.sequence.hash(position)
 
     def state(self, w: Work, event: int, column: int) -> list:
         """A store or moment page after the event at that token count."""
-        events = events_until(self.plan, event, w.sequence.request.num_prompt_tokens)
-        return [("state", w.sequence.hash(event - 1), column, events)] * self.plan.page_size
+        plan = w.sequence.plan
+        events = events_until(plan, event, w.sequence.request.num_prompt_tokens)
+        return [("state", w.sequence.hash(event - 1), column, events, plan)] * self.page_size
 
     def walk(self, w: Work) -> None:
-        prompt, certain = w.sequence.request.num_prompt_tokens, w.end - w.drafts
-        events = list(self.plan.events(w.start, w.end, prompt))
+        prompt, certain, plan = w.sequence.request.num_prompt_tokens, w.end - w.drafts, w.sequence.plan
+        events = list(plan.events(w.start, w.end, prompt))
         assert not events or events[-1] <= certain, "an event depends on draft tokens"
         position = w.start
         for stop in [*events, certain] if certain not in events else events:
             self.read(w, position, stop)
             if stop in events:
-                for column in range(self.plan.store_pages + self.plan.moment_pages):
+                for column in range(plan.store_pages + plan.moment_pages):
                     self.pages[w.table[column]] = self.state(w, stop, column)
             position = stop
 
     def read(self, w: Work, position: int, end: int) -> None:
-        plan, prompt = self.plan, w.sequence.request.num_prompt_tokens
+        plan, prompt = w.sequence.plan, w.sequence.request.num_prompt_tokens
         boundary = plan.boundary_column(position, prompt)
         if boundary:
             event = plan.last_event(position, prompt)
@@ -158,24 +162,26 @@ class Simulation:
             rng.choice([0, 0, 0, rng.randint(0, MAX_TOKENS), ANY_PROMPT]),
             prefill_retire_pages=retire * rng.choice([0, 0, 2, 3]),
         )
+        plans = self.plans = self.classes(plan, random.Random(f"classes {seed}"))
         self.chunk, self.lag = rng.choice([1, 3, 8, 20]), rng.choice([0, 0, 1])
         self.drafts = 0 if self.lag or size == 2 else rng.choice([0, size - 2])
         step_tokens = (self.chunk + self.drafts) * (1 + self.lag)
         spec = MomentKVSpec(
-            block_size=size * pages, num_kv_heads=1, head_size=8, dtype=None, schedule=plan, step_tokens=step_tokens,
+            block_size=size * pages, num_kv_heads=1, head_size=8, dtype=None, schedules=plans, step_tokens=step_tokens,
             config=EvictionConfig(
-                rng.choice(["momentkv", "keydiff"]), plan.first_event_tokens, observation_tokens=rng.randint(1, 8),
+                rng.choice(["momentkv", "keydiff"]), budgets=self.budgets(), observation_tokens=rng.randint(1, 8),
                 state_share=rng.choice([0.1, 0.5, 1.0]), state_interval_tokens=rng.choice([0, 0, 7]),
             ),
             model_name="", engine=0, splits_blocks=pages > 1,
         )  # fmt: skip
-        assert spec.schedule == plan
-        whole, peak = cdiv(MAX_TOKENS + step_tokens, size * pages), spec.blocks.least_pool(step_tokens)
-        least = whole if plan.exact_prompt_tokens else peak
+        assert spec.schedules == plans
+        whole = cdiv(MAX_TOKENS + step_tokens, size * pages)
+        peak = max(spec.blocks_of(each).least_pool(step_tokens) for each in plans)
+        least = whole if any(each.exact_prompt_tokens or not each.evicts for each in plans) else peak
         config = KVCacheConfig(least + rng.choice([rng.randint(1, 20), 60]), [], [KVCacheGroupSpec(["layer"], spec)])
         self.kv = KVCacheManager(config, 4096, size * pages, size * pages, max_in_flight_tokens=step_tokens)
         self.manager, self.stops = self.kv.coordinator.single_type_managers[0], Stops(spec, self.kv)
-        self.worker = Worker(plan, config.num_blocks * pages)
+        self.worker = Worker(size, config.num_blocks * pages)
         self.hasher = get_request_block_hasher(size * pages, cheap_hash)
         self.waiting = deque(self.sequence(f"r{i}") for i in range(rng.randint(2, 6)))
         self.total = list(self.waiting)
@@ -190,8 +196,33 @@ class Simulation:
         return self.asks(name, prompt)
 
     def asks(self, name: str, prompt: list[int]) -> Sequence:
-        settings = SamplingParams(max_tokens=self.rng.randint(1, 20))
-        return Sequence(Request(name, prompt, settings, None, block_hasher=self.hasher))
+        names = [str(number) for number in range(len(self.plans))]
+        number = self.class_rng.randrange(len(names))
+        settings = SamplingParams(max_tokens=self.rng.randint(1, 20), extra_args={"kv_budget": names[number]})
+        salt = salted(None, names, number)
+        request = Request(name, prompt, settings, None, cache_salt=salt, block_hasher=self.hasher)
+        self.manager.choose(request)
+        return Sequence(request, self.plans[number])
+
+    def classes(self, plan: PageSchedule, rng: random.Random) -> tuple[PageSchedule, ...]:
+        """The first with `plan`, up to two others, of which one may keep all."""
+        self.class_rng, found = rng, [plan]
+        for _ in range(rng.choice([0, 0, 1, 2])):
+            retire = rng.randint(1, 2)
+            other = replace(
+                plan,
+                store_pages=rng.randint(1, 4),
+                window_pages=retire + rng.randint(1, 4),
+                retire_pages=retire,
+                prefill_retire_pages=retire * rng.choice([0, 2]),
+            )
+            found.append(plan.keeping_all(MAX_TOKENS) if rng.random() < 0.3 else other)
+        return tuple(found)
+
+    def budgets(self) -> dict[str, int | str]:
+        return {
+            str(number): plan.first_event_tokens if plan.evicts else "off" for number, plan in enumerate(self.plans)
+        }
 
     def goes_on(self, s: Sequence) -> None:
         """Sometimes somebody goes on from a text that ended, or from a place in it."""

@@ -1,7 +1,10 @@
 """The configuration object: legal values, defaults, and messages that name key, value, range and way out."""
 
+import json
+
 import pytest
 
+from momentkv_vllm.budget_classes import class_number, salted
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.page_schedule import build_schedule
 from momentkv_vllm.policies import find, names
@@ -84,3 +87,65 @@ def test_refusals_name_key_value_and_range(values, words):
         EvictionConfig.from_dict(values)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "budgets",
+    [
+        "small=1024,large=4096,exact=off",
+        {"small": 1024, "large": 4096, "exact": "off"},
+        {"small": "1024", "large": 4096, "exact": None},
+        ["small=1024", "large=4096", "exact=off"],
+    ],
+)
+def test_classes_are_written_in_several_ways(budgets):
+    config = EvictionConfig.from_dict({"policy": "momentkv", "budgets": budgets, "window_tokens": 64})
+    assert config.class_names == ("small", "large", "exact") and config.budget_tokens == 1024
+    small, large, exact = config.classes
+    assert small.config == EvictionConfig("momentkv", 1024, window_tokens=64) and small.evicts
+    assert large.config == EvictionConfig("momentkv", 4096, window_tokens=64) and large.evicts
+    assert not exact.evicts
+    assert EvictionConfig.from_dict(config.to_dict()) == config and hash(config)
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+
+
+def test_classes_by_number():
+    config = EvictionConfig.from_dict({"policy": "momentkv", "budgets": "off, 4096,256"})
+    assert config.class_names == ("off", "4096", "256") and config.budget_tokens == 4096
+    assert config.default_page_tokens == 16, "the smallest class decides"
+    one = EvictionConfig("momentkv", 2048)
+    assert one.class_names == ("2048",) and one.classes[0].config == one
+
+
+@pytest.mark.parametrize(
+    ("budgets", "words"),
+    [
+        ("1024,1024", "twice"),
+        ("off", "evict nothing"),
+        ("1024,many", "'many' in the budgets"),
+        ("a=0", "neither a number of tokens from 1 nor 'off'"),
+        ({"a": True}, "neither a number"),
+        ({"a b": 1024}, "no name of a class"),
+        (7, "no list and no map"),
+    ],
+)
+def test_classes_that_are_none(budgets, words):
+    with pytest.raises(ValueError, match=words):
+        EvictionConfig.from_dict({"policy": "momentkv", "budgets": budgets})
+
+
+def test_a_budget_beside_classes_must_be_their_first():
+    values = {"policy": "momentkv", "budgets": "off,512"}
+    assert EvictionConfig.from_dict({**values, "budget_tokens": 512}).class_names == ("off", "512")
+    with pytest.raises(ValueError, match="budget_tokens=1024 contradicts budgets, whose first number is 512"):
+        EvictionConfig.from_dict({**values, "budget_tokens": 1024})
+
+
+def test_the_class_of_a_request():
+    names = ("small", "256", "off")
+    asked = [None, {}, {"other": 1}, {"kv_budget": "small"}, {"kv_budget": 256}, {"kv_budget": "off"}]
+    assert [class_number(names, x) for x in asked] == [0, 0, 0, 0, 1, 2]
+    with pytest.raises(ValueError, match="kv_budget='big' is not one of small, 256, off; leave it out for small"):
+        class_number(names, {"kv_budget": "big"})
+    salts = [salted(salt, names, number) for salt in (None, "user", "kv_budget=off ") for number in range(3)]
+    assert len(set(salts)) == len(salts) and salts[0] is None and salts[3] == "user"

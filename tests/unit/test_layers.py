@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[2] / "momentkv_vllm"
 LAYERS = [
     {
         "refuse",
+        "budget_classes",
         "environment",
         "moments",
         "softcap",

@@ -138,5 +138,17 @@ def test_window_only_policy_spends_everything_on_the_window():
     assert (plan.store_pages, plan.moment_pages, plan.window_pages) == (1, 0, 15)
 
 
+@settings(max_examples=100, deadline=None)
+@given(schedules(), st.integers(1, 400), st.integers(1, 60))
+def test_a_schedule_that_keeps_all_has_room_for_the_longest_sequence_and_no_event(plan, longest, step):
+    kept = plan.keeping_all(longest)
+    assert kept.page_size == plan.page_size and kept.is_packed == plan.is_packed
+    assert kept.record_pages == plan.record_pages, "pages are read alike whatever the class"
+    assert kept.boundary_column(longest, longest) == 0 and not list(kept.events(0, longest, longest))
+    assert kept.least_pool_pages(step) == kept.budget_pages >= cdiv(longest, plan.page_size)
+    least = kept.store_pages + kept.moment_pages + 1
+    assert kept.budget_pages == max(least, cdiv(longest, plan.page_size))
+
+
 def test_cdiv():
     assert [cdiv(a, 4) for a in (0, 1, 4, 5)] == [0, 1, 1, 2]

@@ -76,7 +76,7 @@ def test_a_text_is_read_by_the_first_engine_and_saved(tmp_path):
     assert answer.json() == {"tokens": 5}
     tokens = [ord("x"), ord("y")]
     assert read == [({"prompt_token_ids": tokens, "cache_salt": "s"}, 1, {"data_parallel_rank": 0})]
-    assert core.asked == [("kv_eviction_states", "save", "a", tokens, "s")]
+    assert core.asked == [("kv_eviction_states", "save", "a", tokens, "s", "")]
 
 
 @pytest.mark.parametrize(("role", "next_role"), [("system", "user"), ("assistant", "user"), ("user", "assistant")])

@@ -6,7 +6,7 @@ import torch
 from momentkv_vllm.attention.sharing import SharingPlanner
 from momentkv_vllm.attention.step_plan import StepPlanner
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.kv_spec import StateLayout
+from momentkv_vllm.kv_spec import StateLayout, schedules_of
 
 PAGE, TOKENS, LAST = 16, 900, 8
 TABLE = torch.arange(1, 1 + TOKENS // PAGE + 1)[None]
@@ -17,7 +17,7 @@ def planned(policy, store_dtype):
     values = {"policy": policy, "budget_tokens": 256, "store_dtype": store_dtype, "observation_tokens": LAST}
     config = EvictionConfig.from_dict(values)
     schedule = StateLayout.of(config, PAGE, 64, torch.bfloat16).schedule
-    planner, observed = StepPlanner(schedule, config, config.policy_class), []
+    planner, observed = StepPlanner([schedule], config, config.policy_class), []
     for end in range(1, TOKENS + 1):
         rounds = planner.build([0, 1], [end], [0], TABLE).rounds
         observed.append(any((w.observe_from < w.num_queries).any() for r in rounds for w in r.attends))
@@ -42,7 +42,7 @@ def test_one_attend_and_one_consolidation_for_each_event_of_a_prompt(grain, even
     """8,192 tokens in steps of 2,048 at a budget of 1,024: the first event there, then one every 32 tokens, or every `grain`."""
     config = EvictionConfig("momentkv", 1024, prefill_retire_tokens=grain)
     schedule = StateLayout.of(config, PAGE, 128, torch.bfloat16).schedule
-    planner, prompt, step = StepPlanner(schedule, config, config.policy_class), 8192, 2048
+    planner, prompt, step = StepPlanner([schedule], config, config.policy_class), 8192, 2048
     table = torch.arange(1, 1 + prompt // PAGE)[None]
     rounds = [
         r for end in range(step, prompt + 1, step) for r in planner.build([0, step], [end], [prompt], table).rounds
@@ -50,6 +50,39 @@ def test_one_attend_and_one_consolidation_for_each_event_of_a_prompt(grain, even
     assert sum(len(r.retires) for r in rounds) == events
     # The first 1,024 tokens are two segments of 512.
     assert [len(r.attends) for r in rounds] == [1] * (events + 1)
+
+
+@pytest.mark.parametrize("store_dtype", ["model", "int4"])
+def test_a_step_of_several_classes_is_the_steps_of_each(store_dtype):
+    """Rows of three classes in one step; every work list is one that a step of that class alone has."""
+    values = {"policy": "momentkv", "budgets": {"a": 256, "b": 512, "c": "off"}, "store_dtype": store_dtype}
+    config = EvictionConfig.from_dict(values)
+    schedules = schedules_of(config, PAGE, 64, torch.bfloat16, 4096)
+    mixed = StepPlanner(schedules, config, config.policy_class)
+    alone = [StepPlanner([s], config, config.policy_class) for s in schedules]
+    lens, new = [3000, 3000, 3000, 1300, 1300, 1300], [1, 1, 1, 700, 700, 700]
+    starts = [0, *torch.tensor(new).cumsum(0).tolist()]
+    table = torch.arange(1, 1 + len(lens) * 200).view(len(lens), 200)
+    step = mixed.build(starts, lens, [0] * len(lens), table, [0, 1, 2, 0, 1, 2])
+    assert step.stock_rows == [2, 5]
+    found = [[], []]
+    for number, planner in enumerate(alone[:2]):
+        for row in (number, number + 3):
+            # The other rows have no tokens, so that row and token numbers stay.
+            own = [new[i] if i == row else 0 for i in range(len(lens))]
+            begin = [starts[row] if i <= row else starts[row] + new[row] for i in range(len(lens) + 1)]
+            parts = planner.build(begin, [n if k else 0 for n, k in zip(lens, own)], [0] * len(lens), table)
+            for r in parts.rounds:
+                found[0] += [described(w) for w in r.attends]
+                found[1] += [described(w) for w in r.retires]
+    assert sorted(described(w) for r in step.rounds for w in r.attends) == sorted(found[0])
+    retired = [w for r in step.rounds for w in r.retires]
+    assert sorted(described(w) for w in retired) == sorted(found[1]) and retired
+    assert {w.store_pages.shape[1] for w in retired} == {s.store_pages for s in schedules[:2]}
+
+
+def described(work) -> str:
+    return str({key: x.tolist() if isinstance(x, torch.Tensor) else x for key, x in vars(work).items()})
 
 
 @pytest.mark.parametrize(("end", "waits"), [(256 + 3 * PAGE, True), (256 + 3 * PAGE + 5, False)])
@@ -60,7 +93,7 @@ def test_layers_that_share_a_cache_attend_before_the_last_event(end, waits):
         {"policy": "momentkv", "budget_tokens": 256, "store_dtype": "model", "retire_tokens": PAGE}
     )
     schedule = StateLayout.of(config, PAGE, 64, torch.bfloat16).schedule
-    planner, start = SharingPlanner(schedule, config, config.policy_class), 256
+    planner, start = SharingPlanner([schedule], config, config.policy_class), 256
     assert list(schedule.events(start - 1, end)) == [256, 272, 288, 304]
     plan = planner.build([0, end - start], [end], [0], TABLE)
     target, readers, last = plan.shared.target, plan.shared.readers, plan.shared.last_reader
