@@ -73,7 +73,7 @@ def shared(reach: Tensor, store_tokens: int, grain: int, longest: int) -> Tensor
     """Tokens of each head: a sixth of an equal share, and of the rest in proportion to its reach.
 
     Args:
-        reach: [layers, heads] share of attention that goes far, 0 to 1.
+        reach: [layers, heads] share of attention that goes far, 0 to 1; NaN counts as 0.
         store_tokens: an equal share.
         grain: a head's tokens are a multiple of it.
         longest: no head can use more.
@@ -86,7 +86,7 @@ def shared(reach: Tensor, store_tokens: int, grain: int, longest: int) -> Tensor
     units, least, most = store_tokens // grain, least_tokens(store_tokens, grain) // grain, -(-longest // grain)
     if most <= units:
         return torch.full((layers, heads), units * grain)
-    steps = (reach * STEPS).round().clamp(min=1).flatten().tolist()
+    steps = (reach.nan_to_num() * STEPS).round().clamp(min=1).flatten().tolist()
     held = [least] * len(steps)
     room = (torch.arange(1, layers + 1) * heads * (units - least)).numpy()
     # One unit at a time to the head that has least for its reach, the first of equal ones. Layers up to one that has no room left

@@ -105,7 +105,8 @@ def share_out(impls: Sequence[Any], caches: Sequence[CacheView], reach: Tensor, 
     """Give every layer its `heads`: what they hold in `caches`, which stay where they are, by `reach` [layers, kv heads]."""
     schedule, packed = impls[0].layout.schedule, caches[0].packed
     capacity = shared(reach, schedule.store_tokens, grain_of(schedule.run_tokens), longest)
-    observed = [impl.observing(cache).data.data_ptr() for impl, cache in zip(impls, caches, strict=True)]
+    watches = impls[0].policy.observes is not None
+    observed = [impl.observing(c).data.data_ptr() if watches else 0 for impl, c in zip(impls, caches, strict=True)]
     addresses = torch.tensor([[c.kv.data_ptr(), at] for c, at in zip(caches, observed, strict=True)])
     sizes = Sizes(packed.raw.shape[2], caches[0].page_slots, packed.layout.tile_bytes)
     equal = equal_until(schedule.store_tokens, schedule.retire_tokens)

@@ -54,6 +54,16 @@ def test_a_cached_state_answers_as_the_prompt_does(engine, spread):
     assert cached.cached_tokens["r2"] > 1000
 
 
+def test_a_policy_that_observes_nothing(engine, spread):
+    options = {**OURS, "policy": "keydiff", "run_tokens": 8, "model": spread}
+    assert capacities(engine(**options)) is None, "other people's policies are as published"
+    e = engine(**options, head_budgets="measured")
+    prompts = [random_prompt(n) for n in (900, 1100)]
+    assert capacities(e) and e.generate(prompts, max_tokens=NEW) == engine(
+        **options, head_budgets="measured", max_num_batched_tokens=64
+    ).generate(prompts, max_tokens=NEW)
+
+
 def test_below_the_budget_it_is_stock(engine, spread):
     prompts = [random_prompt(n) for n in (40, 100)]
     stock = engine(block_size=32, model=spread).generate(prompts)
