@@ -107,7 +107,7 @@ def test_tokens_do_not_depend_on_scheduling(engine, granite, settings):
     many = engine(granite, **EVICT | settings, max_num_batched_tokens=64)
     assert many.generate(PROMPTS, 24) == alone
     blocks = cdiv(BUDGET + 64, many.manager.block_size) + 2
-    assert many.manager.blocks.pages > 1 and many.peak_pages["r2"] <= blocks < 1100 // many.manager.block_size
+    assert many.manager.books[0].blocks.pages > 1 and many.peak_pages["r2"] <= blocks < 1100 // many.manager.block_size
     assert many.generate(PROMPTS[1:2], 24, n=2, temperature=1.0, seed=5) == one.generate(
         PROMPTS[1:2], 24, n=2, temperature=1.0, seed=5
     )
@@ -117,7 +117,7 @@ def test_tokens_do_not_depend_on_scheduling(engine, granite, settings):
 def test_a_pool_without_room_for_states(engine, granite):
     """Three groups of one layer keep states, in a block each: the least pool serves a long prompt, a smaller one would wait."""
     e = engine(granite, **EVICT, num_gpu_blocks_override=(least := 5 + 3) + 1)
-    assert e.manager.blocks.least_pool(256) == 5, "8 pages of store and moments in 1 of 10, a window of 8 + 16 in 4"
+    assert e.manager.books[0].blocks.least_pool(256) == 5, "8 pages of store and moments in 1 of 10, a window of 8 + 16 in 4"
     assert len(e.generate(PROMPTS[2:], 8)[0]) == 8
     with pytest.raises(ValueError, match=rf"needs up to {least}: 5 for --kv-budget 256 .* 3 for states of other"):
         Engine(granite, **EVICT, num_gpu_blocks_override=least)

@@ -41,7 +41,7 @@ def test_served(engine, family_model, name):
     stock = engine(family_model(name), max_model_len=2048, block_size=32, dtype=dtype).generate(short, 12)
     e = engine(family_model(name), **EVICT, dtype=dtype)
     assert e.generate(short, 12) == stock
-    size, rounding = e.manager.block_size, 2 if e.manager.blocks.pages > 1 else 0
+    size, rounding = e.manager.block_size, 2 if e.manager.books[0].blocks.pages > 1 else 0
     length = 1200 if rounding else 700
     (tokens,) = e.generate([random_prompt(length)], 12)
     assert len(tokens) == 12 and e.manager.metrics.values
