@@ -191,7 +191,7 @@ class CudaMomentKVImpl(EvictingImpl, TritonAttentionImpl):
             return super()._attend(cache, query, output, attend, sampling)
         target, corrected = torch.empty_like(query) if attend.observe_only else output, self.config.correction != "off"
         seen = cache.corrected_by(self.config.correction)
-        self.kernels.attend_and_observe(seen, self._observing(cache), query, target, attend, self.scale, corrected)
+        self.kernels.attend_and_observe(seen, self.observing(cache), query, target, attend, self.scale, corrected)
 
 
 def _family(config: EvictionConfig, spec: MomentKVSpec) -> KernelFamily:

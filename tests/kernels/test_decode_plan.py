@@ -74,7 +74,7 @@ def places_of(work):
 
 
 def check_row(host, attend, retire, row, token, end, table):
-    segment = next(host._segments(row, token, end - 1, end, 0))
+    segment = next(host._segments(row, token, end - 1, end, 0, 0))
     want = host._attend([segment], table.numpy())
     pages = want.pages.shape[1]
     assert attend.pages[row, :pages].tolist() == want.pages[0].tolist() and not attend.pages[row, pages:].any()

@@ -197,8 +197,9 @@ class TestEndpoint:
         for secret in secrets:
             assert secret not in text, secret
         answer = json.loads(text)
-        assert answer.keys() == {"active", "config", "schedule", "healthy", "totals"}
-        values = [*answer["config"].values(), *answer["schedule"].values(), *answer["totals"].values()]
+        assert answer.keys() == {"active", "config", "schedule", "classes", "healthy", "totals"}
+        told = [answer[key] for key in ("config", "schedule", "totals")] + list(answer["classes"].values())
+        values = [value for part in told for value in part.values()]
         assert not [v for v in values if isinstance(v, str) and "/" in v]
 
     def test_other_methods_are_refused(self, server):
