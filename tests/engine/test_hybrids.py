@@ -117,7 +117,9 @@ def test_tokens_do_not_depend_on_scheduling(engine, granite, settings):
 def test_a_pool_without_room_for_states(engine, granite):
     """Three groups of one layer keep states, in a block each: the least pool serves a long prompt, a smaller one would wait."""
     e = engine(granite, **EVICT, num_gpu_blocks_override=(least := 5 + 3) + 1)
-    assert e.manager.books[0].blocks.least_pool(256) == 5, "8 pages of store and moments in 1 of 10, a window of 8 + 16 in 4"
+    assert e.manager.books[0].blocks.least_pool(256) == 5, (
+        "8 pages of store and moments in 1 of 10, a window of 8 + 16 in 4"
+    )
     assert len(e.generate(PROMPTS[2:], 8)[0]) == 8
     with pytest.raises(ValueError, match=rf"needs up to {least}: 5 for --kv-budget 256 .* 3 for states of other"):
         Engine(granite, **EVICT, num_gpu_blocks_override=least)
