@@ -43,6 +43,23 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture
+def inspected_here(monkeypatch):
+    """vLLM asks another process what a model class can do, lest CUDA be initialised; here that is only slow."""
+    from vllm.model_executor.models import registry
+
+    monkeypatch.setattr(registry, "_run_in_subprocess", lambda ask: ask())
+
+
+@pytest.fixture(scope="module")
+def family_model(tmp_path_factory):
+    """`family_model(name)` returns the folder of a tiny member of a model family."""
+    from model_families import make_model
+
+    root = tmp_path_factory.mktemp("families")
+    return lambda name: make_model(name, root / name.replace(" ", "-"))
+
+
+@pytest.fixture
 def engine(models):
     """`engine(policy=..., budget_tokens=..., vllm options)` starts a real engine and checks its books at the end."""
     running: list[Engine] = []

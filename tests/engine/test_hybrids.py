@@ -10,7 +10,6 @@ from engine import Engine, random_prompt
 from model_families import make_config, make_model
 from published_hybrids import PUBLISHED
 from tiny_models import save_tokenizer
-from vllm.model_executor.models import registry
 
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kv_spec import expected_layout
@@ -22,10 +21,7 @@ EVICT = {"policy": "momentkv", "budget_tokens": BUDGET, "max_model_len": 2048}
 PROMPTS = [random_prompt(n, seed=3) for n in (90, 700, 1100)]
 
 
-@pytest.fixture(autouse=True)
-def inspected_here(monkeypatch):
-    """vLLM asks another process what a model class can do, lest CUDA be initialised; here that is only slow."""
-    monkeypatch.setattr(registry, "_run_in_subprocess", lambda ask: ask())
+pytestmark = pytest.mark.usefixtures("inspected_here")
 
 
 def carrier(budget, **settings):

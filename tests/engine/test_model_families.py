@@ -7,7 +7,6 @@ from engine import Engine, random_prompt
 from model_families import FAMILIES, make_config, make_model, make_seeing_model
 from quick import quick
 from vllm import EngineArgs
-from vllm.model_executor.models import registry
 
 from momentkv_vllm.attention.cpu_backend import MomentKVImpl
 
@@ -17,16 +16,7 @@ INT8 = {"store_dtype": "int8", "run_tokens": 8, "budget_tokens": 96}
 REFUSED = {name: family for name, family in FAMILIES.items() if family.refused}
 
 
-@pytest.fixture(autouse=True)
-def inspected_here(monkeypatch):
-    """vLLM asks another process what a model class can do, lest CUDA be initialised; here that is only slow."""
-    monkeypatch.setattr(registry, "_run_in_subprocess", lambda ask: ask())
-
-
-@pytest.fixture(scope="module")
-def family_model(tmp_path_factory):
-    root = tmp_path_factory.mktemp("families")
-    return lambda name: make_model(name, root / name.replace(" ", "-"))
+pytestmark = pytest.mark.usefixtures("inspected_here")
 
 
 # Plain, mixture of experts, windows, sinks, wide heads, chunked attention, scaled RoPE, none in some layers, layers without

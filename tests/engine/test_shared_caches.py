@@ -4,9 +4,7 @@ import itertools
 
 import pytest
 from engine import random_prompt
-from model_families import make_model
 from vllm import SamplingParams
-from vllm.model_executor.models import registry
 
 from momentkv_vllm.attention.cpu_backend import MomentKVImpl
 from momentkv_vllm.kernels.cpu import Cpu
@@ -18,16 +16,7 @@ PROMPTS = [random_prompt(n, seed=2) for n in (90, 300, 700)]
 NAMES = ["Gemma 3n", "Gemma 4 E"]
 
 
-@pytest.fixture(autouse=True)
-def inspected_here(monkeypatch):
-    """vLLM asks another process what a model class can do, lest CUDA be initialised; here that is only slow."""
-    monkeypatch.setattr(registry, "_run_in_subprocess", lambda ask: ask())
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    root = tmp_path_factory.mktemp("shared")
-    return lambda name: make_model(name, root / name.replace(" ", "-"))
+pytestmark = pytest.mark.usefixtures("inspected_here")
 
 
 @pytest.mark.parametrize(
@@ -40,47 +29,51 @@ def model(tmp_path_factory):
     ],
     ids=["momentkv", "int8", "h2o", "full"],
 )
-def test_tokens_do_not_depend_on_scheduling(engine, model, name, settings):
+def test_tokens_do_not_depend_on_scheduling(engine, family_model, name, settings):
     """Alone in large steps; together in small ones, the second time from prefixes and states where there are any."""
-    one = engine(model(name), **EVICT | settings, max_num_batched_tokens=1024)
+    one = engine(family_model(name), **EVICT | settings, max_num_batched_tokens=1024)
     alone = [one.generate([p], 40)[0] for p in PROMPTS]
     caching = settings.get("policy") != "h2o"
-    many = engine(model(name), **EVICT | settings, max_num_batched_tokens=64, enable_prefix_caching=caching)
+    many = engine(family_model(name), **EVICT | settings, max_num_batched_tokens=64, enable_prefix_caching=caching)
     for _ in range(2):
         assert many.generate(PROMPTS, 40) == alone
     if caching and not settings.get("prefill"):
         assert list(many.cached_tokens.values())[-1] > BUDGET // 2, "the second time a state was meant to be found"
 
 
-def test_requests_of_several_budgets_get_what_an_engine_of_theirs_gives(engine, model):
+def test_requests_of_several_budgets_get_what_an_engine_of_theirs_gives(engine, family_model):
     """Beside each other in small steps: each of them has its events, and its last readers, where its own budget says."""
-    e = engine(model("Gemma 4 E"), **{**EVICT, "budgets": "256,512,off"}, max_num_batched_tokens=64)
+    e = engine(family_model("Gemma 4 E"), **{**EVICT, "budgets": "256,512,off"}, max_num_batched_tokens=64)
     names = [e.add(p, 40, extra_args={"kv_budget": name}) for p in PROMPTS for name in ("256", "512", "off")]
     tokens = e.run()
-    alone = [engine(model("Gemma 4 E"), **EVICT | {"budget_tokens": n}).generate(PROMPTS, 40) for n in (256, 512)]
-    alone.append(engine(model("Gemma 4 E"), max_model_len=2048).generate(PROMPTS, 40))
+    alone = [
+        engine(family_model("Gemma 4 E"), **EVICT | {"budget_tokens": n}).generate(PROMPTS, 40) for n in (256, 512)
+    ]
+    alone.append(engine(family_model("Gemma 4 E"), max_model_len=2048).generate(PROMPTS, 40))
     assert [tokens[n] for n in names] == [answers[i] for i in range(len(PROMPTS)) for answers in alone]
     assert len({tuple(tokens[n]) for n in names[-3:]}) == 3, "the budgets answer alike: the test proves nothing"
 
 
-def test_tokens_are_those_of_an_engine_that_never_preempts(engine, model):
+def test_tokens_are_those_of_an_engine_that_never_preempts(engine, family_model):
     prompts = [random_prompt(n, seed=4) for n in (100, 110, 120)]
-    roomy = engine(model("Gemma 3n"), **EVICT).generate(prompts, 200)
-    tight = engine(model("Gemma 3n"), **EVICT, num_gpu_blocks_override=37, max_num_batched_tokens=64, watermark=0.0)
+    roomy = engine(family_model("Gemma 3n"), **EVICT).generate(prompts, 200)
+    tight = engine(
+        family_model("Gemma 3n"), **EVICT, num_gpu_blocks_override=37, max_num_batched_tokens=64, watermark=0.0
+    )
     assert tight.generate(prompts, 200) == roomy
     assert tight.preemptions and tight.manager.metrics.values, "nobody was in the way"
 
 
-def test_reference_and_cpu_kernels_agree(engine, model):
+def test_reference_and_cpu_kernels_agree(engine, family_model):
     tokens = [
-        engine(model("Gemma 4 E"), **EVICT, kernels=kernels).generate(PROMPTS[2:], 24)
+        engine(family_model("Gemma 4 E"), **EVICT, kernels=kernels).generate(PROMPTS[2:], 24)
         for kernels in ("cpu", "reference")
     ]
     assert tokens[0] == tokens[1]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_event_comes_after_the_last_reader(engine, model, name, monkeypatch):
+def test_an_event_comes_after_the_last_reader(engine, family_model, name, monkeypatch):
     """Of one cache: its owner's attention, that of every reader, then the event; once a step while decoding."""
     log = []
     attend, consolidate = Cpu.attend, Cpu.consolidate
@@ -95,7 +88,7 @@ def test_an_event_comes_after_the_last_reader(engine, model, name, monkeypatch):
 
     monkeypatch.setattr(Cpu, "attend", attends)
     monkeypatch.setattr(Cpu, "consolidate", consolidates)
-    e = engine(model(name), **EVICT, kernels="cpu")
+    e = engine(family_model(name), **EVICT, kernels="cpu")
     e.generate([random_prompt(250)], 200)
     layers = e.vllm.vllm_config.compilation_config.static_forward_context.values()
     readers = [x for x in layers if x.kv_sharing_target_layer_name and x.impl.config is not None]
@@ -107,11 +100,13 @@ def test_an_event_comes_after_the_last_reader(engine, model, name, monkeypatch):
     assert isinstance(readers[0].impl, MomentKVImpl)
 
 
-def test_logprobs_of_prompts_do_not_depend_on_scheduling(engine, model):
+def test_logprobs_of_prompts_do_not_depend_on_scheduling(engine, family_model):
     """All tokens of a prompt are asked for, also those before an event inside a step."""
 
     def logprobs(steps, **eviction):
-        e = engine(model("Gemma 4 E"), max_model_len=2048, block_size=32, max_num_batched_tokens=steps, **eviction)
+        e = engine(
+            family_model("Gemma 4 E"), max_model_len=2048, block_size=32, max_num_batched_tokens=steps, **eviction
+        )
         e.vllm.add_request(
             "r", {"prompt_token_ids": PROMPTS[2]}, SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=0.0)
         )

@@ -4,13 +4,19 @@ import math
 
 import pytest
 import torch
-from kernel_cases import HEADS, attend_work, poisoned_cache, run_attend, serving_batch
+from kernel_cases import (
+    HEADS,
+    attend_work,
+    attends_and_observes_like_the_reference,
+    poisoned_cache,
+    run_attend,
+    serving_batch,
+)
 from test_packed_kernels import play
 
 from momentkv_vllm import moments
 from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
-from momentkv_vllm.kernels.observed import Observed
 
 reference = select("reference")
 
@@ -54,19 +60,10 @@ def test_capped_attention_and_a_record_of_one_key_equal_softmax(kernels, cap):
 )
 def test_capped_attend_and_observe_agree_with_the_reference(kernels, batch):
     cache, work, query = serving_batch(*batch)
-    cache.softcap, scale = 1.5, query.shape[-1] ** -0.5
-    want, want_lse = run_attend(reference, cache, query, work, scale, True)
-    output, lse = run_attend(kernels, cache, query, work, scale, True)
-    rounding = {torch.bfloat16: 2**-7, torch.float32: 1e-5}[query.dtype]
-    torch.testing.assert_close(output, want, rtol=rounding, atol=1e-5)
-    torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=2e-5)
-    want_mass, mass = (torch.full(cache.keys.shape[:3], 7.0) for _ in range(2))
-    reference.observe(cache, Observed(want_mass), query, want_lse, work, scale)
-    kernels.observe(cache, Observed(mass), query, want_lse, work, scale)
-    used = torch.cat([row[row > 0] for row in work.pages])
-    torch.testing.assert_close(mass[used], want_mass[used], rtol=1e-4, atol=1e-5)
+    cache.softcap = 1.5
+    output = attends_and_observes_like_the_reference(kernels, cache, work, query, True)
     cache.softcap = 0.0
-    free, _ = run_attend(kernels, cache, query, work, scale, True)
+    free, _ = run_attend(kernels, cache, query, work, query.shape[-1] ** -0.5, True)
     assert (free - output).abs().max() > 0.1, "the cap was meant to matter"
 
 

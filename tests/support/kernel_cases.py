@@ -6,6 +6,7 @@ import os
 import torch
 
 from momentkv_vllm import moments
+from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.worklists import AttendWork
@@ -44,6 +45,23 @@ def run_attend(kernels, cache, query, work, scale, corrected):
     lse = torch.full(query.shape[:2], math.nan)
     kernels.attend(cache, query, output, lse, work, scale, corrected)
     return output, lse
+
+
+def attends_and_observes_like_the_reference(kernels, cache, work, query, corrected):
+    """Asserts that outputs, logsumexps and observed attention are the reference's; the output."""
+    reference, scale = select("reference"), query.shape[-1] ** -0.5
+    want, want_lse = run_attend(reference, cache, query, work, scale, corrected)
+    output, lse = run_attend(kernels, cache, query, work, scale, corrected)
+    assert not output.isnan().any()
+    rounding = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-5}[query.dtype]
+    torch.testing.assert_close(output, want, rtol=rounding, atol=1e-5)
+    torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=2e-5)
+    want_mass, mass = (torch.full(cache.keys.shape[:3], 7.0) for _ in range(2))
+    reference.observe(cache, Observed(want_mass), query, want_lse, work, scale)
+    kernels.observe(cache, Observed(mass), query, want_lse, work, scale)
+    used = torch.cat([row[row > 0] for row in work.pages])
+    torch.testing.assert_close(mass[used], want_mass[used], rtol=1e-4, atol=1e-5)
+    return output
 
 
 def serving_batch(dtype, head_dim, moment_dtype, correction, groups, page_size=16, seed=0):
