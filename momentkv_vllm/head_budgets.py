@@ -12,6 +12,7 @@ before a later one runs, so a lent tile never lies where tokens are still exact.
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -41,13 +42,27 @@ class HeadBudgets:
     capacity: [heads] int64 tokens of a head in a full store; equal_tokens: until so many have left the window, all heads hold
               all of them (`equal_until`).
     places:   [heads, most tiles, 3] int64, of a head's tiles in order: page of the store; bytes from the beginning of that page
-              in this layer's cache to the tile; float32 numbers from that page's observations to the tile's. Tiles beyond a
-              head's capacity repeat its last one.
+              in this layer's cache to the tile; float32 numbers from that page's observations to the tile's. Where a head has
+              fewer tiles than another its last one is repeated.
     """
 
     capacity: Tensor
     places: Tensor
     equal_tokens: int
+
+    @cached_property
+    def pages(self) -> int:
+        """Pages that a store must have, found once: kernels are told at every call. Raises ValueError on a page below 0."""
+        first, last = (int(page) for page in self.places[..., 0].aminmax())
+        if first < 0:
+            raise ValueError(f"a tile lies in page {first} of the store; the first page is 0")
+        return last + 1
+
+    def evicted(self, stored: Tensor, evicted: Tensor) -> Tensor:
+        """[rows, heads] float32 of rows that would hold `stored` tokens of each head and have evicted the others; as
+        `PackedLayout::held` of csrc/common/params.h has it."""
+        gone = (stored + evicted).unsqueeze(1)
+        return torch.where(gone > self.equal_tokens, (gone - self.capacity).clamp(min=0), evicted.unsqueeze(1))
 
 
 def equal_until(store_tokens: int, retire_tokens: int) -> int:
@@ -132,16 +147,17 @@ def budgets(
         tiles: as `tiles_of` gives them.
         addresses: [layers, 2] int64 of a layer's cache and of its observations.
     """
-    found = []
+    at, found = addresses.tolist(), []
+
+    def place(layer: int, tile: Tile) -> tuple[int, int, int]:
+        data, observed = (there - here for there, here in zip(at[tile.layer], at[layer], strict=True))
+        data += tile.head * sizes.part_bytes + tile.number * sizes.tile_bytes
+        return tile.page, data, observed // 4 + tile.head * sizes.part_slots + tile.number * TILE_TOKENS
+
     for layer, heads in enumerate(tiles):
         most = max(map(len, heads))
-        places = torch.zeros(len(heads), most, 3, dtype=torch.int64)
-        for head, held in enumerate(heads):
-            for n, tile in enumerate([*held, *[held[-1]] * (most - len(held))]):
-                data, observed = (addresses[tile.layer] - addresses[layer]).tolist()
-                places[head, n, 0] = tile.page
-                places[head, n, 1] = data + tile.head * sizes.part_bytes + tile.number * sizes.tile_bytes
-                places[head, n, 2] = observed // 4 + tile.head * sizes.part_slots + tile.number * TILE_TOKENS
+        padded = ([*held, *[held[-1]] * (most - len(held))] for held in heads)
+        places = torch.tensor([[place(layer, tile) for tile in held] for held in padded])
         found.append(HeadBudgets(capacity[layer].contiguous(), places, equal_tokens))
     return found
 

@@ -15,7 +15,8 @@ from momentkv_vllm.softcap import capped, slope
 class Moments:
     """The evicted tokens of each (row, head).
 
-    count:        [rows] tokens folded in, the same for all heads; 0 = the rest is meaningless and must not be read.
+    count:        [rows] tokens folded in, the same for all heads, or [rows, heads]; 0 = the rest is meaningless and must not be
+                  read.
     mean_key:     [rows, heads, head_dim]
     mean_value:   [rows, heads, head_dim]
     value_spread: [rows, heads] mean of ||v - mean_value||^2
@@ -28,6 +29,11 @@ class Moments:
     mean_value: torch.Tensor
     value_spread: torch.Tensor
     covariance: torch.Tensor | None
+
+
+def per_head(count: torch.Tensor) -> torch.Tensor:
+    """A count [rows] or [rows, heads] beside tensors [rows, heads, n]."""
+    return count.view(len(count), -1, 1)
 
 
 def of_tokens(keys: torch.Tensor, values: torch.Tensor, weight: torch.Tensor, covariance: bool) -> Moments:
@@ -96,9 +102,9 @@ def partial(
     The first-order step is limited to the root mean square distance of the evicted values to their mean: no weighting of
     the evicted values can move further than their spread allows by much, and a far query would otherwise extrapolate.
     """
-    empty = (moments.count == 0)[:, None, None]
+    empty = per_head(moments.count == 0)
     logits = scale * (query @ moments.mean_key.unsqueeze(-1)).squeeze(-1)
-    log_mass = moments.count.clamp(min=1).log()[:, None, None] + capped(logits, softcap)
+    log_mass = per_head(moments.count.clamp(min=1).log()) + capped(logits, softcap)
     output = moments.mean_value.unsqueeze(2)
     if moments.covariance is not None:
         step = scale * slope(logits, softcap).unsqueeze(-1) * (query @ moments.covariance)

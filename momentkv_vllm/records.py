@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from momentkv_vllm.moments import Moments
+from momentkv_vllm.moments import Moments, per_head
 from momentkv_vllm.page_layout import RecordLayout
 
 
@@ -12,16 +12,17 @@ def covariance_dtype(layout: RecordLayout) -> torch.dtype:
 
 
 def decoded(raw: Tensor, layout: RecordLayout, num_evicted: Tensor) -> Moments:
-    """Moments in float32 of records [rows, heads, bytes] uint8; `num_evicted` [rows] comes from the schedule.
+    """Moments in float32 of records [rows, heads, bytes] uint8; `num_evicted` [rows], or [rows, heads], comes from the
+    schedule.
 
-    Rows that evicted nothing give zeros, whatever their bytes are. So do parts that the layout lacks.
+    Heads that evicted nothing give zeros, whatever their bytes are. So do parts that the layout lacks.
     """
     rows, heads, _ = raw.shape
     at, d = layout.offsets, layout.head_dim
     if not layout.has_means:
         zeros = torch.zeros(rows, heads, d, device=raw.device)
         return Moments(num_evicted, zeros, zeros, zeros[..., 0], None)
-    raw = torch.where((num_evicted == 0)[:, None, None], raw.new_zeros(()), raw)
+    raw = torch.where(per_head(num_evicted == 0), raw.new_zeros(()), raw)
 
     def part(start: int, numbers: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return raw[..., start : start + numbers * dtype.itemsize].contiguous().view(dtype)

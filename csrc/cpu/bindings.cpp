@@ -68,9 +68,14 @@ PackedLayout packed_of(const Cache& c, at::IntArrayRef packed) {
   return p;
 }
 
+// CacheView.head_arguments (momentkv_vllm/kernels/cache_view.py).
+#define MOMENTKV_HEADS \
+  const OptionalTensor &places, const OptionalTensor &capacity, int64_t equal_tokens, int64_t places_pages
+#define MOMENTKV_HEADS_SCHEMA "Tensor? places, Tensor? capacity, int equal_tokens, int places_pages"
+#define MOMENTKV_HEADS_GIVEN places, capacity, equal_tokens, places_pages
+
 // Heads with budgets of their own: momentkv_vllm/head_budgets.py. Where their tiles lie in other layers cannot be checked here.
-void set_heads(PackedLayout& p, const Cache& c, const OptionalTensor& places, const OptionalTensor& capacity, int64_t equal_tokens,
-               int64_t columns) {
+void set_heads(PackedLayout& p, const Cache& c, MOMENTKV_HEADS, int64_t store_pages) {
   TORCH_CHECK(places.has_value() == capacity.has_value(), "places and capacity are given together");
   if (!places) return;
   TORCH_CHECK(p.bits != 0 && places->dim() == 3, "places has shape ", places->sizes(),
@@ -79,22 +84,18 @@ void set_heads(PackedLayout& p, const Cache& c, const OptionalTensor& places, co
   p.places = reinterpret_cast<const TilePlace*>(data_of<int64_t>(places, "places", {c.heads, p.most_tiles, 3}));
   p.capacity = data_of<int64_t>(capacity, "capacity", {c.heads});
   p.equal_tokens = equal_tokens;
+  TORCH_CHECK(places_pages <= store_pages, "places lie in ", places_pages, " pages, the store has ", store_pages);
   for (int64_t head = 0; head < c.heads; ++head) {
     TORCH_CHECK(p.capacity[head] % 8 == 0 && p.capacity[head] > 0 && p.capacity[head] <= p.most_tiles * 8, "head ", head,
                 " holds ", p.capacity[head], " tokens; they must fill whole tiles, at most ", p.most_tiles);
-    for (int64_t tile = 0; tile < p.most_tiles; ++tile) {
-      const int64_t column = p.places[head * p.most_tiles + tile].column;
-      TORCH_CHECK(column >= 0 && column < columns, "head ", head, " has a tile in page ", column, " of a store of ", columns);
-    }
   }
 }
 
 // The rows' quantised stores.
 void set_store(Attend& a, const OptionalTensor& stored, int64_t store_pages, at::IntArrayRef packed,
-               const OptionalTensor& places, const OptionalTensor& capacity, int64_t equal_tokens,
-               const OptionalTensor& observed) {
+               MOMENTKV_HEADS, const OptionalTensor& observed) {
   a.packed = packed_of(a.cache, packed);
-  set_heads(a.packed, a.cache, places, capacity, equal_tokens, store_pages);
+  set_heads(a.packed, a.cache, MOMENTKV_HEADS_GIVEN, store_pages);
   a.stored = data_of<int64_t>(stored, "stored", {a.rows});
   a.store_pages = store_pages;
   a.observed_slots = std::max(a.cache.page_size, a.packed.page_tiles * 8);
@@ -190,14 +191,13 @@ struct Items {
 
 void attend(const Tensor& kv, const Tensor& query, const Tensor& output, const OptionalTensor& lse, MOMENTKV_ATTEND_WORK,
             double scale, double softcap, bool corrected, MOMENTKV_RECORD, const OptionalTensor& stored, int64_t store_pages,
-            at::IntArrayRef packed, const OptionalTensor& places, const OptionalTensor& capacity,
-            int64_t equal_tokens, const OptionalTensor& weights) {
+            at::IntArrayRef packed, MOMENTKV_HEADS, const OptionalTensor& weights) {
   const AttendTensors work MOMENTKV_ATTEND_WORK_GIVEN;
   Attend a{};
   a.cache = cache_of(kv);
   set_attend(a, kv, query, output, lse, work, scale, corrected, MOMENTKV_RECORD_GIVEN);
   a.softcap = float(softcap);
-  set_store(a, stored, store_pages, packed, places, capacity, equal_tokens, {});
+  set_store(a, stored, store_pages, packed, MOMENTKV_HEADS_GIVEN, {});
   check_rows(a, query.size(0));
   set_observing(a, work, weights);
   thread_local Items items;
@@ -212,15 +212,14 @@ void attend(const Tensor& kv, const Tensor& query, const Tensor& output, const O
 
 void observe(const Tensor& kv, const Tensor& observed, const Tensor& query, const Tensor& lse, MOMENTKV_ATTEND_WORK,
              double scale, double softcap, const OptionalTensor& stored, int64_t store_pages, at::IntArrayRef packed,
-             const OptionalTensor& places, const OptionalTensor& capacity,
-            int64_t equal_tokens, const OptionalTensor& weights) {
+             MOMENTKV_HEADS, const OptionalTensor& weights) {
   const AttendTensors work MOMENTKV_ATTEND_WORK_GIVEN;
   Attend a{};
   a.cache = cache_of(kv);
   set_queries(a, kv, query, work, scale);
   a.softcap = float(softcap);
   a.num_evicted = data_of<float>(work.num_evicted, "num_evicted", {a.rows});
-  set_store(a, stored, store_pages, packed, places, capacity, equal_tokens, observed);
+  set_store(a, stored, store_pages, packed, MOMENTKV_HEADS_GIVEN, observed);
   check_rows(a, query.size(0));
   a.lse = data_of<float>(lse, "lse", {query.size(0), a.query_heads});
   set_observing(a, work, weights);
@@ -256,11 +255,11 @@ void check_heads(const Consolidate& c) {
 void consolidate(const Tensor& kv, MOMENTKV_RETIRE_WORK, const OptionalTensor& score, const OptionalTensor& observed,
                  int64_t sink_tokens, double attention_weight, MOMENTKV_RECORD, const OptionalTensor& stored,
                  int64_t run_tokens, int64_t store_tokens, at::IntArrayRef packed, const OptionalTensor& places,
-                 const OptionalTensor& capacity, int64_t equal_tokens) {
+                 const OptionalTensor& capacity, int64_t equal_tokens, int64_t places_pages) {
   Consolidate c{};
   c.cache = cache_of(kv);
   c.packed = packed_of(c.cache, packed);
-  set_heads(c.packed, c.cache, places, capacity, equal_tokens, store_pages.size(1));
+  set_heads(c.packed, c.cache, MOMENTKV_HEADS_GIVEN, store_pages.size(1));
   c.observed_slots = std::max(c.cache.page_size, c.packed.page_tiles * 8);
   const int64_t pages = store_pages.size(1), page_size = c.cache.page_size;
   c.candidates = (pages + retiring_pages.size(1)) * page_size + std::max(pages * c.packed.page_tiles, c.packed.most_tiles) * 8;
@@ -306,16 +305,16 @@ TORCH_LIBRARY(momentkv_cpu, m) {
   m.def(
       "attend(Tensor kv, Tensor query, Tensor(a!) output, Tensor(b!)? lse, " MOMENTKV_ATTEND_WORK_SCHEMA
       ", float scale, float softcap, bool corrected, " MOMENTKV_RECORD_SCHEMA
-      ", Tensor? stored, int store_pages, int[] packed, Tensor? places, Tensor? capacity, int equal_tokens, Tensor(c!)? weights) -> ()",
+      ", Tensor? stored, int store_pages, int[] packed, " MOMENTKV_HEADS_SCHEMA ", Tensor(c!)? weights) -> ()",
       &momentkv::attend);
   m.def(
       "observe(Tensor kv, Tensor(a!) observed, Tensor query, Tensor lse, " MOMENTKV_ATTEND_WORK_SCHEMA
-      ", float scale, float softcap, Tensor? stored, int store_pages, int[] packed, Tensor? places, Tensor? capacity, int equal_tokens, Tensor(b!)? weights) -> ()",
+      ", float scale, float softcap, Tensor? stored, int store_pages, int[] packed, " MOMENTKV_HEADS_SCHEMA ", Tensor(b!)? weights) -> ()",
       &momentkv::observe);
   m.def(
       "consolidate(Tensor(a!) kv, " MOMENTKV_RETIRE_WORK_SCHEMA
       ", Tensor? score, Tensor(b!)? observed, int sink_tokens, float attention_weight, " MOMENTKV_RECORD_SCHEMA
-      ", Tensor? stored, int run_tokens, int store_tokens, int[] packed, Tensor? places, Tensor? capacity, int equal_tokens) -> ()",
+      ", Tensor? stored, int run_tokens, int store_tokens, int[] packed, " MOMENTKV_HEADS_SCHEMA ") -> ()",
       &momentkv::consolidate);
   m.def("read_store(Tensor kv, Tensor pages, int[] packed) -> (Tensor, Tensor)", &momentkv::read_store);
   m.def("isa() -> str", &momentkv::isa);

@@ -82,7 +82,8 @@ def measure(seen: Attended, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     cache, attend = seen.cache, seen.attend
     token = (attend.first_token + attend.num_queries - 1)[rows]
     query, output, lse = seen.query[token], seen.output[token], seen.lse[token]
-    record = cache.read_moments(attend.moment_pages[rows], attend.num_evicted[rows])
+    stored = None if attend.stored is None else attend.stored[rows]
+    record = cache.read_moments(attend.moment_pages[rows], cache.evicted(stored, attend.num_evicted[rows]))
     heads = record.mean_key.shape[1]
     grouped = query.float().unflatten(1, (heads, -1))
     evicted, log_mass = mo.partial(record, grouped, seen.scale, cache.softcap)

@@ -120,11 +120,14 @@ class CacheView:
         return [layout.bits, layout.width, rotated_block(layout.width), *sizes, self.packed.page_tiles]
 
     @property
-    def head_arguments(self) -> tuple[Tensor | None, Tensor | None, int]:
+    def head_arguments(self) -> tuple[Tensor | None, Tensor | None, int, int]:
         """What operators in C++ are told of heads with budgets of their own."""
-        return (
-            (None, None, 0) if self.heads is None else (self.heads.places, self.heads.capacity, self.heads.equal_tokens)
-        )
+        heads = self.heads
+        return (None, None, 0, 0) if heads is None else (heads.places, heads.capacity, heads.equal_tokens, heads.pages)
+
+    def evicted(self, stored: Tensor | None, num_evicted: Tensor) -> Tensor:
+        """Tokens that heads have evicted, [rows, heads] where they have budgets of their own, else `num_evicted` [rows]."""
+        return num_evicted if self.heads is None else self.heads.evicted(stored, num_evicted)
 
     def store_slots(self, store_pages: int) -> int:
         """Most slots of a head in a quantised store of so many pages."""

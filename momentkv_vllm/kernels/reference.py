@@ -63,7 +63,7 @@ class Reference(KernelFamily):
         if work.stored is not None:
             cache.packed.write(work.store_pages, _packed(cache, tokens, work, source))
         else:
-            pick = source.unsqueeze(-1).expand(-1, -1, -1, tokens.keys.shape[-1])
+            pick = _wide(source, tokens.keys)
             cache.write_tokens(work.store_pages, tokens.keys.gather(2, pick), tokens.values.gather(2, pick))
         # After the tokens: a record may lie behind those of the last store page.
         if cache.record_layout.has_means:
@@ -86,7 +86,7 @@ def _packed(cache: CacheView, tokens: Candidates, work: RetireWork, source: Tens
     source = torch.nn.functional.pad(source, (0, len(place) - source.shape[2]))
     entering = (source >= work.stored.view(-1, 1, 1)) & (place < work.store_tokens)
     entering &= source < tokens.valid.sum(1).view(-1, 1, 1)
-    pick = source.unsqueeze(-1).expand(-1, -1, -1, tokens.keys.shape[-1])
+    pick = _wide(source, tokens.keys)
     new = Packed.of(tokens.keys.gather(2, pick), tokens.values.gather(2, pick), layout)
     # A store that shrinks moves what it holds, bytes and all.
     moved = torch.where((source < work.stored.view(-1, 1, 1)) & (place < work.store_tokens), source, place)

@@ -135,3 +135,12 @@ def test_every_head_is_what_the_reference_makes_of_it_alone(dtype, policy):
             same = sum(torch.equal(a, b) for a, b in zip(got, want, strict=True))
             assert same == tiles, f"layer {layer}, head {head}, page {page}: {tiles - same} of {tiles} tiles differ"
     assert evictions > 50
+    gone, page = boundary * PAGE, torch.tensor([[MOMENT_PAGE]])
+    uniform = torch.tensor([min(store_tokens, gone)])
+    for (layer, head), one in alone.items():
+        cache, lost = ours.caches[layer], float(max(0, gone - int(capacity[layer, head])))
+        got = cache.read_moments(page, cache.evicted(uniform, gone - uniform.float()))
+        want = one.caches[0].read_moments(page, torch.tensor([lost]))
+        assert got.count[0, head] == lost
+        torch.testing.assert_close(got.mean_key[:, head], want.mean_key[:, 0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(got.mean_value[:, head], want.mean_value[:, 0], atol=1e-5, rtol=0)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from momentkv_vllm.head_budgets import LEAST_SHARE, Sizes, Tile, budgets, least_tokens, shared, tiles_of
+from momentkv_vllm.head_budgets import LEAST_SHARE, HeadBudgets, Sizes, Tile, budgets, least_tokens, shared, tiles_of
 
 STORE, GRAIN, LONGEST = 96, 8, 4096
 
@@ -53,6 +53,20 @@ def test_nobody_holds_nothing(grain):
     assert least_tokens(16, grain) == grain
 
 
+def test_heads_evict_what_they_do_not_hold():
+    """Of 96 tokens that every head would hold, 80 are held by all; then each has its own capacity."""
+    heads = HeadBudgets(torch.tensor([32, 96, 160]), torch.zeros(3, 20, 3, dtype=torch.int64), equal_tokens=80)
+    gone = torch.tensor([0, 80, 96, 120, 200])
+    evicted = heads.evicted(gone.clamp(max=96), (gone - 96).clamp(min=0).float())
+    assert evicted.tolist() == [[0, 0, 0], [0, 0, 0], [64, 0, 0], [88, 24, 0], [168, 104, 40]]
+
+
+def test_no_tile_lies_before_the_first_page():
+    heads = HeadBudgets(torch.tensor([8]), torch.tensor([[[-1, 0, 0]]]), equal_tokens=0)
+    with pytest.raises(ValueError, match="page -1"):
+        _ = heads.pages
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_tile_is_held_once_and_lent_to_no_earlier_layer(seed):
     page_tiles, own = 7, STORE // 8
@@ -84,4 +98,5 @@ def test_kernels_are_told_bytes_and_observations():
     first, second = budgets(torch.tensor([[8, 16], [16, 8]]), tiles, addresses, sizes, 40)
     assert first.capacity.tolist() == [8, 16] and second.capacity.tolist() == [16, 8]
     assert first.places.tolist() == [[[0, 0, 0]] * 2, [[0, 1000, 56], [1, 1200, 72]]]
+    assert (first.pages, second.pages) == (2, 4)
     assert second.places.tolist() == [[[0, 0, 0], [3, 100 - 80_000, 8 - 20]], [[0, 1000, 56]] * 2]
