@@ -25,7 +25,7 @@ def patch_input_processor() -> None:
     def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         number = class_of_request(self, getattr(params, "extra_args", None), getattr(params, "n", 1))
         request = process(self, request_id, prompt, params, *args, **kwargs)
-        request.cache_salt = salted(request.cache_salt, _class_names(self), number)
+        request.cache_salt = salted(request.cache_salt, class_names_of(self), number)
         return request
 
     process_inputs._momentkv_patched = True
@@ -39,7 +39,7 @@ def class_of_request(processor: Any, extra_args: Mapping[str, Any] | None, answe
     answers: how many the request asks for, n."""
     from vllm.exceptions import VLLMValidationError
 
-    names, extra_args = _class_names(processor), extra_args or {}
+    names, extra_args = class_names_of(processor), extra_args or {}
     if not names:
         return 0
     try:
@@ -50,12 +50,12 @@ def class_of_request(processor: Any, extra_args: Mapping[str, Any] | None, answe
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
 
 
-def _class_names(processor: Any) -> Sequence[str]:
-    """Of the server's classes; none without eviction."""
-    names = getattr(processor, "momentkv_class_names", None)
+def class_names_of(holder: Any) -> Sequence[str]:
+    """Of the classes of an object of vLLM's with a `vllm_config`, which keeps them for the next call; none without eviction."""
+    names = getattr(holder, "momentkv_class_names", None)
     if names is None:
-        config = EvictionConfig.from_vllm(processor.vllm_config)
-        names = processor.momentkv_class_names = config.class_names if config.active else ()
+        config = EvictionConfig.from_vllm(holder.vllm_config)
+        names = holder.momentkv_class_names = config.class_names if config.active else ()
     return names
 
 

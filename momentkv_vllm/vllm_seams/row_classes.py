@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from momentkv_vllm.budget_classes import class_number
-from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.vllm_seams.requests import class_names_of
 
 
 def patch_row_classes() -> None:
@@ -30,12 +30,9 @@ def patch_row_classes() -> None:
 
 
 def _row_classes(runner: Any) -> Sequence[int]:
-    """Of the batch's rows in order; none where nothing evicts."""
-    names = getattr(runner, "momentkv_class_names", None)
-    if names is None:
-        config = EvictionConfig.from_vllm(runner.vllm_config)
-        names = runner.momentkv_class_names = config.class_names if config.active else ()
-    if not names:
+    """Of the batch's rows in order; none where there is no choice: rows that are not named have the default class."""
+    names = class_names_of(runner)
+    if len(names) < 2:
         return ()
     settings = (runner.requests[name].sampling_params for name in runner.input_batch.req_ids)
     return [class_number(names, s and s.extra_args) for s in settings]
