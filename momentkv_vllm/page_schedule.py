@@ -22,7 +22,7 @@ from momentkv_vllm.event_counts import EventCounts
 from momentkv_vllm.refuse import refuse
 
 DEFAULT_RETIRE_SHARE = 32
-"""An event retires budget / 32: 5 to 6 % of decode attention at 1,024 tokens, 9 to 10 % over an int4 store."""
+"""An event retires budget / 32: 6 to 8 % of decode attention over an int4 store at 1,024 tokens (make bench NAME=store)."""
 
 EXACT_PROMPT_BUDGETS = 4
 """Prompts up to so many budgets are attended exactly with prefill "auto"."""
