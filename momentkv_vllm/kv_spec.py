@@ -157,7 +157,7 @@ class MomentKVSpec(FullAttentionSpec):
     Attributes:
         schedules: which pages a sequence of each class holds, those of `page_tokens` always; the default class's first.
         config: the user's settings.
-        step_tokens: most tokens of one request scheduled and not yet settled.
+        step_tokens: most tokens of one request scheduled and not yet settled, those that a drafter writes beyond them included.
         model_name, engine: labels of the metrics.
         layers: how many layers evict, each counted once per tensor-parallel rank.
         splits_blocks: the model has layers that keep a state, and blocks as large as that, of several pages.
@@ -204,7 +204,7 @@ class MomentKVSpec(FullAttentionSpec):
             **known,
             schedules=schedules_of(config, page_size, spec.head_size, spec.dtype, longest),
             config=config,
-            step_tokens=vllm_config.max_in_flight_tokens,
+            step_tokens=vllm_config.max_in_flight_tokens + vllm_config.num_lookahead_tokens,
             model_name=model[0] if isinstance(model, list) else model,
             engine=parallel.data_parallel_index,
             layers=layers * parallel.tensor_parallel_size,

@@ -24,6 +24,7 @@ from momentkv_vllm.attention.sharing import SharingPlanner
 from momentkv_vllm.attention.spec_hook import (
     WINDOW_SPECS,
     EvictingBackend,
+    StepRows,
     leave_to_vllm,
     require_bounded_spec,
     shares_caches,
@@ -101,24 +102,39 @@ class MomentKVMetadataBuilder(CPUAttentionMetadataBuilder):
         stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
         if self.planner is None:
             return stock
-        step = self._step(common_attn_metadata)
+        n, prompts = common_attn_metadata.num_reqs, common_attn_metadata.rswa_prefix_lens
+        EvictingBackend.step_rows = StepRows(
+            common_attn_metadata.seq_lens[:n].tolist(), [0] * n if prompts is None else prompts[:n].tolist()
+        )
+        return self._with_plan(stock, common_attn_metadata, self.monitor)
+
+    def build_for_drafting(self, common_attn_metadata, draft_index) -> CPUAttentionMetadata:
+        """Of a drafter's pass over the step that was just computed: its layers evict where the model's did, and take no notice of
+        tokens that are not committed."""
+        stock = super().build(0, common_attn_metadata, True)
+        return stock if self.planner is None else self._with_plan(stock, common_attn_metadata, None)
+
+    def _with_plan(
+        self, stock: CPUAttentionMetadata, common: CommonAttentionMetadata, monitor: Monitor | None
+    ) -> CPUAttentionMetadata:
+        step = self._step(common, EvictingBackend.step_rows)
         if not step.rounds:
             return stock
         part = None
         if step.stock_rows:
-            rows = StockRows.of(step.stock_rows, common_attn_metadata.query_start_loc_cpu.tolist())
-            part = stock_part(rows, rows.query_start, common_attn_metadata, super().build)
-        return MomentKVMetadata(**vars(stock), eviction=step, stock_part=part, monitor=self.monitor)
+            rows = StockRows.of(step.stock_rows, common.query_start_loc_cpu.tolist())
+            part = stock_part(rows, rows.query_start, common, super().build)
+        return MomentKVMetadata(**vars(stock), eviction=step, stock_part=part, monitor=monitor)
 
-    def _step(self, common: CommonAttentionMetadata) -> StepPlan:
+    def _step(self, common: CommonAttentionMetadata, rows: StepRows) -> StepPlan:
         n = common.num_reqs
-        prompts = [0] * n if common.rswa_prefix_lens is None else common.rswa_prefix_lens[:n].tolist()
         return self.planner.build(
             common.query_start_loc_cpu[: n + 1].tolist(),
             common.seq_lens[:n].tolist(),
-            prompts,
+            rows.prompts,
             common.block_table_tensor[:n],
             EvictingBackend.row_classes,
+            rows.committed,
         )
 
 

@@ -69,7 +69,10 @@ def random_tokens(vocabulary: int, longest: int) -> Tensor:
 def measured_layers(runner: Any) -> Iterator[None]:
     """Around the allocation of `runner`'s KV cache: layers with `head_budgets` "measured" know then what their heads hold."""
     config, layers = runner.vllm_config, runner.compilation_config.static_forward_context
+    drafting = getattr(getattr(runner, "drafter", None), "_draft_attn_layer_names", ())
     names = [n for n, x in layers.items() if getattr(getattr(x, "impl", None), "measures_heads", False)]
+    # The pass runs the model alone; heads of a drafter's layers hold as many tokens each.
+    names = [n for n in names if n not in drafting]
     names.sort(key=extract_layer_index)
     impls = [layers[name].impl for name in names]
     reach = measure(runner, impls) if names else None

@@ -37,7 +37,7 @@ class EvictingImpl:
     def __init__(
         self, num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, *args, **kwargs
     ) -> None:
-        vllm_config = EvictingBackend.loading = get_current_vllm_config()
+        vllm_config = EvictingBackend.serving(get_current_vllm_config())
         config = EvictionConfig.from_vllm(vllm_config)
         if config.active and not hides_tokens(sliding_window, vllm_config.model_config):
             sliding_window = None

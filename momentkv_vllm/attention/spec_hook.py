@@ -1,7 +1,7 @@
 """The bounded KV cache spec, given to every layer that attends to all tokens of a sequence; layers with a window keep vLLM's."""
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from vllm.config import VllmConfig, get_layers_from_vllm_config
@@ -17,19 +17,39 @@ WINDOW_SPECS = (SlidingWindowSpec, ChunkedLocalAttentionSpec)
 """Specs of layers that vLLM serves, in our pool: they attend to a part of a sequence and hold no more than that."""
 
 
+@dataclass(frozen=True)
+class StepRows:
+    """Of a step's rows in order: tokens that are known at its end, drafts that it checks included, and lengths of prompts."""
+
+    committed: Sequence[int]
+    prompts: Sequence[int]
+
+
 class EvictingBackend:
     """For an AttentionBackend; stands before vLLM's class in the bases. With eviction off, specs stay vLLM's."""
 
     loading: ClassVar[VllmConfig | None] = None
     """Config of the model whose layers were built last in this process: a mailbox between two of vLLM's calls.
 
-    Written by `EvictingImpl.__init__` (layer.py) for every layer, while the model is built. Read by `customize_spec` alone,
+    Written by `serving`, which `EvictingImpl.__init__` (layer.py) asks for every layer while the model is built. Read by `customize_spec` alone,
     which vLLM calls for every layer after loading, with no config in reach (vllm/v1/worker/gpu_model_runner.py,
     get_kv_cache_spec). A process that builds two models builds and asks for them one after the other."""
+
+    step_rows: ClassVar[StepRows] = StepRows((), ())
+    """Of the step that the model itself has computed last: a mailbox between the builder of its metadata and that of a drafter in
+    the same process, whose passes follow it and whose metadata has lost what a row has committed and how long its prompt is."""
 
     row_classes: ClassVar[Sequence[int]] = ()
     """Numbers of the budget classes of the next step's rows, which builders' metadata does not tell: a mailbox between the model
     runner (vllm_seams/cpu_runner.py), which writes it before every step, and the builders, which it calls then."""
+
+    @staticmethod
+    def serving(built: VllmConfig) -> VllmConfig:
+        """The config of the model that is served, of which or of whose draft model a layer is being built with `built`."""
+        drafts = built.speculative_config
+        if drafts is None or built.model_config is not drafts.draft_model_config:
+            EvictingBackend.loading = built
+        return EvictingBackend.loading
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:

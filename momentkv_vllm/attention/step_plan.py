@@ -102,15 +102,17 @@ class StepPlanner:
         prompt_lens: list[int],
         block_table: torch.Tensor,
         classes: Sequence[int] = (),
+        committed: Sequence[int] | None = None,
     ) -> StepPlan:
-        """Plan one step.
+        """Plan one step, or one pass of a drafter.
 
         Args:
             query_start: [num_requests + 1] start of each request in the flat token list.
-            seq_lens: [num_requests] committed tokens at the end of the step.
+            seq_lens: [num_requests] tokens at the end of the step.
             prompt_lens: [num_requests] prompt lengths; read where the schedule `reads_prompt_lengths`.
             block_table: [num_requests, columns] page numbers.
             classes: number of each request's budget class; rows beyond have the default.
+            committed: [num_requests] tokens of which evictions may take notice, by default all. Those beyond attend and no more.
         """
         table = block_table.numpy()
         stock_rows: list[int] = []
@@ -119,7 +121,8 @@ class StepPlanner:
             first_token = query_start[row]
             start = end - (query_start[row + 1] - first_token)
             number = classes[row] if row < len(classes) else 0
-            segments = list(self._segments(row, first_token, start, end, prompt_lens[row], number))
+            known = end if committed is None else committed[row]
+            segments = list(self._segments(row, first_token, start, end, prompt_lens[row], number, known))
             if all(s.boundary_column == 0 and s.retire_to == 0 for s in segments):
                 # Nothing evicted, nothing to evict: vLLM's own kernel, bit for bit.
                 stock_rows.append(row)
@@ -141,22 +144,25 @@ class StepPlanner:
         return replace(s, first_token=s.first_token + start - s.start, start=start, observe_only=True)
 
     def _segments(
-        self, row: int, first_token: int, start: int, end: int, prompt: int, number: int
+        self, row: int, first_token: int, start: int, end: int, prompt: int, number: int, committed: int = NEVER
     ) -> Iterator[Segment]:
         schedule = self.schedules[number]
-        events = set(schedule.events(start, end, prompt))
+        events = set(schedule.events(start, min(end, committed), prompt))
         most = MAX_EXACT_QUERIES if prompt <= schedule.exact_prompt_tokens else MAX_QUERIES
         first_cut = start + most - (start - schedule.first_event_tokens) % most
         position = start
-        for stop in sorted(events | {end} | set(range(first_cut, end, most))):
+        cuts = events | {end} | set(range(first_cut, end, most))
+        if start < committed < end and self._observe_from(schedule, committed - 1, prompt) < end:
+            cuts.add(committed)
+        for stop in sorted(cuts):
             yield Segment(
                 row=row,
                 first_token=first_token + position - start,
                 start=position,
                 end=stop,
-                boundary_column=schedule.boundary_column(position, prompt),
+                boundary_column=schedule.boundary_column(min(position, committed), prompt),
                 retire_to=schedule.boundary_column(stop, prompt) if stop in events else 0,
-                observe_from=self._observe_from(schedule, position, prompt),
+                observe_from=self._observe_from(schedule, position, prompt) if position < committed else NEVER,
                 schedule=number,
             )
             position = stop

@@ -11,6 +11,7 @@ from momentkv_vllm.environment import ALLOW_UNTESTED_VLLM
 from momentkv_vllm.model_layers import full_layers, has_windows, keeps_states, sharing_layers
 from momentkv_vllm.refuse import WITHOUT, Unsupported, refuse, refuse_first
 from momentkv_vllm.versions import TESTED_VLLM, installed_vllm
+from momentkv_vllm.vllm_seams.drafts import draft_rows
 from momentkv_vllm.vllm_seams.gpu import BACKEND_NAMES, gpu_rows
 from momentkv_vllm.vllm_seams.hybrids import hybrid_rows
 
@@ -46,7 +47,7 @@ def refuse_unsupported(vllm_config: "VllmConfig", config: EvictionConfig, backen
         *_cache_rows(vllm_config, config),
         *_parallel_rows(vllm_config, platform),
         *_engine_rows(vllm_config, config, platform, backend),
-        *_draft_rows(vllm_config, config),
+        *draft_rows(vllm_config, config, _has_own_scheduler(vllm_config)),
         *_state_rows(vllm_config, config),
     ]
     refuse_first(rows, f"--kv-eviction {config.policy}")
@@ -187,34 +188,6 @@ def _has_own_scheduler(vllm_config: "VllmConfig") -> bool:
     return not issubclass(scheduler.get_scheduler_cls(), RestartsSessions)
 
 
-def _draft_rows(vllm_config: "VllmConfig", config: EvictionConfig) -> list[Unsupported]:
-    """Speculative decoding by n-grams only: other drafters keep KV or hidden states of their own."""
-    drafts = vllm_config.speculative_config
-    if drafts is None:
-        return []
-    # Draft tokens stop before an event, and a prefix hit starts at least one page before one.
-    most = vllm_config.cache_config.block_size - 2
-    given, option = drafts.num_speculative_tokens, "--speculative-config with"
-    return [
-        Unsupported(f"{option} method {drafts.method!r} (only 'ngram')", drafts.method != "ngram", "use 'ngram'"),
-        Unsupported(
-            f"{option} num_speculative_tokens {given} above {most}, the page size less 2",
-            given > most,
-            f"use 1 to {most}",
-        ),
-        Unsupported(
-            f"{option} a policy that observes every query (rejected drafts too)",
-            config.policy_class.observes_every_query(),
-            "take another policy",
-        ),
-        Unsupported(
-            f"{option} --scheduler-cls (drafts must stop before an eviction)",
-            _has_own_scheduler(vllm_config),
-            "leave --scheduler-cls out",
-        ),
-    ]
-
-
 def _state_rows(vllm_config: "VllmConfig", config: EvictionConfig) -> list[Unsupported]:
     """States in files; what they need is asked for only if they are wanted."""
     folder, parallel = config.state_folder, vllm_config.parallel_config
@@ -258,7 +231,8 @@ def _refuse_budget(vllm_config: "VllmConfig", config: EvictionConfig) -> None:
     from momentkv_vllm.kv_spec import expected_schedules
     from momentkv_vllm.page_blocks import PageBlocks
 
-    pool, step = vllm_config.cache_config.num_gpu_blocks_override, vllm_config.max_in_flight_tokens
+    pool = vllm_config.cache_config.num_gpu_blocks_override
+    step = vllm_config.max_in_flight_tokens + vllm_config.num_lookahead_tokens
     for served, schedule in zip(config.classes, expected_schedules(config, vllm_config), strict=True):
         blocks = PageBlocks.of(schedule, vllm_config.cache_config.block_size)
         need = blocks.least_pool(step)

@@ -12,6 +12,7 @@ def register_seams() -> None:
     from momentkv_vllm.kv_spec import MomentKVSpec
     from momentkv_vllm.vllm_seams.block_memory import patch_block_memory
     from momentkv_vllm.vllm_seams.cpu_runner import patch_cpu_runner
+    from momentkv_vllm.vllm_seams.drafts import patch_drafters
     from momentkv_vllm.vllm_seams.engine_core import patch_engine_core
     from momentkv_vllm.vllm_seams.gpu import patch_gpu_worker
     from momentkv_vllm.vllm_seams.requests import patch_input_processor
@@ -30,5 +31,6 @@ def register_seams() -> None:
         patch_cpu_runner()
         patch_row_classes()
         patch_block_memory()
+        patch_drafters()
     elif current_platform.is_cuda():
         patch_gpu_worker()

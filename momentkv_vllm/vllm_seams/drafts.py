@@ -1,0 +1,146 @@
+"""Speculative decoding: what of it eviction serves, and a patch of vLLM's CPU worker (ledger: vllm_seams/__init__.py).
+
+A drafter with attention layers of its own (a draft model, EAGLE, MTP) keeps KV beside the model's, in the same pages. Its layers
+evict when the model's do, in the pass that follows the model's. So that pass must follow every step. vLLM leaves it out where one
+row of the batch is so long that its drafts could pass --max-model-len; it is made then, and no tokens are drafted.
+"""
+
+import functools
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.model_layers import full_layers, has_windows, keeps_states, sharing_layers
+from momentkv_vllm.refuse import Unsupported
+from momentkv_vllm.vllm_seams.requests import class_names_of
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+WITHOUT_LAYERS = ("ngram",)
+"""Methods that look drafts up."""
+WITH_LAYERS = ("draft_model", "eagle", "eagle3", "mtp")
+"""Methods whose drafter attends."""
+OPTION = "--speculative-config with"
+
+
+def keeps_layers(vllm_config: Any) -> bool:
+    """Whether a drafter has layers with a cache."""
+    drafts = vllm_config.speculative_config
+    return drafts is not None and drafts.method not in WITHOUT_LAYERS
+
+
+def draft_rows(vllm_config: "VllmConfig", config: EvictionConfig, own_scheduler: bool) -> list[Unsupported]:
+    """What eviction cannot serve of speculative decoding."""
+    drafts = vllm_config.speculative_config
+    if drafts is None:
+        return []
+    # Draft tokens stop before an event, and a prefix hit starts at least one page before one.
+    most, given = vllm_config.cache_config.block_size - 2, drafts.num_speculative_tokens
+    known = (*WITHOUT_LAYERS, *WITH_LAYERS)
+    rows = [
+        Unsupported(
+            f"{OPTION} method {drafts.method!r} (only {', '.join(map(repr, known))})",
+            drafts.method not in known,
+            "use one of these",
+        ),
+        Unsupported(
+            f"{OPTION} num_speculative_tokens {given} above {most}, the page size less 2",
+            given > most,
+            f"use 1 to {most}",
+        ),
+        Unsupported(
+            f"{OPTION} a policy that observes every query (rejected drafts too)",
+            config.policy_class.observes_every_query(),
+            "take another policy",
+        ),
+        Unsupported(
+            f"{OPTION} --scheduler-cls (drafts must stop before an eviction)",
+            own_scheduler,
+            "leave --scheduler-cls out",
+        ),
+    ]
+    return rows + _rows_of_layers(vllm_config, config) if drafts.method in WITH_LAYERS else rows
+
+
+def _rows_of_layers(vllm_config: "VllmConfig", config: EvictionConfig) -> list[Unsupported]:
+    """Of drafters whose layers evict beside the model's: in one group of pages, so they must be alike."""
+    drafts, model, parallel = vllm_config.speculative_config, vllm_config.model_config, vllm_config.parallel_config
+    draft = drafts.draft_model_config
+    what, ngram = f"{OPTION} method {drafts.method!r}", "use 'ngram'"
+    shapes = [
+        (m.get_num_kv_heads(parallel), size, str(m.dtype).removeprefix("torch."))
+        for m, size in ((model, full_layers(vllm_config).head_size), (draft, draft.get_head_size()))
+    ]
+    (heads, size, dtype), (draft_heads, draft_size, draft_dtype) = shapes
+    kind = getattr(draft.hf_config, "model_type", "")
+    return [
+        Unsupported(f"{what} and parallel_drafting", drafts.parallel_drafting, "leave parallel_drafting out"),
+        Unsupported(
+            f"{what} of {kind!r} (its layers read the model's cache, or lie in several groups)",
+            drafts.use_gemma4_mtp() or drafts.use_step3p5_mtp(),
+            ngram,
+        ),
+        Unsupported(
+            f"{what} and num_speculative_tokens {drafts.num_speculative_tokens} of a model with several modules for them",
+            drafts.use_multi_module_mtp(),
+            f"use 1, {ngram}",
+        ),
+        Unsupported(f"{what} and a drafter with MLA", draft.use_mla, ngram),
+        Unsupported(f"{what} and a drafter whose layers keep states", keeps_states(draft), ngram),
+        Unsupported(f"{what} for models with sliding-window layers", has_windows(model) or has_windows(draft), ngram),
+        Unsupported(f"{what} for models with KV sharing between layers", sharing_layers(model), ngram),
+        Unsupported(
+            f"{what} and a drafter with {draft_heads} KV heads of {draft_size} numbers in {draft_dtype} (the model has {heads} of "
+            f"{size} in {dtype}, and layers that evict share one shape of page)",
+            shapes[0] != shapes[1],
+            f"take a drafter with the model's KV heads, {ngram}",
+        ),
+        Unsupported(
+            f"{what} and a drafter for {draft.max_model_len} tokens, less than --max-model-len {model.max_model_len} (its layers "
+            f"must see every step)",
+            draft.max_model_len < model.max_model_len,
+            f"use --max-model-len {draft.max_model_len}, {ngram}",
+        ),
+        Unsupported(
+            f"{what} and kv_cache_dtype {drafts.kv_cache_dtype!r}",
+            drafts.kv_cache_dtype not in (None, "auto"),
+            "leave kv_cache_dtype out",
+        ),
+        Unsupported(f"{what} and pipeline parallelism", parallel.pipeline_parallel_size > 1, ngram),
+        Unsupported(
+            f"{what} and kv_eviction.state_folder {config.state_folder!r} (a file does not say whose drafts its pages are of)",
+            config.state_folder,
+            "leave the key out",
+        ),
+    ]
+
+
+def patch_drafters() -> None:
+    """Wrap two methods of the model runner; calling it again does nothing."""
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    if getattr(CPUModelRunner.propose_draft_token_ids, "_momentkv_patched", False):
+        return
+    fits, propose = CPUModelRunner._input_fits_in_drafter, CPUModelRunner.propose_draft_token_ids
+
+    @functools.wraps(fits)
+    def _input_fits_in_drafter(self: Any, common_attn_metadata: Any) -> bool:
+        fitting = fits(self, common_attn_metadata)
+        # Asked before every proposal (sample_tokens), which then knows.
+        self.momentkv_only_follows = not fitting and _evicts_in_drafter(self)
+        return fitting or self.momentkv_only_follows
+
+    @functools.wraps(propose)
+    def propose_draft_token_ids(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.momentkv_only_follows:
+            scheduler_output = replace(scheduler_output, num_spec_tokens_to_schedule=0)
+        return propose(self, scheduler_output, *args, **kwargs)
+
+    propose_draft_token_ids._momentkv_patched = True
+    CPUModelRunner._input_fits_in_drafter = _input_fits_in_drafter
+    CPUModelRunner.propose_draft_token_ids = propose_draft_token_ids
+
+
+def _evicts_in_drafter(runner: Any) -> bool:
+    return bool(class_names_of(runner)) and keeps_layers(runner.vllm_config)
