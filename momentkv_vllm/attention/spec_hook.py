@@ -31,9 +31,10 @@ class EvictingBackend:
     loading: ClassVar[VllmConfig | None] = None
     """Config of the model whose layers were built last in this process: a mailbox between two of vLLM's calls.
 
-    Written by `serving`, which `EvictingImpl.__init__` (layer.py) asks for every layer while the model is built. Read by `customize_spec` alone,
-    which vLLM calls for every layer after loading, with no config in reach (vllm/v1/worker/gpu_model_runner.py,
-    get_kv_cache_spec). A process that builds two models builds and asks for them one after the other."""
+    Written by `serving`, which `EvictingImpl.__init__` (layer.py) asks for every layer while the model is built. Read by
+    `customize_spec` alone, which vLLM calls for every layer after loading, with no config in reach
+    (vllm/v1/worker/gpu_model_runner.py, get_kv_cache_spec). A process that builds two models builds and asks for them one after
+    the other; a draft model's own config is not written."""
 
     step_rows: ClassVar[StepRows] = StepRows((), ())
     """Of the step that the model itself has computed last: a mailbox between the builder of its metadata and that of a drafter in

@@ -91,8 +91,8 @@ def _rows_of_layers(vllm_config: "VllmConfig", config: EvictionConfig) -> list[U
         Unsupported(f"{what} for models with sliding-window layers", has_windows(model) or has_windows(draft), ngram),
         Unsupported(f"{what} for models with KV sharing between layers", sharing_layers(model), ngram),
         Unsupported(
-            f"{what} and a drafter with {draft_heads} KV heads of {draft_size} numbers in {draft_dtype} (the model has {heads} of "
-            f"{size} in {dtype}, and layers that evict share one shape of page)",
+            f"{what} and a drafter with {draft_heads} KV heads of {draft_size} numbers in {draft_dtype} (the model has {heads} "
+            f"of {size} in {dtype}, and layers that evict share one shape of page)",
             shapes[0] != shapes[1],
             f"take a drafter with the model's KV heads, {ngram}",
         ),

@@ -1,0 +1,175 @@
+"""Drafters with attention layers of their own: their layers evict beside the model's, and change none of its tokens."""
+
+from dataclasses import dataclass
+
+import draft_models
+import pytest
+from engine import Engine, random_prompt
+from vllm import EngineArgs
+
+from momentkv_vllm.metrics import EVICTED_TOKENS, RETIRED_PAGES
+
+EVICTION = {"policy": "momentkv", "budget_tokens": 384, "moment_dtype": "float32", "observation_tokens": 8}
+INT8 = {"store_dtype": "int8", "run_tokens": 8, "budget_tokens": 128, "head_budgets": "equal"}
+MODES = {
+    "chunked": {**INT8, "prefill": "chunked"},
+    "coarse": {"prefill": "chunked", "prefill_retire_tokens": 64},
+    "full": {"prefill": "full"},
+    "auto": {**INT8, "prefill": "auto", "exact_prompt_tokens": 650},
+}
+
+
+@dataclass
+class Served:
+    """What an engine made of some requests.
+
+    tokens: of each. checked: of every draft of a request that went on, (tokens drafted, of these accepted).
+    evicted: pages retired and tokens evicted. cached, preemptions: as of `Engine`.
+    """
+
+    tokens: list[list[int]]
+    checked: list[tuple[int, int]]
+    evicted: list[float]
+    cached: dict[str, int]
+    preemptions: int
+
+    @property
+    def drafted(self) -> int:
+        return sum(drafts for drafts, _ in self.checked)
+
+    @property
+    def accepted(self) -> int:
+        return sum(accepted for _, accepted in self.checked)
+
+
+def serve(model, prompts: list[list[int]], new_tokens: int, **options) -> Served:
+    """By an engine of its own, which ends with an empty pool."""
+    e, checked = Engine(model, **options), []
+    update = e.scheduler.update_from_output
+
+    def watched(scheduled, output):
+        result = update(scheduled, output)
+        for name, drafts in scheduled.scheduled_spec_decode_tokens.items():
+            if name in e.scheduler.requests:
+                checked.append((len(drafts), len(output.sampled_token_ids[output.req_id_to_index[name]]) - 1))
+        return result
+
+    e.scheduler.update_from_output = watched
+    tokens = e.generate(prompts, new_tokens)
+    evicted = [e.manager.metrics.values[m, 0] for m in (RETIRED_PAGES, EVICTED_TOKENS)]
+    e.close()
+    return Served(tokens, checked, evicted, e.cached_tokens, e.preemptions)
+
+
+def with_drafts(model, drafts: dict, prompts: list[list[int]], new_tokens: int = 100, **options) -> Served:
+    """The tokens must be those without drafts, and as much be evicted."""
+    plain = serve(model, prompts, new_tokens, **options)
+    served = serve(model, prompts, new_tokens, **options, speculative_config=drafts)
+    assert served.tokens == plain.tokens
+    assert served.evicted == plain.evicted or served.preemptions or served.cached != plain.cached
+    assert plain.evicted[0] > 0, "nothing was evicted: the test proves nothing"
+    return served
+
+
+def by(method: str, folder=None, tokens: int = 4) -> dict:
+    named = {"model": str(folder)} if folder else {}
+    return {"method": method, "num_speculative_tokens": tokens, **named}
+
+
+def some_prompts() -> list[list[int]]:
+    return [random_prompt(n, seed=5) for n in (30, 350, 385, 600)]
+
+
+@pytest.mark.parametrize("mode", ["chunked", *(pytest.param(m, marks=pytest.mark.slow) for m in list(MODES)[1:])])
+def test_a_draft_model_that_is_the_model_never_errs(models, mode):
+    """Its layers then hold what the model's do, after every event."""
+    model = models(seed=1)
+    served = with_drafts(model, by("draft_model", model), some_prompts(), **EVICTION | MODES[mode])
+    assert served.accepted == served.drafted > 100
+
+
+def test_drafts_that_are_rejected(models, tmp_path):
+    """What a drafter wrote for them is written again."""
+    model = models(seed=1)
+    noisy = draft_models.make_noisy(tmp_path / "noisy", model)
+    served = with_drafts(model, by("draft_model", noisy), some_prompts(), **EVICTION)
+    assert served.drafted / 4 < served.accepted < served.drafted * 0.9
+
+
+def test_eagle(tmp_path):
+    model = draft_models.make_one_layer(tmp_path / "model")
+    head = draft_models.make_eagle(tmp_path / "head", model)
+    served = with_drafts(model, by("eagle", head), some_prompts(), **EVICTION)
+    assert served.drafted * 0.8 < served.accepted < served.drafted
+
+
+@pytest.mark.slow
+def test_eagle3(tmp_path):
+    model = draft_models.make_one_layer(tmp_path / "model")
+    head = draft_models.make_eagle3(tmp_path / "head", model)
+    served = with_drafts(model, by("eagle3", head), some_prompts(), **EVICTION)
+    assert served.accepted < served.drafted
+
+
+@pytest.mark.slow
+def test_multi_token_prediction(tmp_path):
+    model = draft_models.make_mtp_model(tmp_path / "model")
+    served = with_drafts(model, by("mtp"), some_prompts(), **EVICTION)
+    assert served.drafted * 0.8 < served.accepted < served.drafted
+
+
+@pytest.mark.parametrize("drafter", ["draft_model", pytest.param("eagle", marks=pytest.mark.slow)])
+def test_a_prompt_that_comes_again(models, tmp_path, drafter):
+    """It starts from the state of its beginning, in which the drafter's pages are too."""
+    model = draft_models.make_one_layer(tmp_path / "model")
+    drafts = by(drafter, model if drafter == "draft_model" else draft_models.make_eagle(tmp_path / "head", model))
+    prompts = [random_prompt(900, seed=5)] * 2
+    options = EVICTION | {"enable_prefix_caching": True, "max_num_seqs": 1}
+    served = with_drafts(model, drafts, prompts, **options)
+    assert served.tokens[0] == served.tokens[1] and served.cached["r1"] > 700
+    assert served.accepted >= served.drafted * (1 if drafter == "draft_model" else 0.8)
+
+
+@pytest.mark.slow
+def test_preemption(models):
+    model, prompts = models(seed=1), [random_prompt(n, seed=5) for n in (200, 210, 220, 230, 240)]
+    tight = {"num_gpu_blocks_override": 80, "watermark": 0.0, "enable_prefix_caching": True}
+    served = with_drafts(model, by("draft_model", model), prompts, 220, **EVICTION | tight)
+    assert served.preemptions and served.accepted == served.drafted
+
+
+def test_no_event_is_missed_beside_a_sequence_that_is_full(models):
+    """Near --max-model-len vLLM drafts for no row of a batch. The drafter's layers must evict in those steps too."""
+    model, prompts = models(seed=1), [random_prompt(n, seed=5) for n in (392, 150, 154, 158, 162)]
+    options = EVICTION | MODES["chunked"] | {"max_model_len": 448, "max_num_batched_tokens": 1024}
+    served = with_drafts(model, by("draft_model", model), prompts, 160, **options)
+    assert served.accepted == served.drafted > 100
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "words"),
+    [
+        ({"method": "suffix"}, {}, "only 'ngram', 'draft_model', 'eagle', 'eagle3', 'mtp'"),
+        ({"parallel_drafting": True}, {}, "leave parallel_drafting out"),
+        ({"model": "other heads"}, {}, "2 KV heads of 16 numbers in float32 .the model has 2 of 32 in float32"),
+        ({"model": "other KV heads"}, {}, "1 KV heads of 32 numbers"),
+        ({"max_model_len": 512}, {}, "a drafter for 512 tokens, less than --max-model-len 4096"),
+        ({"num_speculative_tokens": 15}, {}, "num_speculative_tokens 15 above 14"),
+        ({}, {"pipeline_parallel_size": 2}, "and pipeline parallelism"),
+        ({}, {"state_folder": "/tmp"}, "kv_eviction.state_folder '/tmp' .a file does not say"),
+    ],
+)
+def test_what_stays_refused(models, changes, options, words, monkeypatch):
+    # The suffix drafter needs a package that is not installed; its absence must not hide our answer.
+    monkeypatch.setattr("vllm.config.speculative.SpeculativeConfig._validate_suffix_decoding", lambda self: None)
+    drafters = {"other heads": models(head_dim=16), "other KV heads": models(num_kv_heads=1)}
+    drafts = {**by("draft_model", models(seed=1), 4), **changes}
+    drafts["model"] = str(drafters.get(drafts["model"], drafts["model"]))
+    options = dict(options)
+    folder = {k: options.pop(k) for k in ("state_folder",) if k in options}
+    eviction = {"kv_eviction": {"policy": "momentkv", "budget_tokens": 256, **folder}}
+    args = EngineArgs(
+        model=str(models()), additional_config=eviction, speculative_config=drafts, dtype="float32", max_model_len=4096, **options
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=words):
+        args.create_engine_config()
