@@ -57,6 +57,9 @@ BENCHMARKS = {
     "load": one("vllm bench serve and GuideLLM at rising rates, both in one pool", 10, "load.run"),
     "prefix": one("prompt tokens saved under a shared system prompt", 5, "serving.prefix"),
     "resume": one("prompt tokens computed of conversations and documents that come again", 10, "serving.resume"),
+    "drafts": one(
+        "draft tokens accepted, stock against momentkv, on the real model", 15, "serving.drafts", real_model=True
+    ),
     "kernels": one("C++ kernels against vLLM's own on the same tokens", 5, "kernels.run"),
     "store": one("attention over quantised stores against 16-bit ones", 5, "kernels.store"),
     "metrics_cost": one("what counting and sampling for the metrics cost", 2, "metrics_cost"),

@@ -68,11 +68,7 @@ def _rows_of_layers(vllm_config: "VllmConfig", config: EvictionConfig) -> list[U
     drafts, model, parallel = vllm_config.speculative_config, vllm_config.model_config, vllm_config.parallel_config
     draft = drafts.draft_model_config
     what, ngram = f"{OPTION} method {drafts.method!r}", "use 'ngram'"
-    shapes = [
-        (m.get_num_kv_heads(parallel), size, str(m.dtype).removeprefix("torch."))
-        for m, size in ((model, full_layers(vllm_config).head_size), (draft, draft.get_head_size()))
-    ]
-    (heads, size, dtype), (draft_heads, draft_size, draft_dtype) = shapes
+    (heads, size, dtype), (draft_heads, draft_size, draft_dtype) = shapes = _shapes(vllm_config)
     kind = getattr(draft.hf_config, "model_type", "")
     return [
         Unsupported(f"{what} and parallel_drafting", drafts.parallel_drafting, "leave parallel_drafting out"),
@@ -113,6 +109,16 @@ def _rows_of_layers(vllm_config: "VllmConfig", config: EvictionConfig) -> list[U
             config.state_folder,
             "leave the key out",
         ),
+    ]
+
+
+def _shapes(vllm_config: "VllmConfig") -> list[tuple[int, int, str]]:
+    """(KV heads, their size, dtype) of the model's layers and of the drafter's."""
+    model, draft = vllm_config.model_config, vllm_config.speculative_config.draft_model_config
+    sizes = full_layers(vllm_config).head_size, draft.get_head_size()
+    return [
+        (m.get_num_kv_heads(vllm_config.parallel_config), size, str(m.dtype).removeprefix("torch."))
+        for m, size in zip((model, draft), sizes, strict=True)
     ]
 
 

@@ -247,3 +247,23 @@ def test_page_copies_run_before_the_step_and_read_before_they_write():
 def test_vllm_keeps_both_ends_of_a_copy_until_the_list_is_handed_over():
     text = source("vllm.v1.core.kv_cache_manager:KVCacheManager.take_kv_cache_block_copies")
     assert "retained_blocks = [block for pair in pending_copies for block in pair]" in text
+
+
+def test_drafters_follow_every_step_that_fits():
+    """vllm_seams/drafts.py: what is asked before every proposal, where the number of drafts comes from, and that a drafter which
+    shall draft nothing still computes the tokens of the step."""
+    sample = source("vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens")
+    assert sample.index("self._input_fits_in_drafter(") < sample.index("propose_draft_token_ids(sampled_token_ids)\n")
+    propose = source("vllm.v1.worker.gpu_model_runner:GPUModelRunner.propose_draft_token_ids")
+    assert "num_spec_tokens_to_schedule = scheduler_output.num_spec_tokens_to_schedule" in propose
+    passes = source("vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer.propose")
+    assert passes.index("self.model(**model_kwargs)") < passes.index("if self.num_speculative_tokens == 0:")
+    assert "build_metadata_for_drafting(" in source(
+        "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer.build_per_group_and_layer_attn_metadata"
+    )
+
+
+def test_a_draft_model_is_built_with_a_config_of_its_own():
+    """attention/spec_hook.py tells it from the model's by its model_config."""
+    own = source("vllm.v1.spec_decode.draft_model:DraftModelProposer._create_draft_vllm_config")
+    assert "model_config=spec.draft_model_config" in own

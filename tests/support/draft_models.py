@@ -34,6 +34,7 @@ def _make(folder: Path, settings: transformers.PretrainedConfig) -> Path:
     model = transformers.AutoModelForCausalLM.from_config(settings)
     sharpen(model)
     rows = model.get_input_embeddings().weight.data
+    rows[0] = rows[1].flip(0)  # of padding: zeros have no size
     rows.div_(rows.square().mean(1, keepdim=True).sqrt())
     model.save_pretrained(folder)
     save_tokenizer(folder)

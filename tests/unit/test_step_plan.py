@@ -105,3 +105,39 @@ def test_layers_that_share_a_cache_attend_before_the_last_event(end, waits):
     assert work.observe_from is None and seen.observe_from is not None
     assert (work.first_token, work.num_queries) == (seen.first_token, seen.num_queries)
     assert work.pages.equal(seen.pages) and last[0].attends is readers[0].attends
+
+
+@pytest.mark.parametrize("store_dtype", ["model", "int4"])
+def test_a_drafter_s_pass_beyond_the_committed_tokens_only_attends(store_dtype):
+    """Over every count of committed tokens: a pass with one token more does what the model's step did, and one with a token
+    beyond it attends to what that step has left."""
+    values = {"policy": "momentkv", "budget_tokens": 256, "store_dtype": store_dtype, "observation_tokens": LAST}
+    config = EvictionConfig.from_dict(values)
+    schedule = StateLayout.of(config, PAGE, 64, torch.bfloat16).schedule
+    planner, events = StepPlanner([schedule], config, config.policy_class), 0
+    for known in range(200, TOKENS - 4):
+        step = planner.build([0, 1], [known], [0], TABLE)
+        first = planner.build([0, 2], [known + 1], [0], TABLE, committed=[known])
+        later = planner.build([0, 1], [known + 3], [0], TABLE, committed=[known])
+        retired = [described(w) for r in step.rounds for w in r.retires]
+        assert [described(w) for r in first.rounds for w in r.retires] == retired
+        assert not any(r.retires for r in later.rounds)
+        events += len(retired)
+        assert observed_tokens(first, known - 1) == observed_tokens(step, known - 1) and not observed_tokens(
+            later, known + 2
+        )
+        for work in [w for r in later.rounds for w in r.attends]:
+            boundary = schedule.boundary_column(known)
+            assert work.num_evicted.tolist() == [schedule.evicted_tokens(boundary)]
+            columns = [*range(schedule.store_pages), *range(boundary, (known + 2) // PAGE + 1)]
+            assert work.pages.tolist() == [TABLE[0, columns].tolist()]
+    assert events > 10
+
+
+def observed_tokens(plan, start: int) -> list[int]:
+    """Positions of the queries whose attention is observed, of a step whose first token is at `start`."""
+    found = []
+    for work in [w for r in plan.rounds for w in r.attends]:
+        first, queries = start + int(work.first_token), int(work.num_queries)
+        found += range(first + int(work.observe_from), first + queries)
+    return found
