@@ -1,6 +1,6 @@
 """How many draft tokens the model accepts, with stock vLLM and under a budget: the real model, drafted by itself in 4 bits.
 
-    PYTHONPATH=benchmarks python -m serving.drafts [--tokens 128]
+    PYTHONPATH=benchmarks python -m serving.drafts [--tokens 96]
 
 Prompts are stretches of our guides. Each configuration has a process of its own; what its metrics count goes into the results.
 """
@@ -18,7 +18,7 @@ from benchmark import Benchmark
 from real_model import folder
 
 GUIDES = Path(__file__).parents[2] / "docs"
-PROMPTS, PROMPT_TOKENS, DRAFTS, NEW = 4, 1500, 4, 128
+PROMPTS, PROMPT_TOKENS, DRAFTS, NEW = 4, 800, 4, 96
 BUDGETS = (None, 512, 256)
 """None: stock vLLM."""
 COUNTED = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")

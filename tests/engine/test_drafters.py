@@ -7,6 +7,7 @@ import pytest
 from engine import Engine, random_prompt
 from vllm import EngineArgs
 
+from momentkv_vllm.budget_classes import class_number
 from momentkv_vllm.metrics import EVICTED_TOKENS, RETIRED_PAGES
 
 EVICTION = {"policy": "momentkv", "budget_tokens": 384, "moment_dtype": "float32", "observation_tokens": 8}
@@ -42,7 +43,7 @@ class Served:
         return sum(accepted for _, accepted in self.checked)
 
 
-def serve(model, prompts: list[list[int]], new_tokens: int, **options) -> Served:
+def serve(model, prompts: list[list[int]], new_tokens: int, sampling: dict | None = None, **options) -> Served:
     """By an engine of its own, which ends with an empty pool."""
     e, checked = Engine(model, **options), []
     update = e.scheduler.update_from_output
@@ -55,8 +56,9 @@ def serve(model, prompts: list[list[int]], new_tokens: int, **options) -> Served
         return result
 
     e.scheduler.update_from_output = watched
-    tokens = e.generate(prompts, new_tokens)
-    evicted = [e.manager.metrics.values[m, 0] for m in (RETIRED_PAGES, EVICTED_TOKENS)]
+    tokens = e.generate(prompts, new_tokens, **sampling or {})
+    number = class_number(e.manager.kv_cache_spec.config.class_names, (sampling or {}).get("extra_args"))
+    evicted = [e.manager.metrics.values[m, number] for m in (RETIRED_PAGES, EVICTED_TOKENS)]
     e.close()
     return Served(tokens, checked, evicted, e.cached_tokens, e.preemptions)
 
@@ -85,6 +87,24 @@ def test_a_draft_model_that_is_the_model_never_errs(models, mode):
     """Its layers then hold what the model's do, after every event."""
     model = models(seed=1)
     served = with_drafts(model, by("draft_model", model), some_prompts(), **EVICTION | MODES[mode])
+    assert served.accepted == served.drafted > 100
+
+
+@pytest.mark.slow
+def test_heads_with_budgets_of_their_own(models):
+    """The drafter's have none: its layers hold other tokens than the model's, and err."""
+    model, measured = models(seed=1), {**INT8, "head_budgets": "measured"}
+    served = with_drafts(model, by("draft_model", model), some_prompts(), **EVICTION | measured)
+    assert served.drafted / 2 < served.accepted < served.drafted
+
+
+@pytest.mark.slow
+def test_each_request_evicts_as_its_class_says(models):
+    """That is 128 tokens; the default class evicts first at 1,024."""
+    model, options = models(seed=1), {**EVICTION, **INT8, "budgets": {"large": 1024, "small": 128}}
+    del options["budget_tokens"]
+    small = {"extra_args": {"kv_budget": "small"}}
+    served = with_drafts(model, by("draft_model", model), some_prompts(), sampling=small, **options)
     assert served.accepted == served.drafted > 100
 
 

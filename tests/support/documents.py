@@ -12,6 +12,7 @@ from typing import Any
 import judge.show
 import load.run
 import report
+import serving.drafts
 from family_settings import FAMILIES
 from named_files import DOCUMENTS, ROOT
 
@@ -245,6 +246,11 @@ def prefix() -> str:
     return markdown(("tokens of the system prompt", "prompt tokens saved, over stock's saving"), rows)
 
 
+def drafts() -> str:
+    (table,) = serving.drafts.tables(results("drafts"))
+    return markdown(table[0], table[1:])
+
+
 def demo() -> str:
     heading, *rows = results("demo")["table"]
     return markdown(heading, [[f"{c:.3f}" if isinstance(c, float) else c for c in row] for row in rows])
@@ -275,6 +281,7 @@ def states() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "calibration": calibrated,
     "demo": demo,
+    "drafts": drafts,
     "flags": flags,
     "gains": gains,
     "judge": lambda: judge.show.overview(results("judge_engine_report")["cells"]),
