@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
-import judge.show
 import load.run
 import report
+from evaluation.judge import show
 from family_settings import FAMILIES
 from named_files import DOCUMENTS, ROOT
 
@@ -119,7 +119,7 @@ def gains() -> str:
     decode = next(
         r["speedup"] for r in serving_found["decode"] if (r["head_dim"], r["context"], r["batch"]) == (128, 8192, 8)
     )
-    full, quarter = (judge.show.summary([_judged(*cell)])[1] for cell in (("full cache", None), ("momentkv", 256)))
+    full, quarter = (show.summary([_judged(*cell)])[1] for cell in (("full cache", None), ("momentkv", 256)))
     share = {e: f"{100 * again[f'conversations, small pool, {e}']['share']:.0f} %" for e in ("stock", "momentkv")}
     rows = [
         ("KV memory of an answering sequence, in tokens", stock[held], ours[held], "`make demo`, budget 512"),
@@ -155,7 +155,7 @@ def judged_short() -> str:
     """The README's rows of the real model."""
     rows = []
     for method, budget in CHOSEN_CELLS:
-        kl, codes, _, answers = judge.show.summary([_judged(method, budget)])
+        kl, codes, _, answers = show.summary([_judged(method, budget)])
         rows.append((f"`{method}`, budget {budget}" if budget else method, kl, codes, answers))
     return markdown(("", "KL", "codes found", "answers, nats per token over the full cache"), rows)
 
@@ -277,9 +277,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "flags": flags,
     "gains": gains,
-    "judge": lambda: judge.show.overview(results("judge_engine_report")["cells"]),
-    "judge-correction": lambda: judge.show.overview(results("judge_correction")["cells"]),
-    "judge-full": lambda: judge.show.overview(results("judge_full_prefill")["cells"]),
+    "judge": lambda: show.overview(results("judge_engine_report")["cells"]),
+    "judge-correction": lambda: show.overview(results("judge_correction")["cells"]),
+    "judge-full": lambda: show.overview(results("judge_full_prefill")["cells"]),
     "judge-short": judged_short,
     "judge-long": judged_long,
     "kernels": kernels,
