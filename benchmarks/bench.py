@@ -50,6 +50,10 @@ CODE_MODEL = (
     "--model benchmarks/test_model/code_checkpoint --tasks text --texts 48 --wording english "
     f"--text-file {HELD_OUT} --prefill chunked"
 )
+TOY_HEADS = (
+    "--budgets 256 128 64 --prefill chunked --methods 'momentkv, measured heads' 'momentkv, equal heads' "
+    "'keydiff, int4' keydiff streamingllm"
+)
 TRAIN = "--minutes 60 --out benchmarks/test_model/"
 
 BENCHMARKS = {
@@ -77,6 +81,13 @@ BENCHMARKS = {
         (
             Step("evaluation.quality.run", "--samples 8 --tasks ruler --budgets 512 256 128 64"), CODE,
             Step("evaluation.quality.run", f"{CODE_MODEL} --budgets 512 256 128 --out quality_code"),
+        ),
+    ),
+    "heads-toy": Benchmark(
+        "heads by what they hold, on the small test models: accuracy and KL", 10,
+        (
+            Step("evaluation.quality.run", f"--samples 8 --seeds 1 2 --tasks ruler --out toy_tasks {TOY_HEADS}"), CODE,
+            Step("evaluation.quality.run", f"{CODE_MODEL} --texts 32 --out toy_code {TOY_HEADS}"),
         ),
     ),
     "ablation": Benchmark(

@@ -272,6 +272,18 @@ def states() -> str:
     return markdown(("score / state / window / budget / prefill", "mean accuracy", "KL"), rows)
 
 
+def toys() -> str:
+    """The small test models, by budget of 1,024 tokens: accuracy by the tasks model, KL by the code model."""
+    found = {n: {(c["method"], c["budget_tokens"]): c for c in results(n)["cells"]} for n in ("toy_tasks", "toy_code")}
+    tasks, code = found["toy_tasks"], found["toy_code"]
+    rows = [("full cache", "-", "{mean:.3f} +-{error:.3f}".format(**tasks["full cache", 0]), "0")]
+    for method, budget in tasks:
+        if budget and (method, budget) in code:
+            accuracy = "{mean:.3f} +-{error:.3f}".format(**tasks[method, budget])
+            rows.append((method, budget, accuracy, f"{code[method, budget]['kl']:.3f}"))
+    return markdown(("", "budget", "mean accuracy", "KL"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "calibration": calibrated,
     "demo": demo,
@@ -297,6 +309,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed-short": speed_short,
     "states": states,
     "store": store,
+    "toys": toys,
     "turns": turns,
 }
 """By the name in a document."""
