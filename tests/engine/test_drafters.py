@@ -7,7 +7,6 @@ import pytest
 from engine import Engine, random_prompt
 from vllm import EngineArgs
 
-from momentkv_vllm.budget_classes import class_number
 from momentkv_vllm.metrics import EVICTED_TOKENS, RETIRED_PAGES
 
 EVICTION = {"policy": "momentkv", "budget_tokens": 384, "moment_dtype": "float32", "observation_tokens": 8}
@@ -25,12 +24,13 @@ class Served:
     """What an engine made of some requests.
 
     tokens: of each. checked: of every draft of a request that went on, (tokens drafted, of these accepted).
-    evicted: pages retired and tokens evicted. cached, preemptions: as of `Engine`.
+    evicted: pages retired and tokens evicted. layers: whose memory the metrics count. cached, preemptions: as of `Engine`.
     """
 
     tokens: list[list[int]]
     checked: list[tuple[int, int]]
     evicted: list[float]
+    layers: int
     cached: dict[str, int]
     preemptions: int
 
@@ -57,10 +57,10 @@ def serve(model, prompts: list[list[int]], new_tokens: int, sampling: dict | Non
 
     e.scheduler.update_from_output = watched
     tokens = e.generate(prompts, new_tokens, **sampling or {})
-    number = class_number(e.manager.kv_cache_spec.config.class_names, (sampling or {}).get("extra_args"))
-    evicted = [e.manager.metrics.values[m, number] for m in (RETIRED_PAGES, EVICTED_TOKENS)]
+    evicted = [e.manager.metrics.values[m, 0] for m in (RETIRED_PAGES, EVICTED_TOKENS)]
+    layers = e.manager.kv_cache_spec.layers
     e.close()
-    return Served(tokens, checked, evicted, e.cached_tokens, e.preemptions)
+    return Served(tokens, checked, evicted, layers, e.cached_tokens, e.preemptions)
 
 
 def with_drafts(model, drafts: dict, prompts: list[list[int]], new_tokens: int = 100, **options) -> Served:
@@ -70,6 +70,7 @@ def with_drafts(model, drafts: dict, prompts: list[list[int]], new_tokens: int =
     assert served.tokens == plain.tokens
     assert served.evicted == plain.evicted or served.preemptions or served.cached != plain.cached
     assert plain.evicted[0] > 0, "nothing was evicted: the test proves nothing"
+    assert served.layers == plain.layers + (plain.layers if drafts["method"] == "draft_model" else 1)
     return served
 
 
