@@ -19,8 +19,10 @@ from real_model import folder
 
 GUIDES = Path(__file__).parents[2] / "docs"
 PROMPTS, PROMPT_TOKENS, DRAFTS, NEW = 4, 800, 4, 96
-BUDGETS = (None, 512, 256)
+BUDGETS = (None, 256)
 """None: stock vLLM."""
+RETIRE = 64
+"""Tokens between two evictions; 16 of them are observed, and not drafted."""
 COUNTED = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
 BITS, GROUP = 4, 32
 
@@ -53,7 +55,9 @@ def count(task: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     model = Path(task["model"])
-    eviction = task["budget"] and {"kv_eviction": {"policy": "momentkv", "budget_tokens": task["budget"]}}
+    eviction = task["budget"] and {
+        "kv_eviction": {"policy": "momentkv", "budget_tokens": task["budget"], "retire_tokens": RETIRE}
+    }
     drafts = {"method": "draft_model", "model": task["drafts"], "num_speculative_tokens": DRAFTS}
     if task["drafts"] == "ngram":
         drafts = {"method": "ngram", "num_speculative_tokens": DRAFTS, "prompt_lookup_max": 3, "prompt_lookup_min": 2}

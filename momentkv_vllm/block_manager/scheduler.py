@@ -61,8 +61,14 @@ class StopsAtEvents:
             return self._until_kept_state(request, num_computed_tokens, tokens)
         if tokens <= 1:
             return tokens
-        event = self._schedule_of(request).next_event(num_computed_tokens, request.num_prompt_tokens)
-        return min(tokens, max(1, event - self.unshared_tokens - num_computed_tokens))
+        return min(tokens, max(1, self._draft_end(request, num_computed_tokens) - num_computed_tokens))
+
+    def _draft_end(self, request: Request, committed: int) -> int:
+        """The count at which drafts must end: before what the next event depends on, the event itself where nobody competes."""
+        schedule, prompt = self._schedule_of(request), request.num_prompt_tokens
+        event = schedule.next_event(committed, prompt)
+        competes = schedule.competes(schedule.boundary_column(event, prompt))
+        return event - (self.unshared_tokens if competes else 1)
 
     def _until_kept_state(self, request: Request, start: int, tokens: int) -> int:
         """Such that a step's end comes before the next event after one at which the state shall be kept."""

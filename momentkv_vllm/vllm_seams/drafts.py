@@ -6,6 +6,7 @@ row of the batch is so long that its drafts could pass --max-model-len; it is ma
 """
 
 import functools
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from momentkv_vllm.vllm_seams.requests import class_names_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+logger = logging.getLogger(f"vllm.{__name__}")
 
 WITHOUT_LAYERS = ("ngram",)
 """Methods that look drafts up."""
@@ -110,6 +113,23 @@ def _rows_of_layers(vllm_config: "VllmConfig", config: EvictionConfig) -> list[U
             "leave the key out",
         ),
     ]
+
+
+def say_where_nothing_is_drafted(vllm_config: "VllmConfig", config: EvictionConfig) -> None:
+    """A warning about budgets beyond which every token is observed, so that none is drafted."""
+    from momentkv_vllm.kv_spec import expected_schedules
+
+    if vllm_config.speculative_config is None or config.policy_class.observes is None:
+        return
+    for served, schedule in zip(config.classes, expected_schedules(config, vllm_config), strict=True):
+        if served.evicts and schedule.retire_tokens <= served.config.observation_tokens + 1:
+            logger.warning(
+                "momentkv: with --kv-budget %d no tokens are drafted once a sequence evicts: its evictions are %d tokens apart "
+                "(retire_tokens), and the last %d before each are observed (observation_tokens); raise the one, say to %d, or "
+                "lower the other",
+                served.config.budget_tokens, schedule.retire_tokens, served.config.observation_tokens,
+                4 * served.config.observation_tokens,
+            )  # fmt: skip
 
 
 def _shapes(vllm_config: "VllmConfig") -> list[tuple[int, int, str]]:

@@ -18,6 +18,7 @@ from momentkv_vllm.environment import unknown_variables
 from momentkv_vllm.model_layers import has_windows, hides_tokens, keeps_states, named_windows
 from momentkv_vllm.policies import OFF, builtins, names, origin
 from momentkv_vllm.refuse import refuse
+from momentkv_vllm.vllm_seams.drafts import say_where_nothing_is_drafted
 from momentkv_vllm.vllm_seams.gpu import choose_backend
 from momentkv_vllm.vllm_seams.hybrids import align_blocks, say_what_blocks_cost
 from momentkv_vllm.vllm_seams.refusals import SLIDING_PAGE_TOKENS, STATE_PAGES, refuse_unsupported, refuse_untested_vllm
@@ -77,6 +78,7 @@ def _evicting_config(engine_args: Any, config: EvictionConfig, create: Callable[
             vllm_config = create()
         _keep_windows(vllm_config, engine_args.disable_hybrid_kv_cache_manager)
     refuse_unsupported(vllm_config, config, backend)
+    say_where_nothing_is_drafted(vllm_config, config)
     if keeps_states(vllm_config.model_config):
         say_what_blocks_cost(vllm_config, config)
     # Imported late: torch and prometheus must not be touched by processes that only parse options.
