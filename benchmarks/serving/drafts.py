@@ -59,8 +59,6 @@ def count(task: dict[str, Any]) -> dict[str, Any]:
         "kv_eviction": {"policy": "momentkv", "budget_tokens": task["budget"], "retire_tokens": RETIRE}
     }
     drafts = {"method": "draft_model", "model": task["drafts"], "num_speculative_tokens": DRAFTS}
-    if task["drafts"] == "ngram":
-        drafts = {"method": "ngram", "num_speculative_tokens": DRAFTS, "prompt_lookup_max": 3, "prompt_lookup_min": 2}
     llm = LLM(
         str(model), additional_config=eviction or {}, speculative_config=drafts, max_model_len=4096, dtype="bfloat16",
         enforce_eager=True, disable_log_stats=False, gpu_memory_utilization=0.2, enable_prefix_caching=False,
@@ -80,24 +78,21 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         raise SystemExit(folder.WHY_NOT)
     with tempfile.TemporaryDirectory() as made:
         make_draft_model(model, Path(made) / "draft")
-        for drafter in (str(Path(made) / "draft"), "ngram"):
-            for budget in BUDGETS:
-                task = {"model": str(model), "drafts": drafter, "budget": budget, "tokens": args.tokens}
-                counts = next(iter(child.results("serving.drafts", task)))
-                name = drafter if drafter == "ngram" else "draft_model"
-                found.append({"drafter": name, "budget": budget} | counts)
-                print(json.dumps(found[-1]), flush=True)
+        for budget in BUDGETS:
+            task = {"model": str(model), "drafts": str(Path(made) / "draft"), "budget": budget, "tokens": args.tokens}
+            found.append({"budget": budget} | next(iter(child.results("serving.drafts", task))))
+            print(json.dumps(found[-1]), flush=True)
     return found
 
 
 def tables(found: Sequence[dict[str, Any]]) -> list[list[list]]:
-    heading = ["drafter", "budget", "drafted", "accepted", "share", "tokens per step"]
+    heading = ["budget", "drafted", "accepted", "share", "tokens per step"]
     rows = []
     for cell in found:
         drafted, accepted = cell["num_draft_tokens"], cell["num_accepted_tokens"]
         steps = cell["tokens"] - accepted
         rows.append(
-            [cell["drafter"], cell["budget"] or "stock", int(drafted), int(accepted), f"{accepted / max(1, drafted):.2f}",
+            [cell["budget"] or "stock", int(drafted), int(accepted), f"{accepted / max(1, drafted):.2f}",
              f"{cell['tokens'] / steps:.2f}"]
         )  # fmt: skip
     return [[heading, *rows]]
