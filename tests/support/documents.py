@@ -11,10 +11,10 @@ from typing import Any
 
 import load.run
 import report
-import serving.drafts
 from evaluation.judge import show
 from family_settings import FAMILIES
 from named_files import DOCUMENTS, ROOT
+from serving import drafts as drafting
 
 from momentkv_vllm import config
 from momentkv_vllm.calibrate.curve import Point
@@ -247,7 +247,7 @@ def prefix() -> str:
 
 
 def drafts() -> str:
-    (table,) = serving.drafts.tables(results("drafts"))
+    (table,) = drafting.tables(results("drafts"))
     return markdown(table[0], table[1:])
 
 
