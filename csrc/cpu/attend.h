@@ -123,14 +123,23 @@ inline void soften(float* logits, int slots, int visible, float& top, float& mas
   mass = mass * keep + sum(total);
 }
 
-// Where attend leaves the weights of an item's query heads for observe, [groups, row_weights()]; null if it need not.
-inline float* weights_of(const Attend& a, const AttendItem& item) {
-  if (a.weights == nullptr || a.observe_from[item.row] >= a.num_queries[item.row]) return nullptr;
-  const int64_t groups = a.query_heads / a.cache.heads;
-  return a.weights + (item.row * a.query_heads + item.head * groups) * a.row_weights();
-}
+// Where attend leaves the weights of consecutive query rows to observe, row_weights() each: of rows from `first` on, which count.
+struct Left {
+  float* weights = nullptr;  // of the head's first row that counts
+  int64_t before = 0;        // rows of the head from that one to row 0 here
+  int first = INT_MAX;
 
-// Leaves the weights of some slots of a query head, and what they are relative to. Asks for the place of the next ones: it is
+  Left(const Attend& a, const AttendItem& item, int first_row) {
+    const int64_t groups = a.query_heads / a.cache.heads;
+    if (a.weights == nullptr || a.observe_from[item.row] >= a.num_queries[item.row]) return;
+    weights = a.weights + (item.row * a.cache.heads + item.head) * a.left_rows * a.row_weights();
+    before = (item.first_query - a.observe_from[item.row]) * groups + first_row;
+    first = int(before < 0 ? -before : 0);
+  }
+  float* row(const Attend& a, int r) const { return weights + (before + r) * a.row_weights(); }
+};
+
+// Leaves the weights of some slots of a query row, and what they are relative to. Asks for the place of the next ones: it is
 // written here first and read again by observe, from a cache then.
 inline void leave(const Attend& a, float* left, int64_t slot, const float* weights, int slots, float top) {
   for (int i = 0; i < kTileSlots; i += 16) __builtin_prefetch(left + slot + kTileSlots + i, 1);
@@ -139,17 +148,27 @@ inline void leave(const Attend& a, float* left, int64_t slot, const float* weigh
   std::fill_n(left + a.row_slots() + slot / 8, (slots + 7) / 8, top);
 }
 
-// `left`: where the weights of the tile, which is at `slot`, are left in rows of row_weights(), or null.
+// Leaves zeros for slots of later queries of the row, which observe reads for all of them. `seen`: exact slots left so far.
+inline void leave_nothing(const Attend& a, const AttendItem& item, float* left, int64_t seen) {
+  const int64_t from = a.store_slots() + (seen + kLanes - 1) / kLanes * kLanes;
+  const int64_t end = a.store_slots() + (a.last_slot[item.row] + a.num_queries[item.row] + 15) / 16 * 16;
+  if (from >= end) return;
+  std::fill(left + from, left + end, 0.0f);
+  float* tops = left + a.row_slots();
+  std::fill(tops + (from + 7) / 8, tops + end / 8, -INFINITY);
+}
+
+// `slot`: of the tile among those of `left`.
 template <int Rows, class T>
 inline void attend_tile(const Attend& a, const Tile<T>& tile, const float* query, const int* visible, float* logits,
-                        float* left, int64_t slot, Running run) {
+                        const Left& left, int64_t slot, Running run) {
   dot_keys<Rows, true>(tile, query, a.cache.head_dim, a.cache.page_size, a.scale, logits);
   if (a.softcap != 0) cap<Rows>(a, tile.vectors(), logits);
   float keep[Rows];
   for (int r = 0; r < Rows; ++r)
     soften(logits + r * kTileSlots, tile.vectors() * kLanes, visible[r], run.top[r], run.mass[r], keep[r]);
-  for (int r = 0; left != nullptr && r < Rows; ++r)
-    leave(a, left + r * a.row_weights(), slot, logits + r * kTileSlots, tile.vectors() * kLanes, run.top[r]);
+  for (int r = left.first; r < Rows; ++r)
+    leave(a, left.row(a, r), slot, logits + r * kTileSlots, tile.vectors() * kLanes, run.top[r]);
   add_values<Rows>(tile, logits, keep, a.cache.head_dim, run.out);
 }
 
@@ -251,7 +270,7 @@ inline void pack_queries(const Attend& a, const AttendItem& item, int first_row,
 // Slots [first, end) of the row's quantised store, before any others: `run` must be empty. `query` is [head_dim][Rows].
 template <int Bits, int Rows>
 void attend_store(const Attend& a, const AttendItem& item, const float* query, int64_t first, int64_t end, float* logits,
-                  float* left, Running run) {
+                  const Left& left, Running run) {
   const PackedLayout& p = a.packed;
   const int64_t d = a.cache.head_dim;
   const PackedQueries<Bits, Rows> queries(p, query, d);
@@ -259,14 +278,14 @@ void attend_store(const Attend& a, const AttendItem& item, const float* query, i
   alignas(64) int16_t weight_words[Rows * kTileSlots];
   float keep[Rows];
   std::fill_n(out, Rows * p.width, 0.0f);
-  for (; first < end; first += kTileSlots) {
-    const PackedSlots slots(a.cache, p, item.head, a.pages + item.row * a.max_pages, first, end);
+  const int64_t* pages = a.pages + item.row * a.max_pages;
+  for (PackedSlots slots(a.cache, p, item.head, pages, first, end); slots.slots > 0; slots.advance(), first += kTileSlots) {
     dot_packed<Bits, Rows, true>(slots, p, queries, a.scale, logits);
     if (a.softcap != 0) cap<Rows>(a, slots.vectors(), logits);
     for (int r = 0; r < Rows; ++r)
       soften(logits + r * kTileSlots, slots.vectors() * kLanes, slots.slots, run.top[r], run.mass[r], keep[r]);
-    for (int r = 0; left != nullptr && r < Rows; ++r)
-      leave(a, left + r * a.row_weights(), first, logits + r * kTileSlots, slots.slots, run.top[r]);
+    for (int r = left.first; r < Rows; ++r)
+      leave(a, left.row(a, r), first, logits + r * kTileSlots, slots.slots, run.top[r]);
     Vec scales[kTileSlots / kLanes];
     value_scales(slots, p, scales);
     add_packed<Bits, Rows>(slots, p, scales, logits, keep, weight_words, out);
@@ -289,8 +308,7 @@ void attend_rows(const Attend& a, const AttendItem& item, int first_row, float* 
 
   int64_t sees[Rows];  // exact slots that a row sees
   for (int r = 0; r < Rows; ++r) sees[r] = a.last_slot[item.row] + item.first_query + (first_row + r) / groups + 1;
-  float* left = weights_of(a, item);
-  if (left != nullptr) left += first_row * a.row_weights();
+  const Left left(a, item, first_row);
   const int64_t stored = a.held(item.row, item.head), store_end = stored < item.end_slot ? stored : item.end_slot;
   if (item.first_slot < store_end) {
     const auto attend_bits = a.packed.bits == 8 ? attend_store<8, Rows> : attend_store<4, Rows>;
@@ -303,6 +321,8 @@ void attend_rows(const Attend& a, const AttendItem& item, int first_row, float* 
     for (int r = 0; r < Rows; ++r) visible[r] = int(sees[r] - first > 0 ? sees[r] - first : 0);
     attend_tile<Rows>(a, tile, packed, visible, logits, left, a.store_slots() + first, run);
   }
+  if (a.num_queries[item.row] > 1)
+    for (int r = left.first; r < Rows; ++r) leave_nothing(a, item, left.row(a, r), end);
   if (item.with_record) {
     const RecordView record{a.cache, a.record_layout, a.moment_pages + item.row * a.num_moment_pages, item.head};
     with_covariance_type(a.record_layout.covariance_type, [&](auto c) {

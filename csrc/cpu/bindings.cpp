@@ -119,15 +119,20 @@ void check_rows(const Attend& a, int64_t tokens) {
   }
 }
 
-// Which queries count; their weights, if every row has one query, which attend leaves to observe.
+// Which queries count; their weights, which attend leaves to observe.
 void set_observing(Attend& a, const AttendTensors& work, const OptionalTensor& weights) {
   a.observe_from = data_of<int64_t>(work.observe_from, "observe_from", {a.rows});
   a.restart = data_of<bool>(work.restart, "restart", {a.rows});
-  a.weights = data_of<float>(weights, "weights", {a.rows, a.query_heads, a.row_weights()});
-  if (a.weights == nullptr) return;
+  if (!weights) return;
   TORCH_CHECK(a.observe_from != nullptr, "weights are left where observe_from says so");
-  for (int64_t row = 0; row < a.rows; ++row)
-    TORCH_CHECK(a.num_queries[row] == 1, "weights are left for one query a row, row ", row, " has ", a.num_queries[row]);
+  TORCH_CHECK(weights->dim() == 4, "weights has shape ", weights->sizes(), "; it must be [rows, heads, query rows, weights]");
+  a.left_rows = weights->size(2);
+  a.weights = data_of<float>(weights, "weights", {a.rows, a.cache.heads, a.left_rows, a.row_weights()});
+  for (int64_t row = 0; row < a.rows; ++row) {
+    const int64_t counted = (a.num_queries[row] - a.observe_from[row]) * (a.query_heads / a.cache.heads);
+    TORCH_CHECK(a.observe_from[row] >= 0 && counted <= a.left_rows, "weights has room for ", a.left_rows, " query rows, row ", row,
+                " has ", counted, " that count");
+  }
 }
 
 // Attend's work, cut into items. How a row is cut depends on that row only, so its result does not depend on the batch.

@@ -1,5 +1,6 @@
 // Everything from outside that the kernels use; included before the target pragma.
 #include <algorithm>
+#include <climits>
 #include <cmath>
 #include <cstring>
 #include <optional>

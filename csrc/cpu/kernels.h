@@ -46,9 +46,11 @@ struct Attend : AttendParams<Cache> {
   float* observed;              // observe: [num_pages, heads, page_size]
   const int64_t* observe_from;  // [rows] first counted query of the row
   const bool* restart;          // [rows] observe: forget earlier mass
-  // [rows, query_heads, row_weights()], where every row has one query: what attend leaves to observe of rows that count. A
-  // weight per slot, then for every 8 slots the logit that they are relative to. Null: observe computes them itself.
+  // [rows, heads, left_rows, row_weights()]: what attend leaves to observe of each head's query rows (queries x query heads of a KV
+  // head) that count, the first one first. A weight per slot, then for every 8 slots the logit that they are relative to. Null:
+  // observe computes them itself, with the same bits unless a row's only query is split.
   float* weights;
+  int64_t left_rows;
   PackedLayout packed;
   const int64_t* stored;  // [rows] tokens in a row's quantised store, its first `store_pages` pages; 0: none. Null: no row has one
   int64_t store_pages;

@@ -24,8 +24,8 @@ struct LeftWeights : Weights<Rows> {
   const float *tops, *lse;
   float top[Rows];
 
-  LeftWeights(const Attend& a, const float* left, const float* row_lse)
-      : Weights<Rows>{left, a.row_weights(), {}}, tops(left + a.row_slots()), lse(row_lse) {
+  LeftWeights(const Attend& a, const Left& left, const float* row_lse)
+      : Weights<Rows>{left.row(a, 0), a.row_weights(), {}}, tops(left.row(a, 0) + a.row_slots()), lse(row_lse) {
     std::fill_n(top, Rows, -INFINITY);  // their weights are 0
   }
   // Before slots from `slot` on are added; they are of one tile of attend.
@@ -39,16 +39,15 @@ struct LeftWeights : Weights<Rows> {
   }
 };
 
-// Turns logits of a tile into weights, in rows of kTileSlots.
+// Turns logits of a tile into weights, in rows of kTileSlots; `top` is each row's largest logit so far. As attend would have left
+// them, bit by bit: it is a matter of memory which of the two a work list does.
 template <int Rows>
-inline Weights<Rows> weights_of_logits(float* logits, int vectors, const float* lse) {
+inline Weights<Rows> weights_of_logits(float* logits, int vectors, int visible, const float* lse, float* top) {
   Weights<Rows> weights{logits, kTileSlots, {}};
   for (int r = 0; r < Rows; ++r) {
-    weights.factor[r] = 1;
-    for (int s = 0; s < vectors * kLanes; s += kLanes) {
-      float* at = logits + r * kTileSlots + s;
-      store(at, exp_negative(load(at) - lse[r]));
-    }
+    float mass = 0, keep;
+    soften(logits + r * kTileSlots, vectors * kLanes, visible, top[r], mass, keep);
+    weights.factor[r] = expf(top[r] - lse[r]);
   }
   return weights;
 }
@@ -57,22 +56,30 @@ inline Weights<Rows> weights_of_logits(float* logits, int vectors, const float* 
 template <class F>
 inline void each_tile_mass(const Attend& a, const AttendItem& item, int64_t first, int64_t end, F f) {
   constexpr int kPagesAhead = 8;  // whose masses are asked for: a page takes a fraction of a read from memory
-  const int64_t ahead = kPagesAhead * a.packed.page_tiles * kTileTokens;
+  const int64_t page_slots = a.packed.page_tiles * kTileTokens, *pages = a.pages + item.row * a.max_pages;
   auto mass = [&](int64_t slot) {
-    return PackedSlots::mass_of(a.cache, a.packed, item.head, a.pages + item.row * a.max_pages, slot, a.observed, a.observed_slots);
+    return PackedSlots::mass_of(a.cache, a.packed, item.head, pages, slot, a.observed, a.observed_slots);
   };
-  for (int64_t slot = first; slot < end; slot += kTileTokens) {
-    __builtin_prefetch(mass(std::min(slot + ahead, end - kTileTokens)), 1);
-    f(slot, mass(slot));
+  auto ask = [&](int64_t slot) { __builtin_prefetch(mass(std::min(slot + kPagesAhead * page_slots, end - kTileTokens)), 1); };
+  if (a.packed.places != nullptr) {
+    for (int64_t slot = first; slot < end; slot += kTileTokens) ask(slot), f(slot, mass(slot));
+    return;
+  }
+  while (first < end) {  // without the divisions of each tile's own address
+    const int64_t stop = std::min(end, (first / page_slots + 1) * page_slots);
+    float* at = mass(first);
+    for (int64_t slot = first; slot < stop; slot += 16) ask(slot);
+    for (; first < stop; first += kTileTokens, at += kTileTokens) f(first, at);
   }
 }
 
 // Adds the attention of `Rows` query rows from `first_row` to the mass of the row's quantised store.
 template <int Bits, int Rows>
-void observe_store(const Attend& a, const AttendItem& item, const float* query, const float* lse, const float* left, float* logits) {
+void observe_store(const Attend& a, const AttendItem& item, const float* query, const float* lse, float* top, const Left& left,
+                   float* logits) {
   const PackedLayout& p = a.packed;
   const int64_t end = a.held(item.row, item.head);
-  if (left != nullptr) {
+  if (left.weights != nullptr) {
     LeftWeights<Rows> weights(a, left, lse);
     return each_tile_mass(a, item, 0, end, [&](int64_t slot, float* mass) {
       if (slot % kTileSlots == 0) weights.move_to(slot);
@@ -80,11 +87,12 @@ void observe_store(const Attend& a, const AttendItem& item, const float* query, 
     });
   }
   const PackedQueries<Bits, Rows> queries(p, query, a.cache.head_dim);
-  for (int64_t first = 0; first < end; first += kTileSlots) {
-    const PackedSlots slots(a.cache, p, item.head, a.pages + item.row * a.max_pages, first, end);
+  const int64_t* pages = a.pages + item.row * a.max_pages;
+  int64_t first = 0;
+  for (PackedSlots slots(a.cache, p, item.head, pages, first, end); slots.slots > 0; slots.advance(), first += kTileSlots) {
     dot_packed<Bits, Rows, false>(slots, p, queries, a.scale, logits);
     if (a.softcap != 0) cap<Rows>(a, slots.vectors(), logits);
-    const auto weights = weights_of_logits<Rows>(logits, slots.vectors(), lse);
+    const auto weights = weights_of_logits<Rows>(logits, slots.vectors(), slots.slots, lse, top);
     each_tile_mass(a, item, first, first + slots.slots,
                    [&](int64_t slot, float* mass) { weights.template add_to<TileVec>(mass, slot - first); });
   }
@@ -92,14 +100,14 @@ void observe_store(const Attend& a, const AttendItem& item, const float* query, 
 
 // The same of the exact slots that they see.
 template <int Rows, class T>
-void observe_exact(const Attend& a, const AttendItem& item, const float* query, const float* lse, const int64_t* sees,
-                   const float* left, float* logits) {
+void observe_exact(const Attend& a, const AttendItem& item, const float* query, const float* lse, float* top, const int64_t* sees,
+                   const Left& left, float* logits) {
   const int64_t page_size = a.cache.page_size;
   const int64_t* pages = a.exact_pages(item.row);
   auto mass_of = [&](int64_t slot) {
     return a.observed + (pages[slot / page_size] * a.cache.heads + item.head) * a.observed_slots + slot % page_size;
   };
-  if (left != nullptr) {
+  if (left.weights != nullptr) {
     LeftWeights<Rows> weights(a, left, lse);
     for (int64_t slot = 0; slot < sees[Rows - 1]; slot += kLanes) {
       weights.move_to(a.store_slots() + slot);
@@ -113,7 +121,7 @@ void observe_exact(const Attend& a, const AttendItem& item, const float* query, 
     if (a.softcap != 0) cap<Rows>(a, tile.vectors(), logits);
     for (int r = 0; r < Rows; ++r)
       for (int64_t t = sees[r] > first ? sees[r] - first : 0; t < tile.vectors() * kLanes; ++t) logits[r * kTileSlots + t] = -INFINITY;
-    const auto weights = weights_of_logits<Rows>(logits, tile.vectors(), lse);
+    const auto weights = weights_of_logits<Rows>(logits, tile.vectors(), tile.vectors() * kLanes, lse, top);
     for (int s = 0; s < tile.slots; s += kLanes) weights.template add_to<Vec>(mass_of(first + s), s);
   }
 }
@@ -121,12 +129,10 @@ void observe_exact(const Attend& a, const AttendItem& item, const float* query, 
 template <int Rows, class T>
 void observe_rows(const Attend& a, const AttendItem& item, int first_row, float* scratch) {
   const int64_t groups = a.query_heads / a.cache.heads;
-  float *packed = scratch, *logits = scratch + Rows * a.cache.head_dim, lse[Rows];
-  const float* left = weights_of(a, item);
-  if (left != nullptr)
-    left += first_row * a.row_weights();
-  else
-    pack_queries<Rows, T>(a, item, first_row, packed);
+  float *packed = scratch, *logits = scratch + Rows * a.cache.head_dim, lse[Rows], top[Rows];
+  const Left left(a, item, first_row);
+  if (left.weights == nullptr) pack_queries<Rows, T>(a, item, first_row, packed);
+  std::fill_n(top, Rows, -INFINITY);
   int64_t sees[Rows];
   for (int r = 0; r < Rows; ++r) {
     const int64_t query = (first_row + r) / groups, query_head = item.head * groups + (first_row + r) % groups;
@@ -135,9 +141,9 @@ void observe_rows(const Attend& a, const AttendItem& item, int first_row, float*
   }
   if (a.stored_of(item.row) > 0) {
     const auto observe_bits = a.packed.bits == 8 ? observe_store<8, Rows> : observe_store<4, Rows>;
-    observe_bits(a, item, packed, lse, left, logits);
+    observe_bits(a, item, packed, lse, top, left, logits);
   }
-  observe_exact<Rows, T>(a, item, packed, lse, sees, left, logits);
+  observe_exact<Rows, T>(a, item, packed, lse, top, sees, left, logits);
 }
 
 size_t observe_scratch(const Attend& a) { return 8 * (a.cache.head_dim + kTileSlots); }

@@ -30,23 +30,28 @@ struct Code {
   }
 };
 
-// The next slots of a row's store, as tiles.
+// The next slots of a row's store, as tiles: `for (PackedSlots t(...); t.slots > 0; t.advance())`.
 struct PackedSlots {
   const uint8_t* tiles[2 * kTiles];  // those of these slots, then the next ones to fetch ahead; the row's last one is repeated
-  int slots;
+  int slots;                         // of these, at most kTileSlots; 0: behind the last one
 
-  // Slots [first, end), which starts a tile, at most kTileSlots of them.
+  // Slots [first, end); `first` starts a tile.
   PackedSlots(const Cache& c, const PackedLayout& p, int64_t head, const int64_t* pages, int64_t first, int64_t end)
-      : slots(int(end - first < kTileSlots ? end - first : kTileSlots)) {
-    const int64_t number = first / kTileTokens, there = (end - first) / kTileTokens;
-    const uint8_t* at = nullptr;
-    for (int t = 0; t < 2 * kTiles; ++t) {
-      if (t < there) at = tile_of(c, p, head, pages, number + t);
-      tiles[t] = at;
-    }
+      : cache_(c), packed_(p), pages_(pages), head_(head), part_(part_bytes(c)), column_(first / kTileTokens / p.page_tiles),
+        tile_(first / kTileTokens % p.page_tiles), unread_((end - first) / kTileTokens), left_(end - first) {
+    fill(0);
+    fill(kTiles);
+    slots = int(std::clamp<int64_t>(left_, 0, kTileSlots));
   }
+  void advance() {
+    left_ -= kTileSlots;
+    slots = int(std::clamp<int64_t>(left_, 0, kTileSlots));
+    std::copy_n(tiles + kTiles, kTiles, tiles);
+    fill(kTiles);
+  }
+  static int64_t part_bytes(const Cache& c) { return c.page_size * 2 * c.head_dim * bytes_of(c.type); }
   static uint8_t* tile_of(const Cache& c, const PackedLayout& p, int64_t head, const int64_t* pages, int64_t number) {
-    const int64_t part = c.page_size * 2 * c.head_dim * bytes_of(c.type);
+    const int64_t part = part_bytes(c);
     const TilePlace at = p.place(head, number, part, 0);
     return reinterpret_cast<uint8_t*>(c.data) + pages[at.column] * c.heads * part + at.data;
   }
@@ -92,6 +97,27 @@ struct PackedSlots {
     return load(reinterpret_cast<const BFloat16*>(&bits));
 #endif
   }
+
+ private:
+  // As tile_of, of one number after the other: a division per tile would be a tenth of a decode step's attention.
+  const uint8_t* next_tile() {
+    const int64_t tile = tile_++, column = column_;
+    if (tile_ == packed_.page_tiles) tile_ = 0, ++column_;
+    if (packed_.places != nullptr) return tile_of(cache_, packed_, head_, pages_, column * packed_.page_tiles + tile);
+    return reinterpret_cast<const uint8_t*>(cache_.data) + (pages_[column] * cache_.heads + head_) * part_ + tile * packed_.tile_bytes;
+  }
+  void fill(int from) {
+    for (int t = from; t < from + kTiles; ++t) {
+      if (unread_ > 0) last_ = next_tile(), --unread_;
+      tiles[t] = last_;
+    }
+  }
+
+  const Cache& cache_;
+  const PackedLayout& packed_;
+  const int64_t* pages_;
+  int64_t head_, part_, column_, tile_, unread_, left_;
+  const uint8_t* last_ = nullptr;
 };
 
 // One butterfly stage inside vectors: lanes `Half` apart. A product with 1 or -1 is exact, fused or not.
@@ -178,10 +204,11 @@ inline void fetch_part(const PackedLayout& p, const uint8_t* tile, int64_t from,
 }
 
 // logits[r][slot] = scale * q_r . k_slot, in rows of kTileSlots. Ahead: add_packed of the same slots follows, and the next keys are
-// fetched here, their values there, so that memory works all the time; else only keys are read.
+// fetched here, their values there, so that memory works all the time; else only keys are read. Not inlined: it needs all
+// registers.
 template <int Bits, int Rows, bool Ahead>
-inline void dot_packed(const PackedSlots& t, const PackedLayout& p, const PackedQueries<Bits, Rows>& q, float scale,
-                       float* logits) {
+__attribute__((noinline)) void dot_packed(const PackedSlots& t, const PackedLayout& p, const PackedQueries<Bits, Rows>& q,
+                                          float scale, float* logits) {
   constexpr int kVectors = Rows >= 8 ? 1 : Rows >= 4 ? 2 : 4, kPlanes = Code<Bits>::kPlanes;
   constexpr int kWords = Code<Bits>::kGroupBytes / 4;
   const int64_t groups = p.width / kGroup;
@@ -241,10 +268,10 @@ inline void value_scales(const PackedSlots& t, const PackedLayout& p, Vec* scale
 }
 
 // out[r][:] = out[r][:] * keep[r] + sum over slots of weights[r][slot] * value_slot, rotated; `words` has room for
-// Rows * kTileSlots. Weights of slots beyond the last one must be zero.
+// Rows * kTileSlots. Weights of slots beyond the last one must be zero. Not inlined likewise.
 template <int Bits, int Rows>
-inline void add_packed(const PackedSlots& t, const PackedLayout& p, const Vec* scales, const float* weights, const float* keep,
-                       int16_t* words, float* out) {
+__attribute__((noinline)) void add_packed(const PackedSlots& t, const PackedLayout& p, const Vec* scales, const float* weights,
+                                          const float* keep, int16_t* words, float* out) {
   constexpr int kPlanes = 8 / Bits, kVectors = Code<Bits>::kGroupBytes / kLanes;  // of a group's bytes
   const int64_t groups = p.width / kGroup;
   const int tiles = (t.slots + kTileTokens - 1) / kTileTokens;
@@ -260,7 +287,7 @@ inline void add_packed(const PackedSlots& t, const PackedLayout& p, const Vec* s
         const int16_t* w = words + i * kTileTokens;
         const uint8_t* next = t.tiles[i + kTiles] + p.values_offset + (g * kVectors + v) * kLanes * kTileTokens;
         for (int line = 0; line < kLanes * kTileTokens; line += 64) fetch_ahead(p, next + line);
-        if (g == 0 && v == 0) fetch_ahead(p, t.tiles[i + kTiles] + p.scales_offset + 64);
+        if (g == 0 && v == 0) fetch_part(p, t.tiles[i + kTiles], p.scales_offset, p.tile_bytes);
 #pragma GCC unroll 4
         for (int pair = 0; pair < kTileTokens / 2; ++pair, bytes += 2 * p.code_bytes) {
           const UnsignedWordVec codes = load_words(bytes);

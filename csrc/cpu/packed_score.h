@@ -12,8 +12,9 @@ inline WordVec odd(WordVec codes) { return codes + codes - int16_t((1 << Bits) -
 // Calls f(slots, first) for every kTileSlots slots of the row's store.
 template <class F>
 inline void each_packed_slots(const Event& e, F f) {
-  for (int64_t first = 0; first < e.packed_tokens; first += kTileSlots)
-    f(PackedSlots(e.c.cache, e.c.packed, e.head, e.c.store + e.row * e.c.store_pages, first, e.packed_tokens), first);
+  int64_t first = 0;
+  PackedSlots slots(e.c.cache, e.c.packed, e.head, e.c.store + e.row * e.c.store_pages, first, e.packed_tokens);
+  for (; slots.slots > 0; slots.advance(), first += kTileSlots) f(slots, first);
 }
 
 // What a token's padding of 16 zeros has become by quantising: its square, which is no part of the token's own. The last 16

@@ -1,5 +1,7 @@
 """The C++ kernels of csrc/cpu; base.py documents the operations."""
 
+from math import prod
+
 import torch
 
 from momentkv_vllm.kernels.base import KernelFamily
@@ -15,6 +17,10 @@ else:
     _why_missing = ""
 
 _ops = torch.ops.momentkv_cpu
+
+MAX_LEFT = 1 << 25
+"""Weights that attend leaves to observe where rows have several queries: 128 MiB. Of more, observe computes them again: the same
+bits."""
 
 
 class Cpu(KernelFamily):
@@ -48,18 +54,23 @@ class Cpu(KernelFamily):
         _ops.write(cache.kv, key, value, slots, mass)
 
     def attend(self, cache: CacheView, query, output, lse, work: AttendWork, scale: float, corrected: bool) -> None:
-        if work.observe_from is not None and work.query_bound() == 1:
-            # Observing is then one pass over the weights that attention has computed, not another one over the keys. Rows that
-            # are not observed leave their part alone: it costs addresses and no memory.
-            store_slots = 0 if work.stored is None else cache.store_slots(work.store_pages)
-            # A weight per slot, then what they are relative to for every eight.
-            slots = store_slots + work.pages.shape[1] * cache.page_size
-            shape = (len(work.pages), query.shape[1], slots + slots // 8)
-            if work.weights is None or work.weights.shape != shape:
-                work.weights = query.new_empty(shape, dtype=torch.float32)
+        if work.observe_from is not None:
+            self._make_room(cache, query, work)
         given = cache.kv, query, output, lse, *work.arguments(), scale, cache.softcap, corrected
         store = work.stored, work.store_pages, cache.packed_arguments, *cache.head_arguments
         _ops.attend(*given, *cache.record_arguments, *store, work.weights)
+
+    def _make_room(self, cache: CacheView, query, work: AttendWork) -> None:
+        """Room for the weights of observed queries: observing is then one pass over what attention has computed, not another one
+        over the keys. Rows that are not observed leave their part alone: it costs addresses and no memory."""
+        store_slots = 0 if work.stored is None else cache.store_slots(work.store_pages)
+        # A weight per slot, then what they are relative to for every eight.
+        slots, heads = store_slots + work.pages.shape[1] * cache.page_size, cache.keys.shape[1]
+        shape = len(work.pages), heads, work.most_observed() * query.shape[1] // heads, slots + slots // 8
+        if prod(shape) == 0 or (prod(shape) > MAX_LEFT and work.query_bound() > 1):
+            work.weights = None
+        elif work.weights is None or work.weights.shape != shape:
+            work.weights = query.new_empty(shape, dtype=torch.float32)
 
     def _observe(self, cache: CacheView, mass, query, lse, work: AttendWork, scale: float) -> None:
         store = work.stored, work.store_pages, cache.packed_arguments, *cache.head_arguments

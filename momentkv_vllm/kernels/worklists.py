@@ -35,8 +35,8 @@ class AttendWork:
     stored:       [rows] int64 tokens in the row's quantised store, its first `store_pages` pages; 0: all its pages are exact.
                   None: no store is quantised.
     store_pages:  see there.
-    weights:      [rows, num_heads, n] float32 of one query a row, which one layer's attend may leave to its observe; made by a
-                  family that does, at the first layer of a step.
+    weights:      [rows, num_kv_heads, observed queries of KV heads, n] float32, which one layer's attend may leave to its
+                  observe; made by a family that does, at the first layer of a step.
     most_queries: the largest of `num_queries` where the host knows it, else 0: on a GPU, asking it waits for the device.
     only_chunks:  the host knows that every row has several queries.
     """
@@ -64,6 +64,10 @@ class AttendWork:
     def query_bound(self) -> int:
         """No row has more queries. Waits for the device unless `most_queries` is given."""
         return self.most_queries or int(self.num_queries.max())
+
+    def most_observed(self) -> int:
+        """No row has more observed queries. Waits for the device unless every row has one query."""
+        return 1 if self.most_queries == 1 else int((self.num_queries - self.observe_from).max().clamp(min=0))
 
     def tokens(self) -> Tensor:
         """[queries of all rows] int64 flat token indices."""

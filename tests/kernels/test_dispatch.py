@@ -45,7 +45,7 @@ def test_operators_check_what_they_are_given():
     narrow = replace(work, moment_pages=work.moment_pages[:, :1].contiguous())
     with pytest.raises(RuntimeError, match="moment_pages has 1 pages of .* bytes a head; its record needs"):
         cpu.attend(cache, query, output, None, narrow, 0.1, True)
-    with pytest.raises(RuntimeError, match="weights are left for one query a row"):
+    with pytest.raises(RuntimeError, match="weights has room for 4 query rows, row 5 has 16 that count"):
         cpu.attend(cache, query, output, None, replace(work, most_queries=1), 0.1, True)
     work.last_slot[3] = 10_000
     with pytest.raises(RuntimeError, match="row 3 sees more slots"):

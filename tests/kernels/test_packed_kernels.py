@@ -1,7 +1,7 @@
 """Quantised stores: the bytes of a tile, and sequences played token by token through every kernel family."""
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -194,6 +194,10 @@ def test_several_queries_and_rows_of_every_kind(kernels, dtype):
     want_mass, mass = (torch.full((24, HEADS, cache.page_slots), 0.5) for _ in range(2))
     REFERENCE.observe(cache, Observed(want_mass), query, want_lse, work, 0.125)
     kernels.observe(cache, Observed(mass), query, want_lse, work, 0.125)
+    if work.weights is not None:
+        alone = torch.full_like(mass, 0.5)
+        kernels.observe(cache, Observed(alone), query, want_lse, replace(work, weights=None), 0.125)
+        assert torch.equal(mass, alone), "what attend leaves to observe is what observe computes, bit by bit"
     for row, stored in enumerate(work.stored.tolist()):
         store, exact = pages[row].split([store_pages, 5 - store_pages]) if stored else (pages[row, :0], pages[row])
         seen = [

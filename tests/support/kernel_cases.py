@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import replace
 
 import torch
 
@@ -61,6 +62,10 @@ def attends_and_observes_like_the_reference(kernels, cache, work, query, correct
     kernels.observe(cache, Observed(mass), query, want_lse, work, scale)
     used = torch.cat([row[row > 0] for row in work.pages])
     torch.testing.assert_close(mass[used], want_mass[used], rtol=1e-4, atol=1e-5)
+    if work.weights is not None:
+        alone = torch.full_like(mass, 7.0)
+        kernels.observe(cache, Observed(alone), query, want_lse, replace(work, weights=None), scale)
+        assert torch.equal(mass, alone), "what attend leaves to observe is what observe computes, bit by bit"
     return output
 
 
