@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING
 
 from momentkv_vllm.config import AUTO, EvictionConfig
-from momentkv_vllm.kv_spec import StateLayout
-from momentkv_vllm.model_layers import full_layers, has_windows, keeps_states
+from momentkv_vllm.kv_spec import StateLayout, expected_schedules
+from momentkv_vllm.page_schedule import PageSchedule
 from momentkv_vllm.refuse import Unsupported, refuse_first
 
 if TYPE_CHECKING:
@@ -28,8 +28,7 @@ def settled_head_budgets(vllm_config: "VllmConfig", config: EvictionConfig, layo
 
 
 def _rows(vllm_config: "VllmConfig", config: EvictionConfig, layout: StateLayout, kernels: str) -> list[Unsupported]:
-    model, parallel, schedule = vllm_config.model_config, vllm_config.parallel_config, layout.schedule
-    first = (schedule.store_pages + schedule.retire_pages) * schedule.page_size
+    schedules = expected_schedules(config, vllm_config)
     return [
         Unsupported(f"store_dtype {config.store_dtype!r} (only int8, int4)", layout.packed is None),
         Unsupported(f"policy {config.policy!r}, whose score no kernel has", config.policy_class.native is None),
@@ -38,22 +37,14 @@ def _rows(vllm_config: "VllmConfig", config: EvictionConfig, layout: StateLayout
         # Events that retire what other heads' tokens still lie in: own tiles are not enough (head_budgets.py, tiles_of).
         Unsupported(f"prefill {config.prefill!r}", config.prefill != "chunked"),
         Unsupported("prefill_retire_tokens", config.prefill_retire_tokens),
-        Unsupported(
-            f"budget_tokens={config.budget_tokens}, a first event of {first} tokens and a store of {schedule.store_tokens}",
-            first > schedule.store_tokens,
-        ),
-        # A layer's tiles are laid out for one store, and the worker tells kernels of one (attention/head_reach.py).
-        Unsupported(f"several budgets ({', '.join(config.class_names)})", len(config.classes) > 1),
-        # Who measures must run the model alone, and all of its layers must attend as they do when they serve.
-        Unsupported(
-            "tensor or pipeline parallelism", parallel.tensor_parallel_size * parallel.pipeline_parallel_size > 1
-        ),
-        Unsupported("models with sliding-window layers", has_windows(model)),
-        Unsupported("models whose other layers keep states", keeps_states(model)),
-        Unsupported("models with KV sharing between layers", getattr(model.hf_text_config, "num_kv_shared_layers", 0)),
-        Unsupported("models with logits soft-capping", full_layers(vllm_config).softcap),
-        Unsupported("models that see or hear", model.is_multimodal_model or model.uses_mrope),
-        Unsupported("--enable-lora", vllm_config.lora_config is not None),
-        # A file's state would have to say where its tiles lie.
-        Unsupported("state_folder", config.state_folder),
+        *(_small_store(s) for s in schedules if s.evicts),
     ]
+
+
+def _small_store(schedule: PageSchedule) -> Unsupported:
+    first = (schedule.store_pages + schedule.retire_pages) * schedule.page_size
+    return Unsupported(
+        f"a budget of {schedule.budget_pages * schedule.page_size} tokens with a first event of {first} and a store of "
+        f"{schedule.store_tokens}",
+        first > schedule.store_tokens,
+    )
