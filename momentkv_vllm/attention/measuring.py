@@ -5,7 +5,7 @@ sees what that layer sees; layers that keep states run as they are, in a page th
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,15 +19,15 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from momentkv_vllm.attention.head_reach import Probe, random_tokens
-from momentkv_vllm.attention.layer import EvictingImpl
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.head_budgets import HeadBudgets, Sizes, budgets, grain_of, shared, tiles_of
 from momentkv_vllm.kv_spec import schedules_of
 from momentkv_vllm.page_schedule import PageSchedule
 from momentkv_vllm.refuse import refuse
 
-STATE_PAGE = 1
-"""Where layers keep their state meanwhile: the first page that a pool gives away, and nobody has it yet."""
+FIRST_PAGE = 1
+"""Nobody has a page yet. Layers of one KV cache group keep their state in this one meanwhile, those of the next in the one after:
+layers of several groups lie in the same bytes."""
 
 
 def measure_heads(runner: Any) -> None:
@@ -98,14 +98,14 @@ def hidden_states(runner: Any, ids: Tensor) -> list[Any]:
         part = ids[start : start + step]
         metadata: dict[str, Any] = defaultdict(lambda: None)
         for group in keeping:
-            built = group.build_metadata(_one_sequence(start, start + len(part)))
+            built = group.build_metadata(_one_sequence(start, start + len(part), FIRST_PAGE + group.kv_cache_group_id))
             metadata |= dict.fromkeys(group.layer_names, built)
         with set_forward_context(metadata, runner.vllm_config, num_tokens=len(part)):
             found.append(_run(runner, part, start))
     layers = runner.compilation_config.static_forward_context
-    for name in (name for group in keeping for name in group.layer_names):
-        for state in layers[name].kv_cache:
-            state[STATE_PAGE].zero_()
+    for group in keeping:
+        for state in (state for name in group.layer_names for state in layers[name].kv_cache):
+            state[FIRST_PAGE + group.kv_cache_group_id].zero_()
     return found
 
 
@@ -131,8 +131,8 @@ def _run(runner: Any, ids: Tensor, start: int) -> Any:
     return output
 
 
-def _one_sequence(start: int, end: int) -> CommonAttentionMetadata:
-    """Of a prompt whose tokens [start, end) are a step; its state lies in one page, whatever column is asked for."""
+def _one_sequence(start: int, end: int, page: int) -> CommonAttentionMetadata:
+    """Of a prompt whose tokens [start, end) are a step; its state lies in `page`, whatever column is asked for."""
     ends, lengths = torch.tensor([0, end - start], dtype=torch.int32), torch.tensor([end], dtype=torch.int32)
     return CommonAttentionMetadata(
         query_start_loc=ends,
@@ -143,7 +143,7 @@ def _one_sequence(start: int, end: int) -> CommonAttentionMetadata:
         num_actual_tokens=end - start,
         max_query_len=end - start,
         max_seq_len=end,
-        block_table_tensor=torch.full((1, end + 1), STATE_PAGE, dtype=torch.int32),
+        block_table_tensor=torch.full((1, end + 1), page, dtype=torch.int32),
         slot_mapping=torch.full((end - start,), -1),
         is_prefilling=torch.tensor([True]),
     )

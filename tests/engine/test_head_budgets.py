@@ -1,29 +1,15 @@
 """Heads with budgets of their own in a real vLLM engine: who gets them, what is refused, tokens independent of scheduling."""
 
-from typing import Any
-
 import pytest
 import torch
-from engine import Engine, random_prompt
-from vllm.model_executor.layers.attention import Attention
+from engine import random_prompt
+from measured_heads import capacities
 
 from momentkv_vllm.attention.head_reach import BETWEEN, REPEATED, Probe, random_tokens
 from momentkv_vllm.head_budgets import LEAST_SHARE
 
 PAGE, NEW = 16, 48
 OURS = {"policy": "momentkv", "budget_tokens": 128, "store_dtype": "int4", "block_size": PAGE}
-
-
-def runner_of(e: Engine) -> Any:
-    return e.vllm.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-
-
-def capacities(e: Engine, number: int = 0) -> list[list[int]] | None:
-    """Of the layers that evict, in a budget class; None where all heads hold as much."""
-    layers = runner_of(e).compilation_config.static_forward_context.values()
-    ours = [x.impl for x in layers if isinstance(x, Attention) and x.impl.evicts and not x.kv_sharing_target_layer_name]
-    heads = [impl.heads[number] if impl.heads else None for impl in ours]
-    return None if None in heads else [h.capacity.tolist() for h in heads]
 
 
 @pytest.fixture
