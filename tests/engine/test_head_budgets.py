@@ -36,6 +36,29 @@ def test_tokens_do_not_depend_on_chunk_size_or_batch(engine, spread):
     assert equal != alone, "what heads hold must matter here"
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prefill": "full"},
+        {"prefill": "auto", "exact_prompt_tokens": 1000},
+        {"prefill_retire_tokens": 64},
+        {"prefill_retire_tokens": 512},
+        # First events of more tokens than a head has tiles of its own for.
+        {"run_tokens": 16, "store_dtype": "int8", "window_tokens": 64, "dtype": "bfloat16"},
+    ],
+    ids=["full", "auto", "some at once", "more than the store", "small store"],
+)
+def test_events_of_many_tokens(engine, spread, options):
+    prompts, options = [random_prompt(n) for n in (150, 900, 1300)], {**OURS, "model": spread, **options}
+    one, many = (engine(**options, head_budgets="measured", max_num_batched_tokens=n) for n in (512, 96))
+    alone = [one.generate([p], max_tokens=NEW)[0] for p in prompts]
+    assert capacities(one) == capacities(many)
+    if "dtype" not in options:
+        assert many.generate(prompts, max_tokens=NEW) == alone
+    equal = engine(**options, head_budgets="equal").generate(prompts, max_tokens=NEW)
+    assert equal != alone, "what heads hold must matter here"
+
+
 def test_a_cached_state_answers_as_the_prompt_does(engine, spread):
     document = random_prompt(1200, seed=3)
     prompts = [document + random_prompt(40, seed)[1:] for seed in range(3)]
@@ -91,8 +114,6 @@ def test_who_copies_reaches_far():
         ({"run_tokens": 1}, "run_tokens 1"),
         ({"policy": "snapkv"}, "policy 'snapkv', whose score no kernel has"),
         ({"kernels": "reference"}, "kernels 'reference'"),
-        ({"prefill": "full"}, "prefill 'full'"),
-        ({"prefill_retire_tokens": 64}, "prefill_retire_tokens"),
     ],
 )
 def test_where_heads_cannot_differ(engine, spread, options, why):
