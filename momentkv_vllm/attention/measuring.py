@@ -4,6 +4,7 @@ The model reads random tokens as it reads a prompt: every layer that attends is 
 sees what that layer sees; layers that keep states run as they are, in a page that is cleared afterwards. Adapters do not.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,8 @@ from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.head_budgets import HeadBudgets, Sizes, budgets, grain_of, shared, tiles_of
 from momentkv_vllm.kv_spec import schedules_of
 from momentkv_vllm.page_schedule import PageSchedule
-from momentkv_vllm.refuse import refuse
+
+logger = logging.getLogger(f"vllm.{__name__}")
 
 FIRST_PAGE = 1
 """Nobody has a page yet. Layers of one KV cache group keep their state in this one meanwhile, those of the next in the one after:
@@ -43,8 +45,8 @@ def measured(runner: Any) -> dict[str, Tensor]:
         hidden_states(runner, tokens_for(runner))
     layers = runner.compilation_config.static_forward_context
     evicting = {name for name, layer in _attending(runner).items() if layer.impl.evicts}
-    if silent := sorted(evicting - set(probes)):
-        refuse(f"layers {silent[:2]}... attend to no token of a text", "use kv_eviction.head_budgets='equal'")
+    if silent := sorted(evicting - set(probes)):  # those of a draft model
+        logger.info("momentkv: layers %s... read no text with the model: their heads hold as many tokens", silent[:2])
     found: dict[str, Tensor] = {}
     for name in (name for name in probes if name in evicting):
         owner = layers[name].kv_sharing_target_layer_name or name
