@@ -1,5 +1,8 @@
 """Heads with budgets of their own in a real vLLM engine: who gets them, what is refused, tokens independent of scheduling."""
 
+import logging
+import re
+
 import pytest
 import torch
 from engine import random_prompt
@@ -116,8 +119,14 @@ def test_who_copies_reaches_far():
         ({"kernels": "reference"}, "kernels 'reference'"),
     ],
 )
-def test_where_heads_cannot_differ(engine, spread, options, why):
-    """Asked for it is refused, "auto" is "equal"."""
+def test_where_heads_cannot_differ(engine, spread, caplog, options, why):
+    """Asked for it is refused, "auto" is "equal" and says so."""
     with pytest.raises(ValueError, match=f"{why}.*use 'auto' or 'equal'"):
         engine(**{**OURS, **options}, head_budgets="measured", model=spread)
-    assert capacities(engine(**{**OURS, **options}, model=spread)) is None
+    logger = logging.getLogger("vllm.momentkv_vllm.vllm_seams.heads")
+    caplog.set_level(logging.INFO, logger=logger.name)
+    logger.addHandler(caplog.handler)
+    e = engine(**{**OURS, "head_budgets": "auto", **options}, model=spread)
+    logger.removeHandler(caplog.handler)
+    assert capacities(e) is None
+    assert re.search(f"head_budgets auto is equal; measured does not support {why}", caplog.text)
