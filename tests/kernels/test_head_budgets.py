@@ -86,7 +86,7 @@ def tiles_held(cache: CacheView, head: int, tiles: int) -> list[torch.Tensor]:
         ("int4", "momentkv", 0, 2.0),
         ("int4", "momentkv", 12, 0.0),
         ("int8", "keydiff", 12, 0.0),
-        ("int8", "momentkv", 6, 2.0),
+        ("int8", "momentkv", 12, 2.0),
     ],
 )
 def test_every_head_is_what_the_reference_makes_of_it_alone(dtype, policy, first, softcap):
