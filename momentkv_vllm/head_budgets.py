@@ -65,13 +65,15 @@ class HeadBudgets:
         return torch.where(gone > self.equal_tokens, (gone - self.capacity).clamp(min=0), evicted.unsqueeze(1))
 
 
-def equal_until(store_tokens: int, retire_tokens: int) -> int:
-    """Tokens that have left the window until when every head holds them all: no more than fit, less what an event retires.
+def equal_until(store_tokens: int, most_retired: int) -> int:
+    """Tokens that have left the window until when every head holds them all: no more than fit, less what an event retires at
+    most; at least one.
 
     The next event makes room where heads do not look far. The one after it is the first in which others may take their tiles:
-    in one event a tile must not be both read and written.
+    in one event a tile must not be both read and written. A sequence's first event may do both at once, whatever its size: its
+    pages are no tiles yet, and kernels write lent ones when all heads have read.
     """
-    return store_tokens - retire_tokens
+    return max(1, store_tokens - most_retired)
 
 
 def least_tokens(store_tokens: int, grain: int) -> int:
@@ -126,8 +128,8 @@ def tiles_of(capacity: Tensor, store_tokens: int, page_tiles: int) -> list[list[
     """The tiles of every head of every layer, in order: its own, then those that it is lent.
 
     An equal share is `store_tokens`; in the end a head holds the first `capacity` [layers, heads] tokens of its tiles. Its own
-    come first: it holds as much as any other until all is full, and at a sequence's first event pages turn into tiles while other
-    heads still read their tokens there. Lent are those that heads of this layer or an earlier one give up.
+    come first: it holds as much as any other until all is full. Lent are those that heads of this layer or an earlier one give
+    up.
     """
     own, spare, found = store_tokens // TILE_TOKENS, [], []
     for layer, held in enumerate((capacity // TILE_TOKENS).tolist()):

@@ -62,7 +62,9 @@ class StateLayout:
             record_tokens = page_tokens - min(page_tokens, start // packed.tile_bytes * TILE_TOKENS)
         schedule = build_schedule(config, page_size, moment_pages, keeps_only_sinks, page_tokens, record_tokens)
         if config.head_budgets == "measured":
-            schedule = replace(schedule, equal_tokens=equal_until(schedule.store_tokens, schedule.retire_tokens))
+            schedule = replace(
+                schedule, equal_tokens=equal_until(schedule.store_tokens, schedule.prefill_retire_tokens)
+            )
         return cls(schedule, record, packed)
 
     def cache_shape(self, dtype: torch.dtype, softcap: float = 0.0) -> CacheShape:

@@ -243,18 +243,20 @@ void check_attention_term(const Consolidate& c, bool there) {
   }
 }
 
-// Heads' own budgets are for the native score, and a first event must leave a page's part to the head whose it is: others read
-// their tokens there.
+// Heads' own budgets are for the native score.
 void check_heads(const Consolidate& c) {
   if (c.packed.places == nullptr) return;
   TORCH_CHECK(c.score == nullptr && c.stored != nullptr, "heads with budgets of their own have no given score");
   for (int64_t head = 0; head < c.cache.heads; ++head)
     TORCH_CHECK(c.packed.capacity[head] % c.run_tokens == 0 && c.run_tokens % 8 == 0, "head ", head, " holds ",
                 c.packed.capacity[head], " tokens in runs of ", c.run_tokens, "; they must be whole runs of whole tiles");
-  const int64_t first = (c.store_pages + c.retiring_pages) * c.cache.page_size;
-  for (int64_t row = 0; row < c.rows; ++row)
-    TORCH_CHECK(c.stored[row] > 0 || first <= c.store_tokens, "row ", row, " retires ", first,
-                " tokens at its first event; a head of the mean holds ", c.store_tokens);
+  TORCH_CHECK(c.lent_tiles() >= 0, "heads hold ", c.packed.most_tiles, " tiles; each has ", c.store_tokens / 8, " of its own");
+}
+
+// Whether a first event retires more than a head's own tiles hold.
+bool fills_lent_tiles(const Consolidate& c) {
+  if (c.lent_tiles() == 0 || (c.store_pages + c.retiring_pages) * c.cache.page_size <= c.store_tokens) return false;
+  return std::find(c.stored, c.stored + c.rows, 0) != c.stored + c.rows;
 }
 
 void consolidate(const Tensor& kv, MOMENTKV_RETIRE_WORK, const OptionalTensor& score, const OptionalTensor& observed,
@@ -280,7 +282,14 @@ void consolidate(const Tensor& kv, MOMENTKV_RETIRE_WORK, const OptionalTensor& s
   check_heads(c);
   TORCH_CHECK(c.store_tokens <= pages * c.observed_slots, "a store of ", pages, " pages does not hold ", store_tokens, " tokens");
   const Kernels& k = kernels();
-  in_parallel(c.rows * c.cache.heads, [&](int64_t i) { k.consolidate(c, i, scratch(k.consolidate_scratch(c))); });
+  const int64_t items = c.rows * c.cache.heads;
+  Tensor lent;
+  if (fills_lent_tiles(c)) {
+    lent = at::empty({items, c.lent_bytes()}, kv.options().dtype(at::kByte));
+    c.lent = lent.data_ptr<uint8_t>();
+  }
+  in_parallel(items, [&](int64_t i) { k.consolidate(c, i, scratch(k.consolidate_scratch(c))); });
+  if (c.lent != nullptr) in_parallel(items, [&](int64_t i) { k.move_lent(c, i); });
 }
 
 // Keys and values of quantised store pages as float32, [rows, heads, slots, head_dim] each.

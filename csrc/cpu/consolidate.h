@@ -225,23 +225,52 @@ void fill_holes(const Event& e, const int32_t* losers) {
   for (int64_t slot = filled; slot < stay; ++slot) put(slot);
 }
 
+// What a head puts into tiles that were lent: bytes and observed mass of its `tile`-th one.
+struct Lent {
+  uint8_t* bytes;
+  float* mass;
+
+  Lent(const Consolidate& c, int64_t item, int64_t tile)
+      : bytes(c.lent + item * c.lent_bytes() + tile * c.packed.tile_bytes),
+        mass(reinterpret_cast<float*>(c.lent + item * c.lent_bytes() + c.lent_tiles() * c.packed.tile_bytes) + tile * kTileTokens) {}
+};
+
 // The first event of a quantised store: its pages become tiles, page by page. What a page takes lies in that page or in later
-// ones, and is read before the page is written. `room` is for the bytes and the observed mass of a page.
+// ones, and is read before the page is written. Tiles that were lent come last: other heads' tokens may still lie there
+// (`move_lent`). `room` is for the bytes and the observed mass of a page.
 template <class T>
 void become_packed(const Event& e, const int32_t* losers, float* room) {
   Winners winners(e, losers);
   const PackedLayout& p = e.c.packed;
   const int64_t stay = e.candidates() - e.losers(), page_tokens = p.page_tiles * kTileTokens;
+  const int64_t own = std::min(stay, e.c.store_tokens), item = e.row * e.c.cache.heads + e.head;
   uint8_t* bytes = reinterpret_cast<uint8_t*>(room + page_tokens);
-  for (int64_t first = 0; first < stay; first += page_tokens) {
-    const int64_t here = stay - first < page_tokens ? stay - first : page_tokens;
-    for (int64_t i = 0; i < here; ++i) {
-      const int64_t winner = winners.take();
-      quantise_into<T>(e, winner, bytes + i / kTileTokens * p.tile_bytes, int(i % kTileTokens));
-      if (e.c.observed != nullptr) room[i] = *e.mass(winner);
-    }
+  auto take = [&](uint8_t* tile, int token, float* mass) {
+    const int64_t winner = winners.take();
+    quantise_into<T>(e, winner, tile, token);
+    if (e.c.observed != nullptr) *mass = *e.mass(winner);
+  };
+  for (int64_t first = 0; first < own; first += page_tokens) {
+    const int64_t here = std::min(own - first, page_tokens);
+    for (int64_t i = 0; i < here; ++i) take(bytes + i / kTileTokens * p.tile_bytes, int(i % kTileTokens), room + i);
     std::memcpy(e.tile(first), bytes, (here + kTileTokens - 1) / kTileTokens * p.tile_bytes);
     if (e.c.observed != nullptr) std::copy_n(room, here, e.mass_of_slot(first));
+  }
+  for (int64_t slot = own; slot < stay; ++slot) {
+    const Lent lent(e.c, item, (slot - own) / kTileTokens);
+    take(lent.bytes, int(slot % kTileTokens), lent.mass + slot % kTileTokens);
+  }
+}
+
+// When all heads have consolidated: the last tiles of a first event to their places.
+void move_lent(const Consolidate& c, int64_t item) {
+  const Event e(c, item);
+  if (e.retiring_pages == 0 || e.packed_tokens > 0) return;
+  const int64_t stay = e.candidates() - e.losers();
+  for (int64_t slot = c.store_tokens; slot < stay; slot += kTileTokens) {
+    const Lent lent(c, item, (slot - c.store_tokens) / kTileTokens);
+    std::memcpy(e.tile(slot), lent.bytes, c.packed.tile_bytes);
+    if (c.observed != nullptr) std::copy_n(lent.mass, kTileTokens, e.mass_of_slot(slot));
   }
 }
 

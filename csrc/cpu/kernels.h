@@ -25,6 +25,13 @@ struct Consolidate : ConsolidateParams<Cache> {
   int64_t store_tokens;   // that a store holds when it is full, in the mean over heads
   int64_t run_tokens;     // neighbours that stay or leave together
   int64_t observed_slots, candidates;  // of a page; of a row of `score`
+  // [rows * heads, lent_bytes()]: what first events put into tiles that were lent, until all heads have read what lies there.
+  // Null: none does.
+  uint8_t* lent = nullptr;
+
+  int64_t lent_tiles() const { return packed.places == nullptr ? 0 : packed.most_tiles - store_tokens / 8; }
+  // Tiles, then what queries have given to their tokens.
+  int64_t lent_bytes() const { return lent_tiles() * (packed.tile_bytes + 8 * int64_t(sizeof(float))); }
 
   // What a head may hold once `tokens` have left the row's window.
   int64_t capacity(int64_t head, int64_t tokens) const {
@@ -99,6 +106,7 @@ struct Kernels {
   void (*observe)(const Attend&, int64_t item, float* scratch);
   size_t (*consolidate_scratch)(const Consolidate&);
   void (*consolidate)(const Consolidate&, int64_t item, float* scratch);
+  void (*move_lent)(const Consolidate&, int64_t item);
   void (*read_store)(const ReadStore&, int64_t item);
 };
 

@@ -1,20 +1,16 @@
-"""How far the heads of a model look, measured by one pass over random tokens before the first request.
+"""How far a head looks, measured on random tokens that come twice, with others between.
 
-Random tokens that come twice, with others between: a head that copies finds the first time, a head that looks at its
-neighbours or at the first tokens does not care. What a head gives to tokens that are neither near nor the first ones is its
-reach; head_budgets.py makes budgets of it. No text is read, so reach is the model's alone.
+A head that copies finds the first time, a head that looks at its neighbours or at the first tokens does not care. What a head
+gives to tokens that are neither near nor the first ones is its reach; head_budgets.py makes budgets of it. No text is read, so
+reach is the model's alone.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from vllm.model_executor.models.utils import extract_layer_index
 
-from momentkv_vllm.head_budgets import Sizes, budgets, equal_until, grain_of, shared, tiles_of
-from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.softcap import capped
 
 REPEATED, BETWEEN = 384, 256
 """Tokens that come twice, and those between; less of each where the model's context is shorter."""
@@ -25,31 +21,65 @@ FIRST_TOKENS = 4
 SEED = 0
 
 
+@dataclass
 class Probe:
-    """Stands in for a layer's attention during the pass. `reach`: [kv heads], the largest of a KV head's query heads."""
+    """Attends in a layer's place, and finds its reach: [kv heads], the largest of a KV head's query heads.
 
-    def __init__(self, scale: float) -> None:
-        self.scale = scale
-        self.reach: Tensor | None = None
+    tokens: of the whole text, of which every call brings the next ones; 0: there is one call.
+    window: a query sees so many tokens, itself the last one; 0: all. chunk: those of its own chunk of so many; 0 likewise.
+    softcap: as softcap.py has it. sinks: [query heads] logits of the layer's own sink tokens (sinks.py).
+    keys, values: [kv heads, tokens so far, head_dim]. far: [kv heads, query heads of each] attention that went far so far.
+    """
 
-    def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, *_args, **_kwargs) -> Tensor:
-        """As an AttentionImpl's; nothing is cached."""
-        return self.attend(query, key, value, output)
+    scale: float
+    tokens: int = 0
+    window: int = 0
+    chunk: int = 0
+    softcap: float = 0.0
+    sinks: Tensor | None = None
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    far: Tensor | float = 0.0
+
+    @property
+    def reach(self) -> Tensor:
+        return self.far.amax(1)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> Tensor:
         """Causal attention of one sequence into `output` [tokens, num_heads, head_dim], like `query`; key, value:
         [tokens, num_kv_heads, head_dim]."""
-        q, k, v = (x.transpose(0, 1).float() for x in (query, key, value))
-        tokens, groups = q.shape[1], q.shape[0] // k.shape[0]
-        later = torch.ones(tokens, tokens, dtype=torch.bool).triu_(1)
-        reach = torch.zeros(q.shape[0])
-        for head in range(q.shape[0]):
-            weights = (q[head] @ k[head // groups].T * self.scale).masked_fill_(later, -torch.inf).softmax(-1)
-            output[:, head] = (weights @ v[head // groups]).to(output.dtype)
-            far = weights.tril_(-(tokens // NEAR_SHARE))[-_repeated(tokens) :, FIRST_TOKENS:]
-            reach[head] = far.sum(-1).mean()
-        self.reach = reach.view(-1, groups).amax(1)
+        k, v = (x.transpose(0, 1) for x in (key, value))
+        self.keys = k if self.keys is None else torch.cat([self.keys, k], 1)
+        self.values = v if self.values is None else torch.cat([self.values, v], 1)
+        return self.read(query, self.keys, self.values, output)
+
+    def read(self, query: Tensor, keys: Tensor, values: Tensor, output: Tensor) -> Tensor:
+        """Likewise with all that was given so far. The queries are the last tokens'."""
+        queries, seen = query.shape[0], keys.shape[1]
+        total, groups = self.tokens or seen, query.shape[1] // keys.shape[0]
+        places, at = torch.arange(seen), torch.arange(seen - queries, seen).unsqueeze(1)
+        hidden = self._hidden(at, places)
+        counted = (places >= FIRST_TOKENS) & (at - places >= total // NEAR_SHARE) & (at >= total - _repeated(total))
+        found = torch.zeros(query.shape[1])
+        for head in range(query.shape[1]):
+            scores = query[:, head].float() @ keys[head // groups].float().T * self.scale
+            logits = capped(scores, self.softcap).masked_fill_(hidden, -torch.inf)
+            if self.sinks is not None:
+                logits = torch.cat([logits, self.sinks[head].float().expand(queries, 1)], 1)
+            weights = logits.softmax(-1)[:, :seen]
+            output[:, head] = (weights @ values[head // groups].float()).to(output.dtype)
+            found[head] = (weights * counted).sum() / _repeated(total)
+        self.far = self.far + found.view(-1, groups)
         return output
+
+    def _hidden(self, at: Tensor, places: Tensor) -> Tensor:
+        """[queries, keys] bool of queries `at` [queries, 1] and keys at `places` [keys]."""
+        hidden = places > at
+        if self.window:
+            hidden |= at - places >= self.window
+        if self.chunk:
+            hidden |= at // self.chunk != places // self.chunk
+        return hidden
 
 
 def _repeated(tokens: int) -> int:
@@ -63,56 +93,3 @@ def random_tokens(vocabulary: int, longest: int) -> Tensor:
     repeated, generator = _repeated(tokens), torch.Generator().manual_seed(SEED)
     once = torch.randint(vocabulary, (tokens - repeated,), generator=generator)
     return torch.cat([once, once[:repeated]])
-
-
-@contextmanager
-def measured_layers(runner: Any) -> Iterator[None]:
-    """Around the allocation of `runner`'s KV cache: layers with `head_budgets` "measured" know then what their heads hold."""
-    config, layers = runner.vllm_config, runner.compilation_config.static_forward_context
-    drafting = getattr(getattr(runner, "drafter", None), "_draft_attn_layer_names", ())
-    names = [n for n, x in layers.items() if getattr(getattr(x, "impl", None), "measures_heads", False)]
-    # The pass runs the model alone; heads of a drafter's layers hold as many tokens each.
-    names = [n for n in names if n not in drafting]
-    names.sort(key=extract_layer_index)
-    impls = [layers[name].impl for name in names]
-    reach = measure(runner, impls) if names else None
-    yield
-    if names:
-        caches = [impl.view_of(layers[name].kv_cache) for name, impl in zip(names, impls, strict=True)]
-        share_out(impls, caches, reach, config.model_config.max_model_len)
-
-
-@torch.inference_mode()
-def measure(runner: Any, impls: Sequence[Any]) -> Tensor:
-    """[layers, kv heads] reach of `impls`, the layers of `runner`'s model (vllm/v1/worker/cpu_model_runner.py) in order."""
-    from vllm.forward_context import set_forward_context
-
-    config = runner.vllm_config
-    ids = random_tokens(config.model_config.get_vocab_size(), config.model_config.max_model_len)
-    probes = [Probe(impl.scale) for impl in impls]
-    for impl, probe in zip(impls, probes, strict=True):
-        impl.forward = probe.forward  # before the class's own
-    with set_forward_context(None, config, num_tokens=len(ids)):
-        runner.model(
-            input_ids=ids.to(torch.int32),
-            positions=torch.arange(len(ids)),
-            intermediate_tensors=None,
-            inputs_embeds=None,
-        )
-    for impl in impls:
-        del impl.forward
-    return torch.stack([probe.reach for probe in probes])
-
-
-def share_out(impls: Sequence[Any], caches: Sequence[CacheView], reach: Tensor, longest: int) -> None:
-    """Give every layer its `heads`: what they hold in `caches`, which stay where they are, by `reach` [layers, kv heads]."""
-    schedule, packed = impls[0].layout.schedule, caches[0].packed
-    capacity = shared(reach, schedule.store_tokens, grain_of(schedule.run_tokens), longest)
-    watches = impls[0].policy.observes is not None
-    observed = [impl.observing(c).data.data_ptr() if watches else 0 for impl, c in zip(impls, caches, strict=True)]
-    addresses = torch.tensor([[c.kv.data_ptr(), at] for c, at in zip(caches, observed, strict=True)])
-    sizes = Sizes(packed.raw.shape[2], caches[0].page_slots, packed.layout.tile_bytes)
-    equal = equal_until(schedule.store_tokens, schedule.retire_tokens)
-    tiles = tiles_of(capacity, schedule.store_tokens, packed.page_tiles)
-    for impl, heads in zip(impls, budgets(capacity, tiles, addresses, sizes, equal), strict=True):
-        impl.heads = heads

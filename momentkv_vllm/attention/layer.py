@@ -4,8 +4,9 @@ What runs when is decided once per step for all layers (step_plan.py); what runs
 specification).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -57,14 +58,13 @@ class EvictingImpl:
             config.kernels, self.device_type, self.layout.cache_shape(dtype, self.logits_soft_cap)
         )
         self.observed: Observed | None = None
-        self.heads: HeadBudgets | None = None
+        self.heads: Sequence[HeadBudgets | None] = ()
         layers, target = vllm_config.compilation_config.static_forward_context, self.kv_sharing_target_layer_name
         self.shared = SharedCache(self, layers[target].impl if target else None)
 
     @property
-    def measures_heads(self) -> bool:
-        """Whether its heads share the store of all layers by what a pass over random tokens shows of them."""
-        return self.config is not None and self.config.head_budgets == "measured" and self.layout.packed is not None
+    def evicts(self) -> bool:
+        return self.config is not None
 
     def fused_output_quant_supported(self, quant_key) -> bool:
         """Ours write no quantized output: `forward` ignores `output_scale` where rows are evicted."""
@@ -76,9 +76,12 @@ class EvictingImpl:
         page_size = kv_cache.shape[2]
         if self.layout.schedule.page_size != page_size:
             self.layout = StateLayout.of(self.config, page_size, self.head_size, kv_cache.dtype)
-        cache = self.view(kv_cache, self.layout.record, self.layout.packed, self.logits_soft_cap)
-        cache.heads = self.heads
-        return cache
+        return self.view(kv_cache, self.layout.record, self.layout.packed, self.logits_soft_cap)
+
+    def _for_class(self, cache: CacheView, number: int) -> CacheView:
+        """`cache` as sequences of a budget class have it: by what their heads hold, if not all as much."""
+        heads = self.shared.target.heads
+        return replace(cache, heads=heads[number]) if heads else cache
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
         if self.config is None:
@@ -109,11 +112,12 @@ class EvictingImpl:
         for round_ in self.shared.rounds(step):
             sampling = monitor if monitor and monitor.due(round_) else None
             for attend in round_.attends:
-                self._attend(cache, query, output, attend, sampling)
+                self._attend(self._for_class(cache, attend.budget_class), query, output, attend, sampling)
             for retire in round_.retires:
                 with monitor.timed() if monitor else nullcontext():
                     observed, sinks = self.shared.target._observed_in(cache), self.config.sink_tokens
-                    self.kernels.consolidate(cache, observed, retire, self.policy, sinks, self.scale)
+                    seen = self._for_class(cache, retire.budget_class)
+                    self.kernels.consolidate(seen, observed, retire, self.policy, sinks, self.scale)
         return output
 
     def _attend(

@@ -17,24 +17,23 @@ class StatePages:
     """
 
     def save_kv_state(
-        self, folder: str, name: str, header: Header, tokens: list[int], pages: list[list[int]]
+        self, folder: str, name: str, number: int, header: Header, tokens: list[int], pages: list[list[int]]
     ) -> Header:
-        """Write this worker's part of a state; `pages`: by KV cache group, in the order of the columns."""
+        """Write this worker's part of a state of a budget class; `pages`: by KV cache group, in the order of the columns."""
         tensors = {layer: _bytes(cache[pages[group]]) for layer, (group, cache) in self._kv_state_caches().items()}
         tensors[TOKENS] = torch.tensor(tokens, dtype=torch.int32)
         try:
-            return {
-                "bytes": state_file.write(self._kv_state_path(folder, name), header | self._kv_state_header(), tensors)
-            }
+            path = self._kv_state_path(folder, name)
+            return {"bytes": state_file.write(path, header | self._kv_state_header(number), tensors)}
         except (OSError, ValueError) as error:
             return {"error": str(error)}
 
-    def open_kv_state(self, folder: str, name: str, expected: Header) -> Header:
+    def open_kv_state(self, folder: str, name: str, number: int, expected: Header) -> Header:
         """Read and check this worker's part, and keep it for `write_kv_state`; its header, with "token_ids" from the first."""
         shapes = {layer: list(_bytes(cache[:1]).shape[1:]) for layer, (_, cache) in self._kv_state_caches().items()}
         try:
             header, tensors = state_file.read(
-                self._kv_state_path(folder, name), expected | self._kv_state_header(), shapes
+                self._kv_state_path(folder, name), expected | self._kv_state_header(number), shapes
             )
             tokens = tensors.pop(TOKENS).tolist()
             for layer, (group, _) in self._kv_state_caches().items():
@@ -58,8 +57,12 @@ class StatePages:
     def _kv_state_path(self, folder: str, name: str) -> Any:
         return state_file.path_of(folder, name, self.rank, self.vllm_config.parallel_config.world_size)
 
-    def _kv_state_header(self) -> Header:
-        return {"rank": self.rank, "ranks": self.vllm_config.parallel_config.world_size}
+    def _kv_state_header(self, number: int) -> Header:
+        """What this worker's part depends on: heads with budgets of their own have their tiles where others would not look."""
+        layers = self.model_runner.compilation_config.static_forward_context
+        heads = {name: getattr(getattr(layer, "impl", None), "heads", ()) for name, layer in layers.items()}
+        held = {name: tables[number].capacity.tolist() for name, tables in heads.items() if tables and tables[number]}
+        return {"rank": self.rank, "ranks": self.vllm_config.parallel_config.world_size, "tokens_of_heads": held}
 
     def _kv_state_caches(self) -> dict[str, tuple[int, Tensor]]:
         """By layer with a cache of its own: its KV cache group, and its cache with the pool's pages in front."""

@@ -232,6 +232,7 @@ class StepPlanner:
             only_chunks=bool(queries.min() > 1),
             stored=self._stored(segments),
             store_pages=schedule.store_pages,
+            budget_class=segments[0].schedule,
         )
 
     def _retire(self, segments: list[Segment], table: np.ndarray) -> RetireWork:
@@ -246,6 +247,7 @@ class StepPlanner:
             stored=self._stored(segments),
             store_tokens=schedule.store_tokens,
             evicts=any(schedule.competes(s.retire_to) for s in segments),
+            budget_class=segments[0].schedule,
         )
 
     def _retained_columns(self, s: Segment) -> list[int]:

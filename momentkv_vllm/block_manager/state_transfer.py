@@ -76,14 +76,14 @@ class StateTransfer:
             "columns": [[column for column, page in enumerate(row) if not page.is_null] for row in rows],
         }
         pages = [[page.block_id for page in row if not page.is_null] for row in rows]
-        done = self._call("save_kv_state", self.folder, name, header, tokens[:event], pages)
+        done = self._call("save_kv_state", self.folder, name, self.books.number, header, tokens[:event], pages)
         return self._said(name, event, start) | {"bytes": sum(part["bytes"] for part in done)}
 
     def load(self, name: str, salt: str | None) -> Header:
         """Put a file's state into the prefix cache. Raises ValueError with what the workers refuse, and if too few pages are
         free."""
         start = time.perf_counter()
-        header = self._call("open_kv_state", self.folder, name, self.identity)[0]
+        header = self._call("open_kv_state", self.folder, name, self.books.number, self.identity)[0]
         tokens, event = header["token_ids"], header["tokens"]
         # As if more text followed: a text that prefill "auto" reads exactly finds no state.
         request = self._request(tokens, salt, behind=1 + max(0, self.schedule.exact_prompt_tokens - len(tokens)))

@@ -39,6 +39,7 @@ class AttendWork:
                   observe; made by a family that does, at the first layer of a step.
     most_queries: the largest of `num_queries` where the host knows it, else 0: on a GPU, asking it waits for the device.
     only_chunks:  the host knows that every row has several queries.
+    budget_class: number of the rows' budget class.
     """
 
     first_token: Tensor
@@ -55,6 +56,7 @@ class AttendWork:
     stored: Tensor | None = None
     store_pages: int = 0
     weights: Tensor | None = None
+    budget_class: int = 0
 
     def arguments(self) -> list[Tensor | None]:
         """The tensors that operators in C++ and CUDA take, in their order."""
@@ -105,6 +107,7 @@ class RetireWork:
     store_tokens:   tokens that a quantised store holds when it is full.
     evicts:         some row evicts; else there is room for all, and no score is asked for.
     due:            [1 + rows] int64, how many rows retire a page, and their numbers in order; None: nobody counted.
+    budget_class:   number of the rows' budget class.
     """
 
     store_pages: Tensor
@@ -116,6 +119,7 @@ class RetireWork:
     store_tokens: int = 0
     evicts: bool = True
     due: Tensor | None = None
+    budget_class: int = 0
 
     def capacity(self, page_size: int) -> int:
         """Tokens that a store holds when it is full."""

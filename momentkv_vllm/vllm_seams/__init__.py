@@ -9,7 +9,7 @@ that a user could have given (engine_args.py sets some that were left open). The
 | EngineArgs.from_cli_args | engine_args.py | the parsed options reach no config | same |
 | EngineArgs.create_engine_config | engine_args.py | nothing is refused before the engine starts | vLLM has a config hook |
 | CPUModelRunner.sample_tokens | cpu_runner.py | a seed and a long prompt end a CPU engine | vLLM rewinds CPU generators |
-| CPUModelRunner.initialize_kv_cache | cpu_runner.py | all heads hold as many tokens | vLLM has a hook after loading |
+| CPUModelRunner.initialize_kv_cache | cpu_runner.py | all heads hold as many tokens | vLLM has a hook behind it |
 | CPUModelRunner._build_attention_metadata | row_classes.py | rows all get the default budget | builders see requests |
 | InputProcessor.process_inputs | requests.py | an unknown budget class ends the engine | plugins may check requests |
 | OpenAIServingChat.chat_completion_stream_generator | usage.py | usage says nothing of eviction | usage may be extended |
@@ -25,7 +25,7 @@ that a user could have given (engine_args.py sets some that were left open). The
 | model_arch_config.rswa_window | attention/cpu_backend.py | builders learn no prompt lengths | their metadata has them |
 
 The first three are in place before vLLM builds its parser. The fourth mends stock vLLM as well. The fifth runs the model once,
-before there is a KV cache. What concerns budgets of requests changes nothing for one that names none. Those of block_memory.py
+when its KV cache is there. What concerns budgets of requests changes nothing for one that names none. Those of block_memory.py
 mend what stock runs into with blocks of several pages, and with copies in hybrid models. The one of `Worker` is CUDA's only.
 The one of `EngineCore` is added and replaces nothing. The last is a value, no method: set in the worker's copy of the model
 config where a page schedule asks for prompt lengths.

@@ -1,5 +1,5 @@
-"""Patches of vLLM's CPU worker (ledger: vllm_seams/__init__.py): heads with budgets of their own are measured before there is a
-KV cache and told where their tiles lie when there is; a request with a `seed` may have a prompt that takes several steps.
+"""Patches of vLLM's CPU worker (ledger: vllm_seams/__init__.py): heads with budgets of their own are measured, and told where
+their tiles lie, when there is a KV cache; a request with a `seed` may have a prompt that takes several steps.
 
 vLLM samples a token for every row of a step, also for a prompt that is not read to its end, and then rewinds that row's random
 generator (GPUModelRunner._bookkeeping_sync, vLLM 0.32.0). CPU generators cannot be rewound, so the engine ended.
@@ -22,12 +22,11 @@ def patch_cpu_runner() -> None:
     sample, initialize = CPUModelRunner.sample_tokens, CPUModelRunner.initialize_kv_cache
 
     @functools.wraps(initialize)
-    def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from momentkv_vllm.attention.head_reach import measured_layers
+    def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> None:
+        from momentkv_vllm.attention.measuring import measure_heads
 
-        # The pass needs the model as it is before there is a cache: layers that have none yet attend as they are told.
-        with measured_layers(self):
-            return initialize(self, *args, **kwargs)
+        initialize(self, *args, **kwargs)
+        measure_heads(self)
 
     @functools.wraps(sample)
     def sample_tokens(self: Any, grammar_output: Any) -> Any:

@@ -30,4 +30,4 @@ def settled_config(vllm_config: "VllmConfig", config: EvictionConfig) -> Evictio
         logger.warning("momentkv: store_dtype auto is model, not %s: %s", layout.packed.dtype, error)
         return settled_config(vllm_config, replace(config, store_dtype="model"))
     config = settled(config, layout.schedule.page_size, layout.record.head_dim, model.dtype)
-    return replace(config, head_budgets=settled_head_budgets(vllm_config, config, layout, family.name))
+    return replace(config, head_budgets=settled_head_budgets(config, layout, family.name))

@@ -1,15 +1,17 @@
 """Requests of several budgets in one engine: each gets what an engine with its budget alone gives it."""
 
 import pytest
+import torch
 from engine import Engine, random_prompt
+from measured_heads import capacities
 from vllm.exceptions import VLLMValidationError
 
 from momentkv_vllm.metrics import EVICTED_TOKENS, LIVE_PAGES, STATES, of_classes
 
 pytestmark = pytest.mark.engine
 
-# Heads have budgets of their own only where there is one class.
-SETTINGS = {"policy": "momentkv", "moment_dtype": "float32", "block_size": 16, "head_budgets": "equal"}
+SETTINGS = {"policy": "momentkv", "moment_dtype": "float32", "block_size": 16}
+MEASURED = {"store_dtype": "int8", "run_tokens": 8, "head_budgets": "measured"}
 BUDGETS = {"small": 256, "large": 512, "exact": "off"}
 PROMPTS = [random_prompt(n, seed=7) for n in (60, 300, 700, 900)]
 CASES = [(name, prompt) for prompt in PROMPTS for name in BUDGETS]
@@ -87,10 +89,25 @@ def test_exact_prompts(engine, models, alone, prefill):
     assert got == [found[name][PROMPTS.index(prompt)] for name, prompt in CASES]
 
 
+def test_heads_with_budgets_of_their_own(engine, models, alone):
+    """Every class has its table; the one of "exact" needs none."""
+    e = engine(models(seed=1), **SETTINGS, **MEASURED, budgets=BUDGETS)
+    small, large = (torch.tensor(capacities(e, number)) for number in (0, 1))
+    assert capacities(e, 2) is None and (large > small).all() and large.unique().numel() > 1
+    cases = [(name, random_prompt(n, seed=7)) for n in (700, 1300, 1900) for name in BUDGETS]
+    tokens = ask(e, cases)
+    for place, name in enumerate(BUDGETS):
+        prompts = [prompt for _, prompt in cases[::3]]
+        options = MEASURED if name != "exact" else {}
+        assert tokens[place::3] == alone(name, prompts, **options)
+        if name != "exact":
+            assert tokens[place::3] != alone(name, prompts, **MEASURED | {"head_budgets": "equal"}), "heads must matter"
+
+
 @pytest.mark.parametrize("quantised", [False, True])
 def test_prefixes_and_states_stay_in_their_class(engine, models, alone, quantised):
     """The same prompts of every class, twice, in an order in which another class was last: hits in the own class alone."""
-    options = {"store_dtype": "int8", "run_tokens": 8} if quantised else {}
+    options = MEASURED if quantised else {}
     e = engine(models(seed=1), **SETTINGS, **options, budgets=BUDGETS, enable_prefix_caching=True)
     want = wanted(lambda name, *args: alone(name, *args, **options if name != "exact" else {}))
     first = [ask(e, [case])[0] for case in CASES]

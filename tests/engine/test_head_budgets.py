@@ -1,24 +1,18 @@
 """Heads with budgets of their own in a real vLLM engine: who gets them, what is refused, tokens independent of scheduling."""
 
+import logging
+import re
+
 import pytest
 import torch
-from engine import Engine, random_prompt
+from engine import random_prompt
+from measured_heads import capacities
 
 from momentkv_vllm.attention.head_reach import BETWEEN, REPEATED, Probe, random_tokens
 from momentkv_vllm.head_budgets import LEAST_SHARE
 
 PAGE, NEW = 16, 48
 OURS = {"policy": "momentkv", "budget_tokens": 128, "store_dtype": "int4", "block_size": PAGE}
-
-
-def layers_of(e: Engine) -> list:
-    worker = e.vllm.engine_core.engine_core.model_executor.driver_worker.worker
-    return [layer.impl for layer in worker.model_runner.compilation_config.static_forward_context.values()]
-
-
-def capacities(e: Engine) -> list[list[int]] | None:
-    heads = [impl.heads for impl in layers_of(e)]
-    return None if None in heads else [h.capacity.tolist() for h in heads]
 
 
 @pytest.fixture
@@ -42,6 +36,29 @@ def test_tokens_do_not_depend_on_chunk_size_or_batch(engine, spread):
     alone = [engine(**OURS, model=spread).generate([p], max_tokens=NEW)[0] for p in prompts]
     assert engine(**OURS, model=spread, max_num_batched_tokens=96).generate(prompts, max_tokens=NEW) == alone
     equal = engine(**OURS, model=spread, head_budgets="equal").generate(prompts, max_tokens=NEW)
+    assert equal != alone, "what heads hold must matter here"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prefill": "full"},
+        {"prefill": "auto", "exact_prompt_tokens": 1000},
+        {"prefill_retire_tokens": 64},
+        {"prefill_retire_tokens": 512},
+        # First events of more tokens than a head has tiles of its own for.
+        {"run_tokens": 16, "store_dtype": "int8", "window_tokens": 64, "dtype": "bfloat16"},
+    ],
+    ids=["full", "auto", "some at once", "more than the store", "small store"],
+)
+def test_events_of_many_tokens(engine, spread, options):
+    prompts, options = [random_prompt(n) for n in (150, 900, 1300)], {**OURS, "model": spread, **options}
+    one, many = (engine(**options, head_budgets="measured", max_num_batched_tokens=n) for n in (512, 96))
+    alone = [one.generate([p], max_tokens=NEW)[0] for p in prompts]
+    assert capacities(one) == capacities(many)
+    if "dtype" not in options:
+        assert many.generate(prompts, max_tokens=NEW) == alone
+    equal = engine(**options, head_budgets="equal").generate(prompts, max_tokens=NEW)
     assert equal != alone, "what heads hold must matter here"
 
 
@@ -100,14 +117,16 @@ def test_who_copies_reaches_far():
         ({"run_tokens": 1}, "run_tokens 1"),
         ({"policy": "snapkv"}, "policy 'snapkv', whose score no kernel has"),
         ({"kernels": "reference"}, "kernels 'reference'"),
-        ({"prefill": "full"}, "prefill 'full'"),
-        ({"prefill_retire_tokens": 64}, "prefill_retire_tokens"),
-        ({"budgets": "128,256"}, r"several budgets \(128, 256\)"),
-        ({"budgets": "128,off"}, r"several budgets \(128, off\)"),
     ],
 )
-def test_where_heads_cannot_differ(engine, spread, options, why):
-    """Asked for it is refused, "auto" is "equal"."""
+def test_where_heads_cannot_differ(engine, spread, caplog, options, why):
+    """Asked for it is refused, "auto" is "equal" and says so."""
     with pytest.raises(ValueError, match=f"{why}.*use 'auto' or 'equal'"):
         engine(**{**OURS, **options}, head_budgets="measured", model=spread)
-    assert capacities(engine(**{**OURS, **options}, model=spread)) is None
+    logger = logging.getLogger("vllm.momentkv_vllm.vllm_seams.heads")
+    caplog.set_level(logging.INFO, logger=logger.name)
+    logger.addHandler(caplog.handler)
+    e = engine(**{**OURS, "head_budgets": "auto", **options}, model=spread)
+    logger.removeHandler(caplog.handler)
+    assert capacities(e) is None
+    assert re.search(f"head_budgets auto is equal; measured does not support {why}", caplog.text)

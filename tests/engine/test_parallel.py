@@ -10,7 +10,10 @@ import sys
 import openai
 import pytest
 from engine import random_prompt
+from safetensors import safe_open
 from server import Server
+
+from momentkv_vllm.state_file import HEADER
 
 pytestmark = [
     pytest.mark.engine,
@@ -27,7 +30,8 @@ from momentkv_vllm.metrics import read_metrics
 
 def main():
     options = json.loads(sys.argv[1])
-    eviction = {"policy": "momentkv", "budgets": "base=384,small=160", "moment_dtype": "float32", "state_folder": sys.argv[3]}
+    eviction = {"policy": "momentkv", "budgets": "base=384,small=160", "moment_dtype": "float32", "state_folder": sys.argv[3],
+                "head_budgets": sys.argv[4]}
     llm = LLM(**options, max_model_len=4096, max_num_batched_tokens=256, dtype="float32",
               num_gpu_blocks_override=200, additional_config={"kv_eviction": eviction})
     prompts = json.loads(sys.argv[2])
@@ -55,14 +59,14 @@ if __name__ == "__main__":
 """
 
 
-def result_of(folder, model, binding: str, **options) -> dict:
+def result_of(folder, model, binding: str, heads: str = "equal", **options) -> dict:
     script = folder / "run.py"
     script.write_text(SCRIPT)
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VLLM_ENABLE_V1_MULTIPROCESSING")}
     env |= {"VLLM_CPU_OMP_THREADS_BIND": binding}
     options = json.dumps({"model": str(model), **options})
     done = subprocess.run(
-        [sys.executable, str(script), options, json.dumps(PROMPTS), str(folder)],
+        [sys.executable, str(script), options, json.dumps(PROMPTS), str(folder), heads],
         capture_output=True,
         text=True,
         cwd=folder,
@@ -104,10 +108,35 @@ def test_two_ranks_give_the_tokens_and_metrics_of_one(tmp_path, models, one_work
     assert 0 < timed[1] < 1.5 * timed[0]
 
 
+@pytest.mark.parametrize(
+    "ranks", ["tensor_parallel_size", pytest.param("pipeline_parallel_size", marks=pytest.mark.slow)]
+)
+def test_every_rank_measures_its_own_heads(tmp_path, models, one_worker, ranks):
+    """Heads share with those of their rank and stage; a state's file of each says what they hold."""
+    eager = ranks == "tensor_parallel_size"
+    two = result_of(tmp_path, models(seed=1), "0|1", "measured", enforce_eager=eager, **{ranks: 2})
+    assert two["tokens"] != one_worker["tokens"], "what heads hold must matter here"
+    assert two["tokens"] == two["again"][0] == two["both"][: len(PROMPTS)] and min(two["again"][1][1:]) > 384
+    assert two["loaded"] == [[two["tokens"][2]], [1184]]
+    held = []
+    for path in sorted(tmp_path.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            held.append(json.loads(file.metadata()[HEADER])["tokens_of_heads"])
+    if eager:
+        assert held[0].keys() == held[1].keys() and held[0] != held[1]
+    else:
+        assert not held[0].keys() & held[1].keys()
+    totals = [sum(map(sum, of.values())) / sum(map(len, of.values())) for of in held]
+    assert totals[0] == totals[1], "the same bytes on every rank"
+    # A tensor-parallel rank has one head of each layer, and the first one may not take from the second.
+    assert any(len(set(sum(of.values(), []))) > 1 for of in held)
+
+
 @pytest.mark.slow
 @pytest.mark.server
 def test_two_data_parallel_engines_give_the_tokens_of_one(tmp_path, models, one_worker):
-    eviction = ["--kv-eviction", "momentkv", "--kv-budget", "384", "--kv-eviction-config.moment_dtype", "float32"]
+    eviction = ["--kv-eviction", "momentkv", "--kv-budget", "384", "--kv-eviction-config.moment_dtype", "float32",
+                "--kv-eviction-config.head_budgets", "equal"]  # fmt: skip
     pool = ["--num-gpu-blocks-override", "200", "--max-num-batched-tokens", "256", "--max-model-len", "4096"]
     server = Server(
         models(seed=1), *eviction, *pool, "--dtype", "float32", "--data-parallel-size", "2", "--return-tokens-as-token-ids",

@@ -6,10 +6,12 @@ import os
 import pytest
 import torch
 from engine import Engine, random_prompt
+from measured_heads import capacities
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from momentkv_vllm import state_file
+from momentkv_vllm.attention.head_reach import Probe
 from momentkv_vllm.metrics import STATES
 from momentkv_vllm.model_identity import model_identity
 
@@ -60,10 +62,11 @@ def save(e: Engine, document: list[int] = DOCUMENT, **more) -> dict:
     [
         {},
         {"correction": "first"},
-        {"store_dtype": "int4", "run_tokens": 8, "window_tokens": 64},
+        {"store_dtype": "int4", "run_tokens": 8, "window_tokens": 64, "head_budgets": "equal"},
+        {"store_dtype": "int8", "run_tokens": 8, "head_budgets": "measured"},
         {"policy": "keydiff", "correction": "off"},
     ],
-    ids=["zeroth", "first", "int4", "keydiff"],
+    ids=["zeroth", "first", "int4", "measured heads", "keydiff"],
 )
 def test_a_request_starts_from_a_loaded_state(saving, engine, models, options):
     """The same tokens as of an engine that read everything; the last event of 900 tokens is at 896."""
@@ -258,6 +261,23 @@ def test_other_settings_are_refused_by_name(saving, options, words):
     error = ask(e, "load")["error"]
     assert words in error and "serve as it was saved" in error
     assert not e.manager.books[0].states.count()
+
+
+def test_other_heads_are_refused(saving, monkeypatch):
+    """What heads hold follows from the model, as far as its arithmetic does: a file says it, and is worth nothing elsewhere."""
+    measured = {"store_dtype": "int8", "run_tokens": 8, "head_budgets": "measured"}
+    e = saving(**measured)
+    save(e)
+    held = capacities(e)[0]
+    monkeypatch.setattr(Probe, "reach", property(lambda self: self.far.amin(1)))
+    other = saving(**measured)
+    assert capacities(other)[0] != held
+    error = ask(other, "load")["error"]
+    assert (
+        f"saved with tokens_of_heads.model.layers.0.self_attn.attn {held}, this server has {capacities(other)[0]}"
+        in error
+    )
+    assert not other.manager.books[0].states.count()
 
 
 def test_another_model_is_refused(saving, models):

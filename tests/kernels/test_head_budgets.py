@@ -23,13 +23,18 @@ MOMENT_PAGE = PAGES - 1
 class Sequence:
     """One sequence's pages 1, 2, ... in some layers; heads hold `capacity` tokens each, all others `store_tokens`."""
 
-    def __init__(self, family: str, policy: str, dtype: str, layers: int, heads: int, extra_pages: int = 0) -> None:
+    def __init__(
+        self, family: str, policy: str, dtype: str, layers: int, heads: int, extra_pages: int = 0, first: int = 0,
+        softcap: float = 0.0,
+    ) -> None:  # fmt: skip
         self.kernels, self.policy = select(family), find(policy)()
-        self.extra = list(range(PAGES, PAGES + extra_pages))
+        # A large first event finds them among its own pages.
+        self.store_pages = STORE_PAGES + (extra_pages if first else 0)
+        self.extra = [] if first else list(range(PAGES, PAGES + extra_pages))
         shape = (PAGES + extra_pages, heads, PAGE, 2 * D)
         record = RecordLayout(D, has_covariance=False)
         self.caches = [
-            CacheView.of_vllm_cpu(torch.zeros(shape, dtype=torch.bfloat16), record, PackedLayout(dtype, D))
+            CacheView.of_vllm_cpu(torch.zeros(shape, dtype=torch.bfloat16), record, PackedLayout(dtype, D), softcap)
             for _ in range(layers)
         ]
         self.observed = [Observed.of(cache, "mass") for cache in self.caches]
@@ -40,22 +45,23 @@ class Sequence:
         self.kernels.write(self.caches[layer], keys, values, slots, self.observed[layer])
 
     def attend(self, layer: int, queries: torch.Tensor, at: int, boundary: int, stored: int, evicted: int):
-        store = [*range(1, 1 + STORE_PAGES), *self.extra] if boundary else []
+        store = [*range(1, 1 + self.store_pages), *self.extra] if boundary else []
         pages = [*store, *range(1 + boundary, 1 + -(-(at + len(queries)) // PAGE))]
         work = AttendWork(
             first_token=torch.tensor([0]), num_queries=torch.tensor([len(queries)]), pages=torch.tensor([pages]),
             last_slot=torch.tensor([at - boundary * PAGE]), moment_pages=torch.tensor([[MOMENT_PAGE]]),
-            num_evicted=torch.tensor([float(evicted)]), stored=torch.tensor([stored]), store_pages=len(store) or STORE_PAGES,
+            num_evicted=torch.tensor([float(evicted)]), stored=torch.tensor([stored]), store_pages=len(store) or self.store_pages,
             observe_from=torch.tensor([0]), restart=torch.tensor([True]),
         )  # fmt: skip
         output, lse = run_attend(self.kernels, self.caches[layer], queries, work, SCALE, True)
         self.kernels.observe(self.caches[layer], self.observed[layer], queries, lse, work, SCALE)
         return output.float(), lse
 
-    def retire(self, layer: int, boundary: int, stored: int, evicted: int, store_tokens: int) -> None:
-        store = [*range(1, 1 + STORE_PAGES), *(self.extra if boundary else [])]
+    def retire(self, layer: int, boundary: int, after: int, stored: int, evicted: int, store_tokens: int) -> None:
+        store = [*range(1, 1 + self.store_pages), *(self.extra if boundary else [])]
+        retiring = [*range(1 + (boundary or self.store_pages), 1 + after)]
         work = RetireWork(
-            store_pages=torch.tensor([store]), retiring_pages=torch.tensor([[1 + (boundary or STORE_PAGES)]]),
+            store_pages=torch.tensor([store]), retiring_pages=torch.tensor([retiring]),
             moment_pages=torch.tensor([[MOMENT_PAGE]]), num_evicted=torch.tensor([float(evicted)]), run_tokens=8,
             stored=torch.tensor([stored]), store_tokens=store_tokens,
         )  # fmt: skip
@@ -71,10 +77,22 @@ def tiles_held(cache: CacheView, head: int, tiles: int) -> list[torch.Tensor]:
     return [torch.frombuffer(bytearray(ctypes.string_at(at, size)), dtype=torch.uint8) for at in addresses]
 
 
-@pytest.mark.parametrize(("dtype", "policy"), [("int4", "momentkv"), ("int8", "momentkv"), ("int4", "keydiff")])
-def test_every_head_is_what_the_reference_makes_of_it_alone(dtype, policy):
+@pytest.mark.parametrize(
+    ("dtype", "policy", "first", "softcap"),
+    [
+        ("int4", "momentkv", 0, 0.0),
+        ("int8", "momentkv", 0, 0.0),
+        ("int4", "keydiff", 0, 0.0),
+        ("int4", "momentkv", 0, 2.0),
+        ("int4", "momentkv", 12, 0.0),
+        ("int8", "keydiff", 12, 0.0),
+        ("int8", "momentkv", 12, 2.0),
+    ],
+)
+def test_every_head_is_what_the_reference_makes_of_it_alone(dtype, policy, first, softcap):
+    """first: pages after which the first event comes, which then retires all but one of them; 0: as soon as it can."""
     reach = torch.tensor([[0.1, 0.9, 0.2], [0.9, 0.05, 1.0]])
-    ours = Sequence("cpu", policy, dtype, LAYERS, HEADS)
+    ours = Sequence("cpu", policy, dtype, LAYERS, HEADS, softcap=softcap)
     packed = ours.caches[0].packed
     store_tokens = STORE_PAGES * packed.page_tokens
     capacity = shared(reach, store_tokens, 8, longest=10_000)
@@ -90,7 +108,7 @@ def test_every_head_is_what_the_reference_makes_of_it_alone(dtype, policy):
         cache.heads = heads
     extra = -(-int(capacity.max()) // packed.page_tokens)
     alone = {
-        (layer, head): Sequence("reference", policy, dtype, 1, 1, extra)
+        (layer, head): Sequence("reference", policy, dtype, 1, 1, extra, first, softcap)
         for layer in range(LAYERS)
         for head in range(HEADS)
     }
@@ -99,8 +117,8 @@ def test_every_head_is_what_the_reference_makes_of_it_alone(dtype, policy):
     for page in range(PAGES_READ):
         keys, values = torch.randn(2, LAYERS, PAGE, HEADS, D, generator=generator).bfloat16()
         queries = torch.randn(LAYERS, PAGE, 2 * HEADS, D, generator=generator).bfloat16()
-        at, after = page * PAGE, (boundary or STORE_PAGES) + 1
-        retires = page >= STORE_PAGES + 1
+        at, after = page * PAGE, boundary + 1 if boundary else max(STORE_PAGES + 1, first)
+        retires = page >= max(STORE_PAGES + 1, first)
         gone = boundary * PAGE
         uniform = min(store_tokens, gone)
         # One query per row now and then, as in decode: the kernels then leave their weights to be observed.
@@ -110,7 +128,7 @@ def test_every_head_is_what_the_reference_makes_of_it_alone(dtype, policy):
             ours.write(layer, page * PAGE, keys[layer], values[layer])
             output, lse = ours.attend(layer, asked[layer], at, boundary, uniform, gone - uniform)
             if retires:
-                ours.retire(layer, boundary, uniform, gone - uniform, store_tokens)
+                ours.retire(layer, boundary, after, uniform, gone - uniform, store_tokens)
             for head in range(HEADS):
                 one, mine = alone[layer, head], int(capacity[layer, head])
                 stored = gone if gone <= equal else min(mine, gone)
@@ -121,14 +139,16 @@ def test_every_head_is_what_the_reference_makes_of_it_alone(dtype, policy):
                 torch.testing.assert_close(output[:, group], want, atol=1e-2, rtol=2e-2)
                 torch.testing.assert_close(lse[:, group], want_lse, atol=2e-3, rtol=0)
                 if retires:
-                    one.retire(0, boundary, stored, gone - stored, store_tokens if after * PAGE <= equal else mine)
+                    one.retire(
+                        0, boundary, after, stored, gone - stored, store_tokens if after * PAGE <= equal else mine
+                    )
         # Every layer of a step has run: what the next step finds.
         boundary = after if retires else 0
         for (layer, head), one in alone.items() if retires else ():
             gone = boundary * PAGE
             tiles = (gone if gone <= equal else min(int(capacity[layer, head]), gone)) // 8
             raw, size = one.caches[0].packed, packed.layout.tile_bytes
-            pages = [*range(1, 1 + STORE_PAGES), *one.extra]
+            pages = [*range(1, 1 + one.store_pages), *one.extra]
             own = [(pages[n // raw.page_tiles], n % raw.page_tiles * size) for n in range(tiles)]
             want = [raw.raw[page, 0, at : at + size] for page, at in own]
             got = tiles_held(ours.caches[layer], head, tiles)

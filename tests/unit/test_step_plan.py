@@ -1,5 +1,7 @@
 """What the host plans for a step: attention is observed where an event will need it, and nowhere else."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -54,7 +56,7 @@ def test_one_attend_and_one_consolidation_for_each_event_of_a_prompt(grain, even
 
 @pytest.mark.parametrize("store_dtype", ["model", "int4"])
 def test_a_step_of_several_classes_is_the_steps_of_each(store_dtype):
-    """Rows of three classes in one step; every work list is one that a step of that class alone has."""
+    """Rows of three classes in one step; every work list is one that a step of that class alone has, with its number."""
     values = {"policy": "momentkv", "budgets": {"a": 256, "b": 512, "c": "off"}, "store_dtype": store_dtype}
     config = EvictionConfig.from_dict(values)
     schedules = schedules_of(config, PAGE, 64, torch.bfloat16, 4096)
@@ -73,8 +75,8 @@ def test_a_step_of_several_classes_is_the_steps_of_each(store_dtype):
             begin = [starts[row] if i <= row else starts[row] + new[row] for i in range(len(lens) + 1)]
             parts = planner.build(begin, [n if k else 0 for n, k in zip(lens, own)], [0] * len(lens), table)
             for r in parts.rounds:
-                found[0] += [described(w) for w in r.attends]
-                found[1] += [described(w) for w in r.retires]
+                found[0] += [described(replace(w, budget_class=number)) for w in r.attends]
+                found[1] += [described(replace(w, budget_class=number)) for w in r.retires]
     assert sorted(described(w) for r in step.rounds for w in r.attends) == sorted(found[0])
     retired = [w for r in step.rounds for w in r.retires]
     assert sorted(described(w) for w in retired) == sorted(found[1]) and retired

@@ -1,0 +1,187 @@
+"""Measures how far the heads of a model look, once, before the first request, and shares the stores out by it.
+
+The model reads random tokens as it reads a prompt: every layer that attends is stood in for by a probe (head_reach.py), which
+sees what that layer sees; layers that keep states run as they are, in a page that is cleared afterwards. Adapters do not.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.sequence import IntermediateTensors
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import MambaSpec
+
+from momentkv_vllm.attention.head_reach import Probe, random_tokens
+from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.head_budgets import HeadBudgets, Sizes, budgets, grain_of, shared, tiles_of
+from momentkv_vllm.kv_spec import schedules_of
+from momentkv_vllm.page_schedule import PageSchedule
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+FIRST_PAGE = 1
+"""Nobody has a page yet. Layers of one KV cache group keep their state in this one meanwhile, those of the next in the one after:
+layers of several groups lie in the same bytes."""
+
+
+def measure_heads(runner: Any) -> None:
+    """Tell the layers of `runner` (vllm/v1/worker/cpu_model_runner.py), whose KV cache is there, what their heads hold, if they
+    measure it. Every rank and stage of a model must be asked: they run it together."""
+    if EvictionConfig.from_vllm(runner.vllm_config).head_budgets == "measured":
+        share_out(runner, measured(runner))
+
+
+def measured(runner: Any) -> dict[str, Tensor]:
+    """[kv heads] reach of each layer that evicts in a cache of its own, in the order in which they run."""
+    with probed(runner) as probes:
+        hidden_states(runner, tokens_for(runner))
+    layers = runner.compilation_config.static_forward_context
+    evicting = {name for name, layer in _attending(runner).items() if layer.impl.evicts}
+    if silent := sorted(evicting - set(probes)):  # those of a draft model
+        logger.info("momentkv: layers %s... read no text with the model: their heads hold as many tokens", silent[:2])
+    found: dict[str, Tensor] = {}
+    for name in (name for name in probes if name in evicting):
+        owner = layers[name].kv_sharing_target_layer_name or name
+        found[owner] = torch.maximum(found[owner], probes[name].reach) if owner in found else probes[name].reach
+    return found
+
+
+def tokens_for(runner: Any) -> Tensor:
+    """[tokens] int64, what `runner`'s model reads."""
+    model = runner.model_config
+    return random_tokens(model.get_vocab_size(), model.max_model_len)
+
+
+@contextmanager
+def probed(runner: Any) -> Iterator[dict[str, Probe]]:
+    """Probes stand in for all layers of `runner` that attend; yields those that did, by layer, the first one first."""
+    attending, tokens = _attending(runner), len(tokens_for(runner))
+    targets = {layer.kv_sharing_target_layer_name for layer in attending.values()}
+    probes: dict[str, Probe] = {}
+
+    def forward_of(name: str, layer: Attention) -> Any:
+        probe, target = _probe_of(layer, tokens), layer.kv_sharing_target_layer_name
+
+        def forward(_layer, query, key, value, _cache, _metadata, output, *_args, **_kwargs) -> Tensor:
+            """As an AttentionImpl's; nothing is cached."""
+            probes.setdefault(name, probe)
+            if target:
+                return probe.read(query, probes[target].keys, probes[target].values, output)
+            probe.attend(query, key, value, output)
+            if probe.keys.shape[1] == tokens and name not in targets:
+                probe.keys = probe.values = None  # of all layers they would be many
+            return output
+
+        return forward
+
+    try:
+        for name, layer in attending.items():
+            layer.impl.forward = forward_of(name, layer)  # before the class's own
+        yield probes
+    finally:
+        for layer in attending.values():
+            del layer.impl.forward
+
+
+@torch.inference_mode()
+def hidden_states(runner: Any, ids: Tensor) -> list[Any]:
+    """What the model makes of `ids`, in steps of as many as a step may have."""
+    found, step, groups = [], runner.max_num_tokens, [g for of in runner.attn_groups for g in of]
+    keeping = [group for group in groups if isinstance(group.kv_cache_spec, MambaSpec)]
+    for start in range(0, len(ids), step):
+        part = ids[start : start + step]
+        metadata: dict[str, Any] = defaultdict(lambda: None)
+        for group in keeping:
+            built = group.build_metadata(_one_sequence(start, start + len(part), FIRST_PAGE + group.kv_cache_group_id))
+            metadata |= dict.fromkeys(group.layer_names, built)
+        with set_forward_context(metadata, runner.vllm_config, num_tokens=len(part)):
+            found.append(_run(runner, part, start))
+    layers = runner.compilation_config.static_forward_context
+    for group in keeping:
+        for state in (state for name in group.layer_names for state in layers[name].kv_cache):
+            state[FIRST_PAGE + group.kv_cache_group_id].zero_()
+    return found
+
+
+def _run(runner: Any, ids: Tensor, start: int) -> Any:
+    """One step of `runner`'s model, as its `execute_model` takes it; between pipeline stages as their workers do."""
+    stages, inputs, positions = get_pp_group(), {}, torch.arange(start, start + len(ids))
+    if runner.lora_config:
+        runner._set_active_loras((0,), (0,) * len(ids), set())  # 0: no adapter
+    if runner.supports_mm_inputs and stages.is_first_rank:
+        inputs["inputs_embeds"] = runner.model.embed_input_ids(ids)
+        ids = ids if runner.model.requires_raw_input_tokens else None
+    received = None
+    if not stages.is_first_rank:
+        received = IntermediateTensors(stages.recv_tensor_dict(all_gather_group=get_tp_group()))
+    output = runner.model(
+        input_ids=None if ids is None else ids.to(torch.int32),
+        positions=positions.expand(3, -1) if runner.uses_mrope else positions,
+        intermediate_tensors=received,
+        **{"inputs_embeds": None} | inputs,
+    )
+    if not stages.is_last_rank:
+        stages.send_tensor_dict(output.tensors, all_gather_group=get_tp_group())
+    return output
+
+
+def _one_sequence(start: int, end: int, page: int) -> CommonAttentionMetadata:
+    """Of a prompt whose tokens [start, end) are a step; its state lies in `page`, whatever column is asked for."""
+    ends, lengths = torch.tensor([0, end - start], dtype=torch.int32), torch.tensor([end], dtype=torch.int32)
+    return CommonAttentionMetadata(
+        query_start_loc=ends,
+        query_start_loc_cpu=ends,
+        seq_lens=lengths,
+        seq_lens_cpu_upper_bound=lengths,
+        num_reqs=1,
+        num_actual_tokens=end - start,
+        max_query_len=end - start,
+        max_seq_len=end,
+        block_table_tensor=torch.full((1, end + 1), page, dtype=torch.int32),
+        slot_mapping=torch.full((end - start,), -1),
+        is_prefilling=torch.tensor([True]),
+    )
+
+
+def _probe_of(layer: Attention, tokens: int) -> Probe:
+    impl, chunk = layer.impl, getattr(layer, "attention_chunk_size", None) or 0
+    return Probe(impl.scale, tokens, max(0, impl.sliding_window), chunk, impl.logits_soft_cap, impl.sinks)
+
+
+def _attending(runner: Any) -> dict[str, Attention]:
+    layers = runner.compilation_config.static_forward_context
+    return {name: layer for name, layer in layers.items() if isinstance(layer, Attention)}
+
+
+def share_out(runner: Any, reach: dict[str, Tensor]) -> None:
+    """Give every layer its `heads`: what they hold of its cache, which stays where it is, in each budget class, by `reach`."""
+    model, config = runner.model_config, EvictionConfig.from_vllm(runner.vllm_config)
+    layers = [_attending(runner)[name] for name in reach]
+    if not layers:
+        return  # a pipeline stage without attention
+    impls, caches = [x.impl for x in layers], [x.impl.view_of(x.kv_cache) for x in layers]
+    page_size, longest = caches[0].page_size, model.max_model_len
+    schedules = schedules_of(config, page_size, impls[0].head_size, model.dtype, longest)
+    watched = impls[0].policy.observes is not None
+    observed = [impl.observing(c).data.data_ptr() if watched else 0 for impl, c in zip(impls, caches, strict=True)]
+    addresses = torch.tensor([[c.kv.data_ptr(), at] for c, at in zip(caches, observed, strict=True)])
+    packed, far = caches[0].packed, torch.stack(list(reach.values()))
+    sizes = Sizes(packed.raw.shape[2], caches[0].page_slots, packed.layout.tile_bytes)
+
+    def table(schedule: PageSchedule) -> list[HeadBudgets]:
+        capacity = shared(far, schedule.store_tokens, grain_of(schedule.run_tokens), longest)
+        tiles = tiles_of(capacity, schedule.store_tokens, packed.page_tiles)
+        return budgets(capacity, tiles, addresses, sizes, schedule.equal_tokens)
+
+    unshared = [None] * len(impls)
+    tables = [table(s) if served.evicts else unshared for served, s in zip(config.classes, schedules, strict=True)]
+    for impl, heads in zip(impls, zip(*tables, strict=True), strict=True):
+        impl.heads = heads
