@@ -161,8 +161,11 @@ def test_defaults_are_chosen_only_where_the_user_was_silent(models):
 
 
 def test_without_the_flag_the_config_is_stock(models):
-    config = EngineArgs(model=str(models()), max_model_len=2048).create_engine_config()
-    assert config.cache_config.enable_prefix_caching and config.cache_config.block_size == 128
+    args = {"model": str(models()), "max_model_len": 2048}
+    config = EngineArgs(**args).create_engine_config()
+    stock = EngineArgs.create_engine_config.__wrapped__(EngineArgs(**args))
+    assert config.cache_config == stock.cache_config and config.cache_config.enable_prefix_caching
+    assert config.scheduler_config == stock.scheduler_config
     assert "kv_eviction" not in config.additional_config
 
 
