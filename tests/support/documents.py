@@ -21,6 +21,7 @@ from momentkv_vllm.calibrate.curve import table as calibration
 from momentkv_vllm.config import AUTO, EvictionConfig
 from momentkv_vllm.metrics import METRICS
 from momentkv_vllm.policies import OFF, builtins
+from momentkv_vllm.versions import TESTED_VLLM, UNTESTED_VLLM
 
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(?:.*?\n)??(<!-- end -->)", re.S)
 CHOICES = {
@@ -272,6 +273,12 @@ def states() -> str:
     return markdown(("score / state / window / budget / prefill", "mean accuracy", "KL"), rows)
 
 
+def vllm_releases() -> str:
+    known = [(version, f"tested: {how}") for version, how in TESTED_VLLM.items()]
+    known += [(version, f"not tested: {why}") for version, why in UNTESTED_VLLM.items()]
+    return markdown(["vLLM", "what was run"], known)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "calibration": calibrated,
     "demo": demo,
@@ -298,6 +305,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "states": states,
     "store": store,
     "turns": turns,
+    "vllm-releases": vllm_releases,
 }
 """By the name in a document."""
 
