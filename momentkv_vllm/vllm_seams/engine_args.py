@@ -186,7 +186,7 @@ def _set_defaults(engine_args: Any, config: EvictionConfig) -> bool:
 def _say_how_vllm_was_tested() -> None:
     how = TESTED_VLLM.get(installed_vllm(), CPU_BUILD)
     if how != CPU_BUILD:
-        logger.warning("momentkv: of vLLM %s was tested %s", installed_vllm(), how)
+        logger.warning("momentkv: vLLM %s was tested in part: %s", installed_vllm(), how)
 
 
 def _say_which_windows_are_none(model: Any) -> None:

@@ -148,6 +148,7 @@ def test_too_small_a_budget_says_the_least_one(models):
 
 
 def test_untested_vllm(models, monkeypatch):
+    monkeypatch.delenv(ALLOW_UNTESTED_VLLM.name, raising=False)
     monkeypatch.setattr(refusals, "installed_vllm", lambda: "0.99.0")
     with pytest.raises(ValueError, match=r"0\.32\.0 \(its CPU build\), 0\.33\.0.*0\.99\.0 is installed") as error:
         config_of(models())
@@ -163,7 +164,7 @@ def test_a_release_that_was_tested_in_part_is_served_and_said(models, monkeypatc
     with caplog.at_level(logging.WARNING, engine_args.logger.name):
         assert "kv_eviction" in config_of(models()).additional_config
     said = [r.getMessage() for r in caplog.records if "was tested" in r.getMessage()]
-    assert said == ([] if version == "0.32.0" else [f"momentkv: of vLLM {version} was tested {PYTHON_CODE}"])
+    assert said == ([] if version == "0.32.0" else [f"momentkv: vLLM {version} was tested in part: {PYTHON_CODE}"])
 
 
 def test_defaults_are_chosen_only_where_the_user_was_silent(models):
