@@ -6,13 +6,15 @@ SOURCES := setup.py pyproject.toml $(shell find momentkv_vllm triton_kernels -na
 # One thread each: two workers share two cores.
 PYTEST = $(BIN)/pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 WORKERS ?= 2
+VLLM ?= 0.33.0
+TESTS ?= tests/seams $(addprefix tests/engine/test_,engine.py prefix_cache.py states.py sessions.py requests.py async_scheduling.py)
 # Never the repository root on sys.path: vLLM probes for a top-level module `triton_kernels`.
 unexport PYTHONPATH
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_OFFLINE = 1
 export VLLM_NO_USAGE_STATS = 1
 
-.PHONY: help setup real-model demo test test-all test-fast lint format docs bench bench-gpu wheel image lock clean
+.PHONY: help setup real-model demo test test-all test-fast test-vllm lint format docs bench bench-gpu wheel image lock clean
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
@@ -51,6 +53,10 @@ test-all: setup ## all tests: every model family, tensor parallel 2, the CUDA em
 
 test-fast: setup ## tests that start no engine
 	$(PYTEST) -m "not engine and not server and not slow"
+
+test-vllm: setup ## engine tests with another vLLM release, its Python code over the kernels of this one (VLLM=0.33.0 TESTS=...)
+	$(BIN)/python -P tests/support/other_vllm.py $(VLLM)
+	build/vllm-$(VLLM)/bin/pytest -n $(WORKERS) --dist loadscope -p no:cacheprovider -m "not slow" $(TESTS)
 
 lint: setup     ## ruff; hadolint and the schemas of Compose and Kubernetes for docker/
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

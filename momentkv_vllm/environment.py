@@ -47,7 +47,7 @@ ALLOW_UNTESTED_VLLM = Switch(
     "0, 1",
     "0",
     "the package, at start-up",
-    "serve with another vLLM than the tested one",
+    "serve with a vLLM that was not tested",
 )
 ALLOW_UNTESTED_GPU = Switch(
     "MOMENTKV_ALLOW_UNTESTED_GPU",

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config
-from vllm.utils.torch_utils import is_quantized_kv_cache
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from momentkv_vllm.attention.monitor import Attended, Monitor
 from momentkv_vllm.attention.sharing import SharedCache

@@ -15,12 +15,14 @@ class PrefixState:
     """Where a request that has pages stands with the prefix cache.
 
     step_end_tokens: tokens at the end of the step it was scheduled for last.
+    before_step: pages were allocated for a step since vLLM last said what is filled.
     request: known from the first step on.
     sealed: its pages that will be rewritten have left the cache, and none come in.
     keep: events ahead at which its state shall be kept, ascending.
     """
 
     step_end_tokens: int
+    before_step: bool = False
     request: Request | None = None
     sealed: bool = False
     keep: list[int] = field(default_factory=list)

@@ -119,7 +119,8 @@ class MomentKVManager(ChecksIntegrity, KeepsStates, FullAttentionManager):
         self._count_live(request_id, sum(not b.is_null for b in new_computed_blocks))
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
-        self.prefixes.setdefault(request_id, PrefixState(0)).step_end_tokens = num_tokens_main_model
+        state = self.prefixes.setdefault(request_id, PrefixState(0))
+        state.step_end_tokens, state.before_step = num_tokens_main_model, True
         blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
         self._count_live(request_id, len(blocks))
         return blocks
@@ -130,8 +131,11 @@ class MomentKVManager(ChecksIntegrity, KeepsStates, FullAttentionManager):
         state = self.prefixes[request.request_id]
         if state.request is None:
             self._begin(state, request)
+        # vLLM also calls when a step's tokens are in (0.32 with async scheduling, 0.33 with drafts too). A copy then would
+        # hold its source twice until the next step, which calls again.
+        before_step, state.before_step = state.before_step, False
         if state.sealed:
-            if state.keep and request.num_computed_tokens >= state.keep[0]:
+            if before_step and state.keep and request.num_computed_tokens >= state.keep[0]:
                 self._keep_state(state)
             return
         filled = min(num_tokens, request.num_computed_tokens, self.cacheable_tokens(request))

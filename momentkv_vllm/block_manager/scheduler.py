@@ -84,9 +84,13 @@ class StartsFromStates(StopsAtEvents):
     prompt is attended exactly, from its pages, as in stock vLLM. vLLM's own lookup knows no classes and ends before any request's
     first event; what a request may take beyond is found here."""
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
-        hit = super()._get_local_prefix_cache_hit(request)
-        if not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
+    def _get_local_prefix_cache_hit(
+        self, request: Request, max_cache_hit_length: int | None = None
+    ) -> tuple[KVCacheBlocks, int, int, bool]:
+        """max_cache_hit_length: vLLM 0.33's, for which it must have more than KV; then a hit is what vLLM finds. None: no cap."""
+        capped = () if max_cache_hit_length is None else (max_cache_hit_length,)
+        hit = super()._get_local_prefix_cache_hit(request, *capped)
+        if capped or not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
             return hit
         row, states = self.evicting.longer_hit(request), self.evicting.of(request.request_id).states
         tokens = len(row) * self.evicting.block_size

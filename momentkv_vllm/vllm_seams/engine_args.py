@@ -18,6 +18,7 @@ from momentkv_vllm.environment import unknown_variables
 from momentkv_vllm.model_layers import has_windows, hides_tokens, keeps_states, named_windows
 from momentkv_vllm.policies import OFF, builtins, names, origin
 from momentkv_vllm.refuse import refuse
+from momentkv_vllm.versions import CPU_BUILD, TESTED_VLLM, installed_vllm
 from momentkv_vllm.vllm_seams.drafts import say_where_nothing_is_drafted
 from momentkv_vllm.vllm_seams.gpu import choose_backend
 from momentkv_vllm.vllm_seams.hybrids import align_blocks, say_what_blocks_cost
@@ -65,6 +66,7 @@ def _evicting_config(engine_args: Any, config: EvictionConfig, create: Callable[
     for name in unknown_variables():
         logger.warning("momentkv: the environment variable %s is unknown, docs/operations.md lists ours", name)
     refuse_untested_vllm()
+    _say_how_vllm_was_tested()
     chose_caching = engine_args.enable_prefix_caching is None
     backend, chose_page_size = choose_backend(engine_args), _set_defaults(engine_args, config)
     vllm_config = create()
@@ -181,6 +183,12 @@ def _set_defaults(engine_args: Any, config: EvictionConfig) -> bool:
         )
     engine_args.additional_config = {**engine_args.additional_config, CONFIG_KEY: config.to_dict()}
     return choose_block_size
+
+
+def _say_how_vllm_was_tested() -> None:
+    how = TESTED_VLLM.get(installed_vllm(), CPU_BUILD)
+    if how != CPU_BUILD:
+        logger.warning("momentkv: vLLM %s was tested in part: %s", installed_vllm(), how)
 
 
 def _say_which_windows_are_none(model: Any) -> None:

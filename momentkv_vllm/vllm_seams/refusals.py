@@ -10,7 +10,7 @@ from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.environment import ALLOW_UNTESTED_VLLM
 from momentkv_vllm.model_layers import full_layers, has_windows, keeps_states, sharing_layers
 from momentkv_vllm.refuse import WITHOUT, Unsupported, refuse, refuse_first
-from momentkv_vllm.versions import TESTED_VLLM, installed_vllm
+from momentkv_vllm.versions import TESTED_VLLM, installed_vllm, tested
 from momentkv_vllm.vllm_seams.drafts import draft_rows
 from momentkv_vllm.vllm_seams.gpu import BACKEND_NAMES, gpu_rows
 from momentkv_vllm.vllm_seams.hybrids import hybrid_rows
@@ -29,7 +29,7 @@ def refuse_untested_vllm() -> None:
     version = installed_vllm()
     if version not in TESTED_VLLM and not ALLOW_UNTESTED_VLLM.is_on():
         refuse(
-            f"--kv-eviction was tested with vLLM {', '.join(TESTED_VLLM)}, but {version} is installed",
+            f"--kv-eviction was tested with vLLM {tested()}, but {version} is installed",
             "install a tested one", f"set {ALLOW_UNTESTED_VLLM.name}=1 to run it untested", WITHOUT,
         )  # fmt: skip
 

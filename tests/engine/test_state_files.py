@@ -14,6 +14,7 @@ from momentkv_vllm import state_file
 from momentkv_vllm.attention.head_reach import Probe
 from momentkv_vllm.metrics import STATES
 from momentkv_vllm.model_identity import model_identity
+from momentkv_vllm.versions import installed_vllm
 
 DOCUMENT = random_prompt(900, seed=3)
 QUESTION = DOCUMENT + random_prompt(30, seed=1)[1:]
@@ -230,7 +231,7 @@ def fewer_layers(header, tensors):
         (smaller_pages, "has other pages in"),
         (fewer_layers, "has other layers"),
         (lambda header, tensors: header.update(momentkv="0.0.1"), "saved with momentkv '0.0.1', this server has '0.1.0'"),
-        (lambda header, tensors: header.update(vllm="0.31.0"), "saved with vllm '0.31.0', this server has '0.32.0'"),
+        (lambda header, tensors: header.update(vllm="0.31.0"), f"saved with vllm '0.31.0', this server has '{installed_vllm()}'"),
         (lambda header, tensors: header.update(format=2), "saved with format 2, this server has 1"),
     ],
     ids=lambda x: getattr(x, "__name__", None),

@@ -1,5 +1,6 @@
 """Requests that start from the state of an evicted prefix: the tokens are those of a request that read everything."""
 
+from inspect import signature
 from itertools import product
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from vllm import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from momentkv_vllm.block_manager.states import StateCache
@@ -60,6 +62,24 @@ def figure(e: Engine, metric) -> float:
 
 
 QUICK = ("momentkv", "momentkv, int4, first", "momentkv, int4, a coarse grain", "keydiff, off", "expected_attention")
+
+
+CAPS_HITS = "max_cache_hit_length" in signature(Scheduler._get_local_prefix_cache_hit).parameters
+
+
+@pytest.mark.skipif(not CAPS_HITS, reason="vLLM 0.32 has no cap on hits")
+def test_a_cap_on_hits_leaves_what_vllm_finds(engine, models):
+    """vLLM 0.33 caps them where it must have more of a token than its KV, and counts it in its own blocks."""
+    e = engine(**EXACT, model=models(seed=1), enable_prefix_caching=True)
+    first, again = questions(DOCUMENT, 2)
+    e.generate([first])
+    e.add(again)
+    (request,) = e.scheduler.waiting
+    lookup = e.scheduler._get_local_prefix_cache_hit
+    assert lookup(request)[1] == lookup(request, None)[1] > BUDGET
+    assert lookup(request, 160)[1] == 160
+    assert lookup(request, 800)[1] < BUDGET
+    e.run()
 
 
 @pytest.mark.parametrize("kind", quick(QUICK, SETTINGS))

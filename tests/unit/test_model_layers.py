@@ -8,8 +8,8 @@ from configured import changed_model, config_of
 from engine import Engine
 from model_families import make_config, make_model
 from vllm.config import set_current_vllm_config
-from vllm.v1.core.kv_cache_utils import unify_kv_cache_spec_page_size
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
+from vllm_names import unify_kv_cache_spec_page_size
 
 from momentkv_vllm.attention.cpu_backend import MomentKVImpl
 from momentkv_vllm.endpoint import summary
