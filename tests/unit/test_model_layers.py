@@ -223,7 +223,7 @@ def test_layers_ask_too(engine, tmp_path, monkeypatch, kernels):
 def test_a_layer_whose_kv_cache_is_not_what_was_expected(models):
     """vLLM may decide when it builds a layer, after the options were checked."""
     for given, kind, words in (
-        ("auto", "fp8", "a KV cache of fp8 where float32"),
+        ("auto", "fp8", "a KV cache of fp8 where bfloat16"),
         ("fp8", "auto", "a KV cache of auto where float8_e4m3fn"),
     ):
         config = config_of(models(), kv_cache_dtype=given)
@@ -240,7 +240,7 @@ def test_a_checkpoint_whose_kv_cache_is_fp8(models, tmp_path):
     model = changed_model(tmp_path / "m", models(), quantization_config=weights)
     found = config_of(model)
     assert kv_numbers(found) is torch.float8_e4m3fn and found.cache_config.block_size == 32
-    assert kv_numbers(config_of(model, kv_cache_dtype="float32")) is torch.float32
+    assert kv_numbers(config_of(model, dtype="bfloat16", kv_cache_dtype="bfloat16")) is torch.bfloat16
 
 
 def test_fp8_on_machines_and_models_that_vllm_cannot_serve_with_it(models, tmp_path, monkeypatch):
