@@ -50,6 +50,10 @@ CODE_MODEL = (
     "--model benchmarks/test_model/code_checkpoint --tasks text --texts 48 --wording english "
     f"--text-file {HELD_OUT} --prefill chunked"
 )
+TOY_HEADS = (
+    "--budgets 256 128 64 --prefill chunked --methods 'momentkv, measured heads' 'momentkv, equal heads' "
+    "'keydiff, int4' keydiff streamingllm"
+)
 TRAIN = "--minutes 60 --out benchmarks/test_model/"
 
 BENCHMARKS = {
@@ -66,26 +70,33 @@ BENCHMARKS = {
     "fuzz": one("10,000 random requests, aborts and disconnects, and schemathesis, also to stock", 60, "fuzz.run"),
     "quality": one(
         "the real model in the engine: KL, needles, answers, chat; all policies; resumed where it stopped (DOCUMENTS=...)",
-        600, "judge.run", f"--documents {DOCUMENTS} --half report --kinds all", real_model=True,
+        600, "evaluation.judge.run", f"--documents {DOCUMENTS} --half report --kinds all", real_model=True,
     ),
     "quality-simulator": one(
         "a small cell of every policy in the simulator, on the half for choosing settings (DOCUMENTS=...)",
-        60, "judge.run", f"--documents {DOCUMENTS} --backend simulator", real_model=True,
+        60, "evaluation.judge.run", f"--documents {DOCUMENTS} --backend simulator", real_model=True,
     ),
     "quality-toy": Benchmark(
         "the small test models in the engine: accuracy, KL and perplexity of all policies", 60,
         (
-            Step("quality.run", "--samples 8 --tasks ruler --budgets 512 256 128 64"), CODE,
-            Step("quality.run", f"{CODE_MODEL} --budgets 512 256 128 --out quality_code"),
+            Step("evaluation.quality.run", "--samples 8 --tasks ruler --budgets 512 256 128 64"), CODE,
+            Step("evaluation.quality.run", f"{CODE_MODEL} --budgets 512 256 128 --out quality_code"),
+        ),
+    ),
+    "heads-toy": Benchmark(
+        "heads by what they hold, on the small test models: accuracy and KL", 10,
+        (
+            Step("evaluation.quality.run", f"--samples 8 --seeds 1 2 --tasks ruler --out toy_tasks {TOY_HEADS}"), CODE,
+            Step("evaluation.quality.run", f"{CODE_MODEL} --texts 32 --out toy_code {TOY_HEADS}"),
         ),
     ),
     "ablation": Benchmark(
         "the paper's ablation on a small model: its score, its correction, both, neither", 30,
-        (CODE, Step("quality.run", f"{CODE_MODEL} --budgets 256 128 --out ablation --methods snapkv 'snapkv, zeroth' "
+        (CODE, Step("evaluation.quality.run", f"{CODE_MODEL} --budgets 256 128 --out ablation --methods snapkv 'snapkv, zeroth' "
                                    "'snapkv, first' 'paper, off' 'paper, zeroth' paper")),
     ),
-    "states": one("the large table: states and scores in the simulator", 60, "quality.state_search"),
-    "rope": one("does RoPE wash out the mean key, layer by layer", 5, "quality.rope"),
+    "states": one("the large table: states and scores in the simulator", 60, "research.state_search"),
+    "rope": one("does RoPE wash out the mean key, layer by layer", 5, "research.rope"),
     "train-tasks": one("train the test model of tasks again", 60, "test_model.train", f"{TRAIN}checkpoint --data tasks"),
     "train-code": one("train the test model of code again", 60, "test_model.train", f"{TRAIN}code_checkpoint --data code"),
 }  # fmt: skip

@@ -20,7 +20,7 @@ from torch import Tensor
 from momentkv_vllm.packed_store import TILE_TOKENS
 
 LEAST_SHARE = 6
-"""Every head holds at least 1 / 6 of an equal share; 1 / 3 was worse for answers (benchmarks/judge/README.md)."""
+"""Every head holds at least 1 / 6 of an equal share; 1 / 3 was worse for answers (benchmarks/research/README.md)."""
 STEPS = 64
 """A head's reach is rounded to so many steps: the last bits of a sum must not decide who holds a tile."""
 

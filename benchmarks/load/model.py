@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import random_llama
-from quality.wording import Compact
+from evaluation.quality.wording import Compact
 
 TEST_MODEL = Path(__file__).parent.parent / "test_model/checkpoint"
 PROMPT_TOKENS, NEW_TOKENS = 512, 256

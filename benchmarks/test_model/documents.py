@@ -2,8 +2,8 @@
 
 import random
 
-from quality.ruler import Facts, Question, common_words, frequent_words, needles, people, scatter, variables
-from quality.wording import Compact
+from evaluation.quality.ruler import Facts, Question, common_words, frequent_words, needles, people, scatter, variables
+from evaluation.quality.wording import Compact
 
 WORDING = Compact()
 WORDS = WORDING.WORDS

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from momentkv_vllm.policies.base import Candidates, Policy
 
 ATTENTION_WEIGHT = 0.25
-"""w of a policy that observes attention; 0.5 and 0.25 are alike (benchmarks/judge/README.md). Kernels are given it."""
+"""w of a policy that observes attention; 0.5 and 0.25 are alike (benchmarks/research/README.md). Kernels are given it."""
 
 
 def attention_weight(policy: Policy | type[Policy]) -> float:

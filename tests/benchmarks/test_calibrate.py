@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from quality.wording import Compact
+from evaluation.quality.wording import Compact
 from real_model import folder
 from transformers import AutoTokenizer
 

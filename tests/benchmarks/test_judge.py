@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
-from judge import documents, run, shelf, show
-from judge.material import KINDS, Material
-from judge.shelf import Shelf
-from judge.show import Row
-from quality.cells import FULL, Cell
-from quality.states import ROUNDED, to_int4
+from evaluation.judge import documents, run, shelf, show
+from evaluation.judge.material import KINDS, Material
+from evaluation.judge.shelf import Shelf
+from evaluation.judge.show import Row
+from evaluation.quality.cells import FULL, Cell
 from real_model import folder
+from research.states import ROUNDED, to_int4
 from transformers import AutoTokenizer
 
 from momentkv_vllm.calibrate.items import Item
@@ -133,7 +133,7 @@ def test_finished_cells_of_other_code_are_run_again(tmp_path, monkeypatch):
 def test_simulator_and_engine_agree():
     """KL of 128 decoded tokens after 768, two texts, in float32: the same within 2 %. Tokens of a quantised store can fall on either
     side of a rounding step, and then a text goes its own way (tests/engine/test_packed_engine.py looks at a smaller model)."""
-    from judge.simulator import Simulator
+    from evaluation.judge.simulator import Simulator
 
     from momentkv_vllm.calibrate.engine import Engine
 

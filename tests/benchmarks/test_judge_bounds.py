@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from judge.bounds import WHAT, Layer, Variant
-from quality.simulate import Eviction, evicting_attention, exact_attention
+from research.bounds import WHAT, Layer, Variant
+from research.simulate import Eviction, evicting_attention, exact_attention
 
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kv_spec import StateLayout

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from quality.longbench import METRICS, load, score
-from quality.questions import expand, longbench_questions
+from evaluation.quality.longbench import METRICS, load, score
+from evaluation.quality.questions import expand, longbench_questions
 from tiny_models import save_tokenizer
 from transformers import AutoTokenizer
 

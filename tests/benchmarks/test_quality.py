@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 import report
-from quality import run
-from quality.cells import FP8, FULL, OFF, OURS, Cell, cells
-from quality.results import Result, mean_error
-from quality.show import groups, plot, tables, targets
+from evaluation.quality import run
+from evaluation.quality.cells import FP8, FULL, OFF, OURS, Cell, cells
+from evaluation.quality.results import Result, mean_error
+from evaluation.quality.show import groups, plot, tables, targets
 from server import Server
 from transformers import AutoTokenizer
 

@@ -3,8 +3,8 @@
 import random
 
 import pytest
-from quality.ruler import TASKS, sample, score
-from quality.wording import Compact, English
+from evaluation.quality.ruler import TASKS, sample, score
+from evaluation.quality.wording import Compact, English
 from test_model.documents import WORDS, document
 
 WORDINGS = {"compact": (Compact(), lambda text: len(text.split())), "english": (English(), lambda text: len(text) // 4)}

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from quality.questions import ruler_questions
-from quality.wording import Compact
+from evaluation.quality.questions import ruler_questions
+from evaluation.quality.wording import Compact
 from transformers import AutoTokenizer
 
 CHECKPOINT = Path(__file__).parents[2] / "benchmarks/test_model/checkpoint"

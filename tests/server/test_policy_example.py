@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine import random_prompt
-from quality.simulate import Eviction, SimulatedModel
+from research.simulate import Eviction, SimulatedModel
 from server import Server
 from tiny_models import make_llama
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
-import judge.show
 import load.run
 import report
+from evaluation.judge import show
 from family_settings import FAMILIES
 from named_files import DOCUMENTS, ROOT
 
@@ -119,7 +119,7 @@ def gains() -> str:
     decode = next(
         r["speedup"] for r in serving_found["decode"] if (r["head_dim"], r["context"], r["batch"]) == (128, 8192, 8)
     )
-    full, quarter = (judge.show.summary([_judged(*cell)])[1] for cell in (("full cache", None), ("momentkv", 256)))
+    full, quarter = (show.summary([_judged(*cell)])[1] for cell in (("full cache", None), ("momentkv", 256)))
     share = {e: f"{100 * again[f'conversations, small pool, {e}']['share']:.0f} %" for e in ("stock", "momentkv")}
     rows = [
         ("KV memory of an answering sequence, in tokens", stock[held], ours[held], "`make demo`, budget 512"),
@@ -155,7 +155,7 @@ def judged_short() -> str:
     """The README's rows of the real model."""
     rows = []
     for method, budget in CHOSEN_CELLS:
-        kl, codes, _, answers = judge.show.summary([_judged(method, budget)])
+        kl, codes, _, answers = show.summary([_judged(method, budget)])
         rows.append((f"`{method}`, budget {budget}" if budget else method, kl, codes, answers))
     return markdown(("", "KL", "codes found", "answers, nats per token over the full cache"), rows)
 
@@ -272,14 +272,26 @@ def states() -> str:
     return markdown(("score / state / window / budget / prefill", "mean accuracy", "KL"), rows)
 
 
+def toys() -> str:
+    """The small test models, by budget of 1,024 tokens: accuracy by the tasks model, KL by the code model."""
+    found = {n: {(c["method"], c["budget_tokens"]): c for c in results(n)["cells"]} for n in ("toy_tasks", "toy_code")}
+    tasks, code = found["toy_tasks"], found["toy_code"]
+    rows = [("full cache", "-", "{mean:.3f} +-{error:.3f}".format(**tasks["full cache", 0]), "0")]
+    for method, budget in tasks:
+        if budget and (method, budget) in code:
+            accuracy = "{mean:.3f} +-{error:.3f}".format(**tasks[method, budget])
+            rows.append((method, budget, accuracy, f"{code[method, budget]['kl']:.3f}"))
+    return markdown(("", "budget", "mean accuracy", "KL"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "calibration": calibrated,
     "demo": demo,
     "flags": flags,
     "gains": gains,
-    "judge": lambda: judge.show.overview(results("judge_engine_report")["cells"]),
-    "judge-correction": lambda: judge.show.overview(results("judge_correction")["cells"]),
-    "judge-full": lambda: judge.show.overview(results("judge_full_prefill")["cells"]),
+    "judge": lambda: show.overview(results("judge_engine_report")["cells"]),
+    "judge-correction": lambda: show.overview(results("judge_correction")["cells"]),
+    "judge-full": lambda: show.overview(results("judge_full_prefill")["cells"]),
     "judge-short": judged_short,
     "judge-long": judged_long,
     "kernels": kernels,
@@ -297,6 +309,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed-short": speed_short,
     "states": states,
     "store": store,
+    "toys": toys,
     "turns": turns,
 }
 """By the name in a document."""

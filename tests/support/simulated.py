@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 from engine import random_prompt
-from quality.simulate import Eviction, SimulatedModel
+from research.simulate import Eviction, SimulatedModel
 
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kv_spec import StateLayout

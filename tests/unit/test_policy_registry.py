@@ -119,7 +119,7 @@ def one_more_file(tmp_path, monkeypatch):
 def test_adding_a_policy_touches_one_file(one_more_file, monkeypatch):
     """Validation, options, help, doctor, the benchmarks' methods and the README's table all know it."""
     import documents
-    from quality import cells
+    from evaluation.quality import cells
 
     config = EvictionConfig.from_dict({"policy": "theirs"})
     assert config.window_tokens == 48 and config.policy_class().score is not None

@@ -6,8 +6,8 @@ import urllib.request
 from dataclasses import dataclass, field
 from typing import Any
 
-from quality.ruler import sample
-from quality.wording import Compact
+from evaluation.quality.ruler import sample
+from evaluation.quality.wording import Compact
 from tqdm import tqdm
 
 NEAR_TIE = 0.01

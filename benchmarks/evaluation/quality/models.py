@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from divergence import Known
-from quality.questions import Question
+from evaluation.quality.questions import Question
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 

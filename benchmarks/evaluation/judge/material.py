@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from judge.documents import Document
-from quality import ruler
-from quality.wording import English
+from evaluation.judge.documents import Document
+from evaluation.quality import ruler
+from evaluation.quality.wording import English
 from transformers import PreTrainedTokenizerBase
 
 from momentkv_vllm.calibrate.items import GAP, Item, Reader, needle_item, text_item

@@ -1,6 +1,6 @@
 """How far a better score could go, what heads would gain from budgets of their own, and where the correction errs.
 
-    PYTHONPATH=benchmarks python -P -m judge.bounds --documents LEVAL --what default reach oracle shared errors
+    PYTHONPATH=benchmarks python -P -m research.bounds --documents LEVAL --what default reach oracle shared errors
 
 One text at a time, float32, with the product's page schedule, quantised store, runs and default score. Unlike quality/simulate.py
 a mask per head says which tokens are alive: so heads may differ, and an oracle may look at queries to come.
@@ -13,11 +13,11 @@ from pathlib import Path
 import report
 import torch
 import torch.nn.functional as F
-from judge import documents
-from judge.material import KINDS, TEXT_TOKENS, Material
-from quality.results import mean_error
-from quality.simulate import exact_attention
+from evaluation.judge import documents
+from evaluation.judge.material import KINDS, TEXT_TOKENS, Material
+from evaluation.quality.results import mean_error
 from real_model import folder
+from research.simulate import exact_attention
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from quality.states import MomentState, Rounding, State, to_bfloat16, to_int8
+from research.states import MomentState, Rounding, State, to_bfloat16, to_int8
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from momentkv_vllm import moments as mo

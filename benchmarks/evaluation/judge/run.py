@@ -1,8 +1,8 @@
 """The quality of eviction on a real pretrained model: KL and perplexity of text, needles, reference answers, a long chat.
 
     make real-model
-    PYTHONPATH=benchmarks python -P -m judge.run --documents LEVAL --backend simulator          # a small cell: minutes
-    PYTHONPATH=benchmarks python -P -m judge.run --documents LEVAL --half report --kinds all    # the table, in the engine
+    PYTHONPATH=benchmarks python -P -m evaluation.judge.run --documents LEVAL --backend simulator         # minutes
+    PYTHONPATH=benchmarks python -P -m evaluation.judge.run --documents LEVAL --half report --kinds all   # the engine
 
 Settings are chosen on one half of the documents (`--half choose`) and reported on the other. All methods hold the same bytes.
 Finished cells are in build/judge and not run again, unless the code that evicts has changed since.
@@ -19,13 +19,13 @@ from typing import Any
 
 import report
 import torch
-from judge import documents, show
-from judge.material import KINDS, SMALL, Material
-from judge.shelf import Shelf
-from quality.cells import FP8, FULL, KNOWN, METHODS, Cell, cells
-from quality.simulate import Eviction, Rounded
-from quality.states import ROUNDED
+from evaluation.judge import documents, show
+from evaluation.judge.material import KINDS, SMALL, Material
+from evaluation.judge.shelf import Shelf
+from evaluation.quality.cells import FP8, FULL, KNOWN, METHODS, Cell, cells
 from real_model import folder
+from research.simulate import Eviction, Rounded
+from research.states import ROUNDED
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
@@ -103,7 +103,7 @@ def play(cell: Cell, job: Job, shelves: Shelves, simulator: Any = None) -> None:
 def play_all(plan: Sequence[Cell], job: Job, shelves: Shelves) -> None:
     """Every unfinished cell, in order. An engine has a process of its own: memory is free for certain when it has ended."""
     if job.backend == "simulator":
-        from judge.simulator import Simulator
+        from evaluation.judge.simulator import Simulator
 
         simulator = Simulator(job.model)
         for cell in tqdm(plan, desc="cells"):

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import report
-from quality.cells import BASELINES, FP8, FULL, OFF, OURS
-from quality.results import Result, mean_error
+from evaluation.quality.cells import BASELINES, FP8, FULL, OFF, OURS
+from evaluation.quality.results import Result, mean_error
 
 NOISE_ERRORS = 2
 """A difference is beyond noise from so many standard errors on."""

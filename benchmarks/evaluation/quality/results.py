@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from divergence import mean_kl
-from quality.cells import Cell
-from quality.questions import Question
+from evaluation.quality.cells import Cell
+from evaluation.quality.questions import Question
 
 
 def mean_error(values: Sequence[float]) -> tuple[float, float]:

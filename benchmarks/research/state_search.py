@@ -16,10 +16,10 @@ from pathlib import Path
 
 import report
 import torch
-from quality.prompts import Batch, task_batch
-from quality.simulate import Eviction, SimulatedModel
-from quality.states import Clusters, MomentState, State, to_bfloat16, to_int8
-from quality.wording import Compact
+from evaluation.quality.wording import Compact
+from research.prompts import Batch, task_batch
+from research.simulate import Eviction, SimulatedModel
+from research.states import Clusters, MomentState, State, to_bfloat16, to_int8
 from test_model.code_text import held_out_rows
 from tqdm import tqdm
 from transformers import AutoTokenizer

@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import report
-from quality.cells import Cell
-from quality.results import mean_error
+from evaluation.quality.cells import Cell
+from evaluation.quality.results import mean_error
 
 Items = list[dict[str, Any]]
 """By item: `loss`, `found`, `kl` (calibrate/verdict.py)."""

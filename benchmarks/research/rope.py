@@ -11,8 +11,8 @@ import argparse
 
 import report
 import torch
-from quality.simulate import SimulatedModel
-from quality.state_search import MODELS
+from research.simulate import SimulatedModel
+from research.state_search import MODELS
 from test_model.code_text import held_out_rows
 from test_model.model import rope, rotate
 from transformers import AutoTokenizer

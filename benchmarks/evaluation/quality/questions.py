@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from quality import longbench, ruler
-from quality.wording import Compact, English, Wording
+from evaluation.quality import longbench, ruler
+from evaluation.quality.wording import Compact, English, Wording
 from transformers import PreTrainedTokenizerBase
 
 TEXT = "text"

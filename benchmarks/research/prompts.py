@@ -4,8 +4,8 @@ import random
 from dataclasses import dataclass
 
 import torch
-from quality.ruler import sample
-from quality.wording import Compact
+from evaluation.quality.ruler import sample
+from evaluation.quality.wording import Compact
 from transformers import PreTrainedTokenizerBase
 
 

@@ -1,9 +1,9 @@
 """Answers under eviction against those of the full cache: RULER, LongBench, KL and perplexity; at equal bytes and equal tokens.
 
     make bench NAME=quality-toy                                  # small: the test model, in process
-    python -P -m quality.run --model meta-llama/Llama-3.1-8B-Instruct --wording english --chat --context 16384 \\
+    python -P -m evaluation.quality.run --model meta-llama/Llama-3.1-8B-Instruct --wording english --chat --context 16384 \\
         --budgets 8192 4096 2048 1024 --samples 100 --text-file book.txt --out llama        # on a GPU
-    python -P -m quality.run --model M --url full=http://127.0.0.1:8000 --url momentkv=http://127.0.0.1:8001
+    python -P -m evaluation.quality.run --model M --url full=http://127.0.0.1:8000 --url momentkv=http://127.0.0.1:8001
 
 Equal bytes: every method has `budget` tokens, the moments included. Equal tokens: a method with moments gets their pages on top,
 so that it retains as many tokens as a method without. Cells that are done are in build/quality and not run again.
@@ -20,17 +20,17 @@ from typing import Any
 
 import report
 import torch
-from quality import questions, show
-from quality.cells import DTYPE, FP8, KNOWN, METHODS, Cell, cells
-from quality.models import Endpoint, InProcess
-from quality.questions import Question
-from quality.results import judge
+from evaluation.quality import questions, show
+from evaluation.quality.cells import DTYPE, FP8, KNOWN, METHODS, Cell, cells
+from evaluation.quality.models import Endpoint, InProcess
+from evaluation.quality.questions import Question
+from evaluation.quality.results import judge
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
-HERE = Path(__file__).resolve().parent
-TEST_MODEL = HERE.parent / "test_model/checkpoint"
-RAW = HERE.parents[1] / "build/quality"
+BENCHMARKS = Path(__file__).resolve().parents[2]
+TEST_MODEL = BENCHMARKS / "test_model/checkpoint"
+RAW = BENCHMARKS.parent / "build/quality"
 CELLS_PER_PROCESS = 1 if torch.cuda.is_available() else 16
 """Device memory is free for certain when the process has ended; on a CPU the imports take longer than a small engine."""
 

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality.cells import Cell
+from evaluation.quality.cells import Cell
 
 import momentkv_vllm
 from momentkv_vllm.calibrate.items import Item
 from momentkv_vllm.calibrate.verdict import Reference
 
-ROOT = Path(__file__).resolve().parents[2] / "build/judge"
-SIMULATOR = [Path(__file__).resolve().parents[1] / f"quality/{name}.py" for name in ("simulate", "states")]
+REPOSITORY = Path(__file__).resolve().parents[3]
+ROOT = REPOSITORY / "build/judge"
+SIMULATOR = [REPOSITORY / f"benchmarks/research/{name}.py" for name in ("simulate", "states")]
 
 
 def _digest(*parts: bytes) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from quality.simulate import Eviction, Rounded, SimulatedModel
+from research.simulate import Eviction, Rounded, SimulatedModel
 
 from momentkv_vllm.calibrate.items import Item
 from momentkv_vllm.calibrate.verdict import Judge

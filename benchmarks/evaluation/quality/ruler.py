@@ -20,7 +20,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from quality.wording import Wording
+from evaluation.quality.wording import Wording
 
 CountTokens = Callable[[str], int]
 
