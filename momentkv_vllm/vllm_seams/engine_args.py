@@ -69,13 +69,14 @@ def _evicting_config(engine_args: Any, config: EvictionConfig, create: Callable[
     backend, chose_page_size = choose_backend(engine_args), _set_defaults(engine_args, config)
     vllm_config = create()
     if chose_page_size and engine_args.block_size % WIDE_PAGE_TOKENS and keeps_fp8(vllm_config):
-        vllm_config = _with_wide_pages(engine_args, create, "the KV cache is fp8")
+        vllm_config = _with_wide_pages(engine_args, create, "momentkv: the KV cache is fp8, --block-size is %d")
     if keeps_states(vllm_config.model_config):
         vllm_config = _hybrid_config(engine_args, vllm_config, create if chose_caching else None)
     _say_which_windows_are_none(vllm_config.model_config)
     if has_windows(vllm_config.model_config):
         if chose_page_size and engine_args.block_size % WIDE_PAGE_TOKENS:
-            vllm_config = _with_wide_pages(engine_args, create, "the model has layers with a window")
+            said = "momentkv: the model has layers with a window, --block-size is %d"
+            vllm_config = _with_wide_pages(engine_args, create, said)
         _keep_windows(vllm_config, engine_args.disable_hybrid_kv_cache_manager)
     refuse_unsupported(vllm_config, config, backend)
     if keeps_states(vllm_config.model_config):
@@ -182,9 +183,9 @@ def _set_defaults(engine_args: Any, config: EvictionConfig) -> bool:
     return choose_block_size
 
 
-def _with_wide_pages(engine_args: Any, create: Callable[[], Any], why: str) -> Any:
+def _with_wide_pages(engine_args: Any, create: Callable[[], Any], said: str) -> Any:
     engine_args.block_size = WIDE_PAGE_TOKENS
-    logger.info("momentkv: %s, --block-size is %d", why, engine_args.block_size)
+    logger.info(said, engine_args.block_size)
     return create()
 
 

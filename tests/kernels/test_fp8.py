@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 from kernel_cases import HEADS, attends_and_observes_like_the_reference, poisoned_cache, serving_batch
-from vllm import _custom_ops as ops
-from vllm.platforms import current_platform
+from stored_by_vllm import stored_by_vllm
 
 from momentkv_vllm import moments
 from momentkv_vllm.fp8 import KINDS, truncated
@@ -25,16 +24,6 @@ SERVING = ["cpu", "reference"]
 def kernels(request):
     """Those that serve fp8."""
     return select(request.param)
-
-
-def stored_by_vllm(x: torch.Tensor, kind: str, scale: float) -> torch.Tensor:
-    """Bytes [pages, heads, bytes of a head] after vLLM has written keys and values `x` [tokens, heads, d] to all slots."""
-    current_platform.import_kernels()
-    cache = torch.zeros(len(x) // PAGE, x.shape[1], PAGE, 2 * x.shape[2], dtype=torch.uint8)
-    halves = cache.view(len(cache), x.shape[1], 2 * PAGE, x.shape[2]).chunk(2, dim=2)
-    given = {"k_scale": scale, "v_scale": 2 * scale, "kv_cache_dtype": kind}
-    ops.cpu_attn_reshape_and_cache(x, x.clone(), *halves, torch.arange(len(x)), "vec", **given)
-    return cache.flatten(2)
 
 
 def awkward_numbers(numbers: torch.dtype) -> torch.Tensor:
