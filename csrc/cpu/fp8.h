@@ -23,15 +23,16 @@ template <class T>
   requires kIsFp8<T>
 inline Vec load(const T* from) {
 #if MOMENTKV_LANES == 16
-  const __m256i wide = _mm256_cvtepu8_epi16(load_raw<__m128i>(from));
-  if constexpr (std::is_same_v<T, Fp8E5m2>) return (Vec)_mm512_cvtph_ps(_mm256_slli_epi16(wide, 8));
-  const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x80)), 8);
-  return (Vec)_mm512_cvtph_ps(_mm256_or_si256(sign, _mm256_slli_epi16(_mm256_andnot_si256(_mm256_set1_epi16(0x80), wide), 7)));
+  const __m128i bytes = load_raw<__m128i>(from);
+  if constexpr (std::is_same_v<T, Fp8E5m2>) return (Vec)_mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 8));
+  // A byte that keeps its sign twice: the second one is where float16 has its highest exponent bit.
+  const __m256i twice = _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7);
+  return (Vec)_mm512_cvtph_ps(_mm256_and_si256(twice, _mm256_set1_epi16(int16_t(0xbfff))));
 #elif MOMENTKV_LANES == 8
-  const __m128i wide = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-  if constexpr (std::is_same_v<T, Fp8E5m2>) return (Vec)_mm256_cvtph_ps(_mm_slli_epi16(wide, 8));
-  const __m128i sign = _mm_slli_epi16(_mm_and_si128(wide, _mm_set1_epi16(0x80)), 8);
-  return (Vec)_mm256_cvtph_ps(_mm_or_si128(sign, _mm_slli_epi16(_mm_andnot_si128(_mm_set1_epi16(0x80), wide), 7)));
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  if constexpr (std::is_same_v<T, Fp8E5m2>) return (Vec)_mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(bytes), 8));
+  const __m128i twice = _mm_slli_epi16(_mm_cvtepi8_epi16(bytes), 7);
+  return (Vec)_mm256_cvtph_ps(_mm_and_si128(twice, _mm_set1_epi16(int16_t(0xbfff))));
 #else
   Vec v;
   for (int i = 0; i < kLanes; ++i) v[i] = to_float(from[i]);

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.utils.torch_utils import is_quantized_kv_cache
 
 from momentkv_vllm.attention.monitor import Attended, Monitor
 from momentkv_vllm.attention.sharing import SharedCache
@@ -17,7 +18,7 @@ from momentkv_vllm.attention.sinks import add_sinks
 from momentkv_vllm.attention.spec_hook import EvictingBackend
 from momentkv_vllm.attention.step_plan import StepPlan
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.fp8 import is_fp8, kv_numbers, numbers_of
+from momentkv_vllm.fp8 import KINDS, is_fp8, kv_numbers, numbers_of
 from momentkv_vllm.head_budgets import HeadBudgets
 from momentkv_vllm.kernels import KernelFamily, select
 from momentkv_vllm.kernels.cache_view import CacheView
@@ -56,7 +57,7 @@ class EvictingImpl:
         self.kernels: KernelFamily = select(
             config.kernels, self.device_type, self.layout.cache_shape(self.numbers, self.logits_soft_cap)
         )
-        self.scales = 1.0, 1.0
+        self.keeps_fp8, self.scales = is_fp8(self.numbers), (1.0, 1.0)
         self.observed: Observed | None = None
         self.heads: HeadBudgets | None = None
         layers, target = vllm_config.compilation_config.static_forward_context, self.kv_sharing_target_layer_name
@@ -77,9 +78,12 @@ class EvictingImpl:
         page_size = kv_cache.shape[2]
         if self.layout.schedule.page_size != page_size:
             self.layout = StateLayout.of(self.config, page_size, self.head_size, kv_cache.dtype)
-        cache = self.view(kv_cache.view(self.numbers), self.layout.record, self.layout.packed, self.logits_soft_cap)
+        # vLLM's tensors of fp8 are of bytes.
+        numbers = kv_cache.view(self.numbers) if self.keeps_fp8 else kv_cache
+        cache = self.view(numbers, self.layout.record, self.layout.packed, self.logits_soft_cap)
         cache.heads = self.heads
-        cache.key_scale, cache.value_scale = self.shared.target.scales
+        if self.keeps_fp8:  # those of the layer that wrote
+            cache.key_scale, cache.value_scale = self.shared.target.scales
         return cache
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
@@ -87,7 +91,7 @@ class EvictingImpl:
             if self.shares_pool:
                 _zero_fresh_pages(kv_cache, slot_mapping)
             return super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        if is_fp8(self.numbers):
+        if self.keeps_fp8:
             self.scales = layer._k_scale_float, layer._v_scale_float
         cache = self.view_of(kv_cache)
         self.kernels.write(cache, key, value, slot_mapping, self._observed_in(cache))
@@ -169,14 +173,16 @@ def _refuse_layer(impl: EvictingImpl, slides: bool, vllm_config: VllmConfig) -> 
     # Clearing pages and adding sinks wait for the device, which a captured step cannot; its events are those of all layers at
     # once (at_end.py), after the last layer with a cache.
     on_gpu, numbers = impl.device_type == "cuda", kv_numbers(vllm_config)
-    others = numbers_of(impl.kv_cache_dtype, vllm_config.model_config.dtype) is not numbers
+    kind, model_dtype = impl.kv_cache_dtype, vllm_config.model_config.dtype
+    unknown = is_quantized_kv_cache(kind) and kind not in KINDS
     rows = [
         Unsupported("sliding-window attention on a GPU", slides and on_gpu),
         Unsupported("ALiBi", impl.alibi_slopes is not None),
         Unsupported("attention sinks on a GPU", impl.sinks is not None and on_gpu),
         Unsupported(f"attention type {impl.attn_type!r}", impl.attn_type != "decoder"),
         Unsupported(
-            f"a KV cache of {impl.kv_cache_dtype} where {str(numbers).removeprefix('torch.')} was expected", others
+            f"a KV cache of {kind} where {str(numbers).removeprefix('torch.')} was expected",
+            unknown or numbers_of(kind, model_dtype) is not numbers,
         ),
         Unsupported("KV sharing between layers on a GPU", impl.kv_sharing_target_layer_name is not None and on_gpu),
     ]

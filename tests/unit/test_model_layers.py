@@ -224,6 +224,7 @@ def test_a_layer_whose_kv_cache_is_not_what_was_expected(models):
     """vLLM may decide when it builds a layer, after the options were checked."""
     for given, kind, words in (
         ("auto", "fp8", "a KV cache of fp8 where bfloat16"),
+        ("auto", "nvfp4", "a KV cache of nvfp4 where bfloat16"),
         ("fp8", "auto", "a KV cache of auto where float8_e4m3fn"),
     ):
         config = config_of(models(), kv_cache_dtype=given)
