@@ -43,11 +43,12 @@ bool is_aligned(const Tensor& x) {
   return aligned;
 }
 
-// The type of what is written to a cache or compared with it: the cache's, or any float where that is fp8.
-Type type_beside(const Tensor& x, const Tensor& cache, const char* name) {
+// What `x`, which is written to a cache or compared with it, is to be like: the cache, or any float where that is fp8.
+const Tensor& like_beside(const Tensor& x, const Tensor& cache, const char* name) {
+  if (!c10::isFloat8Type(cache.scalar_type())) return cache;
+  type_of(x.scalar_type(), name, {at::kFloat, at::kBFloat16, at::kHalf});
   TORCH_CHECK(x.device() == cache.device(), name, " is on ", x.device(), ", the cache on ", cache.device());
-  if (c10::isFloat8Type(cache.scalar_type())) return type_of(x.scalar_type(), name, {at::kFloat, at::kBFloat16, at::kHalf});
-  return type_of(x.scalar_type(), name, {cache.scalar_type()});
+  return x;
 }
 
 // [tokens, heads, head_dim] with packed heads, as `like` in type and place; returns the distance of two tokens in numbers.
@@ -126,9 +127,10 @@ void set_write(WriteParams<Cache>& w, const Tensor& like, const Tensor& key, con
               "; key and value must be [at least the slots, ", c.heads, " heads, head_dim]");
   w.tokens = slots.numel();
   w.slots = data_of<int64_t>(slots, "slots", {w.tokens});
-  w.type = type_beside(key, like, "key");
-  w.key_stride = token_stride(key, key, c.head_dim, "key");
-  w.value_stride = token_stride(value, key, c.head_dim, "value");
+  const Tensor& beside = like_beside(key, like, "key");
+  w.type = type_of(beside.scalar_type(), "key", {beside.scalar_type()});
+  w.key_stride = token_stride(key, beside, c.head_dim, "key");
+  w.value_stride = token_stride(value, beside, c.head_dim, "value");
   w.key = static_cast<const char*>(key.data_ptr());
   w.value = static_cast<const char*>(value.data_ptr());
   TORCH_CHECK(!observed || observed->dim() == 3, "observed must be [pages, heads, slots]");
@@ -145,8 +147,9 @@ void set_queries(QueryParams<Cache>& q, const Tensor& like, const Tensor& query,
   q.first_token = data_of<int64_t>(work.first_token, "first_token", {q.rows});
   q.num_queries = data_of<int64_t>(work.num_queries, "num_queries", {q.rows});
   q.last_slot = data_of<int64_t>(work.last_slot, "last_slot", {q.rows});
-  q.type = type_beside(query, like, "query");
-  q.query_stride = token_stride(query, query, q.cache.head_dim, "query");
+  const Tensor& beside = like_beside(query, like, "query");
+  q.type = type_of(beside.scalar_type(), "query", {beside.scalar_type()});
+  q.query_stride = token_stride(query, beside, q.cache.head_dim, "query");
   q.query = static_cast<const char*>(query.data_ptr());
   q.query_heads = query.size(1);
   TORCH_CHECK(q.query_heads % q.cache.heads == 0, q.query_heads, " query heads over ", q.cache.heads, " KV heads");

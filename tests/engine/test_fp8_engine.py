@@ -36,6 +36,7 @@ def test_below_the_budget_tokens_are_stocks(engine, models, kind, dtype):
     ours = engine(**options, policy="momentkv", budget_tokens=2048)
     assert ours.generate(prompts) == stock
     assert ours.manager.block_size == 32, "vLLM's CPU attention reads fp8 in no other pages"
+    assert ours.manager.kv_cache_spec.page_size_bytes == 32 * 2 * 2 * 32, "a token is a byte per number of its heads"
     assert engine(**options | {"kv_cache_dtype": "auto"}, block_size=32).generate(prompts) != stock
 
 
