@@ -13,6 +13,7 @@ from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from momentkv_vllm.config import AUTO, BudgetClass, EvictionConfig
+from momentkv_vllm.fp8 import PAGE_TOKENS, kv_numbers
 from momentkv_vllm.head_budgets import equal_until
 from momentkv_vllm.kernels.limits import CacheShape
 from momentkv_vllm.model_layers import full_layers, keeps_states
@@ -77,8 +78,8 @@ class StateLayout:
 
 RECORD_ALIGNMENT = 64
 """Bytes: where a record begins in a store page."""
-AUTO_STORES, AUTO_RUN_TOKENS = {2: "int4", 4: "int8"}, 8
-"""By the bytes of a model's number: a quarter of its bits. Chosen on a real model (docs/quality.md); who computes in
+AUTO_STORES, AUTO_RUN_TOKENS = {1: "int4", 2: "int4", 4: "int8"}, 8
+"""By the bytes of a number of the cache: a quarter of a model's bits. Chosen on a real model (docs/quality.md); who computes in
 float32 wants the same tokens in every batch, and a number that falls to the other side of a step of 4 bits can change them."""
 
 
@@ -108,9 +109,10 @@ def record_layout(config: EvictionConfig, head_dim: int) -> RecordLayout:
     return RecordLayout(head_dim, config.moment_dtype, has_means=means, has_covariance=covariance)
 
 
-def page_tokens(config: EvictionConfig, block_size: int, splits_blocks: bool) -> int:
+def page_tokens(config: EvictionConfig, block_size: int, splits_blocks: bool, dtype: torch.dtype) -> int:
     """Tokens of a page: vLLM's block, or a part of it where a block is as large as the state of another layer."""
-    return math.gcd(config.default_page_tokens, block_size) if splits_blocks else block_size
+    least = PAGE_TOKENS if get_dtype_size(dtype) == 1 else 1
+    return math.gcd(max(config.default_page_tokens, least), block_size) if splits_blocks else block_size
 
 
 def schedules_of(
@@ -140,9 +142,10 @@ def expected_schedules(config: EvictionConfig, vllm_config: VllmConfig) -> tuple
 def _expected(vllm_config: VllmConfig, config: EvictionConfig, of: Callable[[int, int, torch.dtype], Any]) -> Any:
     """What `of` says of page size, head size and dtype."""
     model, block_size, layers = vllm_config.model_config, vllm_config.cache_config.block_size, full_layers(vllm_config)
-    page_size = page_tokens(config, int(block_size * layers.page_ratio), keeps_states(model))
+    numbers = kv_numbers(vllm_config)
+    page_size = page_tokens(config, int(block_size * layers.page_ratio), keeps_states(model), numbers)
     try:
-        return of(page_size, layers.head_size, model.dtype)
+        return of(page_size, layers.head_size, numbers)
     except ValueError as error:
         if page_size <= block_size:
             raise
@@ -186,7 +189,7 @@ class MomentKVSpec(FullAttentionSpec):
                 f"--kv-eviction cannot read padded pages: those of this model's full-attention layers have "
                 f"{self.real_page_size_bytes} bytes, and vLLM pads them to {self.page_size_padded}, those of its other layers"
             )
-        page_size = page_tokens(self.config, self.block_size, self.splits_blocks)
+        page_size = page_tokens(self.config, self.block_size, self.splits_blocks, self.dtype)
         if page_size != self.schedule.page_size:
             schedules = schedules_of(self.config, page_size, self.head_size, self.dtype, self.most_tokens)
             object.__setattr__(self, "schedules", schedules)
@@ -200,7 +203,7 @@ class MomentKVSpec(FullAttentionSpec):
             )
         known = {f.name: getattr(spec, f.name) for f in fields(spec) if f.init}
         model, splits = vllm_config.model_config.served_model_name, keeps_states(vllm_config.model_config)
-        page_size, parallel = page_tokens(config, spec.block_size, splits), vllm_config.parallel_config
+        page_size, parallel = page_tokens(config, spec.block_size, splits, spec.dtype), vllm_config.parallel_config
         longest = vllm_config.model_config.max_model_len
         return cls(
             **known,

@@ -32,7 +32,7 @@ def compare(device: str) -> dict[str, Any]:
 
 def _compare_row(host: StepPlanner, made, row: int, end: int, table: torch.Tensor) -> None:
     attend, retire = made.attends[0], made.retires[0]
-    segment = next(host._segments(row, row, end - 1, end, 0))
+    segment = next(host._segments(row, row, end - 1, end, 0, 0))
     want = host._attend([segment], table.numpy())
     width = want.pages.shape[1]
     assert attend.pages[row, :width].tolist() == want.pages[0].tolist() and not attend.pages[row, width:].any(), (

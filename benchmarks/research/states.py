@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from momentkv_vllm import moments as mo
+from momentkv_vllm.fp8 import truncated
 
 Partial = tuple[torch.Tensor, torch.Tensor]
 """(output [rows, heads, queries, d], logsumexp [rows, heads, queries]) of the evicted tokens."""
@@ -54,8 +55,8 @@ def to_int4(x: torch.Tensor, group: int = 32) -> torch.Tensor:
 
 
 def to_fp8(x: torch.Tensor) -> torch.Tensor:
-    """E4M3 without a scale, as vLLM's kv_cache_dtype "fp8" has it when a checkpoint brings none."""
-    return x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    """E4M3 without a scale, as vLLM's CPU attention writes kv_cache_dtype "fp8" when a checkpoint brings none: towards zero."""
+    return truncated(x, 1.0, torch.float8_e4m3fn).float()
 
 
 ROUNDED: dict[str, tuple[Rounding, float]] = {

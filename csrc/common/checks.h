@@ -31,6 +31,8 @@ Type type_of(at::ScalarType type, const char* name, std::initializer_list<at::Sc
     case at::kFloat: return Type::kFloat32;
     case at::kBFloat16: return Type::kBFloat16;
     case at::kHalf: return Type::kFloat16;
+    case at::kFloat8_e4m3fn: return Type::kFp8E4m3;
+    case at::kFloat8_e5m2: return Type::kFp8E5m2;
     default: return Type::kInt8;
   }
 }
@@ -41,8 +43,15 @@ bool is_aligned(const Tensor& x) {
   return aligned;
 }
 
-// [tokens, heads, head_dim] with packed heads, as the cache's tensor `like` in type and place; returns the distance of two
-// tokens in numbers.
+// What `x`, which is written to a cache or compared with it, is to be like: the cache, or any float where that is fp8.
+const Tensor& like_beside(const Tensor& x, const Tensor& cache, const char* name) {
+  if (!c10::isFloat8Type(cache.scalar_type())) return cache;
+  type_of(x.scalar_type(), name, {at::kFloat, at::kBFloat16, at::kHalf});
+  TORCH_CHECK(x.device() == cache.device(), name, " is on ", x.device(), ", the cache on ", cache.device());
+  return x;
+}
+
+// [tokens, heads, head_dim] with packed heads, as `like` in type and place; returns the distance of two tokens in numbers.
 int64_t token_stride(const Tensor& x, const Tensor& like, int64_t head_dim, const char* name) {
   TORCH_CHECK(x.dim() == 3 && x.device() == like.device() && x.scalar_type() == like.scalar_type(), name, " is ",
               x.scalar_type(), " ", x.sizes(), " on ", x.device(), "; it must be [tokens, heads, head_dim] ",
@@ -118,8 +127,10 @@ void set_write(WriteParams<Cache>& w, const Tensor& like, const Tensor& key, con
               "; key and value must be [at least the slots, ", c.heads, " heads, head_dim]");
   w.tokens = slots.numel();
   w.slots = data_of<int64_t>(slots, "slots", {w.tokens});
-  w.key_stride = token_stride(key, like, c.head_dim, "key");
-  w.value_stride = token_stride(value, like, c.head_dim, "value");
+  const Tensor& beside = like_beside(key, like, "key");
+  w.type = type_of(beside.scalar_type(), "key", {beside.scalar_type()});
+  w.key_stride = token_stride(key, beside, c.head_dim, "key");
+  w.value_stride = token_stride(value, beside, c.head_dim, "value");
   w.key = static_cast<const char*>(key.data_ptr());
   w.value = static_cast<const char*>(value.data_ptr());
   TORCH_CHECK(!observed || observed->dim() == 3, "observed must be [pages, heads, slots]");
@@ -136,7 +147,9 @@ void set_queries(QueryParams<Cache>& q, const Tensor& like, const Tensor& query,
   q.first_token = data_of<int64_t>(work.first_token, "first_token", {q.rows});
   q.num_queries = data_of<int64_t>(work.num_queries, "num_queries", {q.rows});
   q.last_slot = data_of<int64_t>(work.last_slot, "last_slot", {q.rows});
-  q.query_stride = token_stride(query, like, q.cache.head_dim, "query");
+  const Tensor& beside = like_beside(query, like, "query");
+  q.type = type_of(beside.scalar_type(), "query", {beside.scalar_type()});
+  q.query_stride = token_stride(query, beside, q.cache.head_dim, "query");
   q.query = static_cast<const char*>(query.data_ptr());
   q.query_heads = query.size(1);
   TORCH_CHECK(q.query_heads % q.cache.heads == 0, q.query_heads, " query heads over ", q.cache.heads, " KV heads");
@@ -153,7 +166,7 @@ void set_attend(AttendParams<Cache>& a, const Tensor& like, const Tensor& query,
   a.moment_pages = data_of<int64_t>(work.moment_pages, "moment_pages", {a.rows, a.num_moment_pages});
   a.num_evicted = data_of<float>(work.num_evicted, "num_evicted", {a.rows});
   a.corrected = corrected;
-  a.output_stride = token_stride(output, like, a.cache.head_dim, "output");
+  a.output_stride = token_stride(output, query, a.cache.head_dim, "output");
   TORCH_CHECK(output.sizes() == query.sizes(), "output has shape ", output.sizes(), " instead of ", query.sizes());
   a.output = static_cast<char*>(output.data_ptr());
   a.lse = data_of<float>(lse, "lse", {query.size(0), a.query_heads});

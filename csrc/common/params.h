@@ -17,9 +17,17 @@ struct Float16 {
 struct Int8 {
   int8_t number;
 };
-enum class Type { kFloat32, kBFloat16, kFloat16, kInt8 };
+struct Fp8E4m3 {
+  uint8_t bits;
+};
+struct Fp8E5m2 {
+  uint8_t bits;
+};
+enum class Type { kFloat32, kBFloat16, kFloat16, kInt8, kFp8E4m3, kFp8E5m2 };
 
-constexpr int bytes_of(Type type) { return type == Type::kFloat32 ? 4 : type == Type::kInt8 ? 1 : 2; }
+constexpr int bytes_of(Type type) {
+  return type == Type::kFloat32 ? 4 : type == Type::kBFloat16 || type == Type::kFloat16 ? 2 : 1;
+}
 
 // Where the parts of a moment record lie, in bytes from its start: momentkv_vllm/page_layout.py says so.
 struct RecordLayout {
@@ -62,8 +70,9 @@ struct PackedLayout {
 template <class Cache>
 struct WriteParams {
   Cache cache;
-  const char *key, *value;  // [tokens, heads, head_dim] of cache.type, tokens `*_stride` numbers apart
+  const char *key, *value;  // [tokens, heads, head_dim] of `type`, tokens `*_stride` numbers apart
   int64_t key_stride, value_stride;
+  Type type;             // the cache's; any float where that is fp8
   const int64_t* slots;  // [tokens] page * page_size + slot; negative = not written
   float* observed;       // [num_pages, heads, observed_slots], zeroed on fresh pages; may be null
   decltype(Cache::heads) tokens;
@@ -75,8 +84,9 @@ template <class Cache>
 struct QueryParams {
   using Int = decltype(Cache::heads);
   Cache cache;
-  const char* query;  // [tokens, query_heads, head_dim] of cache.type, tokens `query_stride` numbers apart
+  const char* query;  // [tokens, query_heads, head_dim] of `type`, tokens `query_stride` numbers apart
   int64_t query_stride;
+  Type type;          // of queries and outputs: the cache's; any float where that is fp8
   Int query_heads, rows, max_pages;
   const int64_t *first_token, *num_queries, *last_slot;  // [rows]; the i-th query of a row sees slots 0 .. last_slot + i
   const int64_t* pages;                                  // [rows, max_pages]

@@ -158,17 +158,23 @@ inline void leave_nothing(const Attend& a, const AttendItem& item, float* left, 
   std::fill(tops + (from + 7) / 8, tops + end / 8, -INFINITY);
 }
 
+inline void multiply(float* numbers, int size, float factor) {
+  for (int i = 0; i < size; i += kLanes) store(numbers + i, load(numbers + i) * factor);
+}
+
 // `slot`: of the tile among those of `left`.
 template <int Rows, class T>
 inline void attend_tile(const Attend& a, const Tile<T>& tile, const float* query, const int* visible, float* logits,
                         const Left& left, int64_t slot, Running run) {
-  dot_keys<Rows, true>(tile, query, a.cache.head_dim, a.cache.page_size, a.scale, logits);
+  dot_keys<Rows, true>(tile, query, a.cache.head_dim, a.cache.page_size, a.scale * key_unit<T>(a.cache), logits);
   if (a.softcap != 0) cap<Rows>(a, tile.vectors(), logits);
   float keep[Rows];
   for (int r = 0; r < Rows; ++r)
     soften(logits + r * kTileSlots, tile.vectors() * kLanes, visible[r], run.top[r], run.mass[r], keep[r]);
   for (int r = left.first; r < Rows; ++r)
     leave(a, left.row(a, r), slot, logits + r * kTileSlots, tile.vectors() * kLanes, run.top[r]);
+  if constexpr (kIsFp8<T>)
+    for (int r = 0; r < Rows; ++r) multiply(logits + r * kTileSlots, tile.vectors() * kLanes, value_unit<T>(a.cache));
   add_values<Rows>(tile, logits, keep, a.cache.head_dim, run.out);
 }
 
@@ -302,7 +308,7 @@ void attend_rows(const Attend& a, const AttendItem& item, int first_row, float* 
   float top[Rows], mass[Rows];
   const Running run = {scratch, top, mass};
   float *packed = scratch + Rows * d, *logits = packed + Rows * d;
-  pack_queries<Rows, T>(a, item, first_row, packed);
+  with_type_beside<T>(a.type, [&](auto n) { pack_queries<Rows, decltype(n)>(a, item, first_row, packed); });
   for (int r = 0; r < Rows; ++r) top[r] = -INFINITY, mass[r] = 0;
   for (int64_t i = 0; i < Rows * d; ++i) run.out[i] = 0;
 
@@ -329,7 +335,7 @@ void attend_rows(const Attend& a, const AttendItem& item, int first_row, float* 
       attend_record<Rows, decltype(c)>(a, record, a.evicted(item.row, item.head), packed, logits, run);
     });
   }
-  finish<T>(a, item, first_row, Rows, run);
+  with_type_beside<T>(a.type, [&](auto n) { finish<decltype(n)>(a, item, first_row, Rows, run); });
 }
 
 size_t attend_scratch(const Attend& a) {
@@ -339,7 +345,7 @@ size_t attend_scratch(const Attend& a) {
 
 void attend(const Attend& a, const AttendItem& item, float* scratch) {
   const int rows = item.num_queries * int(a.query_heads / a.cache.heads);
-  with_type(a.cache.type, [&](auto t) {
+  with_cache_type(a.cache.type, [&](auto t) {
     using T = decltype(t);
     int row = 0;
     for (; row + 8 <= rows; row += 8) attend_rows<8, T>(a, item, row, scratch);
@@ -362,7 +368,7 @@ void merge(const Attend& a, const MergeItem& item) {
     for (int64_t i = 0; i < d; i += kLanes) {
       Vec out = {};
       for (int s = 0; s < item.splits; ++s) out += load(item.partials + s * size + g * d + i) * lse[s * size];
-      with_type(a.cache.type, [&](auto t) {
+      with_type(a.type, [&](auto t) {
         store(reinterpret_cast<decltype(t)*>(a.output) + token * a.output_stride + query_head * d + i, out * (1 / mass));
       });
     }

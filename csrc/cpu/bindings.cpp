@@ -23,15 +23,19 @@ constexpr bool kAligned = false;
 namespace momentkv {
 namespace {
 
-Cache cache_of(const Tensor& kv) {
+// CacheView.cache_arguments (momentkv_vllm/kernels/cache_view.py).
+#define MOMENTKV_CACHE const Tensor &kv, double key_scale, double value_scale
+#define MOMENTKV_CACHE_SCHEMA(tensor) tensor " kv, float key_scale, float value_scale"
+
+Cache cache_of(MOMENTKV_CACHE) {
   TORCH_CHECK(kv.dim() == 4 && kv.is_cpu() && kv.is_contiguous(),
               "kv must be a contiguous CPU tensor [num_pages, heads, page_size, 2 * head_dim]");
   const int64_t page_size = kv.size(2), head_dim = kv.size(3) / 2;
   TORCH_CHECK(page_size % 16 == 0, "page size ", page_size, " is not a multiple of 16");
   TORCH_CHECK(head_dim % 16 == 0 && head_dim <= kMaxHeadDim, "head dimension ", head_dim, " is not a multiple of 16 up to ",
               kMaxHeadDim);
-  const Type type = type_of(kv.scalar_type(), "kv", {at::kFloat, at::kBFloat16, at::kHalf});
-  return {static_cast<char*>(kv.data_ptr()), type, kv.size(1), page_size, head_dim};
+  const Type type = type_of(kv.scalar_type(), "kv", {at::kFloat, at::kBFloat16, at::kHalf, at::kFloat8_e4m3fn, at::kFloat8_e5m2});
+  return {static_cast<char*>(kv.data_ptr()), type, kv.size(1), page_size, head_dim, float(key_scale), float(value_scale)};
 }
 
 // Floats that live as long as their thread, so that the decode path allocates nothing.
@@ -48,9 +52,9 @@ void in_parallel(int64_t items, F f) {
   });
 }
 
-void write(const Tensor& kv, const Tensor& key, const Tensor& value, const Tensor& slots, const OptionalTensor& observed) {
+void write(MOMENTKV_CACHE, const Tensor& key, const Tensor& value, const Tensor& slots, const OptionalTensor& observed) {
   Write w{};
-  w.cache = cache_of(kv);
+  w.cache = cache_of(kv, key_scale, value_scale);
   set_write(w, kv, key, value, slots, observed);
   const Kernels& k = kernels();
   in_parallel(w.cache.heads, [&](int64_t head) { k.zero_fresh_pages(w, head); });
@@ -194,12 +198,12 @@ struct Items {
   }
 };
 
-void attend(const Tensor& kv, const Tensor& query, const Tensor& output, const OptionalTensor& lse, MOMENTKV_ATTEND_WORK,
+void attend(MOMENTKV_CACHE, const Tensor& query, const Tensor& output, const OptionalTensor& lse, MOMENTKV_ATTEND_WORK,
             double scale, double softcap, bool corrected, MOMENTKV_RECORD, const OptionalTensor& stored, int64_t store_pages,
             at::IntArrayRef packed, MOMENTKV_HEADS, const OptionalTensor& weights) {
   const AttendTensors work MOMENTKV_ATTEND_WORK_GIVEN;
   Attend a{};
-  a.cache = cache_of(kv);
+  a.cache = cache_of(kv, key_scale, value_scale);
   set_attend(a, kv, query, output, lse, work, scale, corrected, MOMENTKV_RECORD_GIVEN);
   a.softcap = float(softcap);
   set_store(a, stored, store_pages, packed, MOMENTKV_HEADS_GIVEN, {});
@@ -215,12 +219,12 @@ void attend(const Tensor& kv, const Tensor& query, const Tensor& output, const O
   in_parallel(items.merges.size(), [&](int64_t i) { k.merge(a, merges[i]); });
 }
 
-void observe(const Tensor& kv, const Tensor& observed, const Tensor& query, const Tensor& lse, MOMENTKV_ATTEND_WORK,
+void observe(MOMENTKV_CACHE, const Tensor& observed, const Tensor& query, const Tensor& lse, MOMENTKV_ATTEND_WORK,
              double scale, double softcap, const OptionalTensor& stored, int64_t store_pages, at::IntArrayRef packed,
              MOMENTKV_HEADS, const OptionalTensor& weights) {
   const AttendTensors work MOMENTKV_ATTEND_WORK_GIVEN;
   Attend a{};
-  a.cache = cache_of(kv);
+  a.cache = cache_of(kv, key_scale, value_scale);
   set_queries(a, kv, query, work, scale);
   a.softcap = float(softcap);
   a.num_evicted = data_of<float>(work.num_evicted, "num_evicted", {a.rows});
@@ -259,12 +263,12 @@ bool fills_lent_tiles(const Consolidate& c) {
   return std::find(c.stored, c.stored + c.rows, 0) != c.stored + c.rows;
 }
 
-void consolidate(const Tensor& kv, MOMENTKV_RETIRE_WORK, const OptionalTensor& score, const OptionalTensor& observed,
+void consolidate(MOMENTKV_CACHE, MOMENTKV_RETIRE_WORK, const OptionalTensor& score, const OptionalTensor& observed,
                  int64_t sink_tokens, double attention_weight, MOMENTKV_RECORD, const OptionalTensor& stored,
                  int64_t run_tokens, int64_t store_tokens, at::IntArrayRef packed, const OptionalTensor& places,
                  const OptionalTensor& capacity, int64_t equal_tokens, int64_t places_pages) {
   Consolidate c{};
-  c.cache = cache_of(kv);
+  c.cache = cache_of(kv, key_scale, value_scale);
   c.packed = packed_of(c.cache, packed);
   set_heads(c.packed, c.cache, MOMENTKV_HEADS_GIVEN, store_pages.size(1));
   c.observed_slots = std::max(c.cache.page_size, c.packed.page_tiles * 8);
@@ -295,7 +299,7 @@ void consolidate(const Tensor& kv, MOMENTKV_RETIRE_WORK, const OptionalTensor& s
 // Keys and values of quantised store pages as float32, [rows, heads, slots, head_dim] each.
 std::tuple<Tensor, Tensor> read_store(const Tensor& kv, const Tensor& pages, at::IntArrayRef packed) {
   TORCH_CHECK(pages.dim() == 2, "pages has shape ", pages.sizes(), "; it must be [rows, pages]");
-  ReadStore r{cache_of(kv), {}, data_of<int64_t>(pages, "pages", pages.sizes()), pages.size(1), nullptr, nullptr};
+  ReadStore r{cache_of(kv, 1, 1), {}, data_of<int64_t>(pages, "pages", pages.sizes()), pages.size(1), nullptr, nullptr};
   r.packed = packed_of(r.cache, packed);
   TORCH_CHECK(r.packed.bits != 0, "packed must say how the store is quantised");
   const int64_t rows = pages.size(0), slots = pages.size(1) * r.packed.page_tiles * 8;
@@ -315,18 +319,18 @@ std::string isa() { return kernels().name; }
 
 // Arguments of one meaning stand in one order here and in csrc/cuda.
 TORCH_LIBRARY(momentkv_cpu, m) {
-  m.def("write(Tensor(a!) kv, Tensor key, Tensor value, Tensor slots, Tensor(b!)? observed) -> ()", &momentkv::write);
+  m.def("write(" MOMENTKV_CACHE_SCHEMA("Tensor(a!)") ", Tensor key, Tensor value, Tensor slots, Tensor(b!)? observed) -> ()", &momentkv::write);
   m.def(
-      "attend(Tensor kv, Tensor query, Tensor(a!) output, Tensor(b!)? lse, " MOMENTKV_ATTEND_WORK_SCHEMA
+      "attend(" MOMENTKV_CACHE_SCHEMA("Tensor") ", Tensor query, Tensor(a!) output, Tensor(b!)? lse, " MOMENTKV_ATTEND_WORK_SCHEMA
       ", float scale, float softcap, bool corrected, " MOMENTKV_RECORD_SCHEMA
       ", Tensor? stored, int store_pages, int[] packed, " MOMENTKV_HEADS_SCHEMA ", Tensor(c!)? weights) -> ()",
       &momentkv::attend);
   m.def(
-      "observe(Tensor kv, Tensor(a!) observed, Tensor query, Tensor lse, " MOMENTKV_ATTEND_WORK_SCHEMA
+      "observe(" MOMENTKV_CACHE_SCHEMA("Tensor") ", Tensor(a!) observed, Tensor query, Tensor lse, " MOMENTKV_ATTEND_WORK_SCHEMA
       ", float scale, float softcap, Tensor? stored, int store_pages, int[] packed, " MOMENTKV_HEADS_SCHEMA ", Tensor(b!)? weights) -> ()",
       &momentkv::observe);
   m.def(
-      "consolidate(Tensor(a!) kv, " MOMENTKV_RETIRE_WORK_SCHEMA
+      "consolidate(" MOMENTKV_CACHE_SCHEMA("Tensor(a!)") ", " MOMENTKV_RETIRE_WORK_SCHEMA
       ", Tensor? score, Tensor(b!)? observed, int sink_tokens, float attention_weight, " MOMENTKV_RECORD_SCHEMA
       ", Tensor? stored, int run_tokens, int store_tokens, int[] packed, " MOMENTKV_HEADS_SCHEMA ") -> ()",
       &momentkv::consolidate);

@@ -42,10 +42,38 @@ inline void with_covariance_type(Type type, F f) {
   f(float{});
 }
 
-// Calls f(T{}) with the C++ type of the cache's numbers.
+// Calls f(T{}) with the C++ type of a model's numbers.
 template <class F>
 inline void with_type(Type type, F f) {
   if (type == Type::kBFloat16) return f(BFloat16{});
   if (type == Type::kFloat16) return f(Float16{});
   f(float{});
+}
+
+// Likewise of a cache's.
+template <class F>
+inline void with_cache_type(Type type, F f) {
+  if (type == Type::kFp8E4m3) return f(Fp8E4m3{});
+  if (type == Type::kFp8E5m2) return f(Fp8E5m2{});
+  with_type(type, f);
+}
+
+// Likewise of what stands beside a cache of type T.
+template <class T, class F>
+inline void with_type_beside(Type type, F f) {
+  if constexpr (kIsFp8<T>)
+    with_type(type, f);
+  else
+    f(T{});
+}
+
+// What numbers of a cache are to be multiplied by, as loaded.
+template <class T>
+inline float key_unit(const Cache& c) { return kIsFp8<T> ? kUnit<T> * c.key_scale : 1; }
+template <class T>
+inline float value_unit(const Cache& c) { return kIsFp8<T> ? kUnit<T> * c.value_scale : 1; }
+template <class T>
+inline Vec load_value(const Cache& c, const T* from) {
+  if constexpr (kIsFp8<T>) return load(from) * value_unit<T>(c);
+  return load(from);
 }

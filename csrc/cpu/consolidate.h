@@ -53,8 +53,8 @@ void load_candidate(const Event& e, int64_t candidate, float* key, float* value)
     return;
   }
   const T *from = e.key<T>(candidate), *values = e.value<T>(candidate);
-  for (int64_t i = 0; i < d; ++i) key[i] = to_float(from[i * e.c.cache.page_size]);
-  for (int64_t i = 0; i < d; i += kLanes) store(value + i, load(values + i));
+  for (int64_t i = 0; i < d; ++i) key[i] = to_float(from[i * e.c.cache.page_size]) * key_unit<T>(e.c.cache);
+  for (int64_t i = 0; i < d; i += kLanes) store(value + i, load_value(e.c.cache, values + i));
 }
 
 template <class T>
@@ -290,7 +290,7 @@ void consolidate(const Consolidate& c, int64_t item, float* scratch) {
   float* rest = own_score + 2 * c.candidates;
   Folded f{rest, rest + d, rest + 2 * d, 0};
   const bool folds = c.record_layout.has_means && e.losers() > 0;
-  with_type(c.cache.type, [&](auto t) {
+  with_cache_type(c.cache.type, [&](auto t) {
     using T = decltype(t);
     // `scratch` is free until the ranks are made.
     if (c.score == nullptr && e.losers() > 0) score_by_direction<T>(e, scratch, own_score);

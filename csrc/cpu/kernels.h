@@ -15,6 +15,7 @@ struct Cache {
   char* data;
   Type type;
   int64_t heads, page_size, head_dim;
+  float key_scale = 1, value_scale = 1;  // of fp8: a number is its scale times what vLLM has stored
 };
 
 using Write = WriteParams<Cache>;

@@ -117,7 +117,7 @@ void observe_exact(const Attend& a, const AttendItem& item, const float* query, 
   }
   for (int64_t first = 0; first < sees[Rows - 1]; first += kTileSlots) {
     const Tile<T> tile(a.cache, item.head, pages, first, sees[Rows - 1]);
-    dot_keys<Rows, false>(tile, query, a.cache.head_dim, page_size, a.scale, logits);
+    dot_keys<Rows, false>(tile, query, a.cache.head_dim, page_size, a.scale * key_unit<T>(a.cache), logits);
     if (a.softcap != 0) cap<Rows>(a, tile.vectors(), logits);
     for (int r = 0; r < Rows; ++r)
       for (int64_t t = sees[r] > first ? sees[r] - first : 0; t < tile.vectors() * kLanes; ++t) logits[r * kTileSlots + t] = -INFINITY;
@@ -131,7 +131,8 @@ void observe_rows(const Attend& a, const AttendItem& item, int first_row, float*
   const int64_t groups = a.query_heads / a.cache.heads;
   float *packed = scratch, *logits = scratch + Rows * a.cache.head_dim, lse[Rows], top[Rows];
   const Left left(a, item, first_row);
-  if (left.weights == nullptr) pack_queries<Rows, T>(a, item, first_row, packed);
+  if (left.weights == nullptr)
+    with_type_beside<T>(a.type, [&](auto n) { pack_queries<Rows, decltype(n)>(a, item, first_row, packed); });
   std::fill_n(top, Rows, -INFINITY);
   int64_t sees[Rows];
   for (int r = 0; r < Rows; ++r) {
@@ -163,7 +164,7 @@ void observe(const Attend& a, int64_t item_index, float* scratch) {
   }
   int row = int(a.observe_from[item.row] * groups);
   const int rows = item.num_queries * int(groups);
-  with_type(a.cache.type, [&](auto t) {
+  with_cache_type(a.cache.type, [&](auto t) {
     using T = decltype(t);
     for (; row + 8 <= rows; row += 8) observe_rows<8, T>(a, item, row, scratch);
     if (row + 4 <= rows) observe_rows<4, T>(a, item, row, scratch), row += 4;

@@ -1,6 +1,6 @@
 // The score of momentkv_vllm/policies/key_direction.py over all candidates. Included once per instruction set.
 
-// inverse[candidate] = 1 / ||key||, anchor += the sum of the normalised keys of the exact pages.
+// inverse[candidate] = 1 / ||key||, both in the cache's units (directions have none), anchor += the sum of the normalised keys of the exact pages.
 template <class T>
 void add_directions(const Event& e, float* inverse, float* anchor) {
   const int64_t page_size = e.c.cache.page_size, d = e.c.cache.head_dim;
@@ -50,7 +50,8 @@ void add_values_of_candidates(const Event& e, float* mean) {
   for (int64_t p = 0; p < e.exact_pages(); ++p) {
     const T* values = values_of<T>(e.c.cache, e.page(p), e.head);
     for (int64_t s = 0; s < e.c.cache.page_size; ++s, values += d)
-      for (int64_t i = 0; i < d; i += kLanes) store(mean + i, load(mean + i) + without_nan(load(values + i)));
+      for (int64_t i = 0; i < d; i += kLanes)
+        store(mean + i, load(mean + i) + without_nan(load_value(e.c.cache, values + i)));
   }
 }
 
@@ -64,7 +65,7 @@ void distances_of_values(const Event& e, const float* mean, float* distance) {
     for (int64_t s = 0; s < page_size; ++s, values += d) {
       Vec square = {};
       for (int64_t i = 0; i < d; i += kLanes) {
-        const Vec x = load(values + i) - load(mean + i);
+        const Vec x = load_value(e.c.cache, values + i) - load(mean + i);
         square += x * x;
       }
       distance[s] = mass[s] * sqrtf(sum(square));

@@ -32,6 +32,7 @@ from momentkv_vllm.attention.spec_hook import (
 from momentkv_vllm.attention.step_plan import StepPlan, StepPlanner
 from momentkv_vllm.attention.stock_rows import StockPart, StockRows, stock_part
 from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.fp8 import kv_numbers
 from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kv_spec import MomentKVSpec
@@ -85,8 +86,9 @@ class MomentKVMetadataBuilder(CPUAttentionMetadataBuilder):
             # Its cache layout is packed for tiles; the AVX-512 path of the same kernels reads the plain one.
             self.isa = "vec"
             self._set_isa_to_layers(layer_names)
-        check_cache_layout(self.isa, kv_cache_spec)
-        kernels = select(config.kernels, shape=kv_cache_spec.layout.cache_shape(kv_cache_spec.dtype))
+        numbers = kv_numbers(vllm_config)
+        check_cache_layout(self.isa, kv_cache_spec, numbers)
+        kernels = select(config.kernels, shape=kv_cache_spec.layout.cache_shape(numbers))
         logger.info_once("--kv-eviction %s: kernels %s", config.policy, kernels.label())
         planner = SharingPlanner if shares_caches(vllm_config) else StepPlanner
         self.planner = planner(kv_cache_spec.schedules, config, config.policy_class)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
-from vllm.config import get_current_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from momentkv_vllm.attention.monitor import Attended, Monitor
@@ -19,6 +19,7 @@ from momentkv_vllm.attention.sinks import add_sinks
 from momentkv_vllm.attention.spec_hook import EvictingBackend
 from momentkv_vllm.attention.step_plan import StepPlan
 from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.fp8 import KINDS, is_fp8, kv_numbers, numbers_of
 from momentkv_vllm.head_budgets import HeadBudgets
 from momentkv_vllm.kernels import KernelFamily, select
 from momentkv_vllm.kernels.cache_view import CacheView
@@ -47,16 +48,17 @@ class EvictingImpl:
         self.shares_pool = config.active
         self.config = config if config.active and not slides else None
         if config.active:
-            _refuse_layer(self, slides)
+            _refuse_layer(self, slides, vllm_config)
         if self.config is None:
             return
         self.policy = config.policy_class()
-        model, dtype = vllm_config.model_config, vllm_config.model_config.dtype
-        page_size = page_tokens(config, vllm_config.cache_config.block_size, keeps_states(model))
-        self.layout = StateLayout.of(config, page_size, head_size, dtype)
+        model, self.numbers = vllm_config.model_config, kv_numbers(vllm_config)
+        page_size = page_tokens(config, vllm_config.cache_config.block_size, keeps_states(model), self.numbers)
+        self.layout = StateLayout.of(config, page_size, head_size, self.numbers)
         self.kernels: KernelFamily = select(
-            config.kernels, self.device_type, self.layout.cache_shape(dtype, self.logits_soft_cap)
+            config.kernels, self.device_type, self.layout.cache_shape(self.numbers, self.logits_soft_cap)
         )
+        self.keeps_fp8, self.scales = is_fp8(self.numbers), (1.0, 1.0)
         self.observed: Observed | None = None
         self.heads: Sequence[HeadBudgets | None] = ()
         layers, target = vllm_config.compilation_config.static_forward_context, self.kv_sharing_target_layer_name
@@ -75,8 +77,13 @@ class EvictingImpl:
         # Only the cache itself knows how many tokens vLLM has put on a page (MomentKVSpec.__post_init__).
         page_size = kv_cache.shape[2]
         if self.layout.schedule.page_size != page_size:
-            self.layout = StateLayout.of(self.config, page_size, self.head_size, kv_cache.dtype)
-        return self.view(kv_cache, self.layout.record, self.layout.packed, self.logits_soft_cap)
+            self.layout = StateLayout.of(self.config, page_size, self.head_size, self.numbers)
+        # vLLM's tensors of fp8 are of bytes.
+        numbers = kv_cache.view(self.numbers) if self.keeps_fp8 else kv_cache
+        cache = self.view(numbers, self.layout.record, self.layout.packed, self.logits_soft_cap)
+        if self.keeps_fp8:  # those of the layer that wrote
+            cache.key_scale, cache.value_scale = self.shared.target.scales
+        return cache
 
     def _for_class(self, cache: CacheView, number: int) -> CacheView:
         """`cache` as sequences of a budget class have it: by what their heads hold, if not all as much."""
@@ -88,6 +95,8 @@ class EvictingImpl:
             if self.shares_pool:
                 _zero_fresh_pages(kv_cache, slot_mapping)
             return super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+        if self.keeps_fp8:
+            self.scales = layer._k_scale_float, layer._v_scale_float
         cache = self.view_of(kv_cache)
         self.kernels.write(cache, key, value, slot_mapping, self._observed_in(cache))
 
@@ -164,17 +173,22 @@ def _zero_fresh_pages(kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> Non
     kv_cache[fresh_pages(slot_mapping, kv_cache.shape[2])] = 0
 
 
-def _refuse_layer(impl: EvictingImpl, slides: bool) -> None:
+def _refuse_layer(impl: EvictingImpl, slides: bool, vllm_config: VllmConfig) -> None:
     """Layer features that eviction does not model. Raises ValueError; the model cannot be loaded then."""
     # Clearing pages and adding sinks wait for the device, which a captured step cannot; its events are those of all layers at
     # once (at_end.py), after the last layer with a cache.
-    on_gpu, cache_dtype = impl.device_type == "cuda", impl.kv_cache_dtype
+    on_gpu, numbers = impl.device_type == "cuda", kv_numbers(vllm_config)
+    kind, model_dtype = impl.kv_cache_dtype, vllm_config.model_config.dtype
+    unknown = is_quantized_kv_cache(kind) and kind not in KINDS
     rows = [
         Unsupported("sliding-window attention on a GPU", slides and on_gpu),
         Unsupported("ALiBi", impl.alibi_slopes is not None),
         Unsupported("attention sinks on a GPU", impl.sinks is not None and on_gpu),
         Unsupported(f"attention type {impl.attn_type!r}", impl.attn_type != "decoder"),
-        Unsupported(f"a KV cache of {cache_dtype}, not of the model's dtype", is_quantized_kv_cache(cache_dtype)),
+        Unsupported(
+            f"a KV cache of {kind} where {str(numbers).removeprefix('torch.')} was expected",
+            unknown or numbers_of(kind, model_dtype) is not numbers,
+        ),
         Unsupported("KV sharing between layers on a GPU", impl.kv_sharing_target_layer_name is not None and on_gpu),
     ]
     refuse_first(rows, what="models with ")

@@ -169,7 +169,7 @@ def share_out(runner: Any, reach: dict[str, Tensor]) -> None:
         return  # a pipeline stage without attention
     impls, caches = [x.impl for x in layers], [x.impl.view_of(x.kv_cache) for x in layers]
     page_size, longest = caches[0].page_size, model.max_model_len
-    schedules = schedules_of(config, page_size, impls[0].head_size, model.dtype, longest)
+    schedules = schedules_of(config, page_size, impls[0].head_size, impls[0].numbers, longest)
     watched = impls[0].policy.observes is not None
     observed = [impl.observing(c).data.data_ptr() if watched else 0 for impl, c in zip(impls, caches, strict=True)]
     addresses = torch.tensor([[c.kv.data_ptr(), at] for c, at in zip(caches, observed, strict=True)])

@@ -13,6 +13,7 @@ from vllm.v1.request import Request
 
 import momentkv_vllm
 from momentkv_vllm.budget_classes import KV_BUDGET, class_number, salted
+from momentkv_vllm.fp8 import kv_numbers
 from momentkv_vllm.model_identity import model_identity
 from momentkv_vllm.refuse import refuse
 from momentkv_vllm.state_file import FORMAT, Header, token_hash
@@ -50,7 +51,7 @@ class StateTransfer:
             "momentkv": momentkv_vllm.__version__,
             "vllm": installed_vllm(),
             "model": model_identity(model),
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": _dtype(vllm_config),
             "page_tokens": [manager.block_size for manager in self.managers],
             "kv_eviction": {key: value for key, value in config.items() if not key.startswith("state_")},
         }
@@ -169,6 +170,12 @@ class StateTransfer:
 
     def _said(self, name: str, event: int, start: float) -> Header:
         return {"name": name, "tokens": event, "seconds": round(time.perf_counter() - start, 3)}
+
+
+def _dtype(vllm_config: Any) -> str:
+    """Of the model, and of its cache where that is another one."""
+    dtypes = dict.fromkeys((vllm_config.model_config.dtype, kv_numbers(vllm_config)))
+    return " ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def class_with_states(scheduler: Any, name: str) -> int | None:

@@ -64,7 +64,7 @@ class KernelFamily(ABC):
         unwritten slots by zero.
 
         Args:
-            key, value: [tokens, num_kv_heads, head_dim] of the cache's dtype.
+            key, value: [tokens, num_kv_heads, head_dim] of the cache's dtype, the model's where that is fp8.
             slots: [tokens] int64, page * page_size + slot; negative = padding, not written.
             observed: as in `observe`, zeroed on fresh pages; None unless the policy needs it.
         """

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from momentkv_vllm import records
+from momentkv_vllm.fp8 import is_fp8, truncated
 from momentkv_vllm.head_budgets import HeadBudgets
 from momentkv_vllm.moments import Moments
 from momentkv_vllm.packed_store import TILE_TOKENS, PackedLayout, PackedPages, rotated_block
@@ -27,6 +28,7 @@ class CacheView:
     packed_layout: how store pages are quantised; None: they are pages as any other.
     heads: what each head holds of a quantised store; None: all as much, each in its own part of the pages.
     softcap:      the layer caps its logits there (softcap.py); 0: it does not.
+    key_scale, value_scale: what numbers of fp8 are to be multiplied by (fp8.py); else 1.
     """
 
     keys: Tensor
@@ -37,6 +39,8 @@ class CacheView:
     packed_layout: PackedLayout | None = None
     softcap: float = 0.0
     heads: HeadBudgets | None = None
+    key_scale: float = 1.0
+    value_scale: float = 1.0
 
     @classmethod
     def of_vllm_cpu(
@@ -105,6 +109,11 @@ class CacheView:
         return max(self.page_size, self.packed.page_tokens if self.packed else 0)
 
     @property
+    def cache_arguments(self) -> tuple[Tensor, float, float]:
+        """What operators in C++ are told of the cache."""
+        return self.kv, self.key_scale, self.value_scale
+
+    @property
     def record_arguments(self) -> tuple[bool | torch.dtype | int, ...]:
         """What operators in C++ and CUDA are told of records: the order of their arguments stands here."""
         layout = self.record_layout
@@ -135,12 +144,16 @@ class CacheView:
 
     def read_tokens(self, pages: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens of `pages` [rows, n] as float32 (keys, values) [rows, heads, n * page_size, head_dim]."""
-        return _flatten(self.keys[pages]), _flatten(self.values[pages])
+        return _flatten(self.keys[pages]) * self.key_scale, _flatten(self.values[pages]) * self.value_scale
+
+    def as_stored(self, x: Tensor, scale: float) -> Tensor:
+        """New numbers in the cache's dtype; `scale`: that of keys or of values."""
+        return truncated(x, scale, self.kv.dtype) if is_fp8(self.kv.dtype) else x
 
     def write_tokens(self, pages: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Inverse of `read_tokens`."""
-        self.keys[pages] = _unflatten(keys, self.page_size).to(self.keys.dtype)
-        self.values[pages] = _unflatten(values, self.page_size).to(self.values.dtype)
+        """Inverse of `read_tokens`, of fp8 too: rounded to nearest, a number that was read is found again."""
+        self.keys[pages] = _unflatten(keys / self.key_scale, self.page_size).to(self.keys.dtype)
+        self.values[pages] = _unflatten(values / self.value_scale, self.page_size).to(self.values.dtype)
 
     def read_moments(self, pages: Tensor, num_evicted: Tensor) -> Moments:
         """Records in moment pages [rows, M]; rows that evicted nothing give zeros: the first page of a new record is a page of

@@ -4,6 +4,7 @@ from math import prod
 
 import torch
 
+from momentkv_vllm.fp8 import KINDS
 from momentkv_vllm.kernels.base import KernelFamily
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.limits import Limits
@@ -28,7 +29,9 @@ class Cpu(KernelFamily):
 
     name = "cpu"
     devices = ("cpu",)
-    limits = Limits(range(16, 513, 16), page_step=16, dtypes=(torch.float32, torch.bfloat16, torch.float16))
+    limits = Limits(
+        range(16, 513, 16), page_step=16, dtypes=(torch.float32, torch.bfloat16, torch.float16, *set(KINDS.values()))
+    )
     native_scores = ("key_direction",)
 
     def objections(self) -> list[str]:
@@ -51,12 +54,12 @@ class Cpu(KernelFamily):
         return _ops.isa()
 
     def _write(self, cache: CacheView, key, value, slots, mass) -> None:
-        _ops.write(cache.kv, key, value, slots, mass)
+        _ops.write(*cache.cache_arguments, key, value, slots, mass)
 
     def attend(self, cache: CacheView, query, output, lse, work: AttendWork, scale: float, corrected: bool) -> None:
         if work.observe_from is not None:
             self._make_room(cache, query, work)
-        given = cache.kv, query, output, lse, *work.arguments(), scale, cache.softcap, corrected
+        given = *cache.cache_arguments, query, output, lse, *work.arguments(), scale, cache.softcap, corrected
         store = work.stored, work.store_pages, cache.packed_arguments, *cache.head_arguments
         _ops.attend(*given, *cache.record_arguments, *store, work.weights)
 
@@ -74,12 +77,14 @@ class Cpu(KernelFamily):
 
     def _observe(self, cache: CacheView, mass, query, lse, work: AttendWork, scale: float) -> None:
         store = work.stored, work.store_pages, cache.packed_arguments, *cache.head_arguments
-        _ops.observe(cache.kv, mass, query, lse, *work.arguments(), scale, cache.softcap, *store, work.weights)
+        _ops.observe(
+            *cache.cache_arguments, mass, query, lse, *work.arguments(), scale, cache.softcap, *store, work.weights
+        )
 
     def read_store(self, cache: CacheView, pages):
         return _ops.read_store(cache.kv, pages, cache.packed_arguments)
 
     def _consolidate(self, cache: CacheView, mass, work: RetireWork, score, sink_tokens: int, attention_weight) -> None:
-        given = cache.kv, *work.arguments(), score, mass, sink_tokens, attention_weight
+        given = *cache.cache_arguments, *work.arguments(), score, mass, sink_tokens, attention_weight
         store = work.stored, work.run_tokens, work.store_tokens, cache.packed_arguments, *cache.head_arguments
         _ops.consolidate(*given, *cache.record_arguments, *store)

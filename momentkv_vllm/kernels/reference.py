@@ -26,13 +26,13 @@ class Reference(KernelFamily):
 
     def _write(self, cache, key, value, slots, mass) -> None:
         fresh = fresh_pages(slots, cache.page_size)
-        cache.kv[fresh] = 0
+        cache.raw[fresh] = 0
         if mass is not None:
             mass[fresh] = 0
         real = slots >= 0
         pages, offsets = slots[real] // cache.page_size, slots[real] % cache.page_size
-        cache.keys[pages, :, offsets] = key[: len(slots)][real]
-        cache.values[pages, :, offsets] = value[: len(slots)][real]
+        cache.keys[pages, :, offsets] = cache.as_stored(key[: len(slots)][real], cache.key_scale)
+        cache.values[pages, :, offsets] = cache.as_stored(value[: len(slots)][real], cache.value_scale)
 
     def attend(self, cache, query, output, lse, work: AttendWork, scale: float, corrected: bool) -> None:
         retained = Retained.of(cache, work)

@@ -22,7 +22,8 @@ from momentkv_vllm.versions import CPU_BUILD, TESTED_VLLM, installed_vllm
 from momentkv_vllm.vllm_seams.drafts import say_where_nothing_is_drafted
 from momentkv_vllm.vllm_seams.gpu import choose_backend
 from momentkv_vllm.vllm_seams.hybrids import align_blocks, say_what_blocks_cost
-from momentkv_vllm.vllm_seams.refusals import SLIDING_PAGE_TOKENS, STATE_PAGES, refuse_unsupported, refuse_untested_vllm
+from momentkv_vllm.vllm_seams.kv_dtypes import keeps_fp8
+from momentkv_vllm.vllm_seams.refusals import STATE_PAGES, WIDE_PAGE_TOKENS, refuse_unsupported, refuse_untested_vllm
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -70,14 +71,15 @@ def _evicting_config(engine_args: Any, config: EvictionConfig, create: Callable[
     chose_caching = engine_args.enable_prefix_caching is None
     backend, chose_page_size = choose_backend(engine_args), _set_defaults(engine_args, config)
     vllm_config = create()
+    if chose_page_size and engine_args.block_size % WIDE_PAGE_TOKENS and keeps_fp8(vllm_config):
+        vllm_config = _with_wide_pages(engine_args, create, "momentkv: the KV cache is fp8, --block-size is %d")
     if keeps_states(vllm_config.model_config):
         vllm_config = _hybrid_config(engine_args, vllm_config, create if chose_caching else None)
     _say_which_windows_are_none(vllm_config.model_config)
     if has_windows(vllm_config.model_config):
-        if chose_page_size and engine_args.block_size % SLIDING_PAGE_TOKENS:
-            engine_args.block_size = SLIDING_PAGE_TOKENS
-            logger.info("momentkv: the model has layers with a window, --block-size is %d", engine_args.block_size)
-            vllm_config = create()
+        if chose_page_size and engine_args.block_size % WIDE_PAGE_TOKENS:
+            said = "momentkv: the model has layers with a window, --block-size is %d"
+            vllm_config = _with_wide_pages(engine_args, create, said)
         _keep_windows(vllm_config, engine_args.disable_hybrid_kv_cache_manager)
     refuse_unsupported(vllm_config, config, backend)
     say_where_nothing_is_drafted(vllm_config, config)
@@ -189,6 +191,12 @@ def _say_how_vllm_was_tested() -> None:
     how = TESTED_VLLM.get(installed_vllm(), CPU_BUILD)
     if how != CPU_BUILD:
         logger.warning("momentkv: vLLM %s was tested in part: %s", installed_vllm(), how)
+
+
+def _with_wide_pages(engine_args: Any, create: Callable[[], Any], said: str) -> Any:
+    engine_args.block_size = WIDE_PAGE_TOKENS
+    logger.info(said, engine_args.block_size)
+    return create()
 
 
 def _say_which_windows_are_none(model: Any) -> None:

@@ -14,13 +14,14 @@ from momentkv_vllm.versions import TESTED_VLLM, installed_vllm, tested
 from momentkv_vllm.vllm_seams.drafts import draft_rows
 from momentkv_vllm.vllm_seams.gpu import BACKEND_NAMES, gpu_rows
 from momentkv_vllm.vllm_seams.hybrids import hybrid_rows
+from momentkv_vllm.vllm_seams.kv_dtypes import dtype_rows, refuse_fp8_pages
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 STATE_PAGES = "momentkv_vllm.attention.state_pages.StatePages"
 """What workers need to keep states in files (--worker-extension-cls)."""
-SLIDING_PAGE_TOKENS = 32
+WIDE_PAGE_TOKENS = 32
 """vLLM's CPU attention takes pages of multiples of it, and all layers of a model have pages of one size."""
 
 
@@ -44,6 +45,7 @@ def refuse_unsupported(vllm_config: "VllmConfig", config: EvictionConfig, backen
         *gpu_rows(platform, vllm_config, config),
         *_model_rows(vllm_config),
         *hybrid_rows(vllm_config, platform),
+        *dtype_rows(vllm_config, platform),
         *_cache_rows(vllm_config, config),
         *_parallel_rows(vllm_config, platform),
         *_engine_rows(vllm_config, config, platform, backend),
@@ -52,6 +54,7 @@ def refuse_unsupported(vllm_config: "VllmConfig", config: EvictionConfig, backen
     ]
     refuse_first(rows, f"--kv-eviction {config.policy}")
     _refuse_page_size(vllm_config)
+    refuse_fp8_pages(vllm_config)
     _refuse_budget(vllm_config, config)
 
 
@@ -93,11 +96,6 @@ def _cache_rows(vllm_config: "VllmConfig", config: EvictionConfig) -> list[Unsup
             "--disable-hybrid-kv-cache-manager for models with sliding-window layers",
             vllm_config.scheduler_config.disable_hybrid_kv_cache_manager and has_windows(model),
             leave_out,
-        ),
-        Unsupported(
-            f"--kv-cache-dtype {cache.cache_dtype} (only auto, i.e. the model's dtype)",
-            cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")),
-            "use --kv-cache-dtype auto",
         ),
         Unsupported(
             "--enable-prefix-caching (the policy must observe every query of a sequence)",
@@ -218,9 +216,9 @@ def _refuse_page_size(vllm_config: "VllmConfig") -> None:
     page_size, leave_out = vllm_config.cache_config.block_size, "leave it out"
     if page_size % 16:
         refuse(f"--block-size {page_size} is not a multiple of 16, which --kv-eviction needs", leave_out, WITHOUT)
-    if page_size % SLIDING_PAGE_TOKENS and has_windows(vllm_config.model_config):
+    if page_size % WIDE_PAGE_TOKENS and has_windows(vllm_config.model_config):
         refuse(
-            f"--block-size {page_size} is not a multiple of {SLIDING_PAGE_TOKENS}, which the sliding-window layers of this model "
+            f"--block-size {page_size} is not a multiple of {WIDE_PAGE_TOKENS}, which the sliding-window layers of this model "
             f"need on a CPU",
             "change it", leave_out, WITHOUT,
         )  # fmt: skip

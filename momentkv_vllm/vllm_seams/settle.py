@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from momentkv_vllm.config import AUTO, EvictionConfig
+from momentkv_vllm.fp8 import kv_numbers
 from momentkv_vllm.kernels import select
 from momentkv_vllm.kv_spec import expected_layout, settled
 from momentkv_vllm.model_layers import full_layers
@@ -21,13 +22,13 @@ def settled_config(vllm_config: "VllmConfig", config: EvictionConfig) -> Evictio
     from vllm.platforms import current_platform
 
     layout = expected_layout(config, vllm_config)
-    model, device = vllm_config.model_config, current_platform.device_type
+    numbers, device = kv_numbers(vllm_config), current_platform.device_type
     try:
-        family = select(config.kernels, device, layout.cache_shape(model.dtype, full_layers(vllm_config).softcap))
+        family = select(config.kernels, device, layout.cache_shape(numbers, full_layers(vllm_config).softcap))
     except ValueError as error:
         if config.store_dtype != AUTO or layout.packed is None:
             raise
         logger.warning("momentkv: store_dtype auto is model, not %s: %s", layout.packed.dtype, error)
         return settled_config(vllm_config, replace(config, store_dtype="model"))
-    config = settled(config, layout.schedule.page_size, layout.record.head_dim, model.dtype)
+    config = settled(config, layout.schedule.page_size, layout.record.head_dim, numbers)
     return replace(config, head_budgets=settled_head_budgets(config, layout, family.name))

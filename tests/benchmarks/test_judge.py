@@ -11,7 +11,8 @@ from evaluation.judge.shelf import Shelf
 from evaluation.judge.show import Row
 from evaluation.quality.cells import FULL, Cell
 from real_model import folder
-from research.states import ROUNDED, to_int4
+from research.states import ROUNDED, to_fp8, to_int4
+from stored_by_vllm import stored_by_vllm
 from transformers import AutoTokenizer
 
 from momentkv_vllm.calibrate.items import Item
@@ -61,6 +62,13 @@ def test_int4_rounds_to_sixteen_steps_of_each_group():
     step = (x.unflatten(-1, (2, 32)).amax(-1) - x.unflatten(-1, (2, 32)).amin(-1)) / 15
     assert ((rounded - x).abs().unflatten(-1, (2, 32)) <= step.unsqueeze(-1) * 0.501).all()
     assert [bits for _, bits in ROUNDED.values()] == [8, 8.25, 5]
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM writes fp8 with AVX-512 only")
+def test_fp8_is_what_vllm_writes():
+    x = torch.randn(32, 2, 64)
+    values = stored_by_vllm(x, "fp8", 0.5)[0, :, 32 * 64 :].view(torch.float8_e4m3fn).float()
+    assert torch.equal(to_fp8(x).transpose(0, 1).flatten(1), values)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from kernel_cases import INTERPRETED, attend_work, run_attend
+from kernel_cases import INTERPRETED, attend_work, beside, run_attend
 
 from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
@@ -67,7 +67,7 @@ def test_tiles_hold_what_was_written(dtype, head_dim):
 
 def ask(kernels, cache, observed, work, head_dim, first):
     """(output, logsumexp) of one random query, which is observed if the policy wants that."""
-    query = torch.randn(1, 2 * HEADS, head_dim).to(cache.kv.dtype)
+    query = beside(cache, torch.randn(1, 2 * HEADS, head_dim))
     if observed is not None:
         work.observe_from, work.restart = torch.tensor([0]), torch.tensor([first])
     output, lse = run_attend(kernels, cache, query, work, head_dim**-0.5, True)
@@ -78,7 +78,7 @@ def ask(kernels, cache, observed, work, head_dim, first):
 
 def play(
     family, dtype, run, policy, store_pages, head_dim, page_size, cache_dtype=torch.bfloat16, outliers=False, total=0,
-    every=1,
+    every=1, scales=(1.0, 1.0),
 ):  # fmt: skip
     """A sequence of `total` tokens, or of 25 pages, of which every `every`-th one asks: (outputs, logsumexps; bytes of the store
     after every event; the moments; how many)."""
@@ -89,13 +89,14 @@ def play(
     record = RecordLayout(head_dim, has_covariance=False, start=(part - 8 * head_dim - 4) // 64 * 64)
     kv = torch.full((64, HEADS, page_size, 2 * head_dim), math.nan, dtype=cache_dtype)
     cache = CacheView.of_vllm_cpu(kv, record, packed)
+    cache.key_scale, cache.value_scale = scales
     last_tiles = min(cache.packed.page_tiles, record.start // packed.tile_bytes)
     capacity = ((store_pages - 1) * cache.packed.page_tokens + last_tiles * 8) // run * run
     budget_pages, scale = 2 * store_pages + 2, head_dim**-0.5
     keys, values = torch.randn(2, total, HEADS, head_dim)
     if outliers:
         keys[..., 3] += 30
-    keys, values = keys.to(cache_dtype), values.to(cache_dtype)
+    keys, values = beside(cache, keys), beside(cache, values)
     observed = Observed.of(cache, "mass") if policy.observes else None
     outputs, stores, stored, boundary, evicted = [], [], 0, 0, 0
     for t in range(total):
@@ -149,6 +150,8 @@ def test_cpu_reads_a_store_as_the_reference_does(dtype, head_dim):
         torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
 
 
+FP8_CASE = "int4", 8, "momentkv", 3, 64, 32
+
 # Family, case, how many tokens and which of them ask. Triton's interpreter takes a second for what takes 10 us.
 PLAYED = [("cpu", case, 0, 1) for case in CASES]
 PLAYED += [
@@ -158,9 +161,18 @@ PLAYED += [
 ] * INTERPRETED
 
 
+@pytest.mark.parametrize("numbers", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_stores_are_quantised_from_what_fp8_holds(numbers):
+    given = {"cache_dtype": numbers, "scales": (0.3, 2.5)}
+    answer_alike(play("reference", *FP8_CASE, **given), play("cpu", *FP8_CASE, **given))
+
+
 @pytest.mark.parametrize(("family", "case", "total", "every"), PLAYED, ids=str)
 def test_kernels_store_the_same_bytes_and_answer_alike(family, case, total, every):
-    want, got = (play(one, *case, total=total, every=every) for one in ("reference", family))
+    answer_alike(*(play(one, *case, total=total, every=every) for one in ("reference", family)))
+
+
+def answer_alike(want, got):
     assert want[3] > 0, "something must have been evicted"
     for (a, a_lse), (b, b_lse) in zip(want[0], got[0], strict=True):
         torch.testing.assert_close(b, a, atol=1e-2, rtol=2e-2)

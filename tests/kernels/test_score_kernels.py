@@ -45,8 +45,9 @@ def event(store_dtype, head_dim, run, dtype=torch.bfloat16, shift=0.0, nan=False
     kv[0] = math.nan
     layout = store_dtype and PackedLayout(store_dtype, head_dim)
     cache = CacheView.of_vllm_cpu(kv, record, layout)
-    cache.keys[1:, :, :, 3] += shift
-    cache.values[1:, :, :, 5] += shift / 10
+    if shift:
+        cache.keys[1:, :, :, 3] += shift
+        cache.values[1:, :, :, 5] += shift / 10
     if layout:
         keys, values = torch.randn(
             2, ROWS, HEADS, STORE_PAGES * cache.packed.page_tokens, head_dim, generator=generator
@@ -116,10 +117,13 @@ def test_interpreted_kernels_keep_what_the_specification_keeps(family, case, wei
     compare(event(*case, nan=True), weight, 1e-5, family)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2])
 def test_cpu_scores_every_type_of_cache(dtype):
-    compare(event(None, 64, 1, dtype), 0.25, 1e-5)
-    compare(event("int4", 64, 1, dtype), 0.25, 3e-4)
+    for store, rounding in ((None, 1e-5), ("int4", 3e-4)):
+        e = event(store, 64, 1, dtype)
+        if dtype.itemsize == 1:
+            e.cache.key_scale, e.cache.value_scale = 0.3, 2.5
+        compare(e, 0.25, rounding)
 
 
 @pytest.mark.parametrize("case", [(None, 64, 1), ("int4", 128, 8), ("int8", 64, 1)], ids=str)

@@ -30,7 +30,15 @@ STOCK_SCHEDULER = "vllm.v1.core.sched.scheduler.Scheduler"
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"kv_cache_dtype": "fp8"}, ["--kv-cache-dtype fp8"]),
+        (
+            {"kv_cache_dtype": "nvfp4"},
+            ["--kv-cache-dtype nvfp4", "on a CPU fp8, fp8_e4m3, fp8_e5m2", "use --kv-cache-dtype auto"],
+        ),
+        ({"kv_cache_dtype": "fp8", "block_size": 16}, ["--block-size 16", "multiple of 32", "an fp8 KV cache"]),
+        (
+            {"kv_cache_dtype": "fp8_e5m2", "kv_cache_dtype_skip_layers": ["0"]},
+            ["--kv-cache-dtype-skip-layers 0", "leave the option out"],
+        ),
         ({"block_size": 24}, ["--block-size 24", "multiple of 16"]),
         (
             {"num_gpu_blocks_override": 20, "max_num_batched_tokens": 512},

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from momentkv_vllm import moments
+from momentkv_vllm.fp8 import is_fp8
 from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.observed import Observed
@@ -31,6 +32,11 @@ LONG = [130, 280] if INTERPRETED else [700, 1400]
 WIDEST = [] if INTERPRETED else [512]
 
 
+def beside(cache, x):
+    """x in the dtype of what is written to a cache and compared with it."""
+    return x if is_fp8(cache.kv.dtype) else x.to(cache.kv.dtype)
+
+
 def attend_work(pages, last, queries, moment_pages=None, count=0.0):
     """One work list: row i has `queries[i]` queries, its first one sees slots 0..last[i]."""
     last, queries = torch.tensor(last), torch.tensor(queries)
@@ -40,8 +46,8 @@ def attend_work(pages, last, queries, moment_pages=None, count=0.0):
 
 
 def run_attend(kernels, cache, query, work, scale, corrected):
-    """(output, lse); both start as NaN, the query is in the cache's dtype."""
-    query = query.to(cache.kv.dtype)
+    """(output, lse); both start as NaN, the query is in the cache's dtype unless that is fp8."""
+    query = beside(cache, query)
     output = torch.full_like(query, math.nan)
     lse = torch.full(query.shape[:2], math.nan)
     kernels.attend(cache, query, output, lse, work, scale, corrected)
@@ -69,7 +75,7 @@ def attends_and_observes_like_the_reference(kernels, cache, work, query, correct
     return output
 
 
-def serving_batch(dtype, head_dim, moment_dtype, correction, groups, page_size=16, seed=0):
+def serving_batch(dtype, head_dim, moment_dtype, correction, groups, page_size=16, seed=0, query_dtype=None):
     """A cache and a work list of odd rows: decode at a page's first and last slot, chunks, rows with and without a record.
 
     Everything that a row does not own or has not written is NaN.
@@ -104,7 +110,7 @@ def serving_batch(dtype, head_dim, moment_dtype, correction, groups, page_size=1
     work.observe_from = torch.tensor([0, 1, 0, 0, 1, 3, 33])
     work.restart = torch.tensor([True, False] * 4)[: len(last)]
     query = 2 * torch.randn(sum(queries), HEADS * groups, head_dim, generator=generator)
-    return cache, work, query.to(dtype)
+    return cache, work, query.to(query_dtype or dtype)
 
 
 BATCHES = [

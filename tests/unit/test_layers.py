@@ -24,7 +24,7 @@ LAYERS = [
     },
     {"policies"},
     {"config"},
-    {"page_schedule", "page_blocks", "page_layout", "packed_store", "head_budgets", "records", "testing"},
+    {"page_schedule", "page_blocks", "page_layout", "packed_store", "fp8", "head_budgets", "records", "testing"},
     {"triton_kernels"},
     {"kernels"},
     {"kv_spec"},

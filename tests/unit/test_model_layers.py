@@ -13,6 +13,7 @@ from vllm_names import unify_kv_cache_spec_page_size
 
 from momentkv_vllm.attention.cpu_backend import MomentKVImpl
 from momentkv_vllm.endpoint import summary
+from momentkv_vllm.fp8 import kv_numbers
 from momentkv_vllm.kernels import FAMILIES, select
 from momentkv_vllm.kernels.limits import CacheShape, Limits
 from momentkv_vllm.model_layers import full_layers, has_windows
@@ -141,7 +142,11 @@ LIMITS = [
     ("cpu", (528, 16, torch.bfloat16), "head sizes that are multiples of 16 up to 512, this model has 528"),
     ("cpu", (72, 16, torch.bfloat16), "head sizes that are multiples of 16 up to 512, this model has 72"),
     ("cpu", (64, 24, torch.bfloat16), "pages of multiples of 16 tokens, not of 24"),
-    ("cpu", (64, 32, torch.float64), "float32, bfloat16, float16, the KV cache is float64"),
+    ("cpu", (64, 32, torch.float64), "float32, bfloat16, float16, .* the KV cache is float64"),
+    ("cpu", (64, 32, torch.float8_e4m3fn), ""),
+    ("cpu", (64, 32, torch.float8_e5m2), ""),
+    ("triton", (64, 32, torch.float8_e4m3fn), "float32, bfloat16, float16, the KV cache is float8_e4m3fn"),
+    ("cuda", (64, 32, torch.float8_e5m2), "bfloat16, float16, the KV cache is float8_e5m2"),
     ("cuda", (256, 16, torch.bfloat16), ""),
     ("cuda", (512, 16, torch.bfloat16), "head sizes 64, 128, 256, this model has 512"),
     ("cuda", (128, 16, torch.float32), "bfloat16, float16, the KV cache is float32"),
@@ -178,14 +183,15 @@ def test_the_cuda_kernels_refuse_capped_logits(monkeypatch):
 def test_the_cpu_kernels_refuse_what_they_say(shape):
     """The limits in Python are those of csrc/cpu/bindings.cpp."""
     head_size, page_size, dtype = shape
-    kv, token = torch.zeros(2, 1, page_size, 2 * head_size, dtype=dtype), torch.ones(1, 1, head_size, dtype=dtype)
+    kv = torch.zeros(2, 1, page_size, 2 * head_size, dtype=dtype)
+    token = torch.ones(1, 1, head_size, dtype=torch.float32 if dtype.itemsize == 1 else dtype)
     slot = torch.tensor([page_size])
     if select("cpu").limits.objections(CacheShape(*shape)):
         with pytest.raises(RuntimeError):
-            torch.ops.momentkv_cpu.write(kv, token, token, slot, None)
+            torch.ops.momentkv_cpu.write(kv, 1.0, 1.0, token, token, slot, None)
         return
-    torch.ops.momentkv_cpu.write(kv, token, token, slot, None)
-    assert kv[1].sum() == 2 * head_size
+    torch.ops.momentkv_cpu.write(kv, 1.0, 1.0, token, token, slot, None)
+    assert kv[1].float().sum() == 2 * head_size
 
 
 def test_a_named_family_is_refused_before_loading_and_auto_takes_another(models, tmp_path):
@@ -214,10 +220,52 @@ def test_layers_ask_too(engine, tmp_path, monkeypatch, kernels):
     assert len(e.generate([list(range(4, 100)) * 4], 4)[0]) == 4
 
 
-def test_a_checkpoint_that_brings_a_quantized_kv_cache(models):
-    """vLLM reads that from the weights' own configuration, after the options were checked."""
-    with set_current_vllm_config(config_of(models())), pytest.raises(ValueError, match="models with a KV cache of fp8"):
-        MomentKVImpl(4, 32, 1.0, 2, None, None, "fp8")
+def test_a_layer_whose_kv_cache_is_not_what_was_expected(models):
+    """vLLM may decide when it builds a layer, after the options were checked."""
+    for given, kind, words in (
+        ("auto", "fp8", "a KV cache of fp8 where bfloat16"),
+        ("auto", "nvfp4", "a KV cache of nvfp4 where bfloat16"),
+        ("fp8", "auto", "a KV cache of auto where float8_e4m3fn"),
+    ):
+        config = config_of(models(), kv_cache_dtype=given)
+        with set_current_vllm_config(config), pytest.raises(ValueError, match=f"models with {words} was expected"):
+            MomentKVImpl(4, 32, 1.0, 2, None, None, kind)
+        with set_current_vllm_config(config):
+            MomentKVImpl(4, 32, 1.0, 2, None, None, given)
+
+
+def test_a_checkpoint_whose_kv_cache_is_fp8(models, tmp_path):
+    """vLLM reads such a scheme when it builds the layers, and only where the user says "auto"."""
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    weights = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}, "kv_cache_scheme": scheme}
+    model = changed_model(tmp_path / "m", models(), quantization_config=weights)
+    found = config_of(model)
+    assert kv_numbers(found) is torch.float8_e4m3fn and found.cache_config.block_size == 32
+    assert kv_numbers(config_of(model, dtype="bfloat16", kv_cache_dtype="bfloat16")) is torch.bfloat16
+
+
+def test_fp8_on_machines_and_models_that_vllm_cannot_serve_with_it(models, tmp_path, monkeypatch):
+    narrow = changed_model(tmp_path / "m", models(), head_dim=80)
+    with pytest.raises(
+        ValueError, match="--kv-cache-dtype fp8 for heads of 80 numbers .* multiples of 32, also without"
+    ):
+        config_of(narrow, kv_cache_dtype="fp8")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    with pytest.raises(ValueError, match="an fp8 KV cache on a CPU without AVX-512"):
+        config_of(models(), kv_cache_dtype="fp8")
+
+
+@pytest.mark.parametrize("family", ["triton", "cuda"])
+def test_a_named_family_that_cannot_read_fp8_is_refused_before_loading(models, monkeypatch, family):
+    kernels = next(f for f in FAMILIES if f.name == family)
+    monkeypatch.setattr(kernels, "runs_on", lambda device: True)
+    monkeypatch.setattr(kernels, "objections", lambda: [])
+    carrier = {"policy": "momentkv", "budget_tokens": 256, "kernels": family, "store_dtype": "model"}
+    config_of(models(head_dim=64), dtype="bfloat16", additional_config={"kv_eviction": carrier})
+    with pytest.raises(ValueError, match=f"{family!r} cannot run here: it serves .* the KV cache is float8_e4m3fn"):
+        config_of(
+            models(head_dim=64), dtype="bfloat16", kv_cache_dtype="fp8", additional_config={"kv_eviction": carrier}
+        )
 
 
 def test_a_kv_cache_of_another_type_than_the_model(models):
