@@ -129,7 +129,7 @@ def gains() -> str:
         ("facts it then finds in documents", stock[right], ours[right], "`make demo`, the same words"),
         ("codes found with a quarter of the memory", full, quarter, "`make bench NAME=quality`, SmolLM2-135M"),
         ("sequences at a time in one pool", "1x", f"{serving_found['pool']['ratio']:.1f}x", "`make bench NAME=serving`, prompts of 2,048, budget 512"),
-        ("decode tokens/s, 8K context, batch 8", "1x", f"{decode:.1f}x", "`make bench NAME=serving`, budget 1,024, 16-bit store, 2 CPU cores"),
+        ("decode tokens/s, 8K context, batch 8", "1x", f"{decode:.1f}x", "`make bench NAME=serving`, budget 1,024, 2 CPU cores"),
         ("prompt tokens computed in chats that outgrow the pool", share["stock"], share["momentkv"], "`make bench NAME=resume`, 20 turns"),
     ]  # fmt: skip
     return markdown(("", "stock vLLM", "with momentkv", "measured by"), rows)
