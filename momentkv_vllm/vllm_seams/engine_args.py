@@ -19,6 +19,7 @@ from momentkv_vllm.model_layers import has_windows, hides_tokens, keeps_states, 
 from momentkv_vllm.policies import OFF, builtins, names, origin
 from momentkv_vllm.refuse import refuse
 from momentkv_vllm.versions import CPU_BUILD, TESTED_VLLM, installed_vllm
+from momentkv_vllm.vllm_seams.bypasses import choose_model_runner, leave_model_runner_to_vllm
 from momentkv_vllm.vllm_seams.drafts import say_where_nothing_is_drafted
 from momentkv_vllm.vllm_seams.gpu import choose_backend
 from momentkv_vllm.vllm_seams.hybrids import align_blocks, say_what_blocks_cost
@@ -53,6 +54,7 @@ def patch_engine_args() -> None:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         config = EvictionConfig.from_dict((self.additional_config or {}).get(CONFIG_KEY))
         if not config.active:
+            leave_model_runner_to_vllm()
             return create(self, *args, **kwargs)
         return _evicting_config(self, config, functools.partial(create, self, *args, **kwargs))
 
@@ -68,6 +70,7 @@ def _evicting_config(engine_args: Any, config: EvictionConfig, create: Callable[
         logger.warning("momentkv: the environment variable %s is unknown, docs/operations.md lists ours", name)
     refuse_untested_vllm()
     _say_how_vllm_was_tested()
+    choose_model_runner()
     chose_caching = engine_args.enable_prefix_caching is None
     backend, chose_page_size = choose_backend(engine_args), _set_defaults(engine_args, config)
     vllm_config = create()

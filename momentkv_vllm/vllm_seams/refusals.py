@@ -11,8 +11,9 @@ from momentkv_vllm.environment import ALLOW_UNTESTED_VLLM
 from momentkv_vllm.model_layers import full_layers, has_windows, keeps_states, sharing_layers
 from momentkv_vllm.refuse import WITHOUT, Unsupported, refuse, refuse_first
 from momentkv_vllm.versions import TESTED_VLLM, installed_vllm, tested
+from momentkv_vllm.vllm_seams.bypasses import bypass_rows
 from momentkv_vllm.vllm_seams.drafts import draft_rows
-from momentkv_vllm.vllm_seams.gpu import BACKEND_NAMES, gpu_rows
+from momentkv_vllm.vllm_seams.gpu import gpu_rows
 from momentkv_vllm.vllm_seams.hybrids import hybrid_rows
 from momentkv_vllm.vllm_seams.kv_dtypes import dtype_rows, refuse_fp8_pages
 
@@ -48,9 +49,10 @@ def refuse_unsupported(vllm_config: "VllmConfig", config: EvictionConfig, backen
         *dtype_rows(vllm_config, platform),
         *_cache_rows(vllm_config, config),
         *_parallel_rows(vllm_config, platform),
-        *_engine_rows(vllm_config, config, platform, backend),
+        *_engine_rows(vllm_config, config),
         *draft_rows(vllm_config, config, _has_own_scheduler(vllm_config)),
         *_state_rows(vllm_config, config),
+        *bypass_rows(vllm_config, platform, backend),
     ]
     refuse_first(rows, f"--kv-eviction {config.policy}")
     _refuse_page_size(vllm_config)
@@ -129,20 +131,13 @@ def _parallel_rows(vllm_config: "VllmConfig", platform: Any) -> list[Unsupported
     ]
 
 
-def _engine_rows(vllm_config: "VllmConfig", config: EvictionConfig, platform: Any, backend: Any) -> list[Unsupported]:
+def _engine_rows(vllm_config: "VllmConfig", config: EvictionConfig) -> list[Unsupported]:
     scheduler = vllm_config.scheduler_config
-    # A CPU has one backend, whatever a model's hook in vLLM writes here (Gemma 4's: models/config.py); only the user is obeyed.
-    attention = backend if platform.is_cpu() else vllm_config.attention_config.backend
     names = ", ".join(config.class_names)
     own, leave_out = _has_own_scheduler(vllm_config), "leave --scheduler-cls out, derive it from ours"
     coarse = f"prefill_retire_tokens={config.prefill_retire_tokens}" if config.prefill_retire_tokens else ""
     exact = f"prefill {config.prefill!r}" if config.prefill != "chunked" else ""
     return [
-        Unsupported(
-            f"--attention-backend {getattr(attention, 'name', attention)}",
-            attention is not None and attention.name != BACKEND_NAMES.get(platform.device_type),
-            "leave the option out",
-        ),
         Unsupported(
             "disabled chunked prefill (--no-enable-chunked-prefill)",
             not scheduler.enable_chunked_prefill,
