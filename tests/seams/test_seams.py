@@ -186,7 +186,7 @@ PATCHES = {
     "gpu_model_runner.copy_kv_cache_blocks_inplace": "vllm_seams/block_memory.py",
     "Worker.determine_available_memory": "vllm_seams/gpu.py",
     "EngineCore.kv_eviction_states": "vllm_seams/engine_core.py",
-    "model_arch_config.rswa_window": "attention/cpu_backend.py",
+    "model_arch_config.rswa_window": "attention/prompt_lengths.py",
 }
 """Everything of vLLM's that we overwrite, and where. The other ledger, with reasons: vllm_seams/__init__.py."""
 
