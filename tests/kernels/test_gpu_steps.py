@@ -187,7 +187,7 @@ def seen(monkeypatch):
 EVENT = ["_chunk", "_observe", "_sums", "_terms", "_consolidate"]
 
 
-@pytest.mark.parametrize(("grain", "events"), [(None, 225), (512, 16)])
+@pytest.mark.parametrize(("grain", "events"), [(None, 225), (512, 15)])
 def test_launches_of_a_prompt_of_8192_tokens_in_a_layer(models, seen, grain, events):
     """Five an event, and attention before the first and after the last."""
     options = {"budget_tokens": 1024, "retire_tokens": 32, "store_dtype": "model", "prefill_retire_tokens": grain}
