@@ -1,6 +1,7 @@
 """A run's tasks in worker processes. Every result is appended to a file the moment it is there: a run that is cut off leaves
 what it had. A worker that hangs in a task or loses its GPU context is replaced; at the deadline what runs is ended."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -46,8 +47,11 @@ def run(run: str, tasks: list[Task], workers: int, end: float, into: Path, given
 
 def read(into: Path) -> list[dict[str, Any]]:
     """Whole lines: a worker may have been ended within one."""
-    lines = into.read_text().split("\n")[:-1] if into.exists() else []
-    return [json.loads(line) for line in lines]
+    found = []
+    for line in into.read_text().split("\n") if into.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
 
 
 def _watch(job: Path, workers: int, end: float, task_seconds: float, tasks: int) -> None:
@@ -104,9 +108,9 @@ def work(job_path: Path, do: Callable[[Task], Any]) -> None:
 
 
 def append(into: Path, line: dict[str, Any]) -> None:
-    """In one write, which no other worker's gets into."""
+    """In one write, which no other worker's gets into, on a line of its own also behind one that was cut off."""
     file = os.open(into, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    os.write(file, (json.dumps(line) + "\n").encode())
+    os.write(file, f"\n{json.dumps(line)}\n".encode())
     os.close(file)
 
 
