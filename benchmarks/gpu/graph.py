@@ -52,8 +52,8 @@ def dealt(rows: int, columns: int, store: int, own: int, generator: torch.Genera
 class Layer:
     """A decode layer of `rows` sequences with persistent inputs, as the engine's graph sees them.
 
-    full: the sequences are past the point where their stores are full, which then hold anything: for timings. Else they are
-    about to evict first.
+    full: the sequences are past the point where their stores are full, which hold anything. Else they are about to evict first;
+    a quantised store then has room for all.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ def sizes_of(tiny: bool) -> tuple[int, ...]:
 
 def replay(family, device: str, tiny: bool, store: str = "model") -> dict:
     """Steps over two retiring periods, eager and (on a GPU) replayed: outputs and caches must be the same bits."""
-    eager, replayed = (Layer(family, device, store, *sizes_of(tiny)) for _ in range(2))
+    eager, replayed = (Layer(family, device, store, *sizes_of(tiny), full=store != "model") for _ in range(2))
     replayed.prepare(0)
     kv = replayed.cache.kv.clone()
     replayed.forward()  # compiles
@@ -149,11 +149,9 @@ def replay(family, device: str, tiny: bool, store: str = "model") -> dict:
 
 
 def life(family, device: str, tiny: bool, store: str) -> dict:
-    """A family beside the reference, step by step across a first event and a later one: outputs agree."""
-    ours, want = (
-        Layer(family, device, store, *sizes_of(tiny)),
-        ReferenceLayer(select("reference"), device, store, *sizes_of(tiny)),
-    )
+    """A family beside the reference, step by step across events that evict: outputs agree."""
+    given = device, store, *sizes_of(tiny), store != "model"
+    ours, want = Layer(family, *given), ReferenceLayer(select("reference"), *given)
     steps = 6 if tiny else ours.schedule.retire_tokens + 40
     worst, retired, allowed = 0.0, 0, STORES[store][2]
     for step in range(steps):

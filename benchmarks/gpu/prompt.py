@@ -67,16 +67,19 @@ class Reader:
 
 
 def life(family, device: str, store: str, grain: int, size: dict[str, int]) -> dict[str, Any]:
-    """A prompt across several events of both grains, beside the reference: the outputs agree."""
-    tokens = 2 * size["budget"] + 2 * grain + 5
+    """A prompt across events of both grains, until the store is full and evicts, beside the reference: the outputs agree."""
+    schedule = graph.laid_out(store, size["budget"], size["d"], grain)[1]
+    tokens = schedule.store_tokens + size["budget"] + 2 * grain + 5
     ours, want = (Reader(f, device, store, grain, tokens, size) for f in (family, select("reference")))
     for rounds, slots in ours.steps():
         ours.step(rounds, slots), want.step(rounds, slots)
     got, right = (x.output[: len(slots)].float() for x in (ours, want))
     error = ((got - right).norm() / right.norm()).item()
     assert error <= STORES[store][2], f"{family.name}, {store}, grain {grain}: outputs differ by {error:.2e}"
-    events = len(list(ours.schedule.events(0, tokens, tokens)))
-    return {"store": store, "grain": grain, "events": events, "worst_relative_difference": error}
+    events = len(list(schedule.events(0, tokens, tokens)))
+    evicted = schedule.evicted_tokens(schedule.boundary_column(tokens, tokens))
+    assert evicted > 0, "nothing was evicted"
+    return {"store": store, "grain": grain, "events": events, "evicted": evicted, "worst_relative_difference": error}
 
 
 def timed(family, device: str, store: str, grain: int, tokens: int, size: dict[str, int]) -> dict[str, Any]:
