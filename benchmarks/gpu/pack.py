@@ -1,17 +1,23 @@
 """What run D needs of vLLM, in parts that can be carried: `pack.py WHEEL... --into build/site`.
 
-WHEEL: vllm-0.32.0's of CUDA, and those of Python packages that the GPU machine lacks (shared/docs/gpu.md, section 4), fetched
-with `pip download --no-deps`. Writes part0.zip and so on, none above LIMIT, each of whole files. There, for every part,
-`python3 -m zipfile -e part0.zip /tmp/site`, then PYTHONPATH=/tmp/site. Of vLLM's libraries only those that an H100 asks for.
+WHEEL: those of engine_wheels.txt, for the machine's Python: `pip download --no-deps --only-binary=:all: --python-version 3.12
+--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d build/wheels -r
+benchmarks/gpu/engine_wheels.txt` (and more platforms where pip finds none). Writes part0.zip and so on, none above LIMIT, each of
+whole files. There, in one call for every part while the machine stays warm, `python3 -m zipfile -e build/site/part0.zip
+/tmp/site`; then PYTHONPATH=/tmp/site python3 benchmarks/gpu/run.py D. Of vLLM's libraries only those that an H100 asks for.
 """
 
 import argparse
+import lzma
 import zipfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
-LIMIT = 55 << 20
-"""Bytes of a part: 64 MiB travel in a call, this repository among them."""
+LIMIT = 48 << 20
+"""Bytes of a part: 64 MiB travel in a call, this repository among them, with what lies in it untracked."""
+LARGE = 1 << 20
+"""Files from so many bytes on are weighed as they will be packed; small ones as they lie in the wheel, which is no less."""
 LIBRARIES = ("vllm/_C_stable_libtorch.abi3.so", "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so")
 LEFT_OUT = ("vllm/third_party/deep_gemm/", "vllm/third_party/fmha_sm100/", "vllm/third_party/tml_fa4/", "vllm/vllm-rs")
 
@@ -31,13 +37,21 @@ def files(wheels: list[Path]) -> Iterator[tuple[Path, zipfile.ZipInfo]]:
     yield from sorted(found, key=lambda pair: -pair[1].compress_size)
 
 
+@cache
+def packed(wheel: Path, name: str, size: int) -> int:
+    """Bytes that a file of `size` bytes in its wheel takes in a part."""
+    if size < LARGE:
+        return size
+    return len(lzma.compress(zipfile.ZipFile(wheel).read(name), preset=6))
+
+
 def parts(wheels: list[Path], limit: int) -> list[list[tuple[Path, zipfile.ZipInfo]]]:
     """Files by part, each into the first that has room. Raises ValueError for a file that no part can hold."""
     made: list[list] = []
     room: list[int] = []
     for wheel, info in files(wheels):
         # Twice its name and the headers of a zip archive stand beside it.
-        size = info.compress_size + 2 * len(info.filename) + 200
+        size = packed(wheel, info.filename, info.compress_size) + 2 * len(info.filename) + 300
         if size > limit:
             raise ValueError(f"{info.filename} of {wheel.name} has {size} bytes, a part {limit}: leave it out")
         number = next((i for i, left in enumerate(room) if left >= size), len(made))
@@ -55,9 +69,10 @@ def write(wheels: list[Path], into: Path, limit: int = LIMIT) -> list[Path]:
     opened, paths = {wheel: zipfile.ZipFile(wheel) for wheel in wheels}, []
     for number, part in enumerate(parts(wheels, limit)):
         paths.append(into / f"part{number}.zip")
-        with zipfile.ZipFile(paths[-1], "w", zipfile.ZIP_DEFLATED) as archive:
+        with zipfile.ZipFile(paths[-1], "w") as archive:
             for wheel, info in part:
-                archive.writestr(info.filename, opened[wheel].read(info))
+                kind = zipfile.ZIP_LZMA if info.compress_size >= LARGE else zipfile.ZIP_DEFLATED
+                archive.writestr(info.filename, opened[wheel].read(info), kind)
     return paths
 
 
