@@ -236,6 +236,16 @@ def test_the_runner_gives_prompt_lengths_to_builders_where_a_model_asks():
     assert "rswa" not in source("vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.build")
 
 
+def test_both_gpu_runners_give_prompt_lengths_to_builders():
+    """attention/prompt_lengths.py: V2 from its request table on the device, and none while it captures graphs; vLLM's own mask reads
+    what its builder found in its constructor."""
+    v2 = Path(find("vllm:__file__")).parent / "v1/worker/gpu"
+    assert "prompt_lens = self.req_states.prompt_len.gpu[idx_mapping]" in (v2 / "model_runner.py").read_text()
+    assert "rswa_prefix_lens=input_batch.prompt_lens" in (v2 / "model_states/default.py").read_text()
+    build = source("vllm.v1.attention.backends.triton_attn:TritonAttentionMetadataBuilder.build")
+    assert "if self.rswa_window is not None and rswa_prefix_lens is not None" in build
+
+
 def test_page_copies_run_before_the_step_and_read_before_they_write():
     """What prefix caching stands on: copies of one list are one parallel assignment, made before the step's own stores."""
     from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
