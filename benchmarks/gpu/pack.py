@@ -8,16 +8,12 @@ whole files. There, in one call for every part while the machine stays warm, `py
 """
 
 import argparse
-import lzma
 import zipfile
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
-LIMIT = 48 << 20
-"""Bytes of a part: 64 MiB travel in a call, this repository among them, with what lies in it untracked."""
-LARGE = 1 << 20
-"""Files from so many bytes on are packed by LZMA, which takes minutes, and weighed by its fastest setting, which packs less."""
+LIMIT = 54 << 20
+"""Bytes of a part: 64 MiB travel in a call, this repository's 8 among them. The largest library takes 53.6, packed anyhow."""
 LIBRARIES = ("vllm/_C_stable_libtorch.abi3.so", "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so")
 LEFT_OUT = ("vllm/third_party/deep_gemm/", "vllm/third_party/fmha_sm100/", "vllm/third_party/tml_fa4/", "vllm/vllm-rs")
 
@@ -37,21 +33,13 @@ def files(wheels: list[Path]) -> Iterator[tuple[Path, zipfile.ZipInfo]]:
     yield from sorted(found, key=lambda pair: -pair[1].compress_size)
 
 
-@cache
-def packed(wheel: Path, name: str, size: int) -> int:
-    """Bytes that a file of `size` bytes in its wheel takes in a part."""
-    if size < LARGE:
-        return size
-    return len(lzma.compress(zipfile.ZipFile(wheel).read(name), preset=1))
-
-
 def parts(wheels: list[Path], limit: int) -> list[list[tuple[Path, zipfile.ZipInfo]]]:
     """Files by part, each into the first that has room. Raises ValueError for a file that no part can hold."""
     made: list[list] = []
     room: list[int] = []
     for wheel, info in files(wheels):
         # Twice its name and the headers of a zip archive stand beside it.
-        size = packed(wheel, info.filename, info.compress_size) + 2 * len(info.filename) + 300
+        size = info.compress_size + 2 * len(info.filename) + 200
         if size > limit:
             raise ValueError(f"{info.filename} of {wheel.name} has {size} bytes, a part {limit}: leave it out")
         number = next((i for i, left in enumerate(room) if left >= size), len(made))
@@ -69,10 +57,9 @@ def write(wheels: list[Path], into: Path, limit: int = LIMIT) -> list[Path]:
     opened, paths = {wheel: zipfile.ZipFile(wheel) for wheel in wheels}, []
     for number, part in enumerate(parts(wheels, limit)):
         paths.append(into / f"part{number}.zip")
-        with zipfile.ZipFile(paths[-1], "w") as archive:
+        with zipfile.ZipFile(paths[-1], "w", zipfile.ZIP_DEFLATED) as archive:
             for wheel, info in part:
-                kind = zipfile.ZIP_LZMA if info.compress_size >= LARGE else zipfile.ZIP_DEFLATED
-                archive.writestr(info.filename, opened[wheel].read(info), kind)
+                archive.writestr(info.filename, opened[wheel].read(info))
     return paths
 
 
