@@ -73,8 +73,8 @@ docs: setup     ## tables of README and docs/, written from code and results
 bench: setup    ## list the benchmarks; NAME=serving runs one
 	@PYTHONPATH=benchmarks $(BIN)/python -P -m bench $(NAME)
 
-bench-gpu:      ## GPU kernels and engine on a GPU machine: RUN=A checks, B and C time kernels, D times the engine (PYTHON=...)
-	$(PYTHON) benchmarks/gpu/run.py $(or $(RUN),A B C)
+bench-gpu:      ## kernels on a GPU machine: A checks, B, C time, E is CUDA C++, all in 9 minutes; RUN=D times the engine (PYTHON=...)
+	$(PYTHON) benchmarks/gpu/run.py $(or $(RUN),A B C E)
 
 wheel: setup    ## sdist, and a wheel with the CPU kernels whose tag says which systems it runs on, into build/dist
 	@$(BIN)/pip install -q --no-deps -r requirements/wheel.txt

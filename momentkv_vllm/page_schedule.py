@@ -154,6 +154,11 @@ class PageSchedule(EventCounts):
         """Most pages a sequence can own between two steps while its prompt is read; afterwards `budget_pages`."""
         return self.budget_pages + max(0, self.prefill_retire_pages - self.retire_pages)
 
+    @property
+    def most_retired_pages(self) -> int:
+        """Most pages that an event retires where no prompt is exact; a first event retires the moment pages too."""
+        return max(self.moment_pages + self.retire_pages, self.prefill_retire_pages)
+
     def least_pool_pages(self, step_tokens: int) -> int:
         """Pages that a pool must have for one sequence; in "full" prefill a prompt may need more, as in stock vLLM."""
         if not self.evicts or self.exact_prompt_tokens >= ANY_PROMPT:

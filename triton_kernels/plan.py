@@ -10,32 +10,59 @@ import triton.language as tl
 
 
 @triton.jit
-def _boundary(committed, FIRST: tl.constexpr, RETIRE: tl.constexpr, RETIRE_PAGES: tl.constexpr, S_M: tl.constexpr):
-    """PageSchedule.boundary_column for chunked prefill."""
-    after_first = (committed - FIRST) // RETIRE
-    return tl.where(committed < FIRST, 0, S_M + (after_first + 1) * RETIRE_PAGES)
+def _grain(committed, caught_up, RETIRE: tl.constexpr, READ: tl.constexpr):
+    """Tokens between events around `committed`: READ while the prompt is read, until its catch-up event."""
+    return tl.where(committed < caught_up, READ, RETIRE)
+
+
+@triton.jit
+def _last_event(committed, caught_up, FIRST: tl.constexpr, RETIRE: tl.constexpr, READ: tl.constexpr):
+    """EventCounts.last_event for chunked prefill."""
+    past = committed - FIRST
+    return tl.where(past < 0, 0, committed - past % _grain(committed, caught_up, RETIRE, READ))
+
+
+@triton.jit
+def _next_event(committed, caught_up, FIRST: tl.constexpr, RETIRE: tl.constexpr, READ: tl.constexpr):
+    """EventCounts.next_event, likewise."""
+    grain = _grain(committed, caught_up, RETIRE, READ)
+    event = _last_event(committed, caught_up, FIRST, RETIRE, READ) + grain
+    event = tl.where(committed < caught_up, tl.minimum(event, caught_up), event)
+    return tl.where(committed < FIRST, FIRST, event)
+
+
+@triton.jit
+def _boundary(event, FIRST: tl.constexpr, RETIRE: tl.constexpr, RETIRE_PAGES: tl.constexpr, S_M: tl.constexpr):
+    """PageSchedule.boundary_column after an event; 0: there was none."""
+    return tl.where(event == 0, 0, S_M + ((event - FIRST) // RETIRE + 1) * RETIRE_PAGES)
 
 
 @triton.jit
 def _plan(
-    seq_lens, query_start, table, first_token, num_queries, pages, last_slot, stored, moment_pages, num_evicted, observe_from,
-    restart, store_pages, retiring_pages, table_row, num_columns,
+    seq_lens, query_start, table, prompts, first_token, num_queries, pages, last_slot, stored, moment_pages, num_evicted,
+    observe_from, restart, store_pages, retiring_pages, table_row, num_columns,
     PAGE: tl.constexpr, S: tl.constexpr, M: tl.constexpr, RECORD: tl.constexpr, RECORD_PAGES: tl.constexpr,
-    CAPACITY: tl.constexpr, IS_PACKED: tl.constexpr, FIRST: tl.constexpr, RETIRE_PAGES: tl.constexpr, COLUMNS: tl.constexpr,
-    K: tl.constexpr, OBSERVED: tl.constexpr, OBSERVE_ALL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    CAPACITY: tl.constexpr, IS_PACKED: tl.constexpr, FIRST: tl.constexpr, RETIRE_PAGES: tl.constexpr, READ_PAGES: tl.constexpr,
+    COLUMNS: tl.constexpr, K: tl.constexpr, OBSERVED: tl.constexpr, OBSERVE_ALL: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Program row. RECORD: first column of the moment record's pages; CAPACITY: tokens of a full store; OBSERVED: queries before
-    an event that the policy observes, 0 if none."""
+    an event that the policy observes, 0 if none; READ_PAGES: pages between events while a prompt is read."""
     RETIRE: tl.constexpr = RETIRE_PAGES * PAGE
+    READ: tl.constexpr = READ_PAGES * PAGE
     row = tl.program_id(0)
     first = tl.load(query_start + row).to(tl.int64)
     queries = tl.load(query_start + row + 1).to(tl.int64) - first
     end = tl.load(seq_lens + row).to(tl.int64)
     queries = tl.where(end > 0, queries, 0)
     start = end - queries
-    before = _boundary(start, FIRST, RETIRE, RETIRE_PAGES, S + M)
-    after = _boundary(end, FIRST, RETIRE, RETIRE_PAGES, S + M)
+    caught_up = end - end
+    if READ != RETIRE:
+        prompt = tl.load(prompts + row).to(tl.int64)
+        caught_up = tl.where(prompt > FIRST, prompt - (prompt - FIRST) % RETIRE, FIRST)
+    earlier = _last_event(start, caught_up, FIRST, RETIRE, READ)
+    before = _boundary(earlier, FIRST, RETIRE, RETIRE_PAGES, S + M)
+    after = _boundary(_last_event(end, caught_up, FIRST, RETIRE, READ), FIRST, RETIRE, RETIRE_PAGES, S + M)
     table += row * table_row
     tl.store(first_token + row, first)
     tl.store(num_queries + row, queries)
@@ -67,8 +94,7 @@ def _plan(
         if OBSERVE_ALL:
             zone = end - end
         else:
-            event = tl.where(start < FIRST, FIRST, FIRST + ((start - FIRST) // RETIRE + 1) * RETIRE)
-            earlier = tl.where(start < FIRST, 0, FIRST + (start - FIRST) // RETIRE * RETIRE)
+            event = _next_event(start, caught_up, FIRST, RETIRE, READ)
             zone = tl.maximum(event - OBSERVED, earlier)
             # A quantised store that still has room evicts nothing: nobody competes.
             evicts = _boundary(event, FIRST, RETIRE, RETIRE_PAGES, S + M) * PAGE > CAPACITY
@@ -87,13 +113,16 @@ def _due(due, retiring_pages, row_retiring, rows, BLOCK: tl.constexpr):
     tl.store(due + place, row.to(tl.int64), mask=retires)
 
 
-def plan(seq_lens, query_start, block_table, attend, retire, schedule, observed: int, observe_all: bool) -> None:
+def plan(
+    seq_lens, query_start, block_table, prompts, attend, retire, schedule, observed: int, observe_all: bool
+) -> None:
     """Fill the first len(seq_lens) rows of the lists `attend` and `retire` (kernels/worklists.py).
 
     Args:
         seq_lens: [rows] int32 committed tokens at the end of the step, 0 for padding.
         query_start: [rows + 1] int32 index of each row's query in the flat token list; one query a row, none for padding.
         block_table: [rows, columns] int32.
+        prompts: [rows] int32 lengths of prompts; read where the schedule `reads_prompt_lengths`.
         schedule: page_schedule.PageSchedule without exact prompts.
         observed: queries before an event that the policy observes, 0 if none; observe_all: all queries instead.
     """
@@ -102,13 +131,14 @@ def plan(seq_lens, query_start, block_table, attend, retire, schedule, observed:
     record_pages = record.stop - record.start
     power = triton.next_power_of_2
     _plan[(len(seq_lens),)](
-        seq_lens, query_start, block_table, attend.first_token, attend.num_queries, attend.pages, attend.last_slot,
+        seq_lens, query_start, block_table, prompts, attend.first_token, attend.num_queries, attend.pages, attend.last_slot,
         attend.stored, attend.moment_pages, attend.num_evicted, attend.observe_from, attend.restart, retire.store_pages,
         retire.retiring_pages, block_table.stride(0), block_table.shape[1],
         PAGE=schedule.page_size, S=s, M=m, RECORD=record.start, RECORD_PAGES=record_pages, CAPACITY=schedule.store_tokens,
-        IS_PACKED=schedule.is_packed, FIRST=schedule.first_event_tokens, RETIRE_PAGES=schedule.retire_pages, COLUMNS=columns,
-        K=k, OBSERVED=observed, OBSERVE_ALL=observe_all, BLOCK=power(columns), BLOCK_S=power(s),
-        BLOCK_M=power(max(1, record_pages)), BLOCK_K=power(k), num_warps=1,
+        IS_PACKED=schedule.is_packed, FIRST=schedule.first_event_tokens, RETIRE_PAGES=schedule.retire_pages,
+        READ_PAGES=max(schedule.prefill_retire_pages, schedule.retire_pages), COLUMNS=columns, K=k, OBSERVED=observed,
+        OBSERVE_ALL=observe_all, BLOCK=power(columns), BLOCK_S=power(s), BLOCK_M=power(max(1, record_pages)),
+        BLOCK_K=power(k), num_warps=1,
     )  # fmt: skip
     _due[(1,)](
         retire.due, retire.retiring_pages, retire.retiring_pages.stride(0), len(seq_lens), BLOCK=power(len(retire.due))

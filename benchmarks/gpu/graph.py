@@ -22,12 +22,15 @@ STORES = {"model": (1, "first", 2**-6), "int8": (1, "zeroth", 2**-5), "int4": (8
 agree to rounding, another one stays."""
 
 
-def laid_out(store: str, budget: int, d: int) -> tuple[EvictionConfig, PageSchedule, RecordLayout, PackedLayout | None]:
-    """As StateLayout.of in kv_spec.py, which needs vLLM, for bfloat16."""
+def laid_out(
+    store: str, budget: int, d: int, grain: int | None = None
+) -> tuple[EvictionConfig, PageSchedule, RecordLayout, PackedLayout | None]:
+    """As StateLayout.of in kv_spec.py, which needs vLLM, for bfloat16; grain: prefill_retire_tokens."""
     run, correction, _ = STORES[store]
     config = EvictionConfig(
-        policy="momentkv", budget_tokens=budget, correction=correction, store_dtype=store, run_tokens=run
-    )
+        policy="momentkv", budget_tokens=budget, correction=correction, store_dtype=store, run_tokens=run,
+        prefill_retire_tokens=grain,
+    )  # fmt: skip
     if store == "model":
         record = RecordLayout(d)
         return config, build_schedule(config, PAGE, record.pages(PAGE, 2), False), record, None
@@ -38,19 +41,35 @@ def laid_out(store: str, budget: int, d: int) -> tuple[EvictionConfig, PageSched
     return config, build_schedule(config, PAGE, 0, False, page_tokens, behind), record, packed
 
 
+def dealt(rows: int, columns: int, store: int, own: int, generator: torch.Generator) -> torch.Tensor:
+    """A block table [rows, columns] int32 of sequences that own `own` pages each: behind the first `store` columns, pages that
+    left come again, as from vLLM's pool."""
+    owned = torch.randperm(rows * own, generator=generator, device=generator.device).view(rows, own) + 1
+    column = torch.arange(columns, device=generator.device)
+    return owned[:, torch.where(column < store, column, store + (column - store) % (own - store))].int()
+
+
 class Layer:
-    """A decode layer of `rows` sequences with persistent inputs, as the engine's graph sees them."""
+    """A decode layer of `rows` sequences with persistent inputs, as the engine's graph sees them.
+
+    full: the sequences are past the point where their stores are full, which hold anything. Else they are about to evict first;
+    a quantised store then has room for all.
+    """
 
     def __init__(
-        self, family, device: str, store: str, rows: int, heads: int, groups: int, d: int, budget: int
-    ) -> None:
+        self, family, device: str, store: str, rows: int, heads: int, groups: int, d: int, budget: int,
+        full: bool = False,
+    ) -> None:  # fmt: skip
         self.family, self.device, self.rows, self.d = family, device, rows, d
         config, self.schedule, record, packed = laid_out(store, budget, d)
         self.planner = DecodePlanner(self.schedule, config, POLICY, rows, device)
-        columns = 3 * self.schedule.budget_pages
+        retire, first = self.schedule.retire_tokens, self.schedule.first_event_tokens
+        past = max(0, self.schedule.store_tokens - first) // retire * retire + 2 * retire
+        self.begin, own = first + (past if full else 0), 2 * self.schedule.budget_pages
+        columns = self.begin // PAGE + 2 * self.schedule.budget_pages
         generator = torch.Generator(device).manual_seed(3)
-        self.table = (torch.randperm(rows * columns, generator=generator, device=device) + 1).view(rows, -1).int()
-        shape = (rows * columns + 1, heads, PAGE, 2 * d)
+        self.table = dealt(rows, columns, self.schedule.store_pages, own, generator)
+        shape = (rows * own + 1, heads, PAGE, 2 * d)
         kv = torch.randn(shape, generator=generator, device=device).bfloat16()
         self.cache = CacheView.of_vllm_gpu(kv, record, packed)
         self.mass = Observed.of(self.cache, "mass")
@@ -63,7 +82,7 @@ class Layer:
     def prepare(self, step: int) -> None:
         """Inputs of a step; row i is i tokens ahead, so that rows retire in different steps."""
         ahead = torch.arange(self.rows, device=self.device)
-        lens = self.schedule.first_event_tokens - 4 + step + ahead
+        lens = self.begin - 4 + step + ahead
         generator = torch.Generator(self.device).manual_seed(step)
         for x in (self.query, self.key, self.value):
             x.copy_(torch.randn(x.shape, generator=generator, device=self.device))
@@ -104,7 +123,7 @@ def sizes_of(tiny: bool) -> tuple[int, ...]:
 
 def replay(family, device: str, tiny: bool, store: str = "model") -> dict:
     """Steps over two retiring periods, eager and (on a GPU) replayed: outputs and caches must be the same bits."""
-    eager, replayed = (Layer(family, device, store, *sizes_of(tiny)) for _ in range(2))
+    eager, replayed = (Layer(family, device, store, *sizes_of(tiny), full=store != "model") for _ in range(2))
     replayed.prepare(0)
     kv = replayed.cache.kv.clone()
     replayed.forward()  # compiles
@@ -130,11 +149,9 @@ def replay(family, device: str, tiny: bool, store: str = "model") -> dict:
 
 
 def life(family, device: str, tiny: bool, store: str) -> dict:
-    """A family beside the reference, step by step across a first event and a later one: outputs agree."""
-    ours, want = (
-        Layer(family, device, store, *sizes_of(tiny)),
-        ReferenceLayer(select("reference"), device, store, *sizes_of(tiny)),
-    )
+    """A family beside the reference, step by step across events that evict: outputs agree."""
+    given = device, store, *sizes_of(tiny), store != "model"
+    ours, want = Layer(family, *given), ReferenceLayer(select("reference"), *given)
     steps = 6 if tiny else ours.schedule.retire_tokens + 40
     worst, retired, allowed = 0.0, 0, STORES[store][2]
     for step in range(steps):

@@ -1,45 +1,14 @@
-"""Where the numbers come from, and how a call is timed on a GPU."""
+"""How a call is timed on a GPU."""
 
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 
 FLUSH_BYTES = 256 << 20  # several times the L2 cache of an H200 (60 MB)
 CALLS, WARM_UPS, REPEATS = 8, 2, 12
-
-
-def header(root: Path, interpreted: bool) -> dict[str, Any]:
-    """GPU, driver, versions, commit, date."""
-
-    def version(name: str) -> str | None:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            return None
-
-    def said(*command: str) -> str:
-        try:
-            return subprocess.run(command, capture_output=True, text=True, cwd=root).stdout.strip()
-        except FileNotFoundError:
-            return ""
-
-    return {
-        "gpu": "none (Triton's interpreter)" if interpreted else torch.cuda.get_device_name(),
-        "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "triton", "vllm", "flashinfer-python", "xformers")},
-        "commit": said("git", "rev-parse", "HEAD"),
-        "date": datetime.now(UTC).date().isoformat(),
-    }
 
 
 class Timer:

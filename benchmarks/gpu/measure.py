@@ -13,8 +13,6 @@ from momentkv_vllm.kernels.layer_table import LayerTable
 from momentkv_vllm.kernels.worklists import LayersOf
 from momentkv_vllm.page_schedule import DEFAULT_RETIRE_SHARE
 
-LAYERS = 32
-
 
 def checked(family, case: Case, label: str) -> None:
     """No figure without a right answer: corrected attention against the float32 reference."""
@@ -77,27 +75,40 @@ def retire(family, timer: Timer, shape: Shape, device: str) -> dict[str, Any]:
     return row | {"share_of_attend": (event / tokens + nothing * (tokens - 1) / tokens) / attend}
 
 
-def variant(timer: Timer, shape: Shape, tuning, device: str) -> dict[str, Any]:
-    """A declared variant of the Triton kernels (triton_kernels/tuning.py)."""
+def variant(timer: Timer, shape: Shape, tuning, store: str, device: str, tiny: bool) -> dict[str, Any]:
+    """A declared variant of the Triton kernels (triton_kernels/tuning.py) over a store of a type."""
     from momentkv_vllm.triton_kernels.attend_chunk import attend_chunk
     from momentkv_vllm.triton_kernels.attend_decode import attend_decode
 
-    case = Case(shape, device)
+    if store == "model":
+        case = Case(shape, device)
+        cache, query, output, work, scale = case.cache, case.query, case.output, case.work, case.scale
+    else:
+        _, heads, groups, d, _ = graph.sizes_of(tiny)
+        layer = graph.Layer(reference, device, store, shape.rows, heads, groups, d, shape.slots, full=not tiny)
+        layer.prepare(8)
+        cache, query, output, work, scale = layer.cache, layer.query, layer.output, layer.work.attends[0], layer.scale
     attend, more = (attend_decode, ()) if shape.queries == 1 else (attend_chunk, (shape.queries,))
-    given = case.cache, case.query, case.output, None, case.work, case.scale, True, *more, tuning
-    case.attend(reference, True)
-    want = case.output.clone()
+    given = cache, query, output, None, work, scale, True, *more, tuning
+    reference.attend(cache, query, output, None, work, scale, True)
+    want = output.clone()
     attend(*given)
-    close(case.output, want, ROUNDING[shape.dtype], f"{tuning}")
-    row = {"queries": shape.queries, "rows": shape.rows, "slots": shape.slots, **tuning._asdict()}
+    close(output, want, ROUNDING[shape.dtype], f"{store}, {tuning}")
+    row = {"store": store, "queries": shape.queries, "rows": shape.rows, "budget": shape.slots, **tuning._asdict()}
     return row | {"us": timer(lambda: attend(*given)) * 1e6}
 
 
-def step(family, timer: Timer, store: str, rows: int, device: str, tiny: bool) -> dict[str, Any]:
-    """A step's attention of LAYERS layers in one graph: write, attend, observe, consolidate."""
+def step(
+    family, timer: Timer, bandwidth: float, store: str, rows: int, layers: int, device: str, tiny: bool
+) -> dict[str, Any]:
+    """A step's attention of some layers in one graph: write, attend, observe, consolidate; stores are full. The floor: the time
+    to copy a budget's bytes."""
     _, heads, groups, d, budget = graph.sizes_of(tiny)
-    layers = [graph.Layer(family, device, store, rows, heads, groups, d, budget) for _ in range(2 if tiny else LAYERS)]
-    row = {"family": family.name, "store": store, "rows": rows, "layers": len(layers)}
+    made = [graph.Layer(family, device, store, rows, heads, groups, d, budget, full=not tiny) for _ in range(layers)]
+    row = {"family": family.name, "store": store, "rows": rows, "layers": layers}
+    held = Shape(head_dim=d, kv_heads=heads, groups=groups, slots=budget, rows=rows).kv_bytes
+    row["floor_us"] = layers * held / bandwidth * 1e6
+    layers = made
     caches, observed = [layer.cache for layer in layers], [layer.mass for layer in layers]
     together = LayersOf(caches, observed, LayerTable(device).of(caches, observed))
     # Row i is i tokens ahead: in one step none of the first rows is near its event, in the other one of them retires.
@@ -115,22 +126,3 @@ def forward(layers: list[graph.Layer], together: LayersOf) -> None:
     for layer in layers:
         layer.attend()
     first.family.consolidate_layers(together, first.work.retires[0], first.policy, SINKS, first.scale)
-
-
-def prefill(
-    family, timer: Timer, grain: int, prompt: int, budget: int, device: str, size: dict[str, int]
-) -> dict[str, Any]:
-    """Attention of a prompt in one layer: an event after every `grain` tokens, against causal attention over all of it."""
-    shape = Shape(rows=1, slots=budget + grain, queries=grain, record="zeroth", **size)
-    case = Case(shape, device)
-    checked(family, case, f"{family.name}, grain {grain}")
-    work = Case(Shape(rows=1, slots=budget + grain, **size), device)
-    due = work.retire_work(grain // shape.page_size)
-    attend = timer(lambda: case.attend(family, True))
-    event = timer(lambda: family.consolidate(work.cache, work.mass, due, POLICY, SINKS, work.scale))
-    events = (prompt - budget) // grain
-    stock = timer(baselines.causal(prompt, shape, device))
-    head = timer(baselines.causal(budget, shape, device))
-    ours = head + events * (attend + event)
-    row = {"family": family.name, "grain": grain, "prompt": prompt, "attend_us": attend * 1e6, "event_us": event * 1e6}
-    return row | {"ours_us": ours * 1e6, "stock_us": stock * 1e6, "to_stock": ours / stock}

@@ -1,8 +1,10 @@
 """What run D needs of vLLM, in parts that can be carried: `pack.py WHEEL... --into build/site`.
 
-WHEEL: vllm-0.32.0's of CUDA, and those of Python packages that the GPU machine lacks (shared/docs/gpu.md, section 4), fetched
-with `pip download --no-deps`. Writes part0.zip and so on, none above LIMIT, each of whole files. There, for every part,
-`python3 -m zipfile -e part0.zip /tmp/site`, then PYTHONPATH=/tmp/site. Of vLLM's libraries only those that an H100 asks for.
+WHEEL: those of engine_wheels.txt, for the machine's Python: `pip download --no-deps --only-binary=:all: --python-version 3.12
+--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d build/wheels -r
+benchmarks/gpu/engine_wheels.txt` (and more platforms where pip finds none). Writes part0.zip and so on, none above LIMIT, each of
+whole files. There, in one call for every part while the machine stays warm, `python3 -m zipfile -e build/site/part0.zip
+/tmp/site`; then PYTHONPATH=/tmp/site python3 benchmarks/gpu/run.py D. Of vLLM's libraries only those that an H100 asks for.
 """
 
 import argparse
@@ -10,8 +12,8 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-LIMIT = 55 << 20
-"""Bytes of a part: 64 MiB travel in a call, this repository among them."""
+LIMIT = 54 << 20
+"""Bytes of a part: 64 MiB travel in a call, this repository's 8 among them. The largest library takes 53.6, packed anyhow."""
 LIBRARIES = ("vllm/_C_stable_libtorch.abi3.so", "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so")
 LEFT_OUT = ("vllm/third_party/deep_gemm/", "vllm/third_party/fmha_sm100/", "vllm/third_party/tml_fa4/", "vllm/vllm-rs")
 

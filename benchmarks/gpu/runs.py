@@ -1,6 +1,6 @@
 """The runs of the kit (shared/docs/gpu.md, section 4): what each one does, in order of importance, and how a task is done.
 
-A: right or wrong. B: decode. C: prefill. D: the engine (engine.py, with vLLM carried along).
+A: right or wrong. B: decode. C: prefill. E: the CUDA C++ family. D: the engine (engine.py, with vLLM carried along).
 """
 
 import shutil
@@ -14,71 +14,95 @@ import check
 import graph
 import measure
 import plans
+import prompt as prompt_runs
 from cases import Shape
 from kit import Task
 from machine import Timer, copy_bandwidth
 from momentkv_vllm.triton_kernels import tuning
 
-SECONDS = {"A": 270, "B": 200, "C": 70, "D": 240}
-"""Of a run: 15 minutes of device time are lent in all, starts included, 10 minutes a command."""
-WORKERS = {"A": 8, "B": 1, "C": 1, "D": 1}
+SECONDS = {"A": 180, "B": 170, "C": 80, "E": 90, "D": 230}
+"""Of a run, with what earlier ones of the same call have left: A, B, C and E end before a command is cut off at 600 s, in 15
+minutes of device time that also start the machine."""
+TASK_SECONDS = {"A": 100, "B": 40, "C": 50, "D": 220, "E": 80}
+"""After which a task is given up, so that one that hangs costs no run."""
+WORKERS = {"A": 10, "B": 1, "C": 1, "D": 1, "E": 1}
 """In A compilers take the time; elsewhere a timing must be alone on the GPU."""
-FAMILIES, STORES = ("triton", "cuda"), ("int4", "model", "int8")
-ROWS, BUDGETS, GRAINS = (32, 8, 128, 1), (1024, 4096), (512, 256, 128, 32)
+STORES = ("int4", "model", "int8")
+LAYERS, GRAINS = 32, (512, 256, 128, 32)
 
 
 def tasks(run: str, tiny: bool) -> list[Task]:
-    """All of a run's, the most important first. tiny: what Triton's interpreter gets through."""
-    made = {"A": checks, "B": decodes, "C": prefills, "D": engines}[run](tiny)
-    return [task for task in made if not tiny or task.get("family", "triton") == "triton"]
+    """All of a run's, the most important first: int4 in Triton is the default. tiny: what the interpreter gets through."""
+    return {"A": checks, "B": decodes, "C": prefills, "D": engines, "E": natives}[run](tiny)
 
 
 def checks(tiny: bool) -> list[Task]:
-    stores = ("int4", "model") if tiny else STORES
-    found = [{"what": "life", "family": "triton", "store": store} for store in stores]
-    found += [{"what": "plan"}, {"what": "life", "family": "cuda", "store": "model"}]
-    found += [{"what": "replay", "family": "triton", "store": store} for store in stores[:2]]
-    found += [{"what": "sanitize", "family": family} for family in FAMILIES if not tiny]
-    shapes = check.TINY if tiny else check.SHAPES
-    return found + [{"what": "check", "family": f, "shape": i} for i in range(len(shapes)) for f in FAMILIES]
+    family, grain = {"family": "triton"}, 32 if tiny else 512
+    found: list[Task] = []
+    for store in STORES[:2]:
+        found += [{"what": "life", "store": store, **family}, {"what": "replay", "store": store, **family}]
+        found += [{"what": "reads", "store": store, "grain": grain, **family}]
+    found += [{"what": "plan"}]
+    found += [] if tiny else [{"what": "sanitize", **family}, {"what": "life", "store": "int8", **family}]
+    return found + [{"what": "check", "shape": i, **family} for i in range(len(_shapes(tiny)))]
 
 
 def decodes(tiny: bool) -> list[Task]:
+    family = {"family": "triton"}
     if tiny:
-        one = [{"what": "decode", "family": "triton", "rows": 1, "slots": 64, "record": "zeroth"}]
-        one += [{"what": "context", "family": "triton", "rows": 1, "tokens": 128}, {"what": "copy"}]
-        one += [{"what": "retire", "family": "triton", "rows": 1, "slots": 96}]
-        one += [{"what": "variant", "kernel": "decode", "number": n, "rows": 1, "slots": 64} for n in (0, 11)]
-        return one + [{"what": "step", "family": "triton", "store": "model", "rows": 2}]
+        one = [{"what": "copy"}, {"what": "context", "rows": 1, "tokens": 128, **family}]
+        one += [{"what": "decode", "rows": 1, "slots": 64, "record": "zeroth", **family}]
+        one += [{"what": "retire", "rows": 1, "slots": 96, **family}]
+        variant = {"what": "variant", "kernel": "decode", "rows": 1}
+        one += [variant | {"number": n, "slots": s, "store": k} for n, s, k in ((0, 64, "model"), (11, 128, "int4"))]
+        return one + [{"what": "step", "store": s, "rows": 2, "layers": 2, **family} for s in STORES[:2]]
     found: list[Task] = [{"what": "copy"}]
-    found += [{"what": "step", "family": "triton", "store": s, "rows": r} for r in (32, 8) for s in ("int4", "model")]
-    for rows in ROWS:
-        for slots in BUDGETS:
-            here = {"rows": rows, "slots": slots}
-            found += [{"what": "decode", "family": f, "record": "zeroth", **here} for f in FAMILIES]
-            found += [
-                {"what": "variant", "kernel": "decode", "number": n, **here} for n in range(12) if rows in (8, 32)
-            ]
-        found += [{"what": "retire", "family": f, "rows": rows, "slots": 1024} for f in FAMILIES]
-        found += [{"what": "context", "family": "triton", "rows": rows, "tokens": 8192}]
-    found += [{"what": "step", "family": "cuda", "store": "model", "rows": 32}]
-    found += [{"what": "decode", "family": f, "record": "bfloat16", "rows": 32, "slots": 1024} for f in FAMILIES]
-    return found + [
-        {"what": "context", "family": "triton", "rows": r, "tokens": t} for t in (32768, 131072) for r in (1, 8)
-    ]
+
+    def steps(rows: int, layers: int = LAYERS) -> list[Task]:
+        return [{"what": "step", "store": s, "rows": rows, "layers": layers, **family} for s in STORES[:2]]
+
+    def variants(store: str, rows: int) -> list[Task]:
+        one = {"what": "variant", "kernel": "decode", "store": store, "rows": rows, "slots": 1024}
+        return [one | {"number": n} for n in range(len(tuning.DECODE_VARIANTS))]
+
+    def retires(rows: int) -> list[Task]:
+        return [{"what": "retire", "rows": rows, "slots": 1024, **family}]
+
+    def contexts(rows: int, tokens: int) -> list[Task]:
+        return [{"what": "context", "rows": rows, "tokens": tokens, **family}]
+
+    def kernels(rows: int, slots: int, record: str = "zeroth") -> list[Task]:
+        return [{"what": "decode", "rows": rows, "slots": slots, "record": record, **family}]
+
+    found += steps(32) + contexts(32, 8192) + variants("int4", 32) + steps(8) + retires(32)
+    found += kernels(32, 1024) + kernels(8, 1024) + variants("model", 32) + contexts(8, 32768) + steps(128, 16)
+    found += kernels(32, 4096) + variants("int4", 8) + retires(8) + contexts(1, 32768) + contexts(8, 131072)
+    return found + kernels(32, 1024, "bfloat16") + kernels(1, 1024) + kernels(128, 1024) + variants("model", 8)
 
 
 def prefills(tiny: bool) -> list[Task]:
     if tiny:
-        return [{"what": "prefill", "family": "triton", "grain": 32, "prompt": 128}]
-    found = [
-        {"what": "prefill", "family": f, "grain": g, "prompt": p}
-        for p in (8192, 32768)
-        for g in GRAINS
-        for f in FAMILIES
-    ]
-    chunk = {"what": "variant", "kernel": "chunk", "rows": 1, "slots": 1536}
-    return found[:8] + [chunk | {"number": n} for n in range(8)] + found[8:]
+        return [{"what": "prefill", "family": "triton", "store": "int4", "grain": 32, "prompt": 200}]
+    one = {"what": "prefill", "family": "triton"}
+    found = [one | {"store": "int4", "grain": grain, "prompt": 8192} for grain in GRAINS]
+    found += [one | {"store": s, "grain": 512, "prompt": p} for s, p in (("model", 8192), ("int4", 32768))]
+    chunk = {"what": "variant", "kernel": "chunk", "store": "model", "rows": 1, "slots": 1536}
+    found += [chunk | {"number": n} for n in range(len(tuning.CHUNK_VARIANTS))]
+    return found + [one | {"store": "model", "grain": grain, "prompt": 8192} for grain in GRAINS[1:]]
+
+
+def natives(tiny: bool) -> list[Task]:
+    """The CUDA C++ family, which knows no quantised stores."""
+    if tiny:
+        return []
+    family = {"family": "cuda"}
+    found = [{"what": "life", "store": "model", **family}, {"what": "sanitize", **family}]
+    found += [{"what": "check", "shape": i, **family} for i in range(0, len(_shapes(tiny)), 4)]
+    found += [{"what": "step", "store": "model", "rows": 32, "layers": LAYERS, **family}]
+    for rows in (32, 8):
+        found += [{"what": "decode", "rows": rows, "slots": 1024, "record": "zeroth", **family}]
+        found += [{"what": "retire", "rows": rows, "slots": 1024, **family}]
+    return found + [{"what": "check", "shape": i, **family} for i in range(len(_shapes(tiny))) if i % 4]
 
 
 def engines(tiny: bool) -> list[Task]:
@@ -89,6 +113,10 @@ def engines(tiny: bool) -> list[Task]:
     return [{"what": "engine", "arguments": [*common, "32"]}, {"what": "engine", "arguments": [*common, "1", "8"]}]
 
 
+def _shapes(tiny: bool) -> list[Shape]:
+    return check.TINY if tiny else check.SHAPES
+
+
 def do(task: Task, device: str) -> dict[str, Any]:
     """A task's result. Raises whatever goes wrong, AssertionError where an answer is not right."""
     tiny = device == "cpu"
@@ -97,13 +125,12 @@ def do(task: Task, device: str) -> dict[str, Any]:
         return _engine(**given)
     if "family" in task:
         given["family"] = _family(task["family"])
-    return {"copy": _copy, "life": _life, "plan": _plan, "replay": _replay, "sanitize": _sanitize, "check": _check,
-            "decode": _decode, "context": _context, "retire": _retire, "variant": _variant, "step": _step,
+    return {"copy": _copy, "life": _life, "plan": _plan, "replay": _replay, "reads": _reads, "sanitize": _sanitize,
+            "check": _check, "decode": _decode, "context": _context, "retire": _retire, "variant": _variant, "step": _step,
             "prefill": _prefill}[task["what"]](device=device, tiny=tiny, **given)  # fmt: skip
 
 
 def _family(name: str):
-
     found = check.families()
     if name not in found:
         raise LookupError(f"the family {name} does not work here: {check.named(name).objections()}")
@@ -112,7 +139,6 @@ def _family(name: str):
 
 @cache
 def _timer(device: str) -> Timer:
-
     return Timer(device)
 
 
@@ -141,6 +167,10 @@ def _replay(device: str, tiny: bool, family, store: str) -> dict[str, Any]:
     return graph.replay(family, device, tiny, store)
 
 
+def _reads(device: str, tiny: bool, family, store: str, grain: int) -> dict[str, Any]:
+    return prompt_runs.life(family, device, store, grain, _layer(tiny))
+
+
 def _sanitize(device: str, tiny: bool, family) -> dict[str, Any]:
     """compute-sanitizer over the smallest checks."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
@@ -148,13 +178,13 @@ def _sanitize(device: str, tiny: bool, family) -> dict[str, Any]:
     code = f"import sys; sys.path[:0] = [{here!r}, {str(Path(here).parent)!r}]; import check; "
     code += f"[check.check(s, {family.name!r}, check.families()[{family.name!r}], 'cuda') for s in check.SANITIZED]"
     command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, (done.stdout + done.stderr)[-600:]
     return {"family": family.name, "says": done.stdout.strip().splitlines()[-1]}
 
 
 def _check(device: str, tiny: bool, family, shape: int) -> dict[str, Any]:
-    return check.check((check.TINY if tiny else check.SHAPES)[shape], family.name, family, device)
+    return check.check(_shapes(tiny)[shape], family.name, family, device)
 
 
 def _decode(device: str, tiny: bool, family, rows: int, slots: int, record: str) -> dict[str, Any]:
@@ -172,18 +202,23 @@ def _retire(device: str, tiny: bool, family, rows: int, slots: int) -> dict[str,
     return measure.retire(family, _timer(device), Shape(**_size(tiny), rows=rows, slots=slots), device)
 
 
-def _variant(device: str, tiny: bool, kernel: str, number: int, rows: int, slots: int) -> dict[str, Any]:
+def _variant(device: str, tiny: bool, kernel: str, number: int, store: str, rows: int, slots: int) -> dict[str, Any]:
     variants, queries = {"decode": (tuning.DECODE_VARIANTS, 1), "chunk": (tuning.CHUNK_VARIANTS, 512)}[kernel]
     shape = Shape(**_size(tiny), rows=rows, slots=slots, queries=queries)
-    return measure.variant(_timer(device), shape, variants[number], device)
+    return measure.variant(_timer(device), shape, variants[number], store, device, tiny)
 
 
-def _step(device: str, tiny: bool, family, store: str, rows: int) -> dict[str, Any]:
-    return measure.step(family, _timer(device), store, rows, device, tiny)
+def _step(device: str, tiny: bool, family, store: str, rows: int, layers: int) -> dict[str, Any]:
+    return measure.step(family, _timer(device), _bandwidth(device), store, rows, layers, device, tiny)
 
 
-def _prefill(device: str, tiny: bool, family, grain: int, prompt: int) -> dict[str, Any]:
-    return measure.prefill(family, _timer(device), grain, prompt, min(1024, prompt // 2), device, _size(tiny))
+def _layer(tiny: bool) -> dict[str, int]:
+    _, heads, groups, d, budget = graph.sizes_of(tiny)
+    return {"heads": heads, "groups": groups, "d": d, "budget": budget}
+
+
+def _prefill(device: str, tiny: bool, family, store: str, grain: int, prompt: int) -> dict[str, Any]:
+    return prompt_runs.timed(family, device, store, grain, prompt, _layer(tiny))
 
 
 def _engine(arguments: list[str]) -> dict[str, Any]:

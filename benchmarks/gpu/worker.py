@@ -1,4 +1,4 @@
-"""One worker of a run: `worker.py JOB`, JSON of its tasks, of the file for results, and whether Triton interprets."""
+"""One worker of a run: `worker.py JOB`, a file with its tasks (kit.py)."""
 
 import json
 import sys
@@ -8,11 +8,12 @@ sys.path.append(str(Path(__file__).parents[1]))  # shape.py
 
 
 def main() -> None:
-    job = json.loads(sys.argv[1])
+    path = Path(sys.argv[1])
     import kit
     import runs
 
-    kit.work(job, lambda task: runs.do(task, "cpu" if job["interpreted"] else "cuda"))
+    device = "cpu" if json.loads(path.read_text())["interpreted"] else "cuda"
+    kit.work(path, lambda task: runs.do(task, device))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from momentkv_vllm.attention.layer import EvictingImpl
 from momentkv_vllm.attention.monitor import Monitor
+from momentkv_vllm.attention.prompt_lengths import ask_for_prompt_lengths, prompt_lengths
 from momentkv_vllm.attention.self_check import check_cache_layout
 from momentkv_vllm.attention.sharing import SharingPlanner
 from momentkv_vllm.attention.spec_hook import (
@@ -94,19 +95,15 @@ class MomentKVMetadataBuilder(CPUAttentionMetadataBuilder):
         self.planner = planner(kv_cache_spec.schedules, config, config.policy_class)
         if get_tensor_model_parallel_rank() == 0:
             self.monitor = Monitor(kv_cache_spec)
-        if any(schedule.reads_prompt_lengths for schedule in kv_cache_spec.schedules):
-            # Makes the runner hand prompt lengths to builders (CommonAttentionMetadata.rswa_prefix_lens), the only field
-            # that carries them. Nothing else on a CPU worker reads this attribute of this process's config copy (ledger of
-            # patches: vllm_seams/__init__.py).
-            vllm_config.model_config.model_arch_config.rswa_window = vllm_config.model_config.max_model_len
+        ask_for_prompt_lengths(self, kv_cache_spec.schedules, vllm_config)
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> CPUAttentionMetadata:
         stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
         if self.planner is None:
             return stock
-        n, prompts = common_attn_metadata.num_reqs, common_attn_metadata.rswa_prefix_lens
+        n = common_attn_metadata.num_reqs
         EvictingBackend.step_rows = StepRows(
-            common_attn_metadata.seq_lens[:n].tolist(), [0] * n if prompts is None else prompts[:n].tolist()
+            common_attn_metadata.seq_lens[:n].tolist(), prompt_lengths(common_attn_metadata, n)
         )
         return self._with_plan(stock, common_attn_metadata, self.monitor)
 

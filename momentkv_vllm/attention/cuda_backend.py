@@ -27,6 +27,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from momentkv_vllm.attention.at_end import RetireAtEnd
 from momentkv_vllm.attention.layer import EvictingImpl
+from momentkv_vllm.attention.prompt_lengths import ask_for_prompt_lengths, on_device, prompt_lengths
 from momentkv_vllm.attention.spec_hook import EvictingBackend, require_bounded_spec
 from momentkv_vllm.attention.step_plan import MAX_SLOTS_PER_WORK, StepPlan, StepPlanner
 from momentkv_vllm.attention.step_plan_on_device import DecodePlanner
@@ -43,6 +44,16 @@ logger = init_logger(f"vllm.{__name__}")
 
 ANY_SLOTS = 1 << 62
 """Retained slots of one work list: kernels read them in place, and every further list is a launch more."""
+
+REFUSED = {
+    "has_sliding_window": "sliding-window layers",
+    "has_sink": "attention sinks",
+    "use_mm_prefix": "images read in both directions",
+    "use_kv_connector": "KV connectors",
+    "use_dcp": "decode context parallelism",
+    "use_pcp": "prefill context parallelism",
+}
+"""What vLLM asks of a layer's backend, in words."""
 
 
 @dataclass
@@ -76,10 +87,8 @@ class CudaMomentKVBackend(EvictingBackend, TritonAttentionBackend):
         reasons = super().validate_configuration(head_size, dtype, kv_cache_dtype, *args, **kwargs)
         if kv_cache_dtype not in (None, "auto", "float16", "bfloat16", "float32"):
             reasons.append(f"--kv-eviction does not support kv_cache_dtype {kv_cache_dtype}; use auto")
-        for feature in ("has_sliding_window", "has_sink", "use_mm_prefix", "use_kv_connector", "use_dcp", "use_pcp"):
-            if kwargs.get(feature):
-                reasons.append(f"--kv-eviction does not support {feature}")
-        return reasons
+        refused = (what for key, what in REFUSED.items() if kwargs.get(key))
+        return reasons + [f"--kv-eviction does not support {what} on a GPU; serve without it" for what in refused]
 
     @staticmethod
     def get_impl_cls() -> type["CudaMomentKVImpl"]:
@@ -119,7 +128,9 @@ class CudaMomentKVMetadataBuilder(TritonAttentionMetadataBuilder):
         kernels = _family(config, kv_cache_spec)
         logger.info_once("--kv-eviction %s: kernels %s", config.policy, kernels.label())
         gathers = kernels.name == "reference"
-        self.planner = StepPlanner([schedule], config, policy, MAX_SLOTS_PER_WORK if gathers else ANY_SLOTS)
+        most_slots = MAX_SLOTS_PER_WORK if gathers else ANY_SLOTS
+        self.planner = StepPlanner([schedule], config, policy, most_slots, schedule.most_retired_pages)
+        ask_for_prompt_lengths(self, kv_cache_spec.schedules, vllm_config)
         if _plans_on_device(config, kernels):
             sizes = vllm_config.compilation_config.cudagraph_capture_sizes or [0]
             rows = max(vllm_config.scheduler_config.max_num_seqs, *sizes, 1)
@@ -135,8 +146,9 @@ class CudaMomentKVMetadataBuilder(TritonAttentionMetadataBuilder):
             return stock
         if self.decode_planner is not None and common.max_query_len == 1:
             n = common.num_reqs
+            prompts = on_device(common, n, self.device)
             step = self.decode_planner.update(
-                common.seq_lens[:n], common.query_start_loc[: n + 1], common.block_table_tensor[:n]
+                common.seq_lens[:n], common.query_start_loc[: n + 1], common.block_table_tensor[:n], prompts
             )
             at_end = RetireAtEnd(step.rounds[0].retires.pop(), self.layers, self.layer_table)
             return CudaMomentKVMetadata(**vars(stock), eviction=step, at_end=at_end)
@@ -156,7 +168,7 @@ class CudaMomentKVMetadataBuilder(TritonAttentionMetadataBuilder):
         # Padding requests come last and have no query.
         n = sum(b > a for a, b in zip(starts, starts[1:], strict=False))
         table = common.block_table_tensor[:n]
-        step = self.planner.build(starts[: n + 1], lens[:n].tolist(), [0] * n, self._places_of(table))
+        step = self.planner.build(starts[: n + 1], lens[:n].tolist(), prompt_lengths(common, n), self._places_of(table))
         return step, F.pad(table.flatten().long(), (1, 0))
 
     def _places_of(self, table: torch.Tensor) -> torch.Tensor:

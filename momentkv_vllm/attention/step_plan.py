@@ -80,6 +80,9 @@ class StepPlanner:
     """Builds `StepPlan`; pure index arithmetic on the CPU, no model data.
 
     schedules: of the budget classes, the default's first.
+    most_slots: as MAX_SLOTS_PER_WORK.
+    retired_pages: 0, or the width of every retire list: rows that retire in a round are one list then, padded. A kernel that
+        is compiled by widths is compiled once, and launched once a round.
     """
 
     def __init__(
@@ -88,9 +91,10 @@ class StepPlanner:
         config: EvictionConfig,
         policy: type[Policy],
         most_slots: int = MAX_SLOTS_PER_WORK,
+        retired_pages: int = 0,
     ) -> None:
         self.schedules = schedules
-        self.most_slots = most_slots
+        self.most_slots, self.retired_pages = most_slots, retired_pages
         self.config = config
         self.observe = policy.observes is not None
         self.observe_all = policy.observes_every_query()
@@ -190,7 +194,8 @@ class StepPlanner:
         due: dict[tuple[int, int], list[Segment]] = {}
         for s in segments:
             if s.retire_to:
-                due.setdefault((s.schedule, s.retire_to - self._retire_from(s)), []).append(s)
+                width = self.retired_pages or s.retire_to - self._retire_from(s)
+                due.setdefault((s.schedule, width), []).append(s)
         return [self._retire(due[key], table) for key in sorted(due)]
 
     def _split(self, segments: list[Segment]) -> Iterator[list[Segment]]:
@@ -237,10 +242,13 @@ class StepPlanner:
 
     def _retire(self, segments: list[Segment], table: np.ndarray) -> RetireWork:
         rows, schedule = [s.row for s in segments], self.schedules[segments[0].schedule]
-        retiring = [table[s.row, self._retire_from(s) : s.retire_to] for s in segments]
+        pages = [table[s.row, self._retire_from(s) : s.retire_to] for s in segments]
+        retiring = np.full((len(rows), self.retired_pages or len(pages[0])), -1, np.int64)
+        for row, found in zip(retiring, pages, strict=True):
+            row[: len(found)] = found
         return RetireWork(
             store_pages=torch.from_numpy(table[rows, : schedule.store_pages].astype(np.int64)),
-            retiring_pages=torch.from_numpy(np.stack(retiring).astype(np.int64)),
+            retiring_pages=torch.from_numpy(retiring),
             moment_pages=self._moment_pages(segments, table),
             num_evicted=self._count(segments),
             run_tokens=schedule.run_tokens,

@@ -34,7 +34,7 @@ def uploaded(lists: list[Any], table: torch.Tensor) -> list[Any]:
     it is every step's own: torch gives it to no later step before the device has read it.
 
     Args:
-        lists: on the host. PAGE_FIELDS hold places in `table` and come back as page numbers.
+        lists: on the host. PAGE_FIELDS hold places in `table` and come back as page numbers; -1, which pads, stays.
         table: [places] int64.
     """
     columns: dict[tuple[bool, torch.dtype], list[torch.Tensor]] = defaultdict(list)
@@ -53,7 +53,8 @@ def uploaded(lists: list[Any], table: torch.Tensor) -> list[Any]:
     parts: dict[tuple[bool, torch.dtype], Iterator[torch.Tensor]] = {}
     for (are_pages, dtype), column in zip(columns, there, strict=True):
         flat = column.view(dtype)
-        parts[are_pages, dtype] = _parted(table[flat] if are_pages else flat, columns[are_pages, dtype])
+        numbers = torch.where(flat < 0, flat, table[flat]) if are_pages else flat
+        parts[are_pages, dtype] = _parted(numbers, columns[are_pages, dtype])
     return [mapped(work, lambda name, x: next(parts[name in PAGE_FIELDS, x.dtype])) for work in lists]
 
 

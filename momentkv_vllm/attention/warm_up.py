@@ -15,11 +15,11 @@ from momentkv_vllm.page_schedule import cdiv
 def warm_up(impl: EvictingImpl, planner: StepPlanner, spec: MomentKVSpec, device: torch.device) -> None:
     """Steps of two sequences of zeros in a cache of their own, as if `impl` served them; what they leave is thrown away.
 
-    The first reads a prompt across its first event and a later one; the second retires in decode beside it, then both decode.
-    Captured steps compile what they need themselves.
+    The first reads a prompt across its first event, a later one and what catches up with the finer grain; the second retires in
+    decode beside it, then both decode. Captured steps compile what they need themselves.
     """
     page_size, first = spec.block_size, spec.schedule.first_event_tokens
-    prompt = first + spec.schedule.retire_tokens + 2
+    prompt = first + spec.schedule.prefill_retire_tokens + spec.schedule.retire_tokens + 2
     columns = cdiv(prompt + page_size, page_size)
     pages = torch.arange(2 * columns + 1)
     table, shape = pages[1:].view(2, columns), (len(pages), spec.num_kv_heads, page_size, 2 * spec.head_size)
@@ -27,7 +27,7 @@ def warm_up(impl: EvictingImpl, planner: StepPlanner, spec: MomentKVSpec, device
     lens = [0, 0]
     for new in ([prompt, first - 1], [2, 1], [1, 1]):
         lens = [a + b for a, b in zip(lens, new, strict=True)]
-        step = planner.build([0, new[0], sum(new)], lens, [0, 0], table)
+        step = planner.build([0, new[0], sum(new)], lens, [prompt, 0], table)
         upload_step(step, [], pages.to(device))
         query = torch.zeros(sum(new), impl.num_heads, spec.head_size, dtype=spec.dtype, device=device)
         key = query[:, : spec.num_kv_heads]

@@ -22,7 +22,7 @@ that a user could have given (engine_args.py sets some that were left open). The
 | gpu_model_runner.copy_kv_cache_blocks_inplace | block_memory.py | hybrids: pages are copied in part | copies are whole |
 | Worker.determine_available_memory | gpu.py | what is observed lies beside the granted memory | specs ask for it |
 | EngineCore.kv_eviction_states | engine_core.py | no states in files | vLLM lets a scheduler call workers |
-| model_arch_config.rswa_window | attention/cpu_backend.py | builders learn no prompt lengths | their metadata has them |
+| model_arch_config.rswa_window | attention/prompt_lengths.py | builders learn no prompt lengths | their metadata has them |
 
 The first three are in place before vLLM builds its parser. The fourth mends stock vLLM as well. The fifth runs the model once,
 when its KV cache is there. What concerns budgets of requests changes nothing for one that names none. Those of block_memory.py

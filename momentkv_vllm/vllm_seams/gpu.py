@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.environment import ALLOW_UNTESTED_GPU
 from momentkv_vllm.kernels.observed import page_bytes
-from momentkv_vllm.model_layers import sharing_layers
+from momentkv_vllm.model_layers import has_windows, sharing_layers
 from momentkv_vllm.refuse import Unsupported
 
 if TYPE_CHECKING:
@@ -92,9 +92,8 @@ def gpu_rows(platform: Any, vllm_config: "VllmConfig", config: EvictionConfig) -
             "use --kv-eviction-config.prefill chunked",
         ),
         Unsupported(
-            f"prefill_retire_tokens={config.prefill_retire_tokens} on a GPU, whose steps know no prompt lengths yet",
-            config.prefill_retire_tokens is not None,
-            "leave prefill_retire_tokens out",
+            "models with sliding-window layers on a GPU, whose layers all get the work lists of one kind of step",
+            has_windows(vllm_config.model_config),
         ),
         Unsupported(
             "models with KV sharing between layers on a GPU, where all layers evict after the last one with a cache",

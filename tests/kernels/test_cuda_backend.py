@@ -13,6 +13,7 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 from momentkv_vllm.attention import cpu_backend
 from momentkv_vllm.attention.cpu_backend import MomentKVBackend, MomentKVImpl, MomentKVMetadataBuilder
 from momentkv_vllm.attention.cuda_backend import CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder
+from momentkv_vllm.attention.step_plan import Round, StepPlan
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import select, triton
 from momentkv_vllm.kernels.cache_view import CacheView
@@ -20,6 +21,7 @@ from momentkv_vllm.kernels.worklists import AttendWork
 from momentkv_vllm.plugin import register
 from momentkv_vllm.vllm_seams import gpu
 
+CUDA = (CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -67,6 +69,60 @@ def test_the_layer_answers_as_the_cpu_backend(models, monkeypatch, policy):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="run by test_interpreter.py")
+def test_the_layer_answers_as_the_cpu_backend_while_prompts_are_read_by_their_own_grain(models, monkeypatch):
+    """Coarse events, the catch-up at a prompt's end, and that of a prompt whose last token comes alone, by the device's plan."""
+    register()
+    monkeypatch.setattr(TritonAttentionImpl, "forward", stock_attention)
+    config = config_of(models(), prefill_retire_tokens=48)
+    cpu = Side(config, MomentKVBackend, MomentKVImpl, MomentKVMetadataBuilder)
+    cuda = Side(config, CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder)
+    assert cuda.builder.decode_planner is not None and config.model_config.rswa_window == 512
+    generator, lens, prompts = torch.Generator().manual_seed(2), [0, 0, 0], [176, 90, 150]
+    schedule, shapes = cpu.builder.planner.schedules[0], set()
+    for new in ([100, 50, 149], [75, 40, 1], *[[1, 1, 1]] * 9):
+        lens = [a + b for a, b in zip(lens, new)]
+        tokens, common = new_tokens(sum(new), generator), common_of(lens, new, prompts=prompts)
+        want = cpu.step(common, *tokens)
+        torch.testing.assert_close(cuda.step(common, *tokens), want, rtol=1e-4, atol=1e-4)
+        decode = max(new) == 1
+        grown = [
+            schedule.boundary_column(b, p) - schedule.boundary_column(b - n, p) for b, n, p in zip(lens, new, prompts)
+        ]
+        shapes |= {(decode, columns) for columns in grown if columns}
+    assert schedule.retire_pages == 1 and {(True, 2), (False, 3)} <= shapes, "a catch-up in a step of single queries"
+
+
+def test_prompt_lengths_reach_both_planners(models, monkeypatch):
+    """Also where graphs are captured and there are no prompts."""
+    register()
+    monkeypatch.setattr(triton.Triton, "objections", lambda self: [])
+    cuda = Side(config_of(models(), prefill_retire_tokens=48), *CUDA)
+    given = []
+    monkeypatch.setattr(
+        cuda.builder.decode_planner, "update", lambda *args: given.append(args[-1]) or StepPlan([], [Round([], [None])])
+    )
+    monkeypatch.setattr(
+        cuda.builder.planner, "build", lambda starts, lens, prompts, table: given.append(prompts) or StepPlan([0], [])
+    )
+    cuda.builder.build(0, common_of([170, 40], [1, 1], prompts=[100, 40]))
+    cuda.builder.build(0, common_of([170, 40], [30, 1], prompts=[200, 40]))
+    cuda.builder.build_for_cudagraph_capture(common_of([1], [1]))
+    assert given[0].tolist() == [100, 40] and given[1] == [200, 40] and given[2] is None
+    plain = Side(config_of(models()), *CUDA)
+    assert plain.builder.vllm_config.model_config.rswa_window is None
+
+
+def test_vllms_own_mask_stays_away_from_prompts(models):
+    """The second builder of a process finds the setting of the first."""
+    register()
+    config = config_of(models(), prefill_retire_tokens=48)
+    for _ in range(2):
+        builder = Side(config, *CUDA).builder
+        stock = builder.build(0, common_of([30], [30], prompts=[30]))
+        assert stock.rswa_prefix_lens is None and stock.rswa_window is None
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="run by test_interpreter.py")
 def test_decode_steps_reuse_their_buffers(models):
     """What a captured graph holds on to: every list at its address, of its shape, whatever retires."""
     register()
@@ -111,7 +167,8 @@ def test_the_backend_is_vllms_custom_one():
 
 @pytest.mark.parametrize(
     ("change", "word"),
-    [({}, None), ({"kv_cache_dtype": "fp8"}, "fp8"), ({"has_sliding_window": True}, "sliding"), ({"block_size": 24}, "block_size")],
+    [({}, None), ({"kv_cache_dtype": "fp8"}, "fp8"), ({"block_size": 24}, "block_size"),
+     ({"has_sliding_window": True}, "sliding-window layers on a GPU"), ({"has_sink": True}, "attention sinks on a GPU")],
 )  # fmt: skip
 def test_layers_that_it_cannot_serve(change, word):
     from vllm.platforms.interface import DeviceCapability
@@ -125,7 +182,9 @@ def test_layers_that_it_cannot_serve(change, word):
 
 def asked(**text):
     """As much of a vLLM configuration as these refusals read."""
-    model = SimpleNamespace(hf_text_config=SimpleNamespace(**text))
+    model = SimpleNamespace(
+        hf_text_config=SimpleNamespace(**text), attention_chunk_size=None, max_model_len=512, is_hybrid=False
+    )
     return SimpleNamespace(speculative_config=None, model_config=model)
 
 
@@ -142,29 +201,34 @@ def test_a_gpu_is_refused_unless_the_user_insists(monkeypatch, caplog, insists):
     assert any(row.present for row in gpu.gpu_rows(other, asked(), config))
 
 
-@pytest.mark.parametrize("values", [{"prefill": "auto"}, {"prefill_retire_tokens": 256}])
-def test_events_that_depend_on_a_prompt_s_length_are_refused_on_a_gpu(monkeypatch, values):
+@pytest.mark.parametrize("prefill", ["auto", "full"])
+def test_prompts_that_are_exact_are_refused_on_a_gpu(monkeypatch, prefill):
+    """Their events retire any number of pages, and lists have a width."""
+    rows = refused_on_a_gpu(monkeypatch, EvictionConfig("momentkv", prefill=prefill, prefill_retire_tokens=256))
+    (row,) = rows
+    assert prefill in row.feature and "prefill chunked" in row.way_out
+
+
+def test_layers_with_a_window_are_refused_on_a_gpu(monkeypatch):
+    """GPT-OSS, Gemma, OLMo 3; not a window as long as any sequence."""
+    (row,) = refused_on_a_gpu(monkeypatch, EvictionConfig("momentkv"), sliding_window=128)
+    assert "sliding-window layers on a GPU" in row.feature
+    assert not refused_on_a_gpu(monkeypatch, EvictionConfig("momentkv"), sliding_window=512)
+
+
+def refused_on_a_gpu(monkeypatch, config, **text):
     monkeypatch.setenv(gpu.ALLOW_UNTESTED_GPU.name, "1")
     platform = SimpleNamespace(device_type="cuda", is_cpu=lambda: False, is_cuda=lambda: True)
-    rows = gpu.gpu_rows(platform, asked(), EvictionConfig("momentkv", **values))
-    (refused,) = [row for row in rows if row.present]
-    ((key, value),) = values.items()
-    assert key in refused.feature and str(value) in refused.feature and key in refused.way_out
+    return [row for row in gpu.gpu_rows(platform, asked(**text), config) if row.present]
 
 
 def test_several_budgets_are_refused_on_a_gpu(monkeypatch):
-    monkeypatch.setenv(gpu.ALLOW_UNTESTED_GPU.name, "1")
-    platform = SimpleNamespace(device_type="cuda", is_cpu=lambda: False, is_cuda=lambda: True)
-    rows = gpu.gpu_rows(platform, asked(), EvictionConfig("momentkv", budgets="256,off"))
-    (refused,) = [row for row in rows if row.present]
+    (refused,) = refused_on_a_gpu(monkeypatch, EvictionConfig("momentkv", budgets="256,off"))
     assert "several budgets (256, off) on a GPU" in refused.feature and "--kv-budget" in refused.way_out
 
 
 def test_layers_that_share_a_cache_are_refused_on_a_gpu(monkeypatch):
-    monkeypatch.setenv(gpu.ALLOW_UNTESTED_GPU.name, "1")
-    platform = SimpleNamespace(device_type="cuda", is_cpu=lambda: False, is_cuda=lambda: True)
-    rows = gpu.gpu_rows(platform, asked(num_kv_shared_layers=20), EvictionConfig("momentkv"))
-    (refused,) = [row for row in rows if row.present]
+    (refused,) = refused_on_a_gpu(monkeypatch, EvictionConfig("momentkv"), num_kv_shared_layers=20)
     assert "KV sharing between layers on a GPU" in refused.feature
 
 

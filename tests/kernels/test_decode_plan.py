@@ -42,7 +42,21 @@ def test_the_device_plans_what_the_host_plans_for_quantised_stores(policy, corre
     check_schedule(config, schedule)
 
 
-def check_schedule(config: EvictionConfig, schedule: PageSchedule):
+@needs_interpreter
+@pytest.mark.parametrize("store", ["model", "int4"])
+def test_the_device_plans_what_the_host_plans_for_prompts_with_a_grain_of_their_own(store):
+    """Single tokens of prompts that are read, a prompt's last one among them."""
+    settings = {"policy": "momentkv", "budget_tokens": 192, "store_dtype": store, "retire_tokens": 16}
+    config = EvictionConfig.from_dict(settings | {"prefill_retire_tokens": 64})
+    schedule = StateLayout.of(config, 16, 64, torch.bfloat16).schedule
+    assert schedule.prefill_retire_pages == 4 * schedule.retire_pages
+    check_schedule(config, schedule)
+    for prompt in (0, 100, 192, 199, 300, 317, 1000):
+        check_schedule(config, schedule, prompt)
+
+
+def check_schedule(config: EvictionConfig, schedule: PageSchedule, prompt: int = 0):
+    """prompt: length of every row's."""
     policy = config.policy
     host = StepPlanner([schedule], config, find(policy))
     planner = DecodePlanner(schedule, config, find(policy), 8, "cpu")
@@ -52,12 +66,13 @@ def check_schedule(config: EvictionConfig, schedule: PageSchedule):
     query_start = torch.tensor([0, 1, 2, 3, 3, 4, 5], dtype=torch.int32)  # row 3 is padding
     events = 0
     period = schedule.retire_tokens
+    prompts = torch.full((6,), prompt, dtype=torch.int32)
     for step in (0, 1, 2, 3, period + 1, period + 2, period + 3, 2 * period + 2):
         edge = schedule.first_event_tokens - 2
         # The last row is about to fill the store: 40 tokens on, unless it holds more.
         full = edge + cdiv(max(0, schedule.store_tokens - edge), period) * period
         lens = [1 + step, edge + step, edge + 7 + step, 0, edge + 40 + step, full + step]
-        made = planner.update(torch.tensor(lens, dtype=torch.int32), query_start, table).rounds[0]
+        made = planner.update(torch.tensor(lens, dtype=torch.int32), query_start, table, prompts).rounds[0]
         attend, retire_work = made.attends[0], made.retires[0]
         assert places_of(attend) == {name: places[name] for name in places_of(attend)}
         assert attend.num_queries.tolist() == [1, 1, 1, 0, 1, 1] and (retire_work.retiring_pages[3] == -1).all()
@@ -65,16 +80,16 @@ def check_schedule(config: EvictionConfig, schedule: PageSchedule):
         assert retire_work.due[: 1 + len(due)].tolist() == [len(due), *due]
         events += int((retire_work.retiring_pages >= 0).any(1).sum())
         for row in (0, 1, 2, 4, 5):
-            check_row(host, attend, retire_work, row, int(query_start[row]), lens[row], table)
-    assert events >= 3
+            check_row(host, attend, retire_work, row, int(query_start[row]), lens[row], table, prompt)
+    assert events >= (3 if prompt <= schedule.first_event_tokens else 1)
 
 
 def places_of(work):
     return {name: x.data_ptr() for name, x in vars(work).items() if isinstance(x, torch.Tensor)}
 
 
-def check_row(host, attend, retire, row, token, end, table):
-    segment = next(host._segments(row, token, end - 1, end, 0, 0))
+def check_row(host, attend, retire, row, token, end, table, prompt):
+    segment = next(host._segments(row, token, end - 1, end, prompt, 0))
     want = host._attend([segment], table.numpy())
     pages = want.pages.shape[1]
     assert attend.pages[row, :pages].tolist() == want.pages[0].tolist() and not attend.pages[row, pages:].any()

@@ -31,7 +31,12 @@ def test_the_runs_without_a_gpu(tmp_path):
         assert results["interpreted"] and "interpreter" in results["machine"]["gpu"] and results["machine"]["commit"]
         assert not results["failed"] and not results["left"]
     kinds = {run: {line["task"]["what"] for line in results["done"]} for run, results in found.items()}
-    assert kinds["A"] == {"life", "plan", "replay", "check"} and kinds["C"] == {"prefill"}
+    lines = kit.read(tmp_path / "gpu.jsonl")
+    assert lines[0]["machine"] == found["A"]["machine"] and len(lines) == 1 + sum(
+        len(r["done"]) for r in found.values()
+    )
+    assert len(list(tmp_path.glob("gpu*"))) <= 8, "no more files come back"
+    assert kinds["A"] == {"life", "plan", "reads", "replay", "check"} and kinds["C"] == {"prefill"}
     assert kinds["B"] == {"copy", "decode", "context", "retire", "variant", "step"}
     for line in found["A"]["done"]:
         result = line["result"]
@@ -65,28 +70,104 @@ def test_a_wrong_kernel_fails_and_times_nothing(tmp_path):
     assert kinds[0] >= {"life", "check"} and kinds[1] >= {"decode", "context"} and kinds[2] == {"prefill"}
 
 
+WORKER = """
+import json, os, pathlib, subprocess, sys, time
+sys.path.append({folder!r})
+import kit
+if os.environ.get("STANDS_STILL"):
+    child = subprocess.Popen(["sleep", "100"])
+def do(task):
+    if task["what"] == "hangs":
+        time.sleep(100)
+    if task["what"] == "dies":
+        os._exit(7)
+    if task["what"] == "loses the GPU":
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    if task["what"] == "stands still":
+        kit.append(pathlib.Path(task["into"]), {{"run": "A", "task": task, "result": {{"child": child.pid}}}})
+        with open(task["into"], "a") as file:
+            file.write('{{"run": "A", "task": "cut off')
+            file.flush()
+            time.sleep(100)
+    return {{"process": os.getpid()}}
+kit.work(pathlib.Path(sys.argv[1]), do)
+"""
+
+
+def run_of(monkeypatch, tmp_path, tasks, workers=1, seconds=60.0, task_seconds=50.0):
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER.format(folder=str(GPU)))
+    monkeypatch.setattr(kit, "WORKER", worker)
+    given = {"interpreted": False, "task_seconds": task_seconds}
+    return kit.run("A", tasks, workers, time.monotonic() + seconds, tmp_path / "gpu.jsonl", given)
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_run_ends_in_time_with_what_it_has(tmp_path, monkeypatch, workers):
-    """Workers that hang, and what they started, are ended; what was done before is kept."""
-    worker = tmp_path / "worker.py"
-    worker.write_text(
-        "import json, subprocess, sys, time\n"
-        "job = json.loads(sys.argv[1])\n"
-        "child = subprocess.Popen(['sleep', '100'])\n"
-        "with open(job['into'], 'w') as file:\n"
-        "    done = {'task': job['tasks'][0], 'result': {'child': child.pid}, 'seconds': 0}\n"
-        '    file.write(json.dumps(done) + chr(10) + \'{"task": "cut off\')\n'
-        "time.sleep(100)\n"
-    )
-    monkeypatch.setattr(kit, "WORKER", worker)
-    tasks = [{"what": f"task {i}"} for i in range(7)]
+    """Workers that hang, and what they started, are ended; what was done before is kept, in a file of its own."""
+    monkeypatch.setenv("STANDS_STILL", "1")
+    tasks = [{"what": "works", "i": i} for i in range(workers)]
+    tasks += [
+        {"what": "stands still", "into": str(tmp_path / "gpu.jsonl")},
+        *({"what": "hangs", "i": i} for i in range(9)),
+    ]
     start = time.monotonic()
-    found = kit.run(tasks, workers, kit.GRACE + 2, False)
-    assert time.monotonic() - start < kit.GRACE + 2
-    assert [line["task"] for line in found["done"]] == tasks[:workers] and found["left"] == tasks[workers:]
-    while any(map(alive, found["done"])):
-        assert time.monotonic() - start < kit.GRACE + 12, "a signal takes a moment to arrive, not ten seconds"
+    found = run_of(monkeypatch, tmp_path, tasks, workers, kit.GRACE + 4)
+    assert time.monotonic() - start < kit.GRACE + 4
+    assert [line["task"]["what"] for line in found["done"]] == ["works"] * workers + ["stands still"]
+    assert found["left"] == tasks[workers + 1 :] and not found["failed"]
+    while any(alive(line) for line in found["done"] if "child" in line["result"]):
+        assert time.monotonic() - start < kit.GRACE + 14, "a signal takes a moment to arrive, not ten seconds"
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("hangs", "given up after 1 s"),
+        ("dies", "the worker ended with 7"),
+        ("loses the GPU", "an illegal memory access"),
+    ],
+)
+def test_a_task_that_ends_its_worker_ends_no_run(tmp_path, monkeypatch, what, says):
+    """The rest is another worker's: after a CUDA error a process can do nothing more with the GPU."""
+    tasks = [{"what": "before"}, {"what": what}, {"what": "after"}]
+    found = run_of(monkeypatch, tmp_path, tasks, task_seconds=1.0)
+    before, after = found["done"]
+    assert (before["task"]["what"], after["task"]["what"]) == ("before", "after") and not found["left"]
+    assert before["result"]["process"] != after["result"]["process"]
+    (failed,) = found["failed"]
+    assert failed["task"]["what"] == what and says in failed["error"]
+
+
+def test_results_are_there_before_the_run_is_over(tmp_path):
+    """A call that is cut off brings them back; a line that was being written is left out."""
+    into = tmp_path / "gpu.jsonl"
+    kit.append(into, {"run": "A", "task": {"what": "check"}, "result": 1})
+    with open(into, "a") as file:
+        file.write('{"run": "A", "ta')
+    assert kit.read(into) == [{"run": "A", "task": {"what": "check"}, "result": 1}]
+
+
+@pytest.mark.parametrize("missing", ["torch", "triton"])
+def test_a_machine_that_lacks_what_every_run_needs_is_told_at_once(tmp_path, missing):
+    """And what it has is printed first."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util\nfind = importlib.util.find_spec\n"
+        f"importlib.util.find_spec = lambda name, *more: None if name == {missing!r} else find(name, *more)\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(tmp_path), "OUT": str(tmp_path)}
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, str(SCRIPT), "A"], capture_output=True, text=True, env=env)
+    assert done.returncode == 1 and time.monotonic() - start < 10
+    assert f"no {missing} here" in done.stderr and "64 MiB" in done.stderr and done.stdout.startswith("python: 3.")
+
+
+def test_a_machine_without_a_gpu_is_told(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "A"], capture_output=True, text=True, env=without_vllm(tmp_path)
+    )
+    assert done.returncode == 1 and "torch sees no GPU here (--interpret" in done.stderr, done.stderr[-500:]
 
 
 def alive(line: dict) -> bool:
@@ -104,19 +185,38 @@ def test_a_task_that_fails_stops_no_other(tmp_path):
             raise ValueError("as it must")
         return {"fine": True}
 
-    into = tmp_path / "results"
-    kit.work({"into": str(into), "tasks": [{"what": "fails"}, {"what": "works"}]}, do)
-    first, second = map(json.loads, into.read_text().splitlines())
+    into, job = tmp_path / "gpu.jsonl", tmp_path / "job.json"
+    job.write_text(json.dumps({"run": "A", "into": str(into), "tasks": [{"what": "fails"}, {"what": "works"}]}))
+    (tmp_path / "next").write_text("0")
+    kit.work(job, do)
+    first, second = kit.read(into)
     assert first["error"] == "ValueError: as it must" and second["result"] == {"fine": True}
 
 
+def asked_of_runs(code):
+    """What Python says that has the kit's folders on its path."""
+    code = f"import sys; sys.path[:0] = {[str(GPU), str(GPU.parent)]!r}; import json, runs; print(json.dumps({code}))"
+    return json.loads(subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True).stdout)
+
+
 def test_the_limits_fit_what_is_lent():
-    """15 minutes in all, 10 a command; two starts of a machine take two of them."""
-    code = "import sys; sys.path[:0] = {!r}; import runs; print(*runs.SECONDS.values())"
-    folders = [str(GPU), str(GPU.parent)]
-    done = subprocess.run([sys.executable, "-P", "-c", code.format(folders)], capture_output=True, text=True)
-    a, b, c, d = map(int, done.stdout.split())
-    assert a + b + c < 560 and d < 540 and a + b + c + d <= 13 * 60
+    """15 minutes in all, 10 a command; a start of a machine takes one or two."""
+    seconds, task_seconds = asked_of_runs("[runs.SECONDS, runs.TASK_SECONDS]")
+    assert sum(seconds[run] for run in "ABCE") <= 9 * 60 and seconds["D"] < 240
+    assert sum(seconds.values()) <= 13 * 60 and all(task_seconds[run] < seconds[run] for run in seconds)
+
+
+def test_what_is_served_by_default_is_asked_first():
+    """An int4 store, in Triton; a run that is cut off has at least that."""
+    tasks = asked_of_runs("{run: runs.tasks(run, False) for run in 'ABCE'}")
+    for run in "ABC":
+        first = [task for task in tasks[run] if "store" in task][0]
+        assert first["store"] == "int4" and first["family"] == "triton", run
+        assert all(task.get("family", "triton") == "triton" for task in tasks[run])
+    assert {task["what"] for task in tasks["A"][:4]} == {"life", "replay", "reads"}
+    assert {task["family"] for task in tasks["E"]} == {"cuda"}
+    names = [json.dumps(task) for run in tasks.values() for task in run]
+    assert len(names) == len(set(names))
 
 
 def test_parts_of_vllm_hold_what_the_engine_needs_and_fit(tmp_path):

@@ -1,6 +1,8 @@
 """What a step on a GPU must not do, seen without one: wait for copies, launch kernels that find nothing to do."""
 
+from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -166,20 +168,47 @@ KERNELS = {"_decode": ("_partials", "_reduce"), "_chunk": ("_chunk",), "_write":
 KERNELS |= {"_consolidate": ("_consolidate",), "_consolidate_layers": ("_consolidate_layers",)}
 
 
-def test_a_decode_step_launches_three_kernels_a_layer_and_three_a_step(models, monkeypatch):
-    """Also where rows are observed or retire: a captured step is one for all. Nothing is copied but where the layers lie, once."""
-    seen, layers = [], 4
-    for module, names in KERNELS.items():
-        for name in names:
-            monkeypatch.setattr(getattr(triton, module), name, Launches(name, seen))
+@pytest.fixture
+def seen(monkeypatch):
+    """Names of the Triton kernels that are launched."""
     from momentkv_vllm.triton_kernels import plan, score
 
-    for module, names in ((plan, ("_plan", "_due")), (score, ("_sums", "_terms"))):
+    seen = []
+    modules = [(getattr(triton, module), names) for module, names in KERNELS.items()]
+    for module, names in [*modules, (plan, ("_plan", "_due")), (score, ("_sums", "_terms"))]:
         for name in names:
             monkeypatch.setattr(module, name, Launches(name, seen))
     monkeypatch.setattr(triton.Triton, "objections", lambda self: [])
     monkeypatch.setattr(triton.Triton, "runs_on", lambda self, device: True)
     register()
+    return seen
+
+
+EVENT = ["_chunk", "_observe", "_sums", "_terms", "_consolidate"]
+
+
+@pytest.mark.parametrize(("grain", "events"), [(None, 225), (512, 15)])
+def test_launches_of_a_prompt_of_8192_tokens_in_a_layer(models, seen, grain, events):
+    """Five an event, and attention before the first and after the last."""
+    options = {"budget_tokens": 1024, "retire_tokens": 32, "store_dtype": "model", "prefill_retire_tokens": grain}
+    side, columns = side_of(models, **options), 8192 // PAGE + 2
+    side.cache = torch.zeros(columns + 1, HEADS, PAGE, 2 * D)
+    common = common_of([8200], [8200], torch.arange(1, columns + 1).view(1, columns), [8200])
+    tokens = new_tokens(8200, torch.Generator().manual_seed(0))
+    step = side.builder._step_on_host(common, [0, 8200])[0]
+    metadata = SimpleNamespace(eviction=step, stock_part=None)
+    side.impl.do_kv_cache_update(LAYER, *tokens[1:], side.cache, common.slot_mapping)
+    side.impl.forward(LAYER, *tokens, side.cache, metadata, torch.empty_like(tokens[0]))
+    assert len(list(side.builder.planner.schedules[0].events(0, 8200, 8200))) == events
+    rest = Counter(seen)["_chunk"] - events  # queries of the prompt's head and end, at most 512 at a time
+    assert rest <= 3
+    attends = dict.fromkeys(EVENT[:2], events + rest)
+    assert Counter(seen) == {"_write": 1} | attends | dict.fromkeys(EVENT[2:], events)
+
+
+def test_a_decode_step_launches_three_kernels_a_layer_and_three_a_step(models, seen):
+    """Also where rows are observed or retire: a captured step is one for all. Nothing is copied but where the layers lie, once."""
+    layers = 4
     config = config_of(models())
     sides = [Side(config, CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder) for _ in range(layers)]
     builder = sides[0].builder

@@ -186,7 +186,7 @@ PATCHES = {
     "gpu_model_runner.copy_kv_cache_blocks_inplace": "vllm_seams/block_memory.py",
     "Worker.determine_available_memory": "vllm_seams/gpu.py",
     "EngineCore.kv_eviction_states": "vllm_seams/engine_core.py",
-    "model_arch_config.rswa_window": "attention/cpu_backend.py",
+    "model_arch_config.rswa_window": "attention/prompt_lengths.py",
 }
 """Everything of vLLM's that we overwrite, and where. The other ledger, with reasons: vllm_seams/__init__.py."""
 
@@ -234,6 +234,16 @@ def test_the_runner_gives_prompt_lengths_to_builders_where_a_model_asks():
     assert "rswa_window" in {f.name for f in dataclasses.fields(find("vllm.config.model_arch:ModelArchitectureConfig"))}
     assert "rswa_prefix_lens" in source("vllm.v1.worker.gpu_model_runner:GPUModelRunner._build_attention_metadata")
     assert "rswa" not in source("vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.build")
+
+
+def test_both_gpu_runners_give_prompt_lengths_to_builders():
+    """attention/prompt_lengths.py: V2 from its request table on the device, and none while it captures graphs; vLLM's own mask reads
+    what its builder found in its constructor."""
+    v2 = Path(find("vllm:__file__")).parent / "v1/worker/gpu"
+    assert "prompt_lens = self.req_states.prompt_len.gpu[idx_mapping]" in (v2 / "model_runner.py").read_text()
+    assert "rswa_prefix_lens=input_batch.prompt_lens" in (v2 / "model_states/default.py").read_text()
+    build = source("vllm.v1.attention.backends.triton_attn:TritonAttentionMetadataBuilder.build")
+    assert "if self.rswa_window is not None and rswa_prefix_lens is not None" in build
 
 
 def test_page_copies_run_before_the_step_and_read_before_they_write():

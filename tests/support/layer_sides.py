@@ -58,8 +58,9 @@ class Side:
         return output
 
 
-def common_of(lens, new, table=TABLE):
-    """Metadata of a step that brings `new[i]` tokens to request i, which then has lens[i] in the pages table[i]."""
+def common_of(lens, new, table=TABLE, prompts=None):
+    """Metadata of a step that brings `new[i]` tokens to request i, which then has lens[i] in the pages table[i], of which
+    prompts[i] are its prompt."""
     table = table[: len(lens)]
     start = torch.tensor([0, *new]).cumsum(0, dtype=torch.int32)
     positions = [torch.arange(e - n, e) for e, n in zip(lens, new)]
@@ -69,4 +70,5 @@ def common_of(lens, new, table=TABLE):
         query_start_loc=start, query_start_loc_cpu=start, seq_lens=seq_lens, num_reqs=len(lens), num_actual_tokens=len(slots),
         max_query_len=max(new), max_seq_len=max(lens), block_table_tensor=table.int(), slot_mapping=slots,
         seq_lens_cpu_upper_bound=seq_lens.clone(),
+        rswa_prefix_lens=None if prompts is None else torch.tensor(prompts, dtype=torch.int32),
     )  # fmt: skip

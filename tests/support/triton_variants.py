@@ -1,4 +1,4 @@
-"""What Triton would compile, by launch: `triton_variants.py MODEL` prints the kernels that serving asks for after the warm-up.
+"""What Triton would compile, by launch: `triton_variants.py MODEL [TOKENS]` prints the kernels that serving asks for after the warm-up, with prompts evicting every TOKENS.
 
 No GPU and no compiler: Triton decides by types, alignment and constants whether it has compiled a launch before, and so does this.
 """
@@ -34,14 +34,14 @@ def noted(self, *args, grid, warmup, **options):
         fresh.append(key)
 
 
-def main(model: str) -> None:
+def main(model: str, grain: int | None = None) -> None:
     triton.runtime.driver.set_active(Target(90))
     JITFunction.run = noted
     Triton.objections = lambda self: []
     Triton.runs_on = lambda self, device: True
     TritonAttentionImpl.forward = lambda *given: given[7].zero_()
     register()
-    config = config_of(model, budget_tokens=512)
+    config = config_of(model, budget_tokens=512, prefill_retire_tokens=grain)
     side = Side(config, CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder)
     warm_up(side.impl, side.builder.planner, side.builder.kv_cache_spec, torch.device("cpu"))
     print(len(fresh), "before the first request")
@@ -61,10 +61,11 @@ def main(model: str) -> None:
         [2, 17, 1],
     ):
         lens = [a + b for a, b in zip(lens, new)]
-        side.step(common_of(lens, new, table), *new_tokens(sum(new), generator))
+        prompts = grain and [545, 250, 560]
+        side.step(common_of(lens, new, table, prompts), *new_tokens(sum(new), generator))
     print(len(fresh), "while serving")
     print(*fresh, sep="\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], *map(int, sys.argv[2:]))

@@ -1,6 +1,7 @@
 """What "auto" becomes: told to every process, said in the start-up line, a function of model and kernels."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from engine import random_prompt
 from vllm import EngineArgs
 
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.kernels import select
+from momentkv_vllm.kernels import FAMILIES, select
 from momentkv_vllm.kernels.limits import Limits
 from momentkv_vllm.kv_spec import StateLayout, settled
+from momentkv_vllm.vllm_seams.settle import settled_config
 
 AUTO = {"policy": "momentkv", "budget_tokens": 256}
 
@@ -36,6 +38,26 @@ def test_kernels_without_a_quantised_store_keep_the_models(models, monkeypatch, 
     assert "store_dtype auto is model, not int4" in caplog.text
     with pytest.raises(ValueError, match="kernel family 'reference' cannot run here: it knows no store of int4"):
         config_of(models(), kernels="reference", store_dtype="int4")
+
+
+@pytest.mark.parametrize(
+    ("kernels", "serves", "want"),
+    [("auto", "triton", ("int4", 8, "equal")), ("cuda", "cuda", ("model", 1, "equal"))],
+)
+def test_on_a_gpu(models, monkeypatch, kernels, serves, want):
+    """The default is served by the family that `auto` takes there; heads share equally. The CUDA C++ family keeps the model's."""
+    from vllm.platforms import current_platform
+
+    vllm_config = EngineArgs(model=str(models()), block_size=16).create_engine_config()
+    monkeypatch.setattr(type(current_platform), "device_type", "cuda")
+    for name in ("triton", "cuda"):
+        family = next(f for f in FAMILIES if f.name == name)
+        monkeypatch.setattr(family, "objections", lambda: [], raising=False)
+        monkeypatch.setattr(family, "limits", replace(family.limits, head_sizes=None, dtypes=None))
+    told = settled_config(vllm_config, EvictionConfig.from_dict(AUTO | {"kernels": kernels}))
+    assert (told.store_dtype, told.run_tokens, told.head_budgets) == want
+    shape = StateLayout.of(told, 16, 64, torch.bfloat16).cache_shape(torch.bfloat16)
+    assert select(kernels, "cuda", shape).name == serves
 
 
 @pytest.mark.parametrize(
