@@ -46,7 +46,6 @@ class Case:
         heads = s.kv_heads * s.groups
         self.query = torch.randn(s.rows * s.queries, heads, s.head_dim, generator=generator).to(s.dtype)
         self.output = torch.empty_like(self.query)
-        self.lse = torch.full(self.query.shape[:2], 10.0)
         self.observed = Observed(torch.rand(total, s.kv_heads, s.page_size, generator=generator))
         self.scale = s.head_dim**-0.5
         self.work = AttendWork(
@@ -121,5 +120,4 @@ class Case:
         return replace(self.work, observe_from=every, restart=every.bool())
 
     def attend_and_observe(self, work: AttendWork, family=CPU) -> None:
-        family.attend(self.cache, self.query, self.output, self.lse, work, self.scale, True)
-        family.observe(self.cache, self.observed, self.query, self.lse, work, self.scale)
+        family.attend_and_observe(self.cache, self.observed, self.query, self.output, work, self.scale, True)

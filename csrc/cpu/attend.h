@@ -131,8 +131,8 @@ struct Left {
 
   Left(const Attend& a, const AttendItem& item, int first_row) {
     const int64_t groups = a.query_heads / a.cache.heads;
-    if (a.weights == nullptr || a.observe_from[item.row] >= a.num_queries[item.row]) return;
-    weights = a.weights + (item.row * a.cache.heads + item.head) * a.left_rows * a.row_weights();
+    if (item.left == nullptr || a.observe_from[item.row] >= a.num_queries[item.row]) return;
+    weights = item.left;
     before = (item.first_query - a.observe_from[item.row]) * groups + first_row;
     first = int(before < 0 ? -before : 0);
   }
@@ -286,6 +286,7 @@ void attend_store(const Attend& a, const AttendItem& item, const float* query, i
   std::fill_n(out, Rows * p.width, 0.0f);
   const int64_t* pages = a.pages + item.row * a.max_pages;
   for (PackedSlots slots(a.cache, p, item.head, pages, first, end); slots.slots > 0; slots.advance(), first += kTileSlots) {
+    if (left.first < Rows && a.observed != nullptr) fetch_tile_mass(a, item, first, end);
     dot_packed<Bits, Rows, true>(slots, p, queries, a.scale, logits);
     if (a.softcap != 0) cap<Rows>(a, slots.vectors(), logits);
     for (int r = 0; r < Rows; ++r)
@@ -325,6 +326,7 @@ void attend_rows(const Attend& a, const AttendItem& item, int first_row, float* 
     const Tile<T> tile(a.cache, item.head, a.exact_pages(item.row), first, end);
     int visible[Rows];
     for (int r = 0; r < Rows; ++r) visible[r] = int(sees[r] - first > 0 ? sees[r] - first : 0);
+    if (left.first < Rows && a.observed != nullptr) fetch_exact_mass(a, item, first, end);
     attend_tile<Rows>(a, tile, packed, visible, logits, left, a.store_slots() + first, run);
   }
   if (a.num_queries[item.row] > 1)

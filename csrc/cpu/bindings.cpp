@@ -67,7 +67,7 @@ PackedLayout packed_of(const Cache& c, at::IntArrayRef packed) {
   TORCH_CHECK(packed.size() == 8, "packed has ", packed.size(), " numbers; CacheView.packed_arguments has 8");
   const PackedLayout p{int(packed[0]), packed[1], packed[2], packed[3], packed[4], packed[5], packed[6], packed[7]};
   TORCH_CHECK((p.bits == 8 || p.bits == 4) && p.width >= c.head_dim && p.width <= kMaxHeadDim && p.page_tiles > 0 &&
-                  p.page_tiles * p.tile_bytes <= c.page_size * 2 * c.head_dim * bytes_of(c.type),
+                  p.page_tiles * p.tile_bytes <= c.part_bytes(),
               "packed is ", packed, "; its tiles do not fit a page of ", c.page_size, " tokens");
   return p;
 }
@@ -139,16 +139,25 @@ void set_observing(Attend& a, const AttendTensors& work, const OptionalTensor& w
   }
 }
 
+// Of observe.
+AttendItem item_of(const Attend& a, int64_t row, int64_t head) {
+  AttendItem item{int32_t(row), int32_t(head), 0, int32_t(a.num_queries[row])};
+  item.left = a.weights_of(row, head);
+  return item;
+}
+
 // Attend's work, cut into items. How a row is cut depends on that row only, so its result does not depend on the batch.
 // Kept between calls: no allocation once it has seen the largest batch.
 struct Items {
   std::vector<AttendItem> parts;
   std::vector<MergeItem> merges;
+  std::vector<AttendItem> in_parts;  // the rows' heads that several parts serve, as items of observe
   std::vector<float> partials;
 
   void build(const Attend& a) {
     parts.clear();
     merges.clear();
+    in_parts.clear();
     size_t floats = 0;
     for (int64_t row = 0; row < a.rows; ++row)
       for (int64_t head = 0; a.num_queries[row] == 1 && head < a.cache.heads; ++head)
@@ -179,12 +188,11 @@ struct Items {
   void add_decode(const Attend& a, int32_t row, int32_t head, float*& next) {
     const int64_t size = a.query_heads / a.cache.heads * (a.cache.head_dim + 1);
     const int32_t n = int32_t(splits(a, row, head));
-    if (n > 1) merges.push_back({row, head, n, next});
+    if (n > 1) merges.push_back({row, head, n, next}), in_parts.push_back(item_of(a, row, head));
     for (int32_t s = 0; s < n; ++s) {
       const bool last = s == n - 1;
-      parts.push_back({row, head, 0, 1, cut(a, row, head, s, n), cut(a, row, head, s + 1, n),
-                       last && with_record(a, row, head),
-                       n > 1 ? next : nullptr});
+      parts.push_back({row, head, 0, 1, cut(a, row, head, s, n), cut(a, row, head, s + 1, n), last && with_record(a, row, head),
+                       n > 1 ? next : nullptr, a.weights_of(row, head)});
       if (n > 1) next += size;
     }
   }
@@ -192,31 +200,52 @@ struct Items {
   void add_chunk(const Attend& a, int32_t row, int32_t head) {
     const int32_t queries = int32_t(a.num_queries[row]);
     const int32_t step = std::max<int32_t>(1, int32_t(kRowsPerItem / (a.query_heads / a.cache.heads)));
+    if (step < queries) in_parts.push_back(item_of(a, row, head));
     for (int32_t first = 0; first < queries; first += step)
       parts.push_back({row, head, first, std::min(step, queries - first), 0, slots(a, row, head), with_record(a, row, head),
-                       nullptr});
+                       nullptr, a.weights_of(row, head)});
   }
 };
 
+// Both for a part that is the whole of its row and head: what it leaves is observed while it lies in a cache.
+void attend_and_observe(const Attend& a, AttendItem part) {
+  const Kernels& k = kernels();
+  const int64_t counted = std::max<int64_t>(0, part.num_queries - a.observe_from[part.row]) * (a.query_heads / a.cache.heads);
+  const size_t left = counted * a.row_weights();
+  float* room = scratch(left + std::max(k.attend_scratch(a), k.observe_scratch(a)));
+  part.left = room;
+  k.attend(a, part, room + left);
+  k.observe(a, part, room + left);
+}
+
+// Observes too where it is given `observed`.
 void attend(MOMENTKV_CACHE, const Tensor& query, const Tensor& output, const OptionalTensor& lse, MOMENTKV_ATTEND_WORK,
             double scale, double softcap, bool corrected, MOMENTKV_RECORD, const OptionalTensor& stored, int64_t store_pages,
-            at::IntArrayRef packed, MOMENTKV_HEADS, const OptionalTensor& weights) {
+            at::IntArrayRef packed, MOMENTKV_HEADS, const OptionalTensor& weights, const OptionalTensor& observed) {
   const AttendTensors work MOMENTKV_ATTEND_WORK_GIVEN;
   Attend a{};
   a.cache = cache_of(kv, key_scale, value_scale);
   set_attend(a, kv, query, output, lse, work, scale, corrected, MOMENTKV_RECORD_GIVEN);
   a.softcap = float(softcap);
-  set_store(a, stored, store_pages, packed, MOMENTKV_HEADS_GIVEN, {});
+  set_store(a, stored, store_pages, packed, MOMENTKV_HEADS_GIVEN, observed);
   check_rows(a, query.size(0));
   set_observing(a, work, weights);
+  TORCH_CHECK(a.observed == nullptr || (a.restart != nullptr && a.lse != nullptr), "attend observes with observe_from, restart and lse");
   thread_local Items items;
   items.build(a);
   const Kernels& k = kernels();
   // Not `items` in the lambda: another thread would see its own thread_local.
   const AttendItem* parts = items.parts.data();
   const MergeItem* merges = items.merges.data();
-  in_parallel(items.parts.size(), [&](int64_t i) { k.attend(a, parts[i], scratch(k.attend_scratch(a))); });
+  const AttendItem* in_parts = items.in_parts.data();
+  in_parallel(items.parts.size(), [&](int64_t i) {
+    const bool whole = parts[i].partial == nullptr && parts[i].num_queries == a.num_queries[parts[i].row];
+    if (whole && a.observed != nullptr) return attend_and_observe(a, parts[i]);
+    k.attend(a, parts[i], scratch(k.attend_scratch(a)));
+  });
   in_parallel(items.merges.size(), [&](int64_t i) { k.merge(a, merges[i]); });
+  if (a.observed == nullptr) return;
+  in_parallel(items.in_parts.size(), [&](int64_t i) { k.observe(a, in_parts[i], scratch(k.observe_scratch(a))); });
 }
 
 void observe(MOMENTKV_CACHE, const Tensor& observed, const Tensor& query, const Tensor& lse, MOMENTKV_ATTEND_WORK,
@@ -234,7 +263,9 @@ void observe(MOMENTKV_CACHE, const Tensor& observed, const Tensor& query, const 
   set_observing(a, work, weights);
   TORCH_CHECK(a.observe_from != nullptr && a.restart != nullptr, "observe needs observe_from and restart");
   const Kernels& k = kernels();
-  in_parallel(a.rows * a.cache.heads, [&](int64_t i) { k.observe(a, i, scratch(k.observe_scratch(a))); });
+  in_parallel(a.rows * a.cache.heads, [&](int64_t i) {
+    k.observe(a, item_of(a, i / a.cache.heads, i % a.cache.heads), scratch(k.observe_scratch(a)));
+  });
 }
 
 // The native score's second term reads the means and the observed attention of every row that evicts.
@@ -323,7 +354,7 @@ TORCH_LIBRARY(momentkv_cpu, m) {
   m.def(
       "attend(" MOMENTKV_CACHE_SCHEMA("Tensor") ", Tensor query, Tensor(a!) output, Tensor(b!)? lse, " MOMENTKV_ATTEND_WORK_SCHEMA
       ", float scale, float softcap, bool corrected, " MOMENTKV_RECORD_SCHEMA
-      ", Tensor? stored, int store_pages, int[] packed, " MOMENTKV_HEADS_SCHEMA ", Tensor(c!)? weights) -> ()",
+      ", Tensor? stored, int store_pages, int[] packed, " MOMENTKV_HEADS_SCHEMA ", Tensor(c!)? weights, Tensor(d!)? observed) -> ()",
       &momentkv::attend);
   m.def(
       "observe(" MOMENTKV_CACHE_SCHEMA("Tensor") ", Tensor(a!) observed, Tensor query, Tensor lse, " MOMENTKV_ATTEND_WORK_SCHEMA

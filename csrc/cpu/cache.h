@@ -19,7 +19,7 @@ struct RecordView {
   int64_t head;
 
   char* at(int64_t offset) const {
-    const int64_t part = cache.page_size * 2 * cache.head_dim * bytes_of(cache.type);
+    const int64_t part = cache.part_bytes();
     return cache.data + (pages[offset / part] * cache.heads + head) * part + offset % part;
   }
   float* floats(int64_t offset) const { return reinterpret_cast<float*>(at(offset)); }

@@ -16,6 +16,8 @@ struct Cache {
   Type type;
   int64_t heads, page_size, head_dim;
   float key_scale = 1, value_scale = 1;  // of fp8: a number is its scale times what vLLM has stored
+
+  int64_t part_bytes() const { return page_size * 2 * head_dim * bytes_of(type); }  // of a head, of a page
 };
 
 using Write = WriteParams<Cache>;
@@ -59,6 +61,10 @@ struct Attend : AttendParams<Cache> {
   // observe computes them itself, with the same bits unless a row's only query is split.
   float* weights;
   int64_t left_rows;
+
+  float* weights_of(int64_t row, int64_t head) const {
+    return weights == nullptr ? nullptr : weights + (row * cache.heads + head) * left_rows * row_weights();
+  }
   PackedLayout packed;
   const int64_t* stored;  // [rows] tokens in a row's quantised store, its first `store_pages` pages; 0: none. Null: no row has one
   int64_t store_pages;
@@ -80,13 +86,15 @@ struct Attend : AttendParams<Cache> {
   int64_t row_weights() const { return row_slots() / 8 * 9; }
 };
 
-// One item of `attend`: some queries of a row against a share of its slots, those of a quantised store first.
+// One item of `attend`: some queries of a row against a share of its slots, those of a quantised store first. Of `observe`: all
+// queries of a row.
 struct AttendItem {
   int32_t row, head;
   int32_t first_query, num_queries;
   int64_t first_slot = 0, end_slot = 0;
   bool with_record = false;
   float* partial = nullptr;  // null: writes the output. Else [groups * (head_dim + 1)]: normalised outputs, then their logsumexp
+  float* left = nullptr;     // Attend::weights of the row and head, or other room for as many; null: none are left
 };
 
 // Merges the partials of a row's only query; uses up their logsumexps.
@@ -104,7 +112,7 @@ struct Kernels {
   void (*attend)(const Attend&, const AttendItem&, float* scratch);
   void (*merge)(const Attend&, const MergeItem&);
   size_t (*observe_scratch)(const Attend&);
-  void (*observe)(const Attend&, int64_t item, float* scratch);
+  void (*observe)(const Attend&, const AttendItem&, float* scratch);
   size_t (*consolidate_scratch)(const Consolidate&);
   void (*consolidate)(const Consolidate&, int64_t item, float* scratch);
   void (*move_lent)(const Consolidate&, int64_t item);

@@ -52,27 +52,6 @@ inline Weights<Rows> weights_of_logits(float* logits, int vectors, int visible, 
   return weights;
 }
 
-// Calls f(slot, mass) for every tile of slots [first, end) of the row's quantised store.
-template <class F>
-inline void each_tile_mass(const Attend& a, const AttendItem& item, int64_t first, int64_t end, F f) {
-  constexpr int kPagesAhead = 8;  // whose masses are asked for: a page takes a fraction of a read from memory
-  const int64_t page_slots = a.packed.page_tiles * kTileTokens, *pages = a.pages + item.row * a.max_pages;
-  auto mass = [&](int64_t slot) {
-    return PackedSlots::mass_of(a.cache, a.packed, item.head, pages, slot, a.observed, a.observed_slots);
-  };
-  auto ask = [&](int64_t slot) { __builtin_prefetch(mass(std::min(slot + kPagesAhead * page_slots, end - kTileTokens)), 1); };
-  if (a.packed.places != nullptr) {
-    for (int64_t slot = first; slot < end; slot += kTileTokens) ask(slot), f(slot, mass(slot));
-    return;
-  }
-  while (first < end) {  // without the divisions of each tile's own address
-    const int64_t stop = std::min(end, (first / page_slots + 1) * page_slots);
-    float* at = mass(first);
-    for (int64_t slot = first; slot < stop; slot += 16) ask(slot);
-    for (; first < stop; first += kTileTokens, at += kTileTokens) f(first, at);
-  }
-}
-
 // Adds the attention of `Rows` query rows from `first_row` to the mass of the row's quantised store.
 template <int Bits, int Rows>
 void observe_store(const Attend& a, const AttendItem& item, const float* query, const float* lse, float* top, const Left& left,
@@ -104,9 +83,7 @@ void observe_exact(const Attend& a, const AttendItem& item, const float* query, 
                    const Left& left, float* logits) {
   const int64_t page_size = a.cache.page_size;
   const int64_t* pages = a.exact_pages(item.row);
-  auto mass_of = [&](int64_t slot) {
-    return a.observed + (pages[slot / page_size] * a.cache.heads + item.head) * a.observed_slots + slot % page_size;
-  };
+  auto mass_of = [&](int64_t slot) { return mass_of_exact(a, item, pages, slot); };
   if (left.weights != nullptr) {
     LeftWeights<Rows> weights(a, left, lse);
     for (int64_t slot = 0; slot < sees[Rows - 1]; slot += kLanes) {
@@ -149,10 +126,9 @@ void observe_rows(const Attend& a, const AttendItem& item, int first_row, float*
 
 size_t observe_scratch(const Attend& a) { return 8 * (a.cache.head_dim + kTileSlots); }
 
-// Adds the attention that a row's counted queries give to every slot; item = row * heads + head.
-void observe(const Attend& a, int64_t item_index, float* scratch) {
-  const int64_t groups = a.query_heads / a.cache.heads, row_index = item_index / a.cache.heads;
-  const AttendItem item{int32_t(row_index), int32_t(item_index % a.cache.heads), 0, int32_t(a.num_queries[row_index])};
+// Adds the attention that a row's counted queries give to every slot.
+void observe(const Attend& a, const AttendItem& item, float* scratch) {
+  const int64_t groups = a.query_heads / a.cache.heads;
   if (a.restart[item.row]) {
     const int64_t exact = (a.last_slot[item.row] + item.num_queries + a.cache.page_size - 1) / a.cache.page_size;
     const int64_t* pages = a.exact_pages(item.row);

@@ -37,7 +37,7 @@ struct PackedSlots {
 
   // Slots [first, end); `first` starts a tile.
   PackedSlots(const Cache& c, const PackedLayout& p, int64_t head, const int64_t* pages, int64_t first, int64_t end)
-      : cache_(c), packed_(p), pages_(pages), head_(head), part_(part_bytes(c)), column_(first / kTileTokens / p.page_tiles),
+      : cache_(c), packed_(p), pages_(pages), head_(head), part_(c.part_bytes()), column_(first / kTileTokens / p.page_tiles),
         tile_(first / kTileTokens % p.page_tiles), unread_((end - first) / kTileTokens), left_(end - first) {
     fill(0);
     fill(kTiles);
@@ -49,9 +49,8 @@ struct PackedSlots {
     std::copy_n(tiles + kTiles, kTiles, tiles);
     fill(kTiles);
   }
-  static int64_t part_bytes(const Cache& c) { return c.page_size * 2 * c.head_dim * bytes_of(c.type); }
   static uint8_t* tile_of(const Cache& c, const PackedLayout& p, int64_t head, const int64_t* pages, int64_t number) {
-    const int64_t part = part_bytes(c);
+    const int64_t part = c.part_bytes();
     const TilePlace at = p.place(head, number, part, 0);
     return reinterpret_cast<uint8_t*>(c.data) + pages[at.column] * c.heads * part + at.data;
   }

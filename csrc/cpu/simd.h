@@ -133,21 +133,26 @@ inline float largest(Vec v) {
   return top;
 }
 
-// exp(x) for x <= 0 and -inf; 0 below -87. Relative error < 2e-7: 2^n times a polynomial on [-ln2/2, ln2/2].
+// exp(x) for x <= 0 and -inf; 0 below -87. Relative error < 3e-7: 2^n times a polynomial on [-ln2/2, ln2/2], whose own is 1e-7.
 inline Vec exp_negative(Vec x) {
-  const Vec clamped = x > -87.0f ? x : splat(-87.0f);
-  const IntVec n = __builtin_convertvector(clamped * 1.44269504f - 0.5f, IntVec);  // truncates towards zero = rounds
-  const Vec nf = __builtin_convertvector(n, Vec);
-  const Vec r = (clamped - nf * 0.693359375f) + nf * 2.12194440e-4f;
-  Vec poly = splat(1.9875691500e-4f);
-  poly = poly * r + 1.3981999507e-3f;
-  poly = poly * r + 8.3334519073e-3f;
-  poly = poly * r + 4.1665795894e-2f;
-  poly = poly * r + 1.6666665459e-1f;
-  poly = poly * r + 5.0000001201e-1f;
+#if MOMENTKV_LANES == 16
+  const Vec kept = x, n = (Vec)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT);
+#else
+  const Vec kept = x > -87.0f ? x : splat(-87.0f);
+  const IntVec whole = __builtin_convertvector(kept * 1.44269504f - 0.5f, IntVec);  // truncates towards zero = rounds
+  const Vec n = __builtin_convertvector(whole, Vec);
+#endif
+  const Vec r = (kept - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec poly = splat(8.3125028759e-3f);
+  poly = poly * r + 4.1890334338e-2f;
+  poly = poly * r + 1.6667115688e-1f;
+  poly = poly * r + 4.9999231100e-1f;
   poly = poly * r * r + r + 1.0f;
-  const Vec power = bits_as<Vec>((n + 127) << 23);
-  return x > -87.0f ? poly * power : Vec{};
+#if MOMENTKV_LANES == 16
+  return (Vec)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_GT_OQ), (__m512)poly, (__m512)n);
+#else
+  return x > -87.0f ? poly * bits_as<Vec>((whole + 127) << 23) : Vec{};
+#endif
 }
 
 // tanh(x), NaN for NaN. Relative error < 3e-7: an odd polynomial near 0, where the quotient of exponentials cancels.

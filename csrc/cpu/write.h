@@ -4,7 +4,7 @@
 // slots by zero. Before any `write` of the same step.
 void zero_fresh_pages(const Write& s, int64_t head) {
   const Cache& c = s.cache;
-  const size_t part = c.page_size * 2 * c.head_dim * bytes_of(c.type);
+  const size_t part = c.part_bytes();
   for (int64_t i = 0; i < s.tokens; ++i) {
     if (s.slots[i] < 0 || s.slots[i] % c.page_size != 0) continue;
     const int64_t page = s.slots[i] / c.page_size;

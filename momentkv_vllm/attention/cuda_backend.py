@@ -197,14 +197,6 @@ class CudaMomentKVImpl(EvictingImpl, TritonAttentionImpl):
             at_end.attended(self, self.view_of(kv_cache))
         return result
 
-    def _attend(self, cache, query, output, attend, sampling) -> None:
-        """Attention of single queries is observed on the way; nothing is sampled here, and no layer has sinks."""
-        if attend.observe_from is None or attend.most_queries != 1:
-            return super()._attend(cache, query, output, attend, sampling)
-        target, corrected = torch.empty_like(query) if attend.observe_only else output, self.config.correction != "off"
-        seen = cache.corrected_by(self.config.correction)
-        self.kernels.attend_and_observe(seen, self.observing(cache), query, target, attend, self.scale, corrected)
-
 
 def _family(config: EvictionConfig, spec: MomentKVSpec) -> KernelFamily:
     return select(config.kernels, CudaMomentKVImpl.device_type, spec.layout.cache_shape(spec.dtype))

@@ -85,11 +85,6 @@ class EvictingImpl:
             cache.key_scale, cache.value_scale = self.shared.target.scales
         return cache
 
-    def _for_class(self, cache: CacheView, number: int) -> CacheView:
-        """`cache` as sequences of a budget class have it: by what their heads hold, if not all as much."""
-        heads = self.shared.target.heads
-        return replace(cache, heads=heads[number]) if heads else cache
-
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
         if self.config is None:
             if self.shares_pool:
@@ -118,14 +113,17 @@ class EvictingImpl:
                 layer, rows, key, value, kv_cache, part.metadata, torch.empty_like(rows)
             )
         cache, monitor = self.view_of(kv_cache), getattr(attn_metadata, "monitor", None)
+        # As sequences of each budget class have it: by what their heads hold, if not all as much.
+        of_class = [replace(cache, heads=heads) for heads in self.shared.target.heads]
         for round_ in self.shared.rounds(step):
             sampling = monitor if monitor and monitor.due(round_) else None
             for attend in round_.attends:
-                self._attend(self._for_class(cache, attend.budget_class), query, output, attend, sampling)
+                seen = of_class[attend.budget_class] if of_class else cache
+                self._attend(seen, query, output, attend, sampling)
             for retire in round_.retires:
                 with monitor.timed() if monitor else nullcontext():
                     observed, sinks = self.shared.target._observed_in(cache), self.config.sink_tokens
-                    seen = self._for_class(cache, retire.budget_class)
+                    seen = of_class[retire.budget_class] if of_class else cache
                     self.kernels.consolidate(seen, observed, retire, self.policy, sinks, self.scale)
         return output
 
@@ -133,13 +131,15 @@ class EvictingImpl:
         self, cache: CacheView, query: torch.Tensor, output: torch.Tensor, attend: AttendWork, sampling: Monitor | None
     ) -> None:
         observed, corrected = attend.observe_from is not None, self.config.correction != "off"
+        target = torch.empty_like(query) if attend.observe_only else output
+        seen, given = cache.corrected_by(self.config.correction), (attend, self.scale, corrected)
+        if observed and not sampling and self.sinks is None:
+            return self.kernels.attend_and_observe(seen, self.observing(cache), query, target, *given)
         needs_lse = observed or sampling or self.sinks is not None
         lse = query.new_empty(query.shape[:2], dtype=torch.float32) if needs_lse else None
-        target = torch.empty_like(query) if attend.observe_only else output
-        seen = cache.corrected_by(self.config.correction)
-        self.kernels.attend(seen, query, target, lse, attend, self.scale, corrected)
+        self.kernels.attend(seen, query, target, lse, *given)
         if sampling:
-            sampling.sample(Attended(seen, query, target, lse, attend, self.scale, corrected))
+            sampling.sample(Attended(seen, query, target, lse, *given))
         if self.sinks is not None:
             add_sinks(target, lse, attend, self.sinks)
         if observed:

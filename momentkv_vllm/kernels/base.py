@@ -109,7 +109,7 @@ class KernelFamily(ABC):
         self, cache: CacheView, observed: Observed, query: Tensor, output: Tensor, work: AttendWork, scale: float,
         corrected: bool,
     ) -> None:  # fmt: skip
-        """`attend`, then `observe`; a family may do both in one pass where every row has one query."""
+        """`attend`, then `observe`; a family may do both in one pass."""
         lse = query.new_empty(query.shape[:2], dtype=torch.float32)
         self.attend(cache, query, output, lse, work, scale, corrected)
         self.observe(cache, observed, query, lse, work, scale)

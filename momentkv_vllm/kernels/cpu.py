@@ -57,11 +57,20 @@ class Cpu(KernelFamily):
         _ops.write(*cache.cache_arguments, key, value, slots, mass)
 
     def attend(self, cache: CacheView, query, output, lse, work: AttendWork, scale: float, corrected: bool) -> None:
+        self._attend(cache, query, output, lse, work, scale, corrected, None)
+
+    def attend_and_observe(self, cache: CacheView, observed, query, output, work: AttendWork, scale: float, corrected):
+        if observed.mass is None:
+            return super().attend_and_observe(cache, observed, query, output, work, scale, corrected)
+        lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+        self._attend(cache, query, output, lse, work, scale, corrected, observed.mass)
+
+    def _attend(self, cache: CacheView, query, output, lse, work: AttendWork, scale: float, corrected, mass) -> None:
         if work.observe_from is not None:
             self._make_room(cache, query, work)
         given = *cache.cache_arguments, query, output, lse, *work.arguments(), scale, cache.softcap, corrected
         store = work.stored, work.store_pages, cache.packed_arguments, *cache.head_arguments
-        _ops.attend(*given, *cache.record_arguments, *store, work.weights)
+        _ops.attend(*given, *cache.record_arguments, *store, work.weights, mass)
 
     def _make_room(self, cache: CacheView, query, work: AttendWork) -> None:
         """Room for the weights of observed queries: observing is then one pass over what attention has computed, not another one

@@ -76,7 +76,7 @@ def test_reference_and_cpu_kernels_agree(engine, family_model):
 def test_an_event_comes_after_the_last_reader(engine, family_model, name, monkeypatch):
     """Of one cache: its owner's attention, that of every reader, then the event; once a step while decoding."""
     log = []
-    attend, consolidate = Cpu.attend, Cpu.consolidate
+    attend, consolidate = Cpu._attend, Cpu.consolidate
 
     def attends(self, cache, *args):
         log.append((cache.kv.data_ptr(), "attend"))
@@ -86,7 +86,7 @@ def test_an_event_comes_after_the_last_reader(engine, family_model, name, monkey
         log.append((cache.kv.data_ptr(), "retire"))
         return consolidate(self, cache, *args)
 
-    monkeypatch.setattr(Cpu, "attend", attends)
+    monkeypatch.setattr(Cpu, "_attend", attends)
     monkeypatch.setattr(Cpu, "consolidate", consolidates)
     e = engine(family_model(name), **EVICT, kernels="cpu")
     e.generate([random_prompt(250)], 200)

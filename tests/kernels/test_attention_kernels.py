@@ -21,7 +21,7 @@ from momentkv_vllm import moments
 from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.observed import Observed
-from momentkv_vllm.kernels.worklists import AttendWork
+from momentkv_vllm.kernels.worklists import AttendWork, mapped
 from momentkv_vllm.page_layout import RecordLayout
 from momentkv_vllm.page_schedule import cdiv
 
@@ -180,6 +180,34 @@ def test_observe_takes_over_what_attend_has_computed(kernels):
     reference.observe(cache, Observed(want), query, lse, work, 0.2)
     torch.testing.assert_close(taken, alone, rtol=2e-6, atol=1e-7)
     torch.testing.assert_close(taken[used], want[used], rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_observed_depends_on_the_row_alone(kernels):
+    """Whatever else is in the batch, on however many threads: rows in one piece, in several, and a chunk in several."""
+    d, page_size, ends, queries = 64, 16, [40, 700, 1300, 90], [1, 1, 1, 50]
+    cache = poisoned_cache(sum(cdiv(n, page_size) for n in ends) + 1, page_size, d, torch.bfloat16)
+    pages, first = torch.zeros(len(ends), cdiv(max(ends), page_size), dtype=torch.int64), 1
+    for row, n in enumerate(ends):
+        pages[row, : cdiv(n, page_size)] = torch.arange(first, first := first + cdiv(n, page_size))
+    cache.kv[1:] = torch.randn(cache.kv[1:].shape).to(cache.kv.dtype)
+    query = torch.randn(sum(queries), HEADS * 4, d).bfloat16()
+    work = attend_work(pages, [n - q for n, q in zip(ends, queries, strict=True)], queries)
+    work.observe_from, work.restart = torch.tensor([0, 0, 0, 30]), torch.tensor([True, False, True, False])
+    together, mass = torch.empty_like(query), torch.full((len(cache.keys), HEADS, page_size), 7.0)
+    kernels.attend_and_observe(cache, Observed(mass), query, together, work, 0.125, False)
+    threads = torch.get_num_threads()
+    try:
+        for row in range(len(ends)):
+            torch.set_num_threads(1 + row % 2)
+            one = mapped(work, lambda _, x, row=row: x[row : row + 1])
+            one.weights = None
+            alone, its = torch.empty_like(query), torch.full_like(mass, 7.0)
+            kernels.attend_and_observe(cache, Observed(its), query, alone, one, 0.125, False)
+            used, tokens = pages[row, : cdiv(ends[row], page_size)], one.tokens()
+            assert torch.equal(its[used], mass[used]) and torch.equal(alone[tokens], together[tokens]), ends[row]
+            assert its[used].ne(7.0).any()
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the other families do not compute addresses in Triton")

@@ -4,7 +4,7 @@ import ctypes
 
 import pytest
 import torch
-from kernel_cases import run_attend
+from kernel_cases import run_both
 
 from momentkv_vllm.head_budgets import Sizes, budgets, equal_until, shared, tiles_of
 from momentkv_vllm.kernels import select
@@ -53,8 +53,11 @@ class Sequence:
             num_evicted=torch.tensor([float(evicted)]), stored=torch.tensor([stored]), store_pages=len(store) or self.store_pages,
             observe_from=torch.tensor([0]), restart=torch.tensor([True]),
         )  # fmt: skip
-        output, lse = run_attend(self.kernels, self.caches[layer], queries, work, SCALE, True)
-        self.kernels.observe(self.caches[layer], self.observed[layer], queries, lse, work, SCALE)
+        given, changed = (
+            (self.observed[layer], queries, work, SCALE, True),
+            [observed.data for observed in self.observed],
+        )
+        output, lse = run_both(self.kernels, self.caches[layer], *given, changed)
         return output.float(), lse
 
     def retire(self, layer: int, boundary: int, after: int, stored: int, evicted: int, store_tokens: int) -> None:

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from kernel_cases import INTERPRETED, attend_work, beside, run_attend
+from kernel_cases import INTERPRETED, attend_work, beside, run_attend, run_both
 
 from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
@@ -70,9 +70,8 @@ def ask(kernels, cache, observed, work, head_dim, first):
     query = beside(cache, torch.randn(1, 2 * HEADS, head_dim))
     if observed is not None:
         work.observe_from, work.restart = torch.tensor([0]), torch.tensor([first])
-    output, lse = run_attend(kernels, cache, query, work, head_dim**-0.5, True)
-    if observed is not None:
-        kernels.observe(cache, observed, query, lse, work, head_dim**-0.5)
+    given = query, work, head_dim**-0.5, True
+    output, lse = run_attend(kernels, cache, *given) if observed is None else run_both(kernels, cache, observed, *given)
     return output.float(), lse
 
 
@@ -210,6 +209,7 @@ def test_several_queries_and_rows_of_every_kind(kernels, dtype):
         alone = torch.full_like(mass, 0.5)
         kernels.observe(cache, Observed(alone), query, want_lse, replace(work, weights=None), 0.125)
         assert torch.equal(mass, alone), "what attend leaves to observe is what observe computes, bit by bit"
+    run_both(kernels, cache, Observed(torch.full_like(mass, 0.5)), query, work, 0.125, False)
     for row, stored in enumerate(work.stored.tolist()):
         store, exact = pages[row].split([store_pages, 5 - store_pages]) if stored else (pages[row, :0], pages[row])
         seen = [

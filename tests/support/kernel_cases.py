@@ -54,6 +54,25 @@ def run_attend(kernels, cache, query, work, scale, corrected):
     return output, lse
 
 
+def run_both(kernels, cache, observed, query, work, scale, corrected, changed=()):
+    """(output, lse) of `attend`, then `observe`, and that a family's way to do both at once gives the same: the bits, if each of
+    its items does the same sums. `changed`: what observing may change, if not `observed` alone."""
+    changed = changed or [observed.data]
+    before = [data.clone() for data in changed]
+    output, lse = run_attend(kernels, cache, query, work, scale, corrected)
+    kernels.observe(cache, observed, beside(cache, query), lse, work, scale)
+    want = [data.clone() for data in changed]
+    for data, as_it_was in zip(changed, before, strict=True):
+        data.copy_(as_it_was)
+    again = torch.full_like(output, math.nan)
+    kernels.attend_and_observe(cache, observed, beside(cache, query), again, work, scale, corrected)
+    assert torch.equal(again.nan_to_num(7), output.nan_to_num(7))
+    close = {"rtol": 1e-4, "atol": 1e-6} if kernels.name == "triton" else {"rtol": 0, "atol": 0}
+    for data, wanted in zip(changed, want, strict=True):
+        torch.testing.assert_close(data, wanted, **close, equal_nan=True)
+    return output, lse
+
+
 def attends_and_observes_like_the_reference(kernels, cache, work, query, corrected):
     """Asserts that outputs, logsumexps and observed attention are the reference's; the output."""
     reference, scale = select("reference"), query.shape[-1] ** -0.5
@@ -72,6 +91,7 @@ def attends_and_observes_like_the_reference(kernels, cache, work, query, correct
         alone = torch.full_like(mass, 7.0)
         kernels.observe(cache, Observed(alone), query, want_lse, replace(work, weights=None), scale)
         assert torch.equal(mass, alone), "what attend leaves to observe is what observe computes, bit by bit"
+    run_both(kernels, cache, Observed(torch.full_like(mass, 7.0)), query, work, scale, corrected)
     return output
 
 
