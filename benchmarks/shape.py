@@ -11,7 +11,8 @@ SINKS = 4
 
 @dataclass(frozen=True)
 class Shape:
-    """`rows` sequences that retain `slots` tokens each, `queries` new ones a row; record: covariance type, "zeroth" for none."""
+    """`rows` sequences that retain `slots` tokens each, `queries` new ones a row; record: covariance type, "zeroth" for none;
+    centred: it has the centres of a quantised store's keys."""
 
     head_dim: int = 128
     kv_heads: int = 4
@@ -22,11 +23,13 @@ class Shape:
     page_size: int = 16
     dtype: torch.dtype = torch.bfloat16
     record: str = "zeroth"
+    centred: bool = False
 
     @property
     def layout(self) -> RecordLayout:
         first = self.record != "zeroth"
-        return RecordLayout(self.head_dim, self.record if first else "bfloat16", has_covariance=first)
+        dtype = self.record if first else "bfloat16"
+        return RecordLayout(self.head_dim, dtype, has_covariance=first, has_centres=self.centred)
 
     @property
     def kv_bytes(self) -> int:

@@ -56,7 +56,7 @@ class EvictionConfig:
             `budget_tokens`.
         window_tokens: newest tokens that are always kept exact, rounded up to whole pages; None ("auto"): 1/16 of the budget
             with a quantised store, else half.
-        sink_tokens: first tokens of a sequence that are never evicted.
+        sink_tokens: first tokens of a sequence that are never evicted; a quantised store keeps its first run in any case.
         prefill: "chunked" evicts while the prompt is read (memory bounded by the budget plus one scheduler chunk);
             "full" attends the whole prompt exactly and evicts at its end (needs memory for the whole prompt);
             "auto" is full for prompts of at most `exact_prompt_tokens` and chunked for longer ones.

@@ -58,7 +58,7 @@ class StateLayout:
         record_tokens, moment_pages = None, 0
         if start < 0:
             moment_pages = record.pages(page_size, item)
-        elif record.has_means:
+        else:
             record = replace(record, start=start)
             record_tokens = page_tokens - min(page_tokens, start // packed.tile_bytes * TILE_TOKENS)
         schedule = build_schedule(config, page_size, moment_pages, keeps_only_sinks, page_tokens, record_tokens)
@@ -106,7 +106,13 @@ def record_layout(config: EvictionConfig, head_dim: int) -> RecordLayout:
     reads = config.policy_class.reads
     covariance = config.correction == "first" or "covariance" in reads
     means = covariance or config.correction == "zeroth" or "means" in reads
-    return RecordLayout(head_dim, config.moment_dtype, has_means=means, has_covariance=covariance)
+    return RecordLayout(
+        head_dim,
+        config.moment_dtype,
+        has_means=means,
+        has_covariance=covariance,
+        has_centres=config.quantised_store != "",
+    )
 
 
 def page_tokens(config: EvictionConfig, block_size: int, splits_blocks: bool, dtype: torch.dtype) -> int:
@@ -310,7 +316,7 @@ class MomentKVSpec(FullAttentionSpec):
     def state_bytes(self) -> int:
         """Bytes of one sequence's moment pages in one layer, or of the records in its last store page."""
         if self.schedule.record_in_store:
-            return record_layout(self.config, self.head_size).num_bytes * self.num_kv_heads
+            return self.layout.record.num_bytes * self.num_kv_heads
         return self.schedule.moment_pages * self.page_size_bytes // self.blocks.pages
 
 

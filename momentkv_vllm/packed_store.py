@@ -1,8 +1,8 @@
 """Byte layout of quantised store pages: tiles of eight tokens, ordered for integer dot products.
 
 Store pages belong to one sequence and only our kernels read them, so they need not look like vLLM's. A head's part of a
-store page holds whole tiles. A token's key and value are padded with zeros to `width` numbers and rotated (`rotated`). Every
-group of 32 numbers of a key has a scale, a value has one: errors in keys cost ten times as much. A tile holds, one after
+store page holds whole tiles. A token's key, less its centre (key_centres.py), and its value are padded with zeros to `width`
+numbers and rotated (`rotated`). Every group of 32 numbers of a key has a scale, a value has one: errors in keys cost ten times as much. A tile holds, one after
 the other,
 
     key codes     [code_bytes / 4][8 tokens][4]       uint8: four bytes of a token side by side, for dot products with queries

@@ -2,6 +2,8 @@
 
 One record per KV head: the head's slices of the M moment pages, read one after the other as bytes, hold
 
+    first key    [head_dim] float32   centre of the first tile of a quantised store (key_centres.py)
+    other keys   [head_dim] float32   centre of its other tiles
     mean key     [head_dim] float32
     mean value   [head_dim] float32
     value spread [1]        float32   mean squared distance of the evicted values to their mean (trust region)
@@ -10,8 +12,8 @@ One record per KV head: the head's slices of the M moment pages, read one after 
     covariance   [head_dim, head_dim] moment_dtype, rows = key dims, columns = value dims (only for order "first");
                                       int8: a row's numbers times its scale, the largest being 127
 
-The count n is not stored: the page schedule knows it. A record is meaningless, and never read, while n = 0, so a recycled
-page needs no clearing.
+The count n is not stored: the page schedule knows it. Moments are meaningless, and never read, while n = 0, so a recycled
+page needs no clearing; centres likewise until the store is quantised.
 """
 
 from dataclasses import dataclass
@@ -37,6 +39,7 @@ class RecordOffsets(NamedTuple):
 class RecordLayout:
     """Sizes of one head's record. `has_covariance` False drops C; an empty layout (`has_means` False) has no bytes.
 
+    has_centres: those of a quantised store's keys come first.
     start: byte of its first page where it begins; more than 0 where it lies behind the tokens of a store page.
     """
 
@@ -44,16 +47,19 @@ class RecordLayout:
     moment_dtype: str = "bfloat16"
     has_means: bool = True
     has_covariance: bool = True
+    has_centres: bool = False
     start: int = 0
 
     @cached_property
     def offsets(self) -> RecordOffsets:
+        first = 2 * 4 * self.head_dim if self.has_centres else 0
         if not self.has_means:
-            return RecordOffsets(0, 0, 0, 0, 0)
+            return RecordOffsets(*[self.start + first] * 5)
         means = 4 * self.head_dim
-        scales_end = 2 * means + 4 + (means if self.has_scales else 0)
+        spread = first + 2 * means
+        scales_end = spread + 4 + (means if self.has_scales else 0)
         covariance = cdiv(scales_end, self._row_bytes) * self._row_bytes
-        return RecordOffsets(*(self.start + part for part in (0, means, 2 * means, 2 * means + 4, covariance)))
+        return RecordOffsets(*(self.start + x for x in (first, first + means, spread, spread + 4, covariance)))
 
     @property
     def has_scales(self) -> bool:

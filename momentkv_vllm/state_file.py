@@ -20,7 +20,7 @@ from torch import Tensor
 
 from momentkv_vllm.refuse import refuse
 
-FORMAT = 1
+FORMAT = 2
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 HEADER, CHECKSUM, TOKENS = "momentkv_state", "momentkv_checksum", "tokens"
 

@@ -90,7 +90,7 @@ class RecordSizes(NamedTuple):
 
 class StoreSizes(NamedTuple):
     """Compile-time layout of quantised store pages (packed_store.py), in the order of CacheView.packed_arguments; 0 bits: there
-    are none."""
+    are none. centres_at: byte of a record where those of the keys begin, -1: keys have none."""
 
     bits: int
     width: int
@@ -100,6 +100,10 @@ class StoreSizes(NamedTuple):
     scales_at: int
     tile_bytes: int
     page_tiles: int
+    centres_at: int
+
+
+NO_STORE = [*[0] * (len(StoreSizes._fields) - 1), -1]
 
 
 def tokens_of(cache: Any) -> Tokens:
@@ -137,7 +141,7 @@ def event_lists(cache: Any, work: Any) -> EventLists:
 
 def store_sizes(cache: Any, work: Any) -> StoreSizes:
     """Of a work list's rows."""
-    return StoreSizes(*(cache.packed_arguments if work.stored is not None else [0] * len(StoreSizes._fields)))
+    return StoreSizes(*(cache.packed_arguments if work.stored is not None else NO_STORE))
 
 
 def attending_warps(work: Any) -> int:

@@ -60,9 +60,12 @@ def _chunk(
         limit,
         limit,
         real,
+        records,
+        moment_pages + row * row_moments,
         BLOCK_N,
         SIZES,
         STORE,
+        RECORD,
         False,
     )
     if CORRECTED:

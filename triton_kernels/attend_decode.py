@@ -63,7 +63,8 @@ def _partials(
             leaves = m < tl.where(tl.load(observe_from + row) < 1, GROUPS, 0)
         acc, peak, total = attend_retained(
             q, tl.zeros((BLOCK_M,), tl.int32) + visible - 1, store_from, store_to, exact_from, exact_to, tokens, tiles, head,
-            pages, exact_pages, scale, left, left + store_slots, leaves, BLOCK_N, SIZES, STORE, OBSERVES,
+            pages, exact_pages, scale, left, left + store_slots, leaves, records, moment_pages + row * row_moments,
+            BLOCK_N, SIZES, STORE, RECORD, OBSERVES,
         )  # fmt: skip
         out = acc / total[:, None]
         lse = (peak + tl.log2(total)) * LN2

@@ -9,12 +9,13 @@ import triton
 import triton.language as tl
 
 from .arguments import event_lists, record_sizes, records_of, sizes, store_sizes, tiles_of, tokens_of
+from .centres import finite, of_slots, write_centres
 from .choose import choose
 from .common import program_head
 from .event import event_of, exact_slots, load_keys, load_values, mass_at, store_slots
 from .fold import fold, merged, write_record
 from .score import score_terms
-from .store import tiles_at, write_stored
+from .store import TILE, tiles_at, write_stored
 
 BLOCK_L = 16
 """Losers folded, and winners moved, at a time."""
@@ -34,8 +35,23 @@ def _copy(tokens, head, page, slot, to_page, to_slot, ok, SIZES: tl.constexpr):
 
 
 @triton.jit
+def _centres(tokens, tiles, head, event, BLOCK_L: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr):
+    """(first key, mean of those behind the first tile) [D] of the candidates of a store's first event, else as they are."""
+    first_key, others = event.first_key, event.others
+    if event.packed == 0:
+        total = tl.zeros((SIZES.block_d,), tl.float64)
+        for first in range(0, event.candidates, BLOCK_L):
+            i = first + tl.arange(0, BLOCK_L)
+            keys = finite(load_keys(tokens, tiles, head, event, i, i < event.candidates, SIZES, STORE))
+            total += tl.sum(tl.where((i >= TILE)[:, None], keys, 0.0).to(tl.float64), 0)
+            first_key = tl.where(first == 0, tl.sum(tl.where((i == 0)[:, None], keys, 0.0), 0), first_key)
+        others = (total / tl.maximum(event.candidates - TILE, 1)).to(tl.float32)
+    return first_key, others
+
+
+@triton.jit
 def _fill(
-    tokens, tiles, head, event, loser_list, winner_list, holes, winners, mass, m_page,
+    tokens, tiles, head, event, first_key, others, loser_list, winner_list, holes, winners, mass, m_page,
     BLOCK_W: tl.constexpr, HAS_MASS: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
     """The i-th token outside of the store that stays takes the i-th empty slot: those of the losers, then those never filled.
@@ -54,6 +70,7 @@ def _fill(
         to_page, to_slot = store_slots(event, slot, ok, SIZES, STORE)
         if STORE.bits:
             keys = load_keys(tokens, tiles, head, event, source, ok, SIZES, STORE)
+            keys -= of_slots(first_key, others, slot)
             values = load_values(tokens, tiles, head, event, source, ok, SIZES, STORE)
             tl.debug_barrier()
             write_stored(tiles, tiles_at(tiles, head, event.store, slot, ok, STORE), slot, ok, keys, values, STORE)
@@ -74,13 +91,14 @@ def _consolidate(
 ):  # fmt: skip
     """Program (row, KV head)."""
     row, head = tl.program_id(0), program_head()
-    event = event_of(lists, row, BLOCK_K, SIZES, STORE)
+    pages = moment_pages + row * row_moments
+    event = event_of(lists, row, records, head, pages, BLOCK_K, SIZES, STORE, RECORD)
     if event.candidates == 0:
         return
     settle(
         score + row * s_row + head * s_head, s_term, mass, loser_list + row * l_row + head * l_head,
-        winner_list + row * w_row + head * w_head, event, moment_pages + row * row_moments, tl.load(num_evicted + row), tokens,
-        tiles, records, head, m_page, m_head, sink_tokens, attention_weight,
+        winner_list + row * w_row + head * w_head, event, pages, tl.load(num_evicted + row), tokens, tiles,
+        records, head, m_page, m_head, sink_tokens, attention_weight,
         RUNS, RUN, BLOCK_L, BLOCK_W, TERMS, HAS_MASS, HAS_MEANS, SIZES, STORE, RECORD,
     )  # fmt: skip
 
@@ -104,12 +122,17 @@ def settle(
         mean_key, mean_value, spread, covariance = merged(
             records, head, pages, before, event.losers, mean_key, mean_value, spread, covariance, SIZES, RECORD
         )
+    first_key, others = event.first_key, event.others
+    if STORE.centres_at >= 0:
+        first_key, others = _centres(tokens, tiles, head, event, BLOCK_L, SIZES, STORE)
     tl.debug_barrier()
     _fill(
-        tokens, tiles, head, event, loser_list, winner_list, holes, winners, mass + head * m_head, m_page, BLOCK_W, HAS_MASS,
-        SIZES, STORE,
+        tokens, tiles, head, event, first_key, others, loser_list, winner_list, holes, winners, mass + head * m_head, m_page,
+        BLOCK_W, HAS_MASS, SIZES, STORE,
     )  # fmt: skip
     tl.debug_barrier()
+    if STORE.centres_at >= 0 and (event.packed == 0) & (event.candidates > 0):
+        write_centres(records, head, pages, first_key, others, SIZES, STORE, RECORD)
     if HAS_MEANS and event.losers > 0:
         write_record(records, head, pages, mean_key, mean_value, spread, covariance, SIZES, RECORD)
 

@@ -94,8 +94,8 @@ def _consolidate_layers(
     winner_list += place * most_winners
     for j in range(tl.program_id(0), count, tl.num_programs(0)):
         row = tl.load(due + 1 + j)
-        event = event_of(lists, row, BLOCK_K, SIZES, STORE)
         pages, before = moment_pages + row * row_moments, tl.load(num_evicted + row)
+        event = event_of(lists, row, records, head, pages, BLOCK_K, SIZES, STORE, RECORD)
         if event.losers > 0:
             _score(
                 terms, t_term, mass + head * m_head, m_page, event, pages, before, tokens, tiles, records, head,

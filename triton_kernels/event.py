@@ -9,6 +9,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .centres import load_centres, of_slots
 from .retained import exact_keys, exact_values
 from .store import rotated, stored_keys, stored_values, tiles_at
 
@@ -19,6 +20,7 @@ class Event(NamedTuple):
     exact:      of the store that lie in exact pages.
     filled:     in the store, each in the slot of its number.
     candidates: 0 if the row retires nothing; losers: how many of them go.
+    first_key, others: centres [D] of the keys of one head's quantised store.
     """
 
     store: tl.tensor
@@ -28,11 +30,16 @@ class Event(NamedTuple):
     filled: tl.tensor
     candidates: tl.tensor
     losers: tl.tensor
+    first_key: tl.tensor
+    others: tl.tensor
 
 
 @triton.jit
-def event_of(lists, row, BLOCK_K: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr):
-    """Of a row; its list of retiring pages ends in -1 where it retires fewer than others."""
+def event_of(
+    lists, row, records, head, record_pages,
+    BLOCK_K: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr, RECORD: tl.constexpr,
+):  # fmt: skip
+    """Of a row and head; the row's list of retiring pages ends in -1 where it retires fewer than others."""
     k = tl.arange(0, BLOCK_K)
     retiring = lists.retiring + row * lists.row_retiring
     due = tl.sum((tl.load(retiring + k, mask=k < lists.retiring_pages, other=-1) >= 0).to(tl.int32), 0)
@@ -44,7 +51,9 @@ def event_of(lists, row, BLOCK_K: tl.constexpr, SIZES: tl.constexpr, STORE: tl.c
         filled = packed
     candidates = tl.where(due > 0, packed + exact + due * SIZES.page, 0)
     losers = tl.maximum(candidates - lists.capacity, 0)
-    return Event(lists.store + row * lists.row_store, retiring, packed, exact, filled, candidates, losers)
+    first_key, others = load_centres(records, head, record_pages, SIZES, STORE, RECORD)
+    store = lists.store + row * lists.row_store
+    return Event(store, retiring, packed, exact, filled, candidates, losers, first_key, others)
 
 
 @triton.jit
@@ -91,6 +100,7 @@ def load_keys(tokens, tiles, head, event, i, real, SIZES: tl.constexpr, STORE: t
         inside = real & (i < event.packed)
         tile = tiles_at(tiles, head, event.store, i, inside, STORE)
         x = _or_stored(x, tl.trans(stored_keys(tiles, tile, i, inside, SIZES.block_d, STORE)), inside, SIZES, STORE)
+        x = tl.where(inside[:, None], x + of_slots(event.first_key, event.others, i), x)
     return x
 
 

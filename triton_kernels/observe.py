@@ -4,34 +4,37 @@ import torch
 import triton
 import triton.language as tl
 
-from .arguments import sizes, store_sizes, tiles_of, tokens_of
+from .arguments import record_sizes, records_of, sizes, store_sizes, tiles_of, tokens_of
+from .centres import load_centres, products
 from .common import capped, dot, dot_rotated, narrow, program_head
 from .retained import exact_keys, stored_tokens
-from .store import rotated, stored_keys, tiles_at
+from .store import TILE, rotated, stored_keys, tiles_at
 
 BLOCK_M, BLOCK_N = 32, 64
 
 
 @triton.jit
 def _attention(
-    query, lse, q_token, q_head, lse_token, token0, first_wanted, queries, k, slots, first_last, scale, head,
+    query, lse, q_token, q_head, lse_token, token0, first_wanted, queries, k, slots, first_last, first_key, others, scale, head,
     GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr, IN_STORE: tl.constexpr,
 ):  # fmt: skip
     """[N] attention that a row's queries from first_wanted on give to keys k [D, N]; query i sees slots [N] up to first_last + i,
-    of a store all of them."""
-    TILE: tl.constexpr = BLOCK_M // GROUPS
+    of a store all of them, whose keys' centres are given."""
+    ROWS: tl.constexpr = BLOCK_M // GROUPS
     m, d = tl.arange(0, BLOCK_M), tl.arange(0, SIZES.block_d)
     total = tl.zeros((slots.shape[0],), tl.float32)
-    for first in range(first_wanted, queries, TILE):
+    for first in range(first_wanted, queries, ROWS):
         at = first + m // GROUPS
-        real = (m < TILE * GROUPS) & (at < queries)
+        real = (m < ROWS * GROUPS) & (at < queries)
         token = token0 + at
         query_head = head * GROUPS + m % GROUPS
         q_at = query + (token * q_token + query_head * q_head)[:, None] + d[None, :]
         q = tl.load(q_at, mask=real[:, None] & (d < SIZES.head_dim)[None, :], other=0.0)
         norm = tl.load(lse + token * lse_token + query_head, mask=real, other=0.0)
         if IN_STORE:
+            q_first, q_others = products(q, first_key, others)
             logits = dot_rotated(rotated(q.to(tl.float32), STORE.block), k)
+            logits += tl.where((slots < TILE)[None, :], q_first[:, None], q_others[:, None])
             seen = real[:, None] & (slots >= 0)[None, :]
         else:
             logits = dot(q, k)
@@ -42,9 +45,10 @@ def _attention(
 
 @triton.jit(do_not_specialize=["row_pages"])
 def _observe(
-    query, lse, mass, first_token, num_queries, pages, last_slot, stored, observe_from, restart, tokens, tiles,
-    q_token, q_head, lse_token, m_page, m_head, row_pages, store_pages, scale, num_slots, store_tiles,
+    query, lse, mass, first_token, num_queries, pages, last_slot, stored, moment_pages, observe_from, restart, tokens, tiles,
+    records, q_token, q_head, lse_token, m_page, m_head, row_pages, row_moments, store_pages, scale, num_slots, store_tiles,
     GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
+    RECORD: tl.constexpr,
 ):  # fmt: skip
     """Program (row, KV head, tile of slots): first the tiles of quantised stores, then those of exact pages."""
     row, head, tile = tl.program_id(0), program_head(), tl.program_id(2)
@@ -65,9 +69,10 @@ def _observe(
         mass_at = mass + page * m_page + slots % PAGE
         at = tiles_at(tiles, head, pages, slots, mine, STORE)
         k = narrow(stored_keys(tiles, at, slots, mine, SIZES.block_d, STORE), query.dtype.element_ty)
+        first_key, others = load_centres(records, head, moment_pages + row * row_moments, SIZES, STORE, RECORD)
         total = tl.load(mass_at, mask=slots < tl.where(keep, in_store, 0), other=0.0)
         total += _attention(
-            query, lse, q_token, q_head, lse_token, token0, first_wanted, queries, k, slots, 0, scale, head,
+            query, lse, q_token, q_head, lse_token, token0, first_wanted, queries, k, slots, 0, first_key, others, scale, head,
             GROUPS, BLOCK_M, SIZES, STORE, True,
         )  # fmt: skip
         tl.store(mass_at, total, mask=mine)
@@ -84,7 +89,7 @@ def _observe(
     mass_at = mass + page * m_page + slot
     total = tl.load(mass_at, mask=mine & (slots < tl.where(keep, num_slots, 0)), other=0.0)
     total += _attention(
-        query, lse, q_token, q_head, lse_token, token0, first_wanted, queries, k, slots, first_last, scale, head,
+        query, lse, q_token, q_head, lse_token, token0, first_wanted, queries, k, slots, first_last, 0, 0, scale, head,
         GROUPS, BLOCK_M, SIZES, STORE, False,
     )  # fmt: skip
     tl.store(mass_at, total, mask=mine)
@@ -99,9 +104,10 @@ def observe(cache, mass, query, lse, work, scale: float) -> None:
     block_n = BLOCK_N if work.stored is None else BLOCK_N // 2
     store_tiles = triton.cdiv(store_slots, block_n)
     _observe[(rows, heads, store_tiles + triton.cdiv(num_slots, block_n))](
-        query, lse, mass, work.first_token, work.num_queries, work.pages, work.last_slot, work.stored, work.observe_from,
-        work.restart.view(torch.uint8), tokens_of(cache), tiles_of(cache), *query.stride()[:2], lse.stride(0),
-        *mass.stride()[:2], work.pages.stride(0), work.store_pages, scale, num_slots, store_tiles,
+        query, lse, mass, work.first_token, work.num_queries, work.pages, work.last_slot, work.stored, work.moment_pages,
+        work.observe_from, work.restart.view(torch.uint8), tokens_of(cache), tiles_of(cache), records_of(cache),
+        *query.stride()[:2], lse.stride(0), *mass.stride()[:2], work.pages.stride(0), work.moment_pages.stride(0),
+        work.store_pages, scale, num_slots, store_tiles,
         GROUPS=groups, BLOCK_M=max(BLOCK_M, triton.next_power_of_2(groups)), BLOCK_N=block_n, SIZES=sizes(cache),
-        STORE=store_sizes(cache, work), num_warps=4,
+        STORE=store_sizes(cache, work), RECORD=record_sizes(cache), num_warps=4,
     )  # fmt: skip

@@ -3,8 +3,9 @@
 import triton
 import triton.language as tl
 
+from .centres import load_centres, products
 from .common import LOG2E, capped, dot, dot_rotated, narrow
-from .store import rotated, stored_keys, stored_values, tiles_at
+from .store import TILE, rotated, stored_keys, stored_values, tiles_at
 
 
 @triton.jit
@@ -61,15 +62,16 @@ def _attend_exact(
 
 @triton.jit
 def _attend_stored(
-    q, acc, peak, total, slots, asks, stored, tiles, head, pages, scale, left, leaves,
+    q, q_first, q_others, acc, peak, total, slots, asks, stored, tiles, head, pages, scale, left, leaves,
     TYPE: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr, LEAVE: tl.constexpr,
 ):  # fmt: skip
     """Likewise by slots of a quantised store, of which all queries that ask [M] see the first `stored`; q [M, D] float32 and acc
-    are rotated."""
+    are rotated. q_first, q_others [M]: what the keys' centres add."""
     real = slots < stored
     at = tiles_at(tiles, head, pages, slots, real, STORE)
     k = narrow(stored_keys(tiles, at, slots, real, SIZES.block_d, STORE), TYPE)
-    logits = _in_base_2(dot_rotated(q, k), scale, SIZES)
+    centres = tl.where((slots < TILE)[None, :], q_first[:, None], q_others[:, None])
+    logits = _in_base_2(dot_rotated(q, k) + centres, scale, SIZES)
     logits = tl.where(asks[:, None] & real[None, :], logits, float("-inf"))
     if LEAVE:
         tl.store(left[:, None] + slots[None, :], logits, mask=leaves[:, None] & real[None, :])
@@ -90,10 +92,11 @@ def stored_tokens(stored, row, STORE: tl.constexpr):
 @triton.jit
 def attend_retained(
     q, limit, store_from, store_to, exact_from, exact_to, tokens, tiles, head, pages, exact_pages, scale, left, left_exact,
-    leaves, BLOCK_N: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr, LEAVE: tl.constexpr,
+    leaves, records, record_pages,
+    BLOCK_N: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr, RECORD: tl.constexpr, LEAVE: tl.constexpr,
 ):  # fmt: skip
     """(weighted sum of values [M, D], peak, sum of weights [M]) in base 2 of queries q [M, D] over slots [store_from, store_to)
-    of the store in `pages` and [exact_from, exact_to) of `exact_pages`.
+    of the store in `pages`, whose keys' centres the record in `record_pages` has, and [exact_from, exact_to) of `exact_pages`.
 
     Query m sees exact slots up to limit[m]; -1: it is none. LEAVE: where leaves[m], its logits in base 2 are left behind
     left[m] by slot of the store and behind left_exact[m] by slot of exact pages.
@@ -103,10 +106,12 @@ def attend_retained(
     total = tl.zeros((q.shape[0],), tl.float32)
     if STORE.bits and store_from < store_to:
         turned = rotated(q.to(tl.float32), STORE.block)
+        first_key, others = load_centres(records, head, record_pages, SIZES, STORE, RECORD)
+        q_first, q_others = products(q, first_key, others)
         for first in range(store_from, store_to, BLOCK_N):
             acc, peak, total = _attend_stored(
-                turned, acc, peak, total, first + tl.arange(0, BLOCK_N), limit >= 0, store_to, tiles, head, pages, scale,
-                left, leaves, q.dtype, SIZES, STORE, LEAVE,
+                turned, q_first, q_others, acc, peak, total, first + tl.arange(0, BLOCK_N), limit >= 0, store_to, tiles, head,
+                pages, scale, left, leaves, q.dtype, SIZES, STORE, LEAVE,
             )  # fmt: skip
         acc = rotated(acc, STORE.block)
     for first in range(exact_from, exact_to, BLOCK_N):

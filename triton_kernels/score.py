@@ -63,12 +63,13 @@ def tile_terms(
 
 @triton.jit
 def _sums(
-    sums, lists, num_evicted, tokens, tiles, s_row, s_head, s_tile,
+    sums, lists, moment_pages, num_evicted, tokens, tiles, records, s_row, s_head, s_tile, row_moments,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HAS_ATTENTION: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
+    RECORD: tl.constexpr,
 ):  # fmt: skip
     """Program (row, KV head, tile): the tile's sum of directions [D] and, where nothing is evicted yet, of values [D]."""
     row, head, tile = tl.program_id(0), program_head(), tl.program_id(2)
-    event = event_of(lists, row, BLOCK_K, SIZES, STORE)
+    event = event_of(lists, row, records, head, moment_pages + row * row_moments, BLOCK_K, SIZES, STORE, RECORD)
     i = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     if (event.losers == 0) | (tile * BLOCK_N >= event.candidates):
         return
@@ -98,7 +99,7 @@ def _terms(
 ):  # fmt: skip
     """Program (row, KV head, tile)."""
     row, head, tile = tl.program_id(0), program_head(), tl.program_id(2)
-    event = event_of(lists, row, BLOCK_K, SIZES, STORE)
+    event = event_of(lists, row, records, head, moment_pages + row * row_moments, BLOCK_K, SIZES, STORE, RECORD)
     i = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     if (event.losers == 0) | (tile * BLOCK_N >= event.candidates):
         return
@@ -144,14 +145,14 @@ def score_terms(cache, mass: torch.Tensor | None, work, lists: EventLists) -> to
     sums = torch.empty(rows, heads, num_tiles, num_terms * shape.block_d, dtype=torch.float32, device=device)
     known = {
         "BLOCK_N": BLOCK_N, "BLOCK_K": triton.next_power_of_2(lists.retiring_pages), "HAS_ATTENTION": mass is not None,
-        "SIZES": shape, "STORE": store_sizes(cache, work), "num_warps": 4,
+        "SIZES": shape, "STORE": store_sizes(cache, work), "RECORD": record_sizes(cache), "num_warps": 4,
     }  # fmt: skip
     grid = (rows, heads, num_tiles)
-    _sums[grid](sums, lists, work.num_evicted, tokens_of(cache), tiles_of(cache), *sums.stride()[:3], **known)
+    given = lists, work.moment_pages, work.num_evicted, tokens_of(cache), tiles_of(cache), records_of(cache)
+    _sums[grid](sums, *given, *sums.stride()[:3], work.moment_pages.stride(0), **known)
     read = mass if mass is not None else terms
     _terms[grid](
-        terms, sums, read, lists, work.moment_pages, work.num_evicted, tokens_of(cache), tiles_of(cache), records_of(cache),
-        *terms.stride()[:3], *sums.stride()[:3], *read.stride()[:2], work.moment_pages.stride(0),
-        RECORD=record_sizes(cache), **known,
+        terms, sums, read, *given, *terms.stride()[:3], *sums.stride()[:3], *read.stride()[:2], work.moment_pages.stride(0),
+        **known,
     )  # fmt: skip
     return terms

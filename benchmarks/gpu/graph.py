@@ -34,7 +34,11 @@ def laid_out(
     if store == "model":
         record = RecordLayout(d)
         return config, build_schedule(config, PAGE, record.pages(PAGE, 2), False), record, None
-    packed, part, record = PackedLayout(store, d), PAGE * 2 * d * 2, RecordLayout(d, has_covariance=False)
+    packed, part, record = (
+        PackedLayout(store, d),
+        PAGE * 2 * d * 2,
+        RecordLayout(d, has_covariance=False, has_centres=True),
+    )
     page_tokens, start = packed.tokens_per_page(part), (part - record.num_bytes) // 64 * 64
     record = RecordLayout(d, has_covariance=False, start=start)
     behind = page_tokens - min(page_tokens, start // packed.tile_bytes * TILE_TOKENS)

@@ -17,9 +17,10 @@ class StoreCase(Case):
     """A window of exact tokens behind a full store of `dtype`, in the bytes of BUDGET tokens."""
 
     def __init__(self, shape: Shape, dtype: str) -> None:
-        super().__init__(replace(shape, slots=BUDGET))
+        super().__init__(replace(shape, slots=BUDGET, centred=True))
         s, layout = self.shape, PackedLayout(dtype, shape.head_dim)
         self.cache = CacheView.of_vllm_cpu(self.cache.kv, s.layout, layout)
+        self.cache.write_centres(self.moment_pages, torch.randn(s.rows, s.kv_heads, 2, s.head_dim))
         self.store_pages = (BUDGET - WINDOW) // s.page_size
         self.tokens = self.store_pages * self.cache.packed.page_tokens
         for row in range(s.rows):

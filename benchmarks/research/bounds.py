@@ -9,6 +9,7 @@ a mask per head says which tokens are alive: so heads may differ, and an oracle 
 import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import report
 import torch
@@ -24,6 +25,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from momentkv_vllm.attention.head_reach import Probe, random_tokens
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.head_budgets import equal_until, shared
+from momentkv_vllm.key_centres import centres_of, of_slots
 from momentkv_vllm.kv_spec import StateLayout
 from momentkv_vllm.packed_store import Packed, rotated
 from momentkv_vllm.policies.key_direction import ATTENTION_WEIGHT
@@ -66,8 +68,7 @@ class Layer:
         self.key, self.value, self.scale, self.how = key, value, scale, how
         self.heads, self.tokens = key.shape[1:3]
         self.query = query.unflatten(1, (self.heads, -1))
-        numbers = Packed.of(key, value, how.layout.packed).numbers(how.layout.packed)
-        self.packed = [rotated(x)[..., : key.shape[-1]] for x in numbers]
+        self.packed = self._packed()
         self.held_k, self.held_v = key.clone(), value.clone()
         self.alive = torch.ones(1, self.heads, self.tokens, dtype=torch.bool)
         self.mass, self.recent = torch.zeros(2, 1, self.heads, self.tokens)
@@ -75,6 +76,15 @@ class Layer:
         self.gone: list[torch.Tensor | float] = [0.0, 0.0, 0.0]
         self.output = torch.empty_like(self.query)
         self.future = self._future() if how.oracle or how.shared == "oracle" else None
+
+    def _packed(self) -> list[torch.Tensor]:
+        """[keys, values] of all tokens as the store holds them."""
+        plan, layout = self.how.layout.schedule, self.how.layout.packed
+        first = plan.boundary_column(plan.first_event_tokens) * plan.page_size
+        centres = of_slots(centres_of(self.key[:, :, :first], torch.ones(1, first, dtype=torch.bool)), self.tokens)
+        numbers = Packed.of(self.key - centres, self.value, layout).numbers(layout)
+        keys, values = (rotated(x)[..., : self.key.shape[-1]] for x in numbers)
+        return [keys + centres, values]
 
     def _future(self) -> torch.Tensor:
         """[1, heads, blocks + 1, tokens] attention that each token gets from the judged queries of this and all later blocks."""
@@ -246,6 +256,17 @@ class Model:
         return self.model.lm_head(hidden[0, -TEXT_TOKENS - 1 : -1]).log_softmax(-1)
 
 
+def give_keys_biases(model: Any, size: float) -> None:
+    """Keys get a part that all have, as Qwen2.5's biases give them: normal numbers of this size in the channels that positions
+    turn least (the last of each half, Hugging Face's order). The full cache's answers stay nearly what they were."""
+    generator, d = torch.Generator().manual_seed(0), model.config.head_dim
+    for layer in model.model.layers:
+        project = layer.self_attn.k_proj
+        bias = torch.zeros(project.out_features // d, d)
+        bias[:, [d // 2 - 1, d - 1]] = size * torch.randn(len(bias), 2, generator=generator)
+        project.bias = torch.nn.Parameter(bias.flatten())
+
+
 def capacity_of(reach: torch.Tensor, who: str, layout: StateLayout, longest: int) -> torch.Tensor:
     """[layers, heads] tokens: see WHAT."""
     given = layout.schedule.store_tokens, layout.schedule.run_tokens, longest
@@ -264,10 +285,12 @@ def main() -> None:
     parser.add_argument("--documents", type=Path, required=True)
     parser.add_argument("--what", nargs="+", choices=list(WHAT), default=list(WHAT))
     parser.add_argument("--budget", type=int, default=256)
+    parser.add_argument("--key-bias", type=float, default=0.0, help="size of a part that all keys of a head have")
     parser.add_argument("--texts", type=int, default=4)
     parser.add_argument("--out", default="judge_bounds", help="results/NAME.json")
     args = parser.parse_args()
     model, tokenizer = Model(args.model), AutoTokenizer.from_pretrained(args.model)
+    give_keys_biases(model.model, args.key_bias)
     config = EvictionConfig.from_dict({"policy": "momentkv", "budget_tokens": args.budget})
     layout = StateLayout.of(config, 16, model.model.config.head_dim, torch.bfloat16)
     variants = {name: Variant(layout, **WHAT[name]) for name in args.what}
@@ -284,7 +307,10 @@ def main() -> None:
     rows = [[name, "{:.3f} +-{:.3f}".format(*mean_error(kls))] for name, kls in found.items()]
     print(report.table([["what", "KL"], *rows]))
     errors = variants["errors"].found if "errors" in variants else []
-    report.write(args.out, {"half": "choose", "budget": args.budget, "kl": found, "errors_by_layer": errors})
+    report.write(
+        args.out,
+        {"half": "choose", "key bias": args.key_bias, "budget": args.budget, "kl": found, "errors_by_layer": errors},
+    )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from momentkv_vllm import moments as mo
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels.reference import chosen, fill_holes
+from momentkv_vllm.key_centres import centres_of, of_slots
 from momentkv_vllm.packed_store import Packed, PackedLayout, rotated
 from momentkv_vllm.page_schedule import PageSchedule
 from momentkv_vllm.policies import Candidates, Policy
@@ -54,13 +55,16 @@ class Eviction:
             order = int(config.correction == "first")
             state = lambda: MomentState(order, *COVARIANCES[config.moment_dtype])  # noqa: E731
         policy = config.policy_class()
-        return cls(policy, schedule, state, config.sink_tokens, config.observation_tokens, prompt_tokens, store)
+        # As CacheView.sinks: the first tile of a quantised store stays.
+        sinks = max(config.sink_tokens, int(store is not None))
+        return cls(policy, schedule, state, sinks, config.observation_tokens, prompt_tokens, store)
 
 
 class _Layer:
     """Attention of one layer over whole sequences, event after event.
 
-    stored_k, stored_v: [rows, kv_heads, slots, d] the store; window: first token that is still exact.
+    stored_k, stored_v: [rows, kv_heads, slots, d] the store; centres: of the keys of a quantised one; window: first token that is
+    still exact.
     exact: moments of all evicted tokens, never rounded (of which only the count is kept when nobody needs more).
     mass: [rows, kv_heads, store and window (, 3)] what the policy has observed.
     """
@@ -76,6 +80,7 @@ class _Layer:
         self.covariance = "covariance" in how.policy.reads
         self.exact = mo.of_tokens(key[:, :, :1], value[:, :, :1], torch.zeros(rows, kv_heads, 1), self.covariance)
         self.stored_k, self.stored_v, self.window = key[:, :, :0], value[:, :, :0], 0
+        self.centres: torch.Tensor | None = None
         self.evicted = False
         self.mass = torch.zeros(rows, kv_heads, 0, *(how.policy.observes.numbers if how.policy.observes else ()))
 
@@ -170,9 +175,12 @@ class _Layer:
         old, layout = self.stored_k.shape[2], self.how.store
         if layout is None:
             return keys, values
-        new = Packed.of(keys[:, :, old:], values[:, :, old:], layout).numbers(layout)
+        if self.centres is None:
+            self.centres = centres_of(keys, torch.ones(keys.shape[0], keys.shape[2], dtype=torch.bool))
+        centres = of_slots(self.centres, keys.shape[2])[:, :, old:]
+        new = Packed.of(keys[:, :, old:] - centres, values[:, :, old:], layout).numbers(layout)
         k, v = (rotated(x)[..., : keys.shape[-1]] for x in new)
-        return torch.cat([keys[:, :, :old], k], 2), torch.cat([values[:, :, :old], v], 2)
+        return torch.cat([keys[:, :, :old], k + centres], 2), torch.cat([values[:, :, :old], v], 2)
 
     def _forget(self, tokens: Candidates, lost: torch.Tensor) -> None:
         self.evicted = True

@@ -157,13 +157,19 @@ void set_queries(QueryParams<Cache>& q, const Tensor& like, const Tensor& query,
 }
 
 template <class Cache>
+void set_moment_pages(AttendParams<Cache>& a, const AttendTensors& work) {
+  TORCH_CHECK(work.moment_pages.dim() == 2, "moment_pages has shape ", work.moment_pages.sizes(), "; it must be [rows, pages]");
+  a.num_moment_pages = work.moment_pages.size(1);
+  a.moment_pages = data_of<int64_t>(work.moment_pages, "moment_pages", {a.rows, a.num_moment_pages});
+}
+
+template <class Cache>
 void set_attend(AttendParams<Cache>& a, const Tensor& like, const Tensor& query, const Tensor& output,
                 const OptionalTensor& lse, const AttendTensors& work, double scale, bool corrected,
                 const RecordArguments& record) {
   set_queries(a, like, query, work, scale);
   a.record_layout = record_of(a.cache, record, work.moment_pages, corrected);
-  a.num_moment_pages = work.moment_pages.size(1);
-  a.moment_pages = data_of<int64_t>(work.moment_pages, "moment_pages", {a.rows, a.num_moment_pages});
+  set_moment_pages(a, work);
   a.num_evicted = data_of<float>(work.num_evicted, "num_evicted", {a.rows});
   a.corrected = corrected;
   a.output_stride = token_stride(output, query, a.cache.head_dim, "output");

@@ -46,6 +46,7 @@ struct TilePlace {
 struct PackedLayout {
   int bits = 0;  // 8 or 4; 0: no store is quantised
   int64_t width = 0, block = 0, code_bytes = 0, values_offset = 0, scales_offset = 0, tile_bytes = 0, page_tiles = 0;
+  int64_t centres = -1;  // byte of a record where those of the keys begin (momentkv_vllm/key_centres.py); -1: keys have none
   // Heads with budgets of their own; null: all hold the same number of tokens, each in its own part of the pages.
   const TilePlace* places = nullptr;    // [heads, most_tiles]
   const int64_t* capacity = nullptr;    // [heads] tokens

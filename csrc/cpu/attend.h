@@ -279,7 +279,7 @@ void attend_store(const Attend& a, const AttendItem& item, const float* query, i
                   const Left& left, Running run) {
   const PackedLayout& p = a.packed;
   const int64_t d = a.cache.head_dim;
-  const PackedQueries<Bits, Rows> queries(p, query, d);
+  const PackedQueries<Bits, Rows> queries(p, query, d, Centres(p, record_of(a, item)));
   alignas(64) float out[Rows * kMaxHeadDim];
   alignas(64) int16_t weight_words[Rows * kTileSlots];
   float keep[Rows];
@@ -332,7 +332,7 @@ void attend_rows(const Attend& a, const AttendItem& item, int first_row, float* 
   if (a.num_queries[item.row] > 1)
     for (int r = left.first; r < Rows; ++r) leave_nothing(a, item, left.row(a, r), end);
   if (item.with_record) {
-    const RecordView record{a.cache, a.record_layout, a.moment_pages + item.row * a.num_moment_pages, item.head};
+    const RecordView record = record_of(a, item);
     with_covariance_type(a.record_layout.covariance_type, [&](auto c) {
       attend_record<Rows, decltype(c)>(a, record, a.evicted(item.row, item.head), packed, logits, run);
     });

@@ -64,12 +64,18 @@ void write(MOMENTKV_CACHE, const Tensor& key, const Tensor& value, const Tensor&
 // CacheView.packed_arguments (momentkv_vllm/kernels/cache_view.py); empty: no store is quantised.
 PackedLayout packed_of(const Cache& c, at::IntArrayRef packed) {
   if (packed.empty()) return {};
-  TORCH_CHECK(packed.size() == 8, "packed has ", packed.size(), " numbers; CacheView.packed_arguments has 8");
-  const PackedLayout p{int(packed[0]), packed[1], packed[2], packed[3], packed[4], packed[5], packed[6], packed[7]};
+  TORCH_CHECK(packed.size() == 9, "packed has ", packed.size(), " numbers; CacheView.packed_arguments has 9");
+  const PackedLayout p{int(packed[0]), packed[1], packed[2], packed[3], packed[4], packed[5], packed[6], packed[7], packed[8]};
   TORCH_CHECK((p.bits == 8 || p.bits == 4) && p.width >= c.head_dim && p.width <= kMaxHeadDim && p.page_tiles > 0 &&
                   p.page_tiles * p.tile_bytes <= c.part_bytes(),
               "packed is ", packed, "; its tiles do not fit a page of ", c.page_size, " tokens");
   return p;
+}
+
+// Records of quantised stores hold their keys' centres.
+void check_centres(const Cache& c, const PackedLayout& p, int64_t record_pages) {
+  const int64_t there = record_pages * c.part_bytes();
+  TORCH_CHECK(p.centres + 8 * c.head_dim <= there || p.centres < 0, "a record of ", there, " bytes does not hold centres at ", p.centres);
 }
 
 // CacheView.head_arguments (momentkv_vllm/kernels/cache_view.py).
@@ -102,6 +108,7 @@ void set_store(Attend& a, const OptionalTensor& stored, int64_t store_pages, at:
   set_heads(a.packed, a.cache, MOMENTKV_HEADS_GIVEN, store_pages);
   a.stored = data_of<int64_t>(stored, "stored", {a.rows});
   a.store_pages = store_pages;
+  if (a.stored != nullptr) check_centres(a.cache, a.packed, a.num_moment_pages);
   a.observed_slots = std::max(a.cache.page_size, a.packed.page_tiles * 8);
   TORCH_CHECK(a.stored == nullptr || a.packed.bits != 0, "stored is given; packed must say how the store is quantised");
   if (!observed) return;
@@ -257,6 +264,7 @@ void observe(MOMENTKV_CACHE, const Tensor& observed, const Tensor& query, const 
   set_queries(a, kv, query, work, scale);
   a.softcap = float(softcap);
   a.num_evicted = data_of<float>(work.num_evicted, "num_evicted", {a.rows});
+  set_moment_pages(a, work);
   set_store(a, stored, store_pages, packed, MOMENTKV_HEADS_GIVEN, observed);
   check_rows(a, query.size(0));
   a.lse = data_of<float>(lse, "lse", {query.size(0), a.query_heads});
@@ -315,6 +323,7 @@ void consolidate(MOMENTKV_CACHE, MOMENTKV_RETIRE_WORK, const OptionalTensor& sco
   TORCH_CHECK(c.stored == nullptr || c.packed.bits != 0, "stored is given; packed must say how the store is quantised");
   if (!score && attention_weight != 0) check_attention_term(c, has_means && observed);
   check_heads(c);
+  if (c.stored != nullptr) check_centres(c.cache, c.packed, c.moment_pages);
   TORCH_CHECK(c.store_tokens <= pages * c.observed_slots, "a store of ", pages, " pages does not hold ", store_tokens, " tokens");
   const Kernels& k = kernels();
   const int64_t items = c.rows * c.cache.heads;

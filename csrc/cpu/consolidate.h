@@ -50,6 +50,7 @@ void load_candidate(const Event& e, int64_t candidate, float* key, float* value)
     });
     std::copy_n(wide_key, d, key);
     std::copy_n(wide_value, d, value);
+    for (int64_t i = 0; e.centres && i < d; ++i) key[i] += e.centres.of_slot(candidate)[i];
     return;
   }
   const T *from = e.key<T>(candidate), *values = e.value<T>(candidate);
@@ -199,10 +200,13 @@ void move_exact(const Event& e, int64_t winner, int64_t slot) {
   std::memcpy(e.value<T>(slot), e.value<T>(winner), e.c.cache.head_dim * sizeof(T));
 }
 
+// The candidate `winner` as a tile's token, in the store's `slot`.
 template <class T>
-void quantise_into(const Event& e, int64_t winner, uint8_t* tile, int token) {
+void quantise_into(const Event& e, int64_t winner, int64_t slot, uint8_t* tile) {
+  const int token = int(slot % kTileTokens);
   float key[kMaxHeadDim] = {}, value[kMaxHeadDim] = {};
   load_candidate<T>(e, winner, key, value);
+  for (int64_t i = 0; e.centres && i < e.c.cache.head_dim; ++i) key[i] -= e.centres.of_slot(slot)[i];
   with_bits(e.c.packed.bits, [&](auto bits) { write_token<bits>(e.c.packed, key, value, tile, token); });
 }
 
@@ -218,11 +222,31 @@ void fill_holes(const Event& e, const int32_t* losers) {
     else if (e.is_packed(winner))  // whole tiles move, for whole runs do
       std::memcpy(e.tile(slot), e.tile(winner), slot % kTileTokens == 0 ? e.c.packed.tile_bytes : 0);
     else
-      quantise_into<T>(e, winner, e.tile(slot), int(slot % kTileTokens));
+      quantise_into<T>(e, winner, slot, e.tile(slot));
     if (e.c.observed != nullptr) *e.mass_of_slot(slot) = *e.mass(winner);
   };
   for (const int32_t* hole = losers; hole < losers + e.losers() && *hole < filled; ++hole) put(*hole);
   for (int64_t slot = filled; slot < stay; ++slot) put(slot);
+}
+
+// Centres of the keys of a sequence whose store is quantised for the first time: [2][head_dim], the first key and the mean of those
+// behind the first tile, of finite numbers.
+template <class T>
+void find_centres(const Event& e, float* centres) {
+  const int64_t d = e.c.cache.head_dim, page_size = e.c.cache.page_size, others = e.candidates() - kTileTokens;
+  auto finite = [](float x) { return x - x == 0 ? x : 0.0f; };
+  for (int64_t i = 0; i < d; ++i) {
+    double total = 0;
+    for (int64_t n = kTileTokens; n < e.candidates(); ++n) total += finite(to_float(e.key<T>(n)[i * page_size]) * key_unit<T>(e.c.cache));
+    centres[i] = finite(to_float(e.key<T>(0)[i * page_size]) * key_unit<T>(e.c.cache));
+    centres[d + i] = float(total / double(std::max<int64_t>(others, 1)));
+  }
+}
+
+void write_centres(const Event& e) {
+  const int64_t d = e.c.cache.head_dim, at = e.c.packed.centres;
+  std::copy_n(e.centres.first, d, e.record().floats(at));
+  std::copy_n(e.centres.others, d, e.record().floats(at + d * int64_t(sizeof(float))));
 }
 
 // What a head puts into tiles that were lent: bytes and observed mass of its `tile`-th one.
@@ -245,20 +269,20 @@ void become_packed(const Event& e, const int32_t* losers, float* room) {
   const int64_t stay = e.candidates() - e.losers(), page_tokens = p.page_tiles * kTileTokens;
   const int64_t own = std::min(stay, e.c.store_tokens), item = e.row * e.c.cache.heads + e.head;
   uint8_t* bytes = reinterpret_cast<uint8_t*>(room + page_tokens);
-  auto take = [&](uint8_t* tile, int token, float* mass) {
+  auto take = [&](uint8_t* tile, int64_t slot, float* mass) {
     const int64_t winner = winners.take();
-    quantise_into<T>(e, winner, tile, token);
+    quantise_into<T>(e, winner, slot, tile);
     if (e.c.observed != nullptr) *mass = *e.mass(winner);
   };
   for (int64_t first = 0; first < own; first += page_tokens) {
     const int64_t here = std::min(own - first, page_tokens);
-    for (int64_t i = 0; i < here; ++i) take(bytes + i / kTileTokens * p.tile_bytes, int(i % kTileTokens), room + i);
+    for (int64_t i = 0; i < here; ++i) take(bytes + i / kTileTokens * p.tile_bytes, first + i, room + i);
     std::memcpy(e.tile(first), bytes, (here + kTileTokens - 1) / kTileTokens * p.tile_bytes);
     if (e.c.observed != nullptr) std::copy_n(room, here, e.mass_of_slot(first));
   }
   for (int64_t slot = own; slot < stay; ++slot) {
     const Lent lent(e.c, item, (slot - own) / kTileTokens);
-    take(lent.bytes, int(slot % kTileTokens), lent.mass + slot % kTileTokens);
+    take(lent.bytes, slot, lent.mass + slot % kTileTokens);
   }
 }
 
@@ -281,8 +305,11 @@ size_t consolidate_scratch(const Consolidate& c) {
 }
 
 void consolidate(const Consolidate& c, int64_t item, float* scratch) {
-  const Event e(c, item);
+  Event e(c, item);
   if (e.retiring_pages == 0) return;
+  const bool centred = c.stored != nullptr && c.packed.centres >= 0, is_first = e.packed_tokens == 0;
+  float centres[2 * kMaxHeadDim];
+  if (centred) e.centres = is_first ? Centres(centres, centres + c.cache.head_dim) : Centres(c.packed, e.record());
   const int64_t d = c.cache.head_dim;
   uint64_t* ranks = reinterpret_cast<uint64_t*>(scratch);
   float* own_score = scratch + 2 * c.candidates;
@@ -292,15 +319,17 @@ void consolidate(const Consolidate& c, int64_t item, float* scratch) {
   const bool folds = c.record_layout.has_means && e.losers() > 0;
   with_cache_type(c.cache.type, [&](auto t) {
     using T = decltype(t);
+    if (centred && is_first) find_centres<T>(e, centres);
     // `scratch` is free until the ranks are made.
     if (c.score == nullptr && e.losers() > 0) score_by_direction<T>(e, scratch, own_score);
     choose_losers(e, c.score == nullptr ? own_score : c.score + item * c.candidates, ranks, losers);
     // The record may lie in retiring pages, or behind the store's last tile: tokens are read and written before it.
     if (folds) fold<T>(e, losers, f, f.covariance + d * d);
-    if (c.stored != nullptr && e.packed_tokens == 0)
+    if (c.stored != nullptr && is_first)
       become_packed<T>(e, losers, f.covariance + d * d + 2 * kFoldTokens * d);
     else
       fill_holes<T>(e, losers);
   });
+  if (centred && is_first) write_centres(e);
   if (folds) with_covariance_type(c.record_layout.covariance_type, [&](auto t) { merge_into_record<decltype(t)>(e, f); });
 }

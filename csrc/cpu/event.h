@@ -6,6 +6,7 @@ struct Event {
   const Consolidate& c;
   int64_t row, head;
   int64_t retiring_pages = 0, packed_tokens = 0, exact_store_pages = 0;
+  Centres centres;
 
   Event(const Consolidate& all, int64_t item) : c(all), row(item / all.cache.heads), head(item % all.cache.heads) {
     while (retiring_pages < c.retiring_pages && c.retiring[row * c.retiring_pages + retiring_pages] >= 0)

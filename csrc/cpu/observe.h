@@ -65,7 +65,7 @@ void observe_store(const Attend& a, const AttendItem& item, const float* query, 
       weights.template add_to<TileVec>(mass, slot);
     });
   }
-  const PackedQueries<Bits, Rows> queries(p, query, a.cache.head_dim);
+  const PackedQueries<Bits, Rows> queries(p, query, a.cache.head_dim, Centres(p, record_of(a, item)));
   const int64_t* pages = a.pages + item.row * a.max_pages;
   int64_t first = 0;
   for (PackedSlots slots(a.cache, p, item.head, pages, first, end); slots.slots > 0; slots.advance(), first += kTileSlots) {

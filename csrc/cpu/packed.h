@@ -1,7 +1,6 @@
 // Quantised store pages: momentkv_vllm/packed_store.py says how a tile looks and what its codes mean. Dot products are those of
 // integers: codes times queries, or weights, rounded to 16 bits, exact in 32. Included once per instruction set.
 
-constexpr int kTileTokens = 8, kGroup = 32;
 constexpr int kTiles = kTileSlots / kTileTokens;
 constexpr int64_t kFirstCache = 24 << 10;  // bytes of the first cache that tiles may fill
 
@@ -38,13 +37,14 @@ struct PackedSlots {
   // Slots [first, end); `first` starts a tile.
   PackedSlots(const Cache& c, const PackedLayout& p, int64_t head, const int64_t* pages, int64_t first, int64_t end)
       : cache_(c), packed_(p), pages_(pages), head_(head), part_(c.part_bytes()), column_(first / kTileTokens / p.page_tiles),
-        tile_(first / kTileTokens % p.page_tiles), unread_((end - first) / kTileTokens), left_(end - first) {
+        tile_(first / kTileTokens % p.page_tiles), unread_((end - first) / kTileTokens), left_(end - first), starts_(first == 0) {
     fill(0);
     fill(kTiles);
     slots = int(std::clamp<int64_t>(left_, 0, kTileSlots));
   }
   void advance() {
     left_ -= kTileSlots;
+    starts_ = false;
     slots = int(std::clamp<int64_t>(left_, 0, kTileSlots));
     std::copy_n(tiles + kTiles, kTiles, tiles);
     fill(kTiles);
@@ -61,6 +61,8 @@ struct PackedSlots {
     return observed + pages[at.column] * c.heads * observed_slots + at.observed + slot % kTileTokens;
   }
   int vectors() const { return (slots + kLanes - 1) / kLanes; }
+  // Whether the store's first tile is among these.
+  bool starts() const { return starts_; }
 
   // The 16 / kLanes ... parts of tiles that make a vector of kLanes tokens, each token `bytes` long, `offset` into its tile.
   template <class V, int bytes>
@@ -116,6 +118,7 @@ struct PackedSlots {
   const PackedLayout& packed_;
   const int64_t* pages_;
   int64_t head_, part_, column_, tile_, unread_, left_;
+  bool starts_;
   const uint8_t* last_ = nullptr;
 };
 
@@ -179,11 +182,14 @@ struct PackedQueries {
   alignas(64) int16_t words[Rows * kMaxHeadDim];  // [Rows][width]
   float middles[Rows * kMaxHeadDim / kGroup];     // [Rows][groups] what the middle of the codes adds to a group's dot product
   float steps[Rows];                              // of the words
+  float common[Rows], first[Rows];                // what keys' centre adds to a dot product, and what the first tile's adds to that
 
   // `query`: [head_dim][Rows].
-  PackedQueries(const PackedLayout& p, const float* query, int64_t head_dim) {
+  PackedQueries(const PackedLayout& p, const float* query, int64_t head_dim, const Centres& centres) {
     alignas(64) float row[kMaxHeadDim];
     for (int r = 0; r < Rows; ++r) {
+      common[r] = centres ? dot(query + r, centres.others, head_dim, Rows) : 0;
+      first[r] = centres ? dot(query + r, centres.first, head_dim, Rows) - common[r] : 0;
       for (int64_t i = 0; i < p.width; ++i) row[i] = i < head_dim ? query[i * Rows + r] : 0;
       rotate(row, p.width, p.block);
       pack_query<Bits>(p, row, words + r * p.width, middles + r * (p.width / kGroup), steps[r]);
@@ -239,8 +245,10 @@ __attribute__((noinline)) void dot_packed(const PackedSlots& t, const PackedLayo
     }
     for (int r = 0; r < Rows; ++r)
       for (int j = 0; j < kVectors && v + j < t.vectors(); ++j)
-        store(logits + r * kTileSlots + (v + j) * kLanes, sums[r][j] * (q.steps[r] * scale));
+        store(logits + r * kTileSlots + (v + j) * kLanes, (sums[r][j] * q.steps[r] + q.common[r]) * scale);
   }
+  for (int r = 0; t.starts() && r < Rows; ++r)
+    for (int i = 0; i < kTileTokens; ++i) logits[r * kTileSlots + i] += q.first[r] * scale;
 }
 
 // `vectors` vectors of weights times value scales, rounded to 16 bits; returns their step, `total` is their sum.

@@ -55,9 +55,33 @@ inline IntVec squares_of_group(const PackedSlots& t, int vector, int64_t group) 
   return Bits == 4 ? 4 * squares - 4 * kTwice * total + kTwice * kTwice * kGroup : squares;
 }
 
-// 1 / ||key|| of some slots, a vector each; the next ones' keys are fetched.
+// What centres add to the squares of keys' lengths: with a key's own centre c, |key|^2 = |key - c|^2 + 2 key . c - |c|^2.
 template <int Bits>
-inline void inverse_norms(const PackedSlots& t, const PackedLayout& p, int64_t head_dim, Vec* inverse) {
+struct CentreSquares {
+  const Event& e;
+  PackedQueries<Bits, 1> others, first;
+  float square_of_others, square_of_first;
+
+  explicit CentreSquares(const Event& event)
+      : e(event), others(e.c.packed, e.centres.others, d(), e.centres), first(e.c.packed, e.centres.first, d(), e.centres),
+        square_of_others(dot(e.centres.others, e.centres.others, d())), square_of_first(dot(e.centres.first, e.centres.first, d())) {}
+  int64_t d() const { return e.c.cache.head_dim; }
+
+  // `more`: [kTileSlots], of some slots.
+  void add(const PackedSlots& slots, float* more) const {
+    dot_packed<Bits, 1, false>(slots, e.c.packed, others, 1, more);
+    for (int i = 0; i < slots.vectors() * kLanes; i += kLanes) store(more + i, load(more + i) * 2 - square_of_others);
+    if (!slots.starts()) return;
+    alignas(64) float own[kTileSlots];
+    const PackedSlots tile(e.c.cache, e.c.packed, e.head, e.c.store + e.row * e.c.store_pages, 0, kTileTokens);
+    dot_packed<Bits, 1, false>(tile, e.c.packed, first, 1, own);
+    for (int i = 0; i < kTileTokens; ++i) more[i] = own[i] * 2 - square_of_first;
+  }
+};
+
+// 1 / ||key|| of some slots, a vector each, with `more` added to the squares; the next ones' keys are fetched.
+template <int Bits>
+inline void inverse_norms(const PackedSlots& t, const PackedLayout& p, int64_t head_dim, const float* more, Vec* inverse) {
   constexpr int kVectorTiles = kLanes > kTileTokens ? kLanes / kTileTokens : 1;
   for (int v = 0; v < t.vectors(); ++v) {
     const int tile = v * kLanes / kTileTokens;
@@ -75,7 +99,7 @@ inline void inverse_norms(const PackedSlots& t, const PackedLayout& p, int64_t h
         square[i] -= square_of_padding(p, [&](int64_t n) {
           return key_number<Bits>(p, t.tiles[slot / kTileTokens], slot % kTileTokens, n);
         });
-    inverse[v] = inverse_root(not_negative(square));
+    inverse[v] = inverse_root(not_negative(square + load(more + v * kLanes)));
   }
 }
 
@@ -130,9 +154,13 @@ void add_packed_directions(const Event& e, float* inverse, float* anchor) {
   alignas(64) Vec sums[kMaxHeadDim / 2];  // [words][planes]
   float middles[kMaxHeadDim / kGroup] = {};
   std::fill_n(sums, p.width / 2, Vec{});
+  std::optional<CentreSquares<Bits>> centres;
+  if (e.centres) centres.emplace(e);
+  alignas(64) float more[kTileSlots] = {};
   each_packed_slots(e, [&](const PackedSlots& slots, int64_t first) {
     Vec factors[kTileSlots / kLanes];
-    inverse_norms<Bits>(slots, p, e.c.cache.head_dim, factors);
+    if (centres) centres->add(slots, more);
+    inverse_norms<Bits>(slots, p, e.c.cache.head_dim, more, factors);
     add_packed_keys<Bits>(slots, p, factors, sums, middles);
     std::memcpy(inverse + first, factors, slots.slots * sizeof(float));
   });
@@ -144,12 +172,16 @@ void add_packed_directions(const Event& e, float* inverse, float* anchor) {
       anchor[dimension] = total - middles[dimension / kGroup];
     }
   rotate(anchor, p.width, p.block);
+  if (!e.centres) return;
+  float of_first = 0, of_others = 0;  // sums of the factors
+  for (int64_t i = 0; i < e.packed_tokens; ++i) (i < kTileTokens ? of_first : of_others) += inverse[i] == inverse[i] ? inverse[i] : 0;
+  for (int64_t i = 0; i < e.c.cache.head_dim; ++i) anchor[i] += e.centres.first[i] * of_first + e.centres.others[i] * of_others;
 }
 
 // turned[slot]: in, 1 / ||key||; out, 1 - key . direction / ||key||.
 template <int Bits>
 void turn_packed_away(const Event& e, const float* direction, float* turned) {
-  const PackedQueries<Bits, 1> query(e.c.packed, direction, e.c.cache.head_dim);
+  const PackedQueries<Bits, 1> query(e.c.packed, direction, e.c.cache.head_dim, e.centres);
   each_packed_slots(e, [&](const PackedSlots& slots, int64_t first) {
     alignas(64) float dots[kTileSlots];
     dot_packed<Bits, 1, false>(slots, e.c.packed, query, 1, dots);

@@ -126,13 +126,22 @@ class CacheView:
         if layout is None or self.packed is None:
             return []
         sizes = [layout.code_bytes, layout.values_offset, layout.scales_offset, layout.tile_bytes]
-        return [layout.bits, layout.width, rotated_block(layout.width), *sizes, self.packed.page_tiles]
+        return [layout.bits, layout.width, rotated_block(layout.width), *sizes, self.packed.page_tiles, self.centres_at]
+
+    @property
+    def centres_at(self) -> int:
+        """Byte of a record where the centres of a quantised store's keys begin; -1: keys have none."""
+        return self.record_layout.start if self.record_layout.has_centres else -1
 
     @property
     def head_arguments(self) -> tuple[Tensor | None, Tensor | None, int, int]:
         """What operators in C++ are told of heads with budgets of their own."""
         heads = self.heads
         return (None, None, 0, 0) if heads is None else (heads.places, heads.capacity, heads.equal_tokens, heads.pages)
+
+    def sinks(self, sink_tokens: int) -> int:
+        """First tokens that never leave: those that share the first key's centre do not (key_centres.py)."""
+        return max(sink_tokens, int(self.record_layout.has_centres))
 
     def evicted(self, stored: Tensor | None, num_evicted: Tensor) -> Tensor:
         """Tokens that heads have evicted, [rows, heads] where they have budgets of their own, else `num_evicted` [rows]."""
@@ -160,6 +169,19 @@ class CacheView:
         tokens."""
         raw = self.raw[pages].transpose(1, 2).flatten(2)
         return records.decoded(raw, self.record_layout, num_evicted)
+
+    def read_centres(self, pages: Tensor) -> Tensor:
+        """Centres in record pages [rows, M], [rows, heads, 2, head_dim] float32 (key_centres.py)."""
+        raw = self.raw[pages].transpose(1, 2).flatten(2)[..., self.centres_at :][..., : 8 * self.keys.shape[3]]
+        return raw.contiguous().view(torch.float32).unflatten(2, (2, -1))
+
+    def write_centres(self, pages: Tensor, centres: Tensor) -> None:
+        """Inverse of `read_centres`."""
+        record = self.raw[pages].transpose(1, 2).flatten(2)
+        record[..., self.centres_at :][..., : 8 * self.keys.shape[3]] = (
+            centres.flatten(2).contiguous().view(torch.uint8)
+        )
+        self.raw[pages] = record.unflatten(2, (pages.shape[1], -1)).transpose(1, 2)
 
     def write_moments(self, pages: Tensor, moments: Moments) -> None:
         """Store records into moment pages [rows, M]."""

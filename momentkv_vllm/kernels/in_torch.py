@@ -9,16 +9,28 @@ from torch import Tensor
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
+from momentkv_vllm.key_centres import of_slots
 from momentkv_vllm.packed_store import rotated
 from momentkv_vllm.policies.base import Candidates
 from momentkv_vllm.softcap import capped
 
 
 def read_store(cache: CacheView, pages: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of quantised store pages [rows, n], float32 [rows, heads, slots, head_dim]."""
+    """Keys, less their centres, and values of quantised store pages [rows, n], float32 [rows, heads, slots, head_dim]."""
     assert cache.packed is not None, "no store is quantised"
     keys, values = cache.packed.read(pages).numbers(cache.packed.layout)
     return rotated(keys)[..., : cache.keys.shape[-1]], rotated(values)[..., : cache.keys.shape[-1]]
+
+
+def _stored(
+    cache: CacheView, pages: Tensor, record_pages: Tensor,
+    read_store: Callable[[CacheView, Tensor], tuple[Tensor, Tensor]] = read_store,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Likewise with their centres."""
+    keys, values = read_store(cache, pages)
+    if cache.record_layout.has_centres:
+        keys = keys + of_slots(cache.read_centres(record_pages), keys.shape[2])
+    return keys, values
 
 
 def candidates(
@@ -31,7 +43,7 @@ def candidates(
     seen = observed.of_pages(exact.clamp(min=0), cache.page_size) if observed else None
     valid = exact_valid.repeat_interleave(cache.page_size, 1)
     if work.stored is not None:
-        stored = read_store(cache, work.store_pages)
+        stored = _stored(cache, work.store_pages, work.moment_pages, read_store)
         keys, values = (torch.cat(pair, 2) for pair in zip(stored, (keys, values), strict=True))
         if seen is not None:
             seen = torch.cat([observed.of_pages(work.store_pages, cache.packed.page_tokens), seen], 2)
@@ -90,7 +102,7 @@ class Retained:
             slots = slots - (work.stored > 0).view(-1, 1, 1) * work.store_pages * cache.page_size
         visible = (slots >= 0) & (slots <= last_slot.unsqueeze(-1))
         if work.stored is not None:
-            old_keys, old_values = read_store(cache, work.pages[:, : work.store_pages])
+            old_keys, old_values = _stored(cache, work.pages[:, : work.store_pages], work.moment_pages)
             held = torch.arange(old_keys.shape[2], device=keys.device) < work.stored.unsqueeze(1)
             keys, values = torch.cat([old_keys, keys], 2), torch.cat([old_values, values], 2)
             visible = torch.cat([held.unsqueeze(1).expand(-1, visible.shape[1], -1), visible], 2)

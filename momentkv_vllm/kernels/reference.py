@@ -11,6 +11,7 @@ from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.in_torch import Retained, add_mass, candidates, ungrouped
 from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork, fresh_pages
+from momentkv_vllm.key_centres import centres_of, of_slots
 from momentkv_vllm.packed_store import Packed
 from momentkv_vllm.policies.base import Candidates
 
@@ -61,7 +62,8 @@ class Reference(KernelFamily):
         if mass is not None:
             self._move_mass(cache, mass, work, tokens.attention.gather(2, source))
         if work.stored is not None:
-            cache.packed.write(work.store_pages, _packed(cache, tokens, work, source))
+            centres = _centres(cache, tokens, work)
+            cache.packed.write(work.store_pages, _packed(cache, tokens, work, source, centres))
         else:
             pick = _wide(source, tokens.keys)
             cache.write_tokens(work.store_pages, tokens.keys.gather(2, pick), tokens.values.gather(2, pick))
@@ -70,6 +72,8 @@ class Reference(KernelFamily):
             lost = (tokens.valid.unsqueeze(1) & ~kept).to(tokens.keys.dtype)
             gone = mo.of_tokens(tokens.keys, tokens.values, lost, cache.record_layout.has_covariance)
             cache.write_moments(work.moment_pages, mo.merge(tokens.moments, gone))
+        if cache.record_layout.has_centres:
+            cache.write_centres(work.moment_pages, centres)
 
     @staticmethod
     def _move_mass(cache: CacheView, mass: Tensor, work: RetireWork, moved: Tensor) -> None:
@@ -79,7 +83,15 @@ class Reference(KernelFamily):
         view[work.store_pages] = moved.unflatten(2, (-1, page_tokens)).permute(0, 2, 1, 3)
 
 
-def _packed(cache: CacheView, tokens: Candidates, work: RetireWork, source: Tensor) -> Packed:
+def _centres(cache: CacheView, tokens: Candidates, work: RetireWork) -> Tensor | None:
+    """Of a sequence's keys, found at the first event of its store."""
+    if not cache.record_layout.has_centres:
+        return None
+    known = (work.stored > 0).view(-1, 1, 1, 1)
+    return torch.where(known, cache.read_centres(work.moment_pages), centres_of(tokens.keys, tokens.valid))
+
+
+def _packed(cache: CacheView, tokens: Candidates, work: RetireWork, source: Tensor, centres: Tensor | None) -> Packed:
     """The store's pages after the event: winners are quantised, what stays is copied; slots without a token stay as they are."""
     old, layout = cache.packed.read(work.store_pages), cache.packed.layout
     place = torch.arange(old.keys.shape[2], device=source.device)
@@ -87,7 +99,10 @@ def _packed(cache: CacheView, tokens: Candidates, work: RetireWork, source: Tens
     entering = (source >= work.stored.view(-1, 1, 1)) & (place < work.store_tokens)
     entering &= source < tokens.valid.sum(1).view(-1, 1, 1)
     pick = _wide(source, tokens.keys)
-    new = Packed.of(tokens.keys.gather(2, pick), tokens.values.gather(2, pick), layout)
+    keys = tokens.keys.gather(2, pick)
+    if centres is not None:
+        keys = keys - of_slots(centres, keys.shape[2])
+    new = Packed.of(keys, tokens.values.gather(2, pick), layout)
     # A store that shrinks moves what it holds, bytes and all.
     moved = torch.where((source < work.stored.view(-1, 1, 1)) & (place < work.store_tokens), source, place)
     old = Packed(*(getattr(old, f.name).gather(2, _wide(moved, getattr(old, f.name))) for f in fields(Packed)))

@@ -73,7 +73,7 @@ class Triton(KernelFamily):
             return super().consolidate_layers(layers, work, policy, sink_tokens, scale)
         first = layers.observed[0]
         mass = first.mass if first else None
-        given = work, sink_tokens, attention_weight(policy)
+        given = work, layers.caches[0].sinks(sink_tokens), attention_weight(policy)
         _consolidate_layers.consolidate_layers(layers.caches[0], mass, layers.offsets, *given)
 
     def _consolidate(self, cache: CacheView, mass, work: RetireWork, score, sink_tokens: int, attention_weight) -> None:

@@ -47,7 +47,7 @@ def test_tokens_do_not_depend_on_chunk_size_or_batch(engine, spread):
         {"prefill_retire_tokens": 64},
         {"prefill_retire_tokens": 512},
         # First events of more tokens than a head has tiles of its own for.
-        {"run_tokens": 16, "store_dtype": "int8", "window_tokens": 64, "dtype": "bfloat16"},
+        {"budget_tokens": 512, "retire_tokens": 256, "store_dtype": "int8", "dtype": "bfloat16"},
     ],
     ids=["full", "auto", "some at once", "more than the store", "small store"],
 )
@@ -55,11 +55,11 @@ def test_events_of_many_tokens(engine, spread, options):
     prompts, options = [random_prompt(n) for n in (150, 900, 1300)], {**OURS, "model": spread, **options}
     one, many = (engine(**options, head_budgets="measured", max_num_batched_tokens=n) for n in (512, 96))
     alone = [one.generate([p], max_tokens=NEW)[0] for p in prompts]
-    assert capacities(one) == capacities(many)
+    assert capacities(one) == capacities(many) and torch.tensor(capacities(one)).unique().numel() > 1
     if "dtype" not in options:
         assert many.generate(prompts, max_tokens=NEW) == alone
-    equal = engine(**options, head_budgets="equal").generate(prompts, max_tokens=NEW)
-    assert equal != alone, "what heads hold must matter here"
+        equal = engine(**options, head_budgets="equal").generate(prompts, max_tokens=NEW)
+        assert equal != alone, "what heads hold must matter here"
 
 
 def test_a_cached_state_answers_as_the_prompt_does(engine, spread):

@@ -23,14 +23,16 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-@pytest.mark.parametrize(("kernels", "atol"), [("reference", 1e-3), ("cpu", 3e-2)])
-def test_log_probabilities_are_the_simulators(engine, models, kind, kernels, atol):
-    """The CPU kernels round queries and weights to 16 bits, which may change a rank between near equals."""
+@pytest.mark.parametrize(("kernels", "usual", "most"), [("reference", 1e-3, 3e-3), ("cpu", 3e-2, 3e-2)])
+def test_log_probabilities_are_the_simulators(engine, models, kind, kernels, usual, most):
+    """A number at the edge of a step of four bits may fall to the other side. The CPU kernels round queries and weights to 16 bits,
+    which may change a rank between near equals."""
     # Heads of the simulator hold as many tokens each.
     values = {"budget_tokens": 128, **SETTINGS[kind], "kernels": kernels, "head_budgets": "equal"}
     found = log_probabilities(engine, models(seed=1), values, PAGE, PROMPT, NEW)
-    torch.testing.assert_close(found.simulator, found.engine, atol=atol, rtol=0)
-    assert (found.simulator - found.full).abs().max() > 3 * atol, "eviction must matter here"
+    apart = (found.simulator - found.engine).abs()
+    assert apart.quantile(0.95) < usual and apart.max() < most
+    assert (found.simulator - found.full).abs().max() > 3 * most, "eviction must matter here"
 
 
 def test_tokens_do_not_depend_on_chunk_size_or_batch(engine):

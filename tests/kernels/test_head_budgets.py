@@ -32,7 +32,7 @@ class Sequence:
         self.store_pages = STORE_PAGES + (extra_pages if first else 0)
         self.extra = [] if first else list(range(PAGES, PAGES + extra_pages))
         shape = (PAGES + extra_pages, heads, PAGE, 2 * D)
-        record = RecordLayout(D, has_covariance=False)
+        record = RecordLayout(D, has_covariance=False, has_centres=True)
         self.caches = [
             CacheView.of_vllm_cpu(torch.zeros(shape, dtype=torch.bfloat16), record, PackedLayout(dtype, D), softcap)
             for _ in range(layers)
@@ -115,7 +115,8 @@ def test_every_head_is_what_the_reference_makes_of_it_alone(dtype, policy, first
         for layer in range(LAYERS)
         for head in range(HEADS)
     }
-    generator, equal = torch.Generator().manual_seed(3), equal_until(store_tokens, PAGE)
+    # A seed that makes no two runs equally good: the closest differ by 2e-4.
+    generator, equal = torch.Generator().manual_seed(4), equal_until(store_tokens, PAGE)
     boundary, evictions = 0, 0
     for page in range(PAGES_READ):
         keys, values = torch.randn(2, LAYERS, PAGE, HEADS, D, generator=generator).bfloat16()

@@ -51,7 +51,7 @@ def test_layers_together_are_layers_one_by_one(monkeypatch, policy, store):
     """A program's rows take turns here."""
     monkeypatch.setattr("momentkv_vllm.triton_kernels.consolidate_layers.ROWS_AT_ONCE", 1)
     packed = PackedLayout(store, D) if store == "int4" else None
-    record = RecordLayout(D, has_covariance=packed is None)
+    record = RecordLayout(D, has_covariance=packed is None, has_centres=packed is not None)
     policy, family = find(policy)(), select("triton", "cpu")
     one_by_one, together = ([cache_of(i, packed, record) for i in range(LAYERS)] for _ in range(2))
     capacity = 56

@@ -14,6 +14,7 @@ from momentkv_vllm.kernels.in_torch import candidates
 from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.reference import chosen
 from momentkv_vllm.kernels.worklists import RetireWork
+from momentkv_vllm.key_centres import of_slots
 from momentkv_vllm.packed_store import Packed, PackedLayout
 from momentkv_vllm.page_layout import RecordLayout
 from momentkv_vllm.policies.key_direction import key_direction
@@ -37,7 +38,7 @@ class Event:
 def event(store_dtype, head_dim, run, dtype=torch.bfloat16, shift=0.0, nan=False) -> Event:
     """Three rows at an event, the last one with a page less to retire. `shift`: of one channel of all keys and values."""
     generator = torch.Generator().manual_seed(head_dim + run)
-    record = RecordLayout(head_dim, has_covariance=False)
+    record = RecordLayout(head_dim, has_covariance=False, has_centres=store_dtype is not None)
     num_moments = record.pages(PAGE, dtype.itemsize)
     pages = torch.randperm(ROWS * (STORE_PAGES + RETIRE + num_moments), generator=generator).view(ROWS, -1) + 1
     store, retiring, moment_pages = (x.contiguous() for x in pages.split([STORE_PAGES, RETIRE, num_moments], 1))
@@ -56,6 +57,10 @@ def event(store_dtype, head_dim, run, dtype=torch.bfloat16, shift=0.0, nan=False
         values[..., 5] += shift / 10
         if nan:
             keys[:, 0, 7, 2], values[:, 1, 9, 3] = math.nan, math.nan
+        centres = torch.randn(ROWS, HEADS, 2, head_dim, generator=generator)
+        centres[..., 3] += shift
+        cache.write_centres(moment_pages, centres)
+        keys -= of_slots(centres, keys.shape[2])
         for row in (0, 1):
             packed = Packed.of(keys[row : row + 1], values[row : row + 1], layout)
             cache.packed.write(store[row : row + 1], packed)
