@@ -17,7 +17,7 @@ MODEL = folder.find()
 needs_model = pytest.mark.skipif(MODEL is None, reason=folder.WHY_NOT)
 
 EVICTING = {"policy": "momentkv", "budget_tokens": 256}
-NEW = 32
+NEW = 24
 TIE = {"float32": 0.01, "bfloat16": 0.25}
 """Tokens may differ where the two likeliest are this close (nats). bfloat16: two steps of it between 16 and 32, where the
 largest logits lie: one may round up by a step and the other down."""
