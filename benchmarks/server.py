@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -14,10 +15,18 @@ from pathlib import Path
 START_SECONDS = 480
 
 
+# Below the ports that Linux gives to clients' sockets: a server listens ten seconds after its port was chosen, and one of those
+# may be somebody's by then.
+PORTS = range(15_000, 32_768)
+
+
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port of 127.0.0.1 that is free now. By the system's chance: engines in a process seed Python's own, all alike."""
+    while True:
+        port = random.SystemRandom().choice(PORTS)
+        with contextlib.suppress(OSError), socket.socket() as s:
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 class Server:

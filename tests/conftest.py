@@ -1,4 +1,7 @@
-"""Shared fixtures: kernel families for kernel tests, real in-process vLLM engines for engine tests."""
+"""Shared fixtures: kernel families for kernel tests, real in-process vLLM engines for engine tests.
+
+vLLM and transformers are imported where they are used: they take ten seconds, and neither xdist's first process nor the tests
+that run kernel tests in a process of their own need them."""
 
 import os
 
@@ -11,9 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 import pytest
-from engine import Engine
 from kernel_cases import FAMILIES
-from tiny_models import make_llama
 
 from momentkv_vllm.kernels import select
 
@@ -33,6 +34,8 @@ def kernels(request):
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """`models(**options)` returns the folder of a tiny random Llama, made once a session."""
+    from tiny_models import make_llama
+
     root = tmp_path_factory.mktemp("models")
 
     def make(**options):
@@ -62,7 +65,9 @@ def family_model(tmp_path_factory):
 @pytest.fixture
 def engine(models):
     """`engine(policy=..., budget_tokens=..., vllm options)` starts a real engine and checks its books at the end."""
-    running: list[Engine] = []
+    from engine import Engine
+
+    running = []
 
     def start(model=None, **options):
         running.append(Engine(model or models(), **options))

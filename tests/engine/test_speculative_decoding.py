@@ -1,12 +1,7 @@
 """Draft tokens by n-grams: accepted and rejected across page boundaries, the same tokens as without them."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-from draft_run import NGRAM
+from draft_run import NGRAM, run
 from vllm import EngineArgs
 
 EXACT = {
@@ -20,20 +15,6 @@ EXACT = {
 }
 
 
-def run(
-    folder, model, prompts: list[int], new_tokens: int, options: dict, sampling: dict | None = None, **more
-) -> dict:
-    task = {
-        "model": str(model), "prompts": prompts, "new_tokens": new_tokens, "options": options, "more": more,
-        "sampling": sampling or {},
-    }  # fmt: skip
-    script = Path(__file__).parents[1] / "support/draft_run.py"
-    done = subprocess.run([sys.executable, str(script), json.dumps(task)], capture_output=True, text=True, cwd=folder)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, done.stdout[-2000:] + done.stderr[-3000:]
-    return json.loads(lines[0].removeprefix("RESULT "))
-
-
 INT8 = {"store_dtype": "int8", "run_tokens": 8, "budget_tokens": 128}
 MODES = {
     "chunked": {**INT8, "prefill": "chunked"},
@@ -44,8 +25,8 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", ["chunked", *(pytest.param(m, marks=pytest.mark.slow) for m in list(MODES)[1:])])
-def test_tokens_are_those_without_drafts(tmp_path, models, mode):
-    seen = run(tmp_path, models(seed=1), [30, 350, 381, 385, 600], 150, {**EXACT, **MODES[mode]})
+def test_tokens_are_those_without_drafts(models, mode):
+    seen = run(models(seed=1), [30, 350, 381, 385, 600], 150, {**EXACT, **MODES[mode]})
     assert seen["got"] == seen["want"]
     assert seen["retired"][0] == seen["retired"][1] and seen["retired"][0][0] > 0
     assert not any(seen["events"]), "an event depends on draft tokens"
@@ -57,26 +38,26 @@ def test_tokens_are_those_without_drafts(tmp_path, models, mode):
     assert any(first // 16 < (first + tokens - 1) // 16 for first, tokens in steps), "no draft crossed a page"
 
 
-def test_drafts_stop_at_the_events_of_their_class(tmp_path, models):
+def test_drafts_stop_at_the_events_of_their_class(models):
     """Those of 384 tokens; the default class evicts first at 1,024."""
     options = {**EXACT, "budgets": {"large": 1024, "small": 384}}
     del options["budget_tokens"]
     sampling = {"extra_args": {"kv_budget": "small"}}
-    seen = run(tmp_path, models(seed=1), [350, 600], 150, options, sampling)
+    seen = run(models(seed=1), [350, 600], 150, options, sampling)
     assert seen["got"] == seen["want"] and not any(seen["events"]) and seen["steps"]
     assert seen["retired"][0] == seen["retired"][1] and seen["retired"][0][0] > 0
 
 
-def test_a_prompt_that_comes_again_starts_from_its_state(tmp_path, models):
-    seen = run(tmp_path, models(seed=1), [900, 900], 120, {**EXACT, "max_num_seqs": 1})
+def test_a_prompt_that_comes_again_starts_from_its_state(models):
+    seen = run(models(seed=1), [900, 900], 120, {**EXACT, "max_num_seqs": 1})
     assert seen["got"] == seen["want"] and seen["want"][0] == seen["want"][1]
     assert seen["cached"]["r1"] > 700
 
 
 @pytest.mark.slow
-def test_preemption_with_drafts(tmp_path, models):
+def test_preemption_with_drafts(models):
     tight = {"num_gpu_blocks_override": 80, "watermark": 0.0}
-    seen = run(tmp_path, models(seed=1), [200, 210, 220, 230, 240], 220, EXACT, **tight)
+    seen = run(models(seed=1), [200, 210, 220, 230, 240], 220, EXACT, **tight)
     assert seen["got"] == seen["want"] and seen["preemptions"]
 
 

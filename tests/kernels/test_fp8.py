@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from kernel_cases import HEADS, attends_and_observes_like_the_reference, poisoned_cache, serving_batch
-from stored_by_vllm import stored_by_vllm
+from stored_by_vllm import needs_avx512, stored_by_vllm
 
 from momentkv_vllm import moments
 from momentkv_vllm.fp8 import KINDS, truncated
@@ -37,7 +37,7 @@ def awkward_numbers(numbers: torch.dtype) -> torch.Tensor:
     return torch.nn.functional.pad(x, (0, -len(x) % (PAGE * 2 * 64))).view(-1, 2, 64)
 
 
-@pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM writes fp8 with AVX-512 only")
+@needs_avx512
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1.0, 1.7, 0.0123])

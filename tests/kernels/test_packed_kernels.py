@@ -79,8 +79,8 @@ def play(
     family, dtype, run, policy, store_pages, head_dim, page_size, cache_dtype=torch.bfloat16, outliers=False, total=0,
     every=1, scales=(1.0, 1.0), sinks=4,
 ):  # fmt: skip
-    """A sequence of `total` tokens, or of 25 pages, of which every `every`-th one asks: (outputs, logsumexps; bytes of the store
-    after every event; the moments; how many)."""
+    """A sequence of `total` tokens, or of 25 pages, of which every `every`-th one asks, written as many at a time (within a
+    page): (outputs, logsumexps; bytes of the store after every event; the moments; how many)."""
     torch.manual_seed(0)
     total = total or 25 * page_size
     kernels, policy = select(family), find(policy)()
@@ -99,11 +99,10 @@ def play(
     keys, values = beside(cache, keys), beside(cache, values)
     observed = Observed.of(cache, "mass") if policy.observes else None
     outputs, stores, stored, boundary, evicted = [], [], 0, 0, 0
-    for t in range(total):
-        page = 1 + t // page_size
-        kernels.write(
-            cache, keys[t : t + 1], values[t : t + 1], torch.tensor([page * page_size + t % page_size]), observed
-        )
+    step = min(every, page_size)
+    for t in range(step - 1, total, step):
+        new, page = slice(t + 1 - step, t + 1), 1 + t // page_size
+        kernels.write(cache, keys[new], values[new], page_size + torch.arange(total)[new], observed)
         if (t + 1) % every == 0:
             columns = [*range(store_pages)] * (boundary > 0) + [*range(boundary, page)]
             attend = AttendWork(

@@ -6,6 +6,7 @@ import math
 import openai
 import pytest
 from real_model import folder
+from running_text import TEXT
 from server import Server
 from transformers import AutoTokenizer
 
@@ -16,8 +17,7 @@ pytestmark = [
 
 OPTIONS = ["--kv-eviction", "momentkv", "--kv-budget", "256", "--max-model-len", "2048", "--dtype", "float32"]
 OPTIONS += ["--max-num-batched-tokens", "256", "--num-gpu-blocks-override", "200"]
-STORY = (folder.FOLDER.parents[1] / "docs/tuning.md").read_text()[:1500]
-QUESTION = [{"role": "user", "content": f"{STORY}\n\nWhat is this text about? Answer in two sentences."}]
+QUESTION = [{"role": "user", "content": f"{TEXT[:1500]}\n\nWhat is this text about? Answer in two sentences."}]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,10 @@
-"""A real `vllm serve --kv-eviction`, asked through the openai client."""
+"""A real `vllm serve --kv-eviction`, asked through the openai client, and what a request must not be able to do."""
 
 import concurrent.futures
+import itertools
 import json
+import time
+import urllib.error
 import urllib.request
 
 import openai
@@ -14,8 +17,10 @@ from momentkv_vllm.environment import METRICS_DIR
 
 pytestmark = [pytest.mark.timeout(600)]
 
+KEY = "a-secret"
 POOL = ["--num-gpu-blocks-override", "81", "--max-num-batched-tokens", "256", "--max-model-len", "6000"]
 OPTIONS = ["--kv-eviction", "momentkv", "--kv-budget", "256", "--kv-eviction-config.window_tokens", "48", *POOL]
+OPTIONS += ["--api-key", KEY]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +40,32 @@ def server(folder):
 
 @pytest.fixture
 def client(server):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
+
+
+OTHER = {"policy": "streamingllm", "budget_tokens": 128, "correction": "off"}
+FLAGS = {
+    "xargs": {"vllm_xargs": {"kv_eviction": json.dumps(OTHER), "budget_tokens": 128, "policy": "streamingllm"}},
+    "top level": {"kv_eviction": "streamingllm", "kv_budget": 128, "kv_eviction_config": OTHER},
+    "carrier": {
+        "additional_config": {"kv_eviction": OTHER},
+        "extra_body": {"additional_config": {"kv_eviction": OTHER}},
+    },
+    "transfer": {"metadata": {"kv_eviction": "off"}, "extra_args": {"kv_eviction": OTHER}},
+}
+HEADERS = {"X-KV-Eviction": "off", "X-KV-Budget": "128", "X-Additional-Config": json.dumps({"kv_eviction": OTHER})}
+
+
+def post(server, body: dict, headers: dict | None = None, key: str | None = KEY) -> dict:
+    """JSON of /v1/completions. Raises urllib.error.HTTPError."""
+    given = {"Content-Type": "application/json", **(headers or {})}
+    if key:
+        given["Authorization"] = f"Bearer {key}"
+    request = urllib.request.Request(
+        f"{server.url}/v1/completions", json.dumps({"model": "tiny", **body}).encode(), given
+    )
+    with urllib.request.urlopen(request, timeout=120) as response:
+        return json.load(response)
 
 
 def test_long_prompts_are_answered_and_counted(server, client):
@@ -81,11 +111,21 @@ def test_two_choices(client):
 
 
 def test_disconnect_mid_stream_returns_the_pages(server, client):
+    """Long before the answer would have ended. When the server notices is its own affair."""
+
+    def figure(name):
+        return server.metrics("vllm:")[f"vllm:{name}"]
+
+    said, length = figure("generation_tokens_total"), 5000
     stream = client.completions.create(
-        model="tiny", prompt=random_words(900), max_tokens=2000, stream=True, extra_body={"ignore_eos": True}
+        model="tiny", prompt=random_words(900), max_tokens=length, stream=True, extra_body={"ignore_eos": True}
     )
     next(iter(stream))
     stream.close()
+    end = time.monotonic() + 60
+    while figure("num_requests_running") and time.monotonic() < end:
+        time.sleep(0.1)
+    assert figure("generation_tokens_total") - said < length / 2
     client.completions.create(model="tiny", prompt=random_words(20), max_tokens=50)
     assert server.metrics()["momentkv:live_pages"] == 0
 
@@ -100,24 +140,61 @@ def test_disconnect_mid_stream_returns_the_pages(server, client):
         {"prompt": "w1 " * 7000},
         {"prompt": "w1", "max_tokens": "many"},
         {},
+        {"prompt": "w1", "n": 100_000},
+        {"prompt": "w1", "logprobs": 1000},
+        {"prompt": "w1", "prompt_logprobs": 1000},
+        {"prompt": "w1", "max_tokens": 10**9},
+        {"prompt": [[1, 2]] * 3 + [[10**7]]},
+        # A tensor that vLLM would unpickle: refused unless the operator enables it.
+        {"prompt_embeds": "gASVAAAAAAAAAAAu"},
     ],
+    ids=lambda body: "-".join(body),
 )
 def test_malformed_requests_get_4xx_and_disturb_nobody(server, client, body):
     prompt = random_words(800, seed=7)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         good = pool.submit(client.completions.create, model="tiny", prompt=prompt, max_tokens=10, temperature=0)
-        request = urllib.request.Request(
-            f"{server.url}/v1/completions",
-            json.dumps({"model": "tiny", **body}).encode(),
-            {"Content-Type": "application/json"},
-        )
         with pytest.raises(urllib.error.HTTPError) as error:
-            urllib.request.urlopen(request, timeout=60)
+            post(server, body)
         assert 400 <= error.value.code < 500
         assert json.loads(error.value.read())["error"]["message"]
         first = good.result().choices[0].text
     again = client.completions.create(model="tiny", prompt=prompt, max_tokens=10, temperature=0)
     assert again.choices[0].text == first
+
+
+def test_without_the_key_nothing_is_answered(server):
+    for key in (None, "another"):
+        with pytest.raises(urllib.error.HTTPError) as error:
+            post(server, {"prompt": "w1"}, key=key)
+        assert error.value.code == 401
+
+
+def test_requests_cannot_change_the_eviction(server, engine, folder):
+    """The same tokens and the same evicted tokens with every attempt; another policy would give both otherwise."""
+    prompt, salts = random_words(900), itertools.count()
+
+    def answer(more, headers=None):
+        """From the beginning, no state of an earlier answer."""
+        asked = {"prompt": prompt, "max_tokens": 24, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+        said = post(server, {**asked, "cache_salt": f"salt {next(salts)}", **more}, headers)
+        return said["choices"][0]["token_ids"]
+
+    want, evicted = answer({}), []
+    for number, more in enumerate([{}, *FLAGS.values()]):
+        before = server.metrics()["momentkv:evicted_tokens_total"]
+        assert answer(more, HEADERS if number else None) == want, more
+        evicted.append(server.metrics()["momentkv:evicted_tokens_total"] - before)
+    assert evicted[0] > 0 and set(evicted) == {evicted[0]}
+    for other in (128, "off"):  # the one class of this server is named 256
+        with pytest.raises(urllib.error.HTTPError) as error:
+            answer({"vllm_xargs": {"kv_budget": other}})
+        assert error.value.code == 400 and "is not one of 256" in json.loads(error.value.read())["error"]["message"]
+    same = {"model": folder / "model", "dtype": "bfloat16", "enable_prefix_caching": True}
+    other = engine(**OTHER, **same)
+    ours = engine(policy="momentkv", budget_tokens=256, window_tokens=48, store_dtype="auto", **same)
+    ids = other.vllm.get_tokenizer().encode(prompt)
+    assert ours.generate([ids], 24) == [want] != other.generate([ids], 24)
 
 
 def test_start_up_line_states_the_layout(server):

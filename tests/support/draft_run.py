@@ -1,20 +1,16 @@
-"""One run with draft tokens beside one without, in a process of its own; prints JSON.
+"""One run with draft tokens beside one without.
 
-A process of its own, because no other vLLM engine can start in a process once numba (vLLM's n-gram drafter) is loaded: vLLM 0.32.0's
-scan of all modules (vllm/triton_utils/dispatcher.py, _rebind_kernels) trips over an object of llvmlite.
+Once numba (vLLM's n-gram drafter) is loaded, vLLM 0.32.0's scan of all modules for kernels (vllm/triton_utils/dispatcher.py,
+_rebind_kernels) trips over an object of llvmlite: engine.py lets the first engine of a process do it, and no other.
 """
 
-import json
-import os
-import sys
+from pathlib import Path
+from typing import Any
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
+from engine import Engine, random_prompt
 
-from engine import Engine, random_prompt  # noqa: E402  after the environment is set
-
-from momentkv_vllm.budget_classes import class_number  # noqa: E402
-from momentkv_vllm.metrics import EVICTED_TOKENS, RETIRED_PAGES  # noqa: E402
+from momentkv_vllm.budget_classes import class_number
+from momentkv_vllm.metrics import EVICTED_TOKENS, RETIRED_PAGES
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 
@@ -34,24 +30,25 @@ def watch_drafts(e: Engine) -> list[tuple[int, int]]:
     return seen
 
 
-def main(task: dict) -> None:
-    prompts = [random_prompt(n, seed=5) for n in task["prompts"]]
-    sampling = task["sampling"]
-    plain = Engine(task["model"], **task["options"])
-    want = plain.generate(prompts, task["new_tokens"], **sampling)
-    e = Engine(task["model"], **task["options"], **task["more"], speculative_config=NGRAM)
+def run(
+    model: Path, prompts: list[int], new_tokens: int, options: dict, sampling: dict | None = None, **more: Any
+) -> dict[str, Any]:
+    """Of prompts of these lengths: tokens that are wanted and got, where drafts were, what was preempted, cached and retired.
+
+    more: options of the engine with drafts alone.
+    """
+    prompts, sampling = [random_prompt(n, seed=5) for n in prompts], sampling or {}
+    plain = Engine(model, **options)
+    want = plain.generate(prompts, new_tokens, **sampling)
+    e = Engine(model, **options, **more, speculative_config=NGRAM)
     steps = watch_drafts(e)
-    got = e.generate(prompts, task["new_tokens"], **sampling)
+    got = e.generate(prompts, new_tokens, **sampling)
     number = class_number(e.manager.kv_cache_spec.config.class_names, sampling.get("extra_args"))
     events = [list(e.manager.books[number].schedule.events(first, first + tokens)) for first, tokens in steps]
-    result = {
-        "want": want, "got": got, "steps": steps, "events": events, "preemptions": e.preemptions, "cached": e.cached_tokens,
-        "peaks": [plain.peak_pages, e.peak_pages], "retired": [[x.manager.metrics.values[m, 0] for m in (RETIRED_PAGES, EVICTED_TOKENS)] for x in (plain, e)],
-    }  # fmt: skip
+    retired = [[x.manager.metrics.values[m, 0] for m in (RETIRED_PAGES, EVICTED_TOKENS)] for x in (plain, e)]
     for each in (e, plain):
         each.close()
-    print("RESULT", json.dumps(result))
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    return {
+        "want": want, "got": got, "steps": steps, "events": events, "preemptions": e.preemptions, "cached": e.cached_tokens,
+        "retired": retired,
+    }  # fmt: skip

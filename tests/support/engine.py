@@ -1,6 +1,7 @@
 """A real vLLM engine in this process, stepped by hand, with the block manager's books checked after every step."""
 
 import contextlib
+import functools
 import gc
 import random
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 from vllm import EngineArgs, LLMEngine, SamplingParams
 from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
+from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.worker.cpu_model_runner import _torch_cuda_wrapper
 
 from momentkv_vllm.block_manager.manager import MomentKVManager
@@ -29,14 +31,24 @@ def random_words(tokens: int, seed: int = 0) -> str:
     return " ".join(f"w{t - 4}" for t in random_prompt(tokens, seed)[1:])
 
 
+# Every worker looks for Triton's kernels among all attributes of all modules, to put vLLM's own for CPUs in their place. The
+# first one finds them; modules imported later import what stands there by then.
+CpuPlatform.register_triton_kernel_overrides = staticmethod(
+    functools.cache(CpuPlatform.register_triton_kernel_overrides)
+)
+
+
 @contextlib.contextmanager
 def garbage_left_alone() -> Iterator[None]:
-    """vLLM collects garbage eight times in an engine's life, a quarter of a second each among the modules of many models."""
-    collect, gc.collect = gc.collect, lambda generation=2: 0
+    """vLLM collects garbage eight times in an engine's life, a quarter of a second each among the modules of many models, and
+    brings to the collector's eyes at the end what `Engine` has hidden from them."""
+    calls = {"collect": lambda generation=2: 0, "freeze": lambda: None, "unfreeze": lambda: None}
+    own = {name: getattr(gc, name) for name in calls}
     try:
+        vars(gc).update(calls)
         yield
     finally:
-        gc.collect = collect
+        vars(gc).update(own)
 
 
 class Engine:
@@ -48,6 +60,8 @@ class Engine:
     pipelined: schedule every step before the last one's output is in. vLLM's CPU platform sets async_scheduling to False whatever
     the user says, so it is set behind its back; the worker then needs vLLM's own stand-ins for CUDA streams and events.
     """
+
+    alive = 0
 
     def __init__(self, model: Path, pipelined: bool = False, **options: Any) -> None:
         eviction = {k: options.pop(k) for k in EVICTION_KEYS if k in options}
@@ -66,8 +80,11 @@ class Engine:
             if eviction:
                 choose_scheduler(config)
             self._streams.enter_context(_torch_cuda_wrapper())
+        if not Engine.alive:
+            gc.freeze()  # what is older than all engines (modules, mostly) is no garbage: not looked through at their ends
         with garbage_left_alone():
             self.vllm = LLMEngine.from_vllm_config(config)
+        Engine.alive += 1
         self.scheduler = self.vllm.engine_core.engine_core.scheduler
         managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
         self.manager = next((m for m in managers if isinstance(m, MomentKVManager)), managers[0])
@@ -146,4 +163,5 @@ class Engine:
         destroy_model_parallel()
         destroy_distributed_environment()
         del self.vllm, self.scheduler, self.manager, self.pool
+        Engine.alive -= 1
         gc.collect()

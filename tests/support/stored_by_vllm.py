@@ -1,10 +1,13 @@
 """What vLLM's own operator writes into an fp8 cache."""
 
+import pytest
 import torch
 from vllm import _custom_ops as ops
 from vllm.platforms import current_platform
 
 from momentkv_vllm.fp8 import PAGE_TOKENS
+
+needs_avx512 = pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM writes fp8 with AVX-512 only")
 
 
 def stored_by_vllm(x: torch.Tensor, kind: str, scale: float) -> torch.Tensor:
