@@ -2,8 +2,8 @@
 
 Store pages belong to one sequence and only our kernels read them, so they need not look like vLLM's. A head's part of a
 store page holds whole tiles. A token's key, less its centre (key_centres.py), and its value are padded with zeros to `width`
-numbers and rotated (`rotated`). Every group of 32 numbers of a key has a scale, a value has one: errors in keys cost ten times as much. A tile holds, one after
-the other,
+numbers and rotated (`rotated`). Every group of 32 numbers of a key has a scale, a value has one: errors in keys cost ten times
+as much. A tile holds, one after the other,
 
     key codes     [code_bytes / 4][8 tokens][4]       uint8: four bytes of a token side by side, for dot products with queries
     value codes   [4 pairs of tokens][code_bytes][2]  uint8: two tokens side by side, for dot products with weights
