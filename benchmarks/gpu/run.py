@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 BUILT, NATIVE = ROOT / "build" / "gpu", ROOT / "build" / "gpu-native"
 sys.path.append(str(ROOT / "benchmarks"))  # shape.py
-STARTED = "MOMENTKV_KIT_STARTED"
+STARTED = "GPU_KIT_STARTED"
 """When the kit was started, by time.monotonic(), told to the process that goes on with what was installed."""
 
 

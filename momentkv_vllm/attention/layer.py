@@ -101,9 +101,8 @@ class EvictingImpl:
         """As vLLM's, see there for shapes. The hot path of eviction."""
         step: StepPlan | None = getattr(attn_metadata, "eviction", None)
         if step is None:
-            return super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
-            )
+            given = layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            return super().forward(*given)
         if self.shared.only_reads:
             output.zero_()
         part = attn_metadata.stock_part
@@ -113,17 +112,16 @@ class EvictingImpl:
                 layer, rows, key, value, kv_cache, part.metadata, torch.empty_like(rows)
             )
         cache, monitor = self.view_of(kv_cache), getattr(attn_metadata, "monitor", None)
-        # As sequences of each budget class have it: by what their heads hold, if not all as much.
-        of_class = [replace(cache, heads=heads) for heads in self.shared.target.heads]
+        # By budget class, where its heads do not all hold as much.
+        of_class = {n: replace(cache, heads=heads) for n, heads in enumerate(self.shared.target.heads)}
         for round_ in self.shared.rounds(step):
             sampling = monitor if monitor and monitor.due(round_) else None
             for attend in round_.attends:
-                seen = of_class[attend.budget_class] if of_class else cache
-                self._attend(seen, query, output, attend, sampling)
+                self._attend(of_class.get(attend.budget_class, cache), query, output, attend, sampling)
             for retire in round_.retires:
                 with monitor.timed() if monitor else nullcontext():
                     observed, sinks = self.shared.target._observed_in(cache), self.config.sink_tokens
-                    seen = of_class[retire.budget_class] if of_class else cache
+                    seen = of_class.get(retire.budget_class, cache)
                     self.kernels.consolidate(seen, observed, retire, self.policy, sinks, self.scale)
         return output
 
@@ -135,8 +133,8 @@ class EvictingImpl:
         seen, given = cache.corrected_by(self.config.correction), (attend, self.scale, corrected)
         if observed and not sampling and self.sinks is None:
             return self.kernels.attend_and_observe(seen, self.observing(cache), query, target, *given)
-        needs_lse = observed or sampling or self.sinks is not None
-        lse = query.new_empty(query.shape[:2], dtype=torch.float32) if needs_lse else None
+        wanted = observed or sampling or self.sinks is not None
+        lse = query.new_empty(query.shape[:2], dtype=torch.float32) if wanted else None
         self.kernels.attend(seen, query, target, lse, *given)
         if sampling:
             sampling.sample(Attended(seen, query, target, lse, *given))

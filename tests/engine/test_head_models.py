@@ -89,7 +89,8 @@ def test_tokens_do_not_depend_on_steps_or_batch(engine, family_model, name, monk
     chances, likely = (torch.tensor([chance for _, chance in found]) for found in (together, alone))
     torch.testing.assert_close(chances, likely, atol=2e-3, rtol=0)
     equal = answers(engine(family_model(name), **options | {"head_budgets": "equal"}), prompts)
-    assert max(abs(a - b) for (_, a), (_, b) in zip(equal, alone, strict=True)) > 0.02, "what heads hold must matter"
+    # Beyond what steps may change.
+    assert max(abs(a - b) for (_, a), (_, b) in zip(equal, alone, strict=True)) > 4e-3, "what heads hold must matter"
 
 
 def test_text_of_a_model_that_sees(engine, tmp_path):

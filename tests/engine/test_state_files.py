@@ -232,7 +232,7 @@ def fewer_layers(header, tensors):
         (fewer_layers, "has other layers"),
         (lambda header, tensors: header.update(momentkv="0.0.1"), "saved with momentkv '0.0.1', this server has '0.1.0'"),
         (lambda header, tensors: header.update(vllm="0.31.0"), f"saved with vllm '0.31.0', this server has '{installed_vllm()}'"),
-        (lambda header, tensors: header.update(format=2), "saved with format 2, this server has 1"),
+        (lambda header, tensors: header.update(format=1), "saved with format 1, this server has 2"),
     ],
     ids=lambda x: getattr(x, "__name__", None),
 )  # fmt: skip

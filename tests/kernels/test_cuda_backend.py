@@ -183,8 +183,9 @@ def test_layers_that_it_cannot_serve(change, word):
 def asked(**text):
     """As much of a vLLM configuration as these refusals read."""
     model = SimpleNamespace(
-        hf_text_config=SimpleNamespace(**text), attention_chunk_size=None, max_model_len=512, is_hybrid=False
-    )
+        hf_text_config=SimpleNamespace(**text), attention_chunk_size=None, max_model_len=512, is_hybrid=False,
+        model_arch_config=SimpleNamespace(per_layer_overrides=None),
+    )  # fmt: skip
     return SimpleNamespace(speculative_config=None, model_config=model)
 
 

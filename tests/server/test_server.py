@@ -202,7 +202,7 @@ def test_start_up_line_states_the_layout(server):
     for part in (
         "policy momentkv",
         "budget 256 tokens = 16 pages of 16",
-        "(store 12, moments 0, window 4), state 640 bytes a sequence and layer (1 % of the budget)",
+        "(store 12, moments 0, window 4), state 1152 bytes a sequence and layer (2 % of the budget)",
         "pool 80 pages",
         "about 5 sequences",
     ):

@@ -304,9 +304,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "flags": flags,
     "gains": gains,
     "judge": lambda: show.overview(results("judge_engine_report")["cells"]),
-    "judge-correction": lambda: show.overview(
-        [c for c in results("judge_correction")["cells"] if "equal heads" not in c["method"]]
-    ),
+    "judge-correction": lambda: show.overview(results("judge_correction")["cells"]),
     "judge-full": lambda: show.overview(results("judge_full_prefill")["cells"]),
     "judge-short": judged_short,
     "judge-long": judged_long,

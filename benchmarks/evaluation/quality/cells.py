@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from momentkv_vllm.config import SMALL_BUDGET_TOKENS, EvictionConfig
+from momentkv_vllm.fp8 import PAGE_TOKENS
 from momentkv_vllm.kv_spec import StateLayout, record_layout, settled
 from momentkv_vllm.policies import DEFAULT, names
 
@@ -48,7 +49,9 @@ GRAINS: dict[str, dict[str, Any]] = {
     for tokens in (64, 128, 256, 512)
 }
 """Ours, with events further apart while a prompt is read."""
-KNOWN = METHODS | ABLATION | STORES | HEADS | GRAINS
+OVER_FP8 = f"momentkv, {FP8}"
+"""Ours over a cache of fp8: twice the tokens in the same bytes."""
+KNOWN = METHODS | ABLATION | STORES | HEADS | GRAINS | {OVER_FP8: {"policy": "momentkv"}}
 
 DTYPE = torch.bfloat16
 
@@ -78,16 +81,22 @@ class Cell:
     @property
     def page_size(self) -> int:
         """The product's choice for this budget, the same in both columns."""
-        return 16 if self.budget_tokens <= SMALL_BUDGET_TOKENS else 32
+        return 16 if self.budget_tokens <= SMALL_BUDGET_TOKENS and self.numbers is DTYPE else PAGE_TOKENS
+
+    @property
+    def numbers(self) -> torch.dtype:
+        """Of the KV cache."""
+        return torch.float8_e4m3fn if self.method in (FP8, OVER_FP8) else DTYPE
 
     @property
     def eviction(self) -> dict[str, Any]:
         """As `additional_config["kv_eviction"]`; `retire_tokens` is said because its default follows the budget."""
+        fewer_bytes = DTYPE.itemsize // self.numbers.itemsize
         return {
             **KNOWN[self.method],
             "prefill": self.prefill,
-            "budget_tokens": self.budget_tokens + self.state_tokens,
-            "retire_tokens": self.budget_tokens // 32,
+            "budget_tokens": (self.budget_tokens + self.state_tokens) * fewer_bytes,
+            "retire_tokens": self.budget_tokens * fewer_bytes // 32,
         }
 
     def engine_options(self, context: int) -> dict[str, Any]:
@@ -96,7 +105,7 @@ class Cell:
             "dtype": str(DTYPE).removeprefix("torch."), "max_model_len": context, "enforce_eager": True,
             "enable_prefix_caching": False,
         }  # fmt: skip
-        if self.method == FP8:
+        if self.numbers is not DTYPE:
             options["kv_cache_dtype"] = "fp8"
         if self.prefill:
             options |= {"block_size": self.page_size, "additional_config": {"kv_eviction": self.eviction}}
@@ -117,10 +126,10 @@ def cells(
         for prefill in prefills:
             for method in [m for m in methods if m in KNOWN]:
                 cell = Cell(method, prefill, budget)
-                config = settled(EvictionConfig.from_dict(cell.eviction), cell.page_size, head_dim, DTYPE)
+                config = settled(EvictionConfig.from_dict(cell.eviction), cell.page_size, head_dim, cell.numbers)
                 # In a quantised store the record lies behind the tokens, so it is part of the budget in any case.
                 record = record_layout(config, head_dim)
-                pages = 0 if config.quantised_store else record.pages(cell.page_size, DTYPE.itemsize)
+                pages = 0 if config.quantised_store else record.pages(cell.page_size, cell.numbers.itemsize)
                 state = pages * cell.page_size
                 both = [cell, Cell(method, prefill, budget, "tokens", state)] if state else [cell]
                 yield from (c for c in both if _fits(c, head_dim))
@@ -128,7 +137,7 @@ def cells(
 
 def _fits(cell: Cell, head_dim: int) -> bool:
     try:
-        StateLayout.of(EvictionConfig.from_dict(cell.eviction), cell.page_size, head_dim, DTYPE)
+        StateLayout.of(EvictionConfig.from_dict(cell.eviction), cell.page_size, head_dim, cell.numbers)
     except ValueError as error:
         print(f"left out: {cell.name}: {error}")
         return False
