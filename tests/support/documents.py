@@ -122,12 +122,19 @@ def gains() -> str:
         r["speedup"] for r in serving_found["decode"] if (r["head_dim"], r["context"], r["batch"]) == (128, 8192, 8)
     )
     full, quarter = (show.summary([_judged(*cell)])[1] for cell in (("full cache", None), ("momentkv", 256)))
+    long = {c["method"]: c["figures"]["text_8k"]["KL"][0] for c in results("judge_text_8k")["cells"]}
     share = {e: f"{100 * again[f'conversations, small pool, {e}']['share']:.0f} %" for e in ("stock", "momentkv")}
     rows = [
         ("KV memory of an answering sequence, in tokens", stock[held], ours[held], "`make demo`, budget 512"),
         ("KV pool, in tokens, for four users at a time", stock[pool], ours[pool], "`make demo`"),
         ("facts it then finds in documents", stock[right], ours[right], "`make demo`, the same words"),
         ("codes found with a quarter of the memory", full, quarter, "`make bench NAME=quality`, SmolLM2-135M"),
+        (
+            "KL to the full cache, texts of 8,192 tokens",
+            f"fp8 KV, half of the memory: {long['fp8 KV']:.3f}",
+            f"an eighth of the memory: {long['momentkv']:.3f}",
+            "`make bench NAME=quality`",
+        ),
         ("sequences at a time in one pool", "1x", f"{serving_found['pool']['ratio']:.1f}x", "`make bench NAME=serving`, prompts of 2,048, budget 512"),
         ("decode tokens/s, 8K context, batch 8", "1x", f"{decode:.1f}x", "`make bench NAME=serving`, budget 1,024, 2 CPU cores"),
         ("prompt tokens computed in chats that outgrow the pool", share["stock"], share["momentkv"], "`make bench NAME=resume`, 20 turns"),
@@ -163,12 +170,15 @@ def judged_short() -> str:
 
 
 def judged_long() -> str:
-    rows = []
-    for cell in results("judge_text_4k")["cells"]:
-        figures = cell["figures"]["text_4k"]
-        pairs = (figures[column] for column in ("KL", "x full"))
-        rows.append((cell["method"], *("{:.3f} +-{:.3f}".format(*pair) for pair in pairs)))
-    return markdown(("", "KL", "perplexity over the full cache's"), rows)
+    """Texts of two lengths; not every method read both."""
+    found = {}
+    for place, kind in enumerate(("text_4k", "text_8k")):
+        for cell in results(f"judge_{kind}")["cells"]:
+            pairs = (cell["figures"][kind][column] for column in ("KL", "x full"))
+            row = found.setdefault(cell["method"], ["-"] * 4)
+            row[2 * place : 2 * place + 2] = ["{:.3f} +-{:.3f}".format(*pair) for pair in pairs]
+    columns = [f"{figure}, {length}" for length in ("4,096", "8,192") for figure in ("KL", "perplexity over full")]
+    return markdown(("", *columns), [(method, *row) for method, row in found.items()])
 
 
 def speed_short() -> str:
