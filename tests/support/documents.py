@@ -133,7 +133,7 @@ def gains() -> str:
             "KL to the full cache, texts of 8,192 tokens",
             f"fp8 KV, half of the memory: {long['fp8 KV']:.3f}",
             f"an eighth of the memory: {long['momentkv']:.3f}",
-            "`make bench NAME=quality`",
+            "`evaluation.judge.run --kinds text_8k`, budget 1,024",
         ),
         ("sequences at a time in one pool", "1x", f"{serving_found['pool']['ratio']:.1f}x", "`make bench NAME=serving`, prompts of 2,048, budget 512"),
         ("decode tokens/s, 8K context, batch 8", "1x", f"{decode:.1f}x", "`make bench NAME=serving`, budget 1,024, 2 CPU cores"),
