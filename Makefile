@@ -58,14 +58,11 @@ test-vllm: setup ## engine tests with another vLLM release, its Python code over
 	$(BIN)/python -P tests/support/other_vllm.py $(VLLM)
 	build/vllm-$(VLLM)/bin/pytest -n $(WORKERS) --dist loadscope -p no:cacheprovider -m "not slow" $(TESTS)
 
-lint: setup     ## ruff; hadolint and the schemas of Compose and Kubernetes for docker/
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+lint: setup     ## ruff (FIX=1 writes what it would); hadolint and the schemas of Compose and Kubernetes for docker/
+	$(BIN)/ruff check $(if $(FIX),--fix) . && $(BIN)/ruff format $(if $(FIX),,--check) .
 	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
 	$(BIN)/kubernetes-validate --strict --quiet docker/kubernetes.yaml
-
-format: setup   ## ruff, writing
-	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 docs: setup     ## tables of README and docs/, written from code and results
 	PYTHONPATH=tests/support:benchmarks $(BIN)/python -P tests/support/documents.py
