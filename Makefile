@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_OFFLINE = 1
 export VLLM_NO_USAGE_STATS = 1
 
-.PHONY: help setup real-model demo test test-all test-fast test-vllm lint format docs bench bench-gpu wheel image lock clean
+.PHONY: help setup real-model demo test test-all test-fast test-vllm lint docs bench bench-gpu wheel image lock clean
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
