@@ -82,12 +82,19 @@ def one_worker(tmp_path_factory, models):
     return result_of(tmp_path_factory.mktemp("one"), models(seed=1), "0", enforce_eager=True)
 
 
+@pytest.fixture(scope="module")
+def one_compiled_worker(tmp_path_factory, models):
+    """Compiled code rounds otherwise: a number at the edge of a step of the store may fall to the other side, and a token follow."""
+    return result_of(tmp_path_factory.mktemp("one"), models(seed=1), "0", enforce_eager=False)
+
+
 @pytest.mark.parametrize(
     "ranks", ["tensor_parallel_size", pytest.param("pipeline_parallel_size", marks=pytest.mark.slow)]
 )
-def test_two_ranks_give_the_tokens_and_metrics_of_one(tmp_path, models, one_worker, ranks):
+def test_two_ranks_give_the_tokens_and_metrics_of_one(tmp_path, models, request, ranks):
     """Counted once, although both ranks consolidate; the same bytes, although each holds half of them."""
     eager = ranks == "tensor_parallel_size"
+    one_worker = request.getfixturevalue("one_worker" if eager else "one_compiled_worker")
     two = result_of(tmp_path, models(seed=1), "0|1", enforce_eager=eager, **{ranks: 2})
     assert two["tokens"] == one_worker["tokens"]
     for name in ("retired_pages_total", "evicted_tokens_total", "freed_bytes_total"):
