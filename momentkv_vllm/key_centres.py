@@ -27,6 +27,11 @@ def centres_of(keys: Tensor, valid: Tensor) -> Tensor:
     return torch.stack([finite(keys[:, :, 0]), (total / count).float()], 2)
 
 
+def sinks(sink_tokens: int, has_centres: bool) -> int:
+    """First tokens that never leave: whose tile has the first key's centre are among them."""
+    return max(sink_tokens, int(has_centres))
+
+
 def finite(x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), x, 0.0)
 

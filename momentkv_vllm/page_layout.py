@@ -37,7 +37,7 @@ class RecordOffsets(NamedTuple):
 
 @dataclass(frozen=True)
 class RecordLayout:
-    """Sizes of one head's record. `has_covariance` False drops C; an empty layout (`has_means` False) has no bytes.
+    """Sizes of one head's record. `has_covariance` False drops C, `has_means` False all moments.
 
     has_centres: those of a quantised store's keys come first.
     start: byte of its first page where it begins; more than 0 where it lies behind the tokens of a store page.

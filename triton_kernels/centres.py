@@ -46,5 +46,11 @@ def products(q, first, others):
 
 
 @triton.jit
+def added(q_first, q_others, slots):
+    """[M, N]: what the centre of every store slot [N] adds to `products`."""
+    return tl.where((slots < TILE)[None, :], q_first[:, None], q_others[:, None])
+
+
+@triton.jit
 def finite(x):
     return tl.where(x - x == 0, x, 0.0)

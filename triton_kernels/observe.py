@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 
 from .arguments import record_sizes, records_of, sizes, store_sizes, tiles_of, tokens_of
-from .centres import load_centres, products
+from .centres import added, load_centres, products
 from .common import capped, dot, dot_rotated, narrow, program_head
 from .retained import exact_keys, stored_tokens
-from .store import TILE, rotated, stored_keys, tiles_at
+from .store import rotated, stored_keys, tiles_at
 
 BLOCK_M, BLOCK_N = 32, 64
 
@@ -34,7 +34,7 @@ def _attention(
         if IN_STORE:
             q_first, q_others = products(q, first_key, others)
             logits = dot_rotated(rotated(q.to(tl.float32), STORE.block), k)
-            logits += tl.where((slots < TILE)[None, :], q_first[:, None], q_others[:, None])
+            logits += added(q_first, q_others, slots)
             seen = real[:, None] & (slots >= 0)[None, :]
         else:
             logits = dot(q, k)

@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from .centres import load_centres, products
+from .centres import added, load_centres, products
 from .common import LOG2E, capped, dot, dot_rotated, narrow
-from .store import TILE, rotated, stored_keys, stored_values, tiles_at
+from .store import rotated, stored_keys, stored_values, tiles_at
 
 
 @triton.jit
@@ -70,8 +70,7 @@ def _attend_stored(
     real = slots < stored
     at = tiles_at(tiles, head, pages, slots, real, STORE)
     k = narrow(stored_keys(tiles, at, slots, real, SIZES.block_d, STORE), TYPE)
-    centres = tl.where((slots < TILE)[None, :], q_first[:, None], q_others[:, None])
-    logits = _in_base_2(dot_rotated(q, k) + centres, scale, SIZES)
+    logits = _in_base_2(dot_rotated(q, k) + added(q_first, q_others, slots), scale, SIZES)
     logits = tl.where(asks[:, None] & real[None, :], logits, float("-inf"))
     if LEAVE:
         tl.store(left[:, None] + slots[None, :], logits, mask=leaves[:, None] & real[None, :])

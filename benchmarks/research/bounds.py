@@ -18,7 +18,7 @@ from evaluation.judge import documents
 from evaluation.judge.material import KINDS, TEXT_TOKENS, Material
 from evaluation.quality.results import mean_error
 from real_model import folder
-from research.simulate import exact_attention
+from research.simulate import as_stored, exact_attention
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
@@ -27,7 +27,6 @@ from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.head_budgets import equal_until, shared
 from momentkv_vllm.key_centres import centres_of, of_slots
 from momentkv_vllm.kv_spec import StateLayout
-from momentkv_vllm.packed_store import Packed, rotated
 from momentkv_vllm.policies.key_direction import ATTENTION_WEIGHT
 
 BLOCK = 16
@@ -77,14 +76,12 @@ class Layer:
         self.output = torch.empty_like(self.query)
         self.future = self._future() if how.oracle or how.shared == "oracle" else None
 
-    def _packed(self) -> list[torch.Tensor]:
-        """[keys, values] of all tokens as the store holds them."""
+    def _packed(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all tokens as the store holds them."""
         plan, layout = self.how.layout.schedule, self.how.layout.packed
         first = plan.boundary_column(plan.first_event_tokens) * plan.page_size
         centres = of_slots(centres_of(self.key[:, :, :first], torch.ones(1, first, dtype=torch.bool)), self.tokens)
-        numbers = Packed.of(self.key - centres, self.value, layout).numbers(layout)
-        keys, values = (rotated(x)[..., : self.key.shape[-1]] for x in numbers)
-        return [keys + centres, values]
+        return as_stored(self.key, self.value, centres, layout)
 
     def _future(self) -> torch.Tensor:
         """[1, heads, blocks + 1, tokens] attention that each token gets from the judged queries of this and all later blocks."""

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from momentkv_vllm import moments as mo
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels.reference import chosen, fill_holes
-from momentkv_vllm.key_centres import centres_of, of_slots
+from momentkv_vllm.key_centres import centres_of, of_slots, sinks
 from momentkv_vllm.packed_store import Packed, PackedLayout, rotated
 from momentkv_vllm.page_schedule import PageSchedule
 from momentkv_vllm.policies import Candidates, Policy
@@ -55,9 +55,8 @@ class Eviction:
             order = int(config.correction == "first")
             state = lambda: MomentState(order, *COVARIANCES[config.moment_dtype])  # noqa: E731
         policy = config.policy_class()
-        # As CacheView.sinks: the first tile of a quantised store stays.
-        sinks = max(config.sink_tokens, int(store is not None))
-        return cls(policy, schedule, state, sinks, config.observation_tokens, prompt_tokens, store)
+        first = sinks(config.sink_tokens, has_centres=store is not None)
+        return cls(policy, schedule, state, first, config.observation_tokens, prompt_tokens, store)
 
 
 class _Layer:
@@ -178,9 +177,8 @@ class _Layer:
         if self.centres is None:
             self.centres = centres_of(keys, torch.ones(keys.shape[0], keys.shape[2], dtype=torch.bool))
         centres = of_slots(self.centres, keys.shape[2])[:, :, old:]
-        new = Packed.of(keys[:, :, old:] - centres, values[:, :, old:], layout).numbers(layout)
-        k, v = (rotated(x)[..., : keys.shape[-1]] for x in new)
-        return torch.cat([keys[:, :, :old], k + centres], 2), torch.cat([values[:, :, :old], v], 2)
+        k, v = as_stored(keys[:, :, old:], values[:, :, old:], centres, layout)
+        return torch.cat([keys[:, :, :old], k], 2), torch.cat([values[:, :, :old], v], 2)
 
     def _forget(self, tokens: Candidates, lost: torch.Tensor) -> None:
         self.evicted = True
@@ -194,6 +192,15 @@ class _Layer:
         if self.state is not None:
             self.state.absorb(keys, values, lost, self.exact)
         self.exact = mo.merge(self.exact, mo.of_tokens(keys, values, lost, self.covariance))
+
+
+def as_stored(
+    keys: torch.Tensor, values: torch.Tensor, centres: torch.Tensor, layout: PackedLayout
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [rows, heads, tokens, d] as a quantised store holds them; centres: of the keys, like them."""
+    numbers = Packed.of(keys - centres, values, layout).numbers(layout)
+    k, v = (rotated(x)[..., : keys.shape[-1]] for x in numbers)
+    return k + centres, v
 
 
 def evicting_attention(

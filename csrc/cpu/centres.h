@@ -5,10 +5,10 @@ constexpr int kTileTokens = 8, kGroup = 32;
 
 // Of a row and head, [head_dim] each: of keys in the store's first tile, and of all others. Null: keys have none.
 struct Centres {
-  const float *first = nullptr, *others = nullptr;
+  float *first = nullptr, *others = nullptr;
 
   Centres() = default;
-  Centres(const float* of_first, const float* of_others) : first(of_first), others(of_others) {}
+  Centres(float* of_first, float* of_others) : first(of_first), others(of_others) {}
   // Those that a record holds.
   Centres(const PackedLayout& p, const RecordView& record) {
     if (p.centres < 0) return;

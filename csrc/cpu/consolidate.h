@@ -244,9 +244,9 @@ void find_centres(const Event& e, float* centres) {
 }
 
 void write_centres(const Event& e) {
-  const int64_t d = e.c.cache.head_dim, at = e.c.packed.centres;
-  std::copy_n(e.centres.first, d, e.record().floats(at));
-  std::copy_n(e.centres.others, d, e.record().floats(at + d * int64_t(sizeof(float))));
+  const Centres in_record(e.c.packed, e.record());
+  std::copy_n(e.centres.first, e.c.cache.head_dim, in_record.first);
+  std::copy_n(e.centres.others, e.c.cache.head_dim, in_record.others);
 }
 
 // What a head puts into tiles that were lent: bytes and observed mass of its `tile`-th one.

@@ -113,7 +113,7 @@ class EvictingImpl:
             )
         cache, monitor = self.view_of(kv_cache), getattr(attn_metadata, "monitor", None)
         # By budget class, where its heads do not all hold as much.
-        of_class = {n: replace(cache, heads=heads) for n, heads in enumerate(self.shared.target.heads)}
+        of_class = {n: replace(cache, heads=h) for n, h in enumerate(self.shared.target.heads if step.rounds else ())}
         for round_ in self.shared.rounds(step):
             sampling = monitor if monitor and monitor.due(round_) else None
             for attend in round_.attends:

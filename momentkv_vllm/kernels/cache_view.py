@@ -12,6 +12,7 @@ from torch import Tensor
 from momentkv_vllm import records
 from momentkv_vllm.fp8 import is_fp8, truncated
 from momentkv_vllm.head_budgets import HeadBudgets
+from momentkv_vllm.key_centres import sinks
 from momentkv_vllm.moments import Moments
 from momentkv_vllm.packed_store import TILE_TOKENS, PackedLayout, PackedPages, rotated_block
 from momentkv_vllm.page_layout import RecordLayout
@@ -140,8 +141,8 @@ class CacheView:
         return (None, None, 0, 0) if heads is None else (heads.places, heads.capacity, heads.equal_tokens, heads.pages)
 
     def sinks(self, sink_tokens: int) -> int:
-        """First tokens that never leave: those that share the first key's centre do not (key_centres.py)."""
-        return max(sink_tokens, int(self.record_layout.has_centres))
+        """First tokens that never leave (key_centres.py)."""
+        return sinks(sink_tokens, self.record_layout.has_centres)
 
     def evicted(self, stored: Tensor | None, num_evicted: Tensor) -> Tensor:
         """Tokens that heads have evicted, [rows, heads] where they have budgets of their own, else `num_evicted` [rows]."""
@@ -167,28 +168,37 @@ class CacheView:
     def read_moments(self, pages: Tensor, num_evicted: Tensor) -> Moments:
         """Records in moment pages [rows, M]; rows that evicted nothing give zeros: the first page of a new record is a page of
         tokens."""
-        raw = self.raw[pages].transpose(1, 2).flatten(2)
-        return records.decoded(raw, self.record_layout, num_evicted)
+        return records.decoded(self._records(pages), self.record_layout, num_evicted)
 
     def read_centres(self, pages: Tensor) -> Tensor:
         """Centres in record pages [rows, M], [rows, heads, 2, head_dim] float32 (key_centres.py)."""
-        raw = self.raw[pages].transpose(1, 2).flatten(2)[..., self.centres_at :][..., : 8 * self.keys.shape[3]]
+        raw = self._records(pages)[..., self._centre_bytes]
         return raw.contiguous().view(torch.float32).unflatten(2, (2, -1))
 
     def write_centres(self, pages: Tensor, centres: Tensor) -> None:
         """Inverse of `read_centres`."""
-        record = self.raw[pages].transpose(1, 2).flatten(2)
-        record[..., self.centres_at :][..., : 8 * self.keys.shape[3]] = (
-            centres.flatten(2).contiguous().view(torch.uint8)
-        )
-        self.raw[pages] = record.unflatten(2, (pages.shape[1], -1)).transpose(1, 2)
+        record = self._records(pages)
+        record[..., self._centre_bytes] = centres.flatten(2).contiguous().view(torch.uint8)
+        self._write_records(pages, record)
 
     def write_moments(self, pages: Tensor, moments: Moments) -> None:
         """Store records into moment pages [rows, M]."""
         if self.record_layout.has_means:
-            record = self.raw[pages].transpose(1, 2).flatten(2)
+            record = self._records(pages)
             records.encode(moments, self.record_layout, record)
-            self.raw[pages] = record.unflatten(2, (pages.shape[1], -1)).transpose(1, 2)
+            self._write_records(pages, record)
+
+    @property
+    def _centre_bytes(self) -> slice:
+        return slice(self.centres_at, self.centres_at + 2 * torch.float32.itemsize * self.keys.shape[3])
+
+    def _records(self, pages: Tensor) -> Tensor:
+        """A copy of what heads own of record pages [rows, M], [rows, heads, bytes]."""
+        return self.raw[pages].transpose(1, 2).flatten(2)
+
+    def _write_records(self, pages: Tensor, record: Tensor) -> None:
+        """Inverse of `_records`."""
+        self.raw[pages] = record.unflatten(2, (pages.shape[1], -1)).transpose(1, 2)
 
 
 def _flatten(pages: Tensor) -> Tensor:
