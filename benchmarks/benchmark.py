@@ -41,7 +41,7 @@ class Benchmark:
 
     def run(self, argv: Sequence[str] | None = None) -> None:
         parser = argparse.ArgumentParser(prog=f"make bench NAME={self.name}")
-        parser.add_argument("--show", action="store_true", help="table, targets and picture of the last run again")
+        parser.add_argument("--show", action="store_true", help="table, targets and picture of the last results again")
         if self.quick:
             parser.add_argument("--quick", action="store_true", help="small cells, one repeat")
         self.options(parser)
@@ -55,7 +55,7 @@ class Benchmark:
         for rows in self.tables(results):
             print(report.table(rows), "\n")
         if args.show:
-            report.print_targets(self.targets(results))
+            report.write_targets(self.name + "_quick" * quick, self.targets(results))
         else:
             report.write(self.name + "_quick" * quick, results, self.targets(results))
         if self.draw and not quick:

@@ -45,6 +45,14 @@ def write(name: str, results: Any, targets: Sequence[dict[str, Any]] = ()) -> Pa
     return path
 
 
+def write_targets(name: str, targets: Sequence[dict[str, Any]]) -> None:
+    """Those of results/NAME.json anew, from its results; print them. The machine stays the one that measured."""
+    path = RESULTS / f"{name}.json"
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps(found | {"targets": list(targets)}, indent=1) + "\n")
+    print_targets(targets)
+
+
 def print_targets(targets: Sequence[dict[str, Any]]) -> None:
     for t in targets:
         print(f"{'ok    ' if t['ok'] else 'MISSED'} {t['name']}: {t['value']:.3f} (target {t['limit']})")

@@ -114,7 +114,8 @@ def test_a_run_ends_in_time_with_what_it_has(tmp_path, monkeypatch, workers):
     start = time.monotonic()
     found = run_of(monkeypatch, tmp_path, tasks, workers, kit.GRACE + 4)
     assert time.monotonic() - start < kit.GRACE + 4
-    assert [line["task"]["what"] for line in found["done"]] == ["works"] * workers + ["stands still"]
+    # Sorted: the worker that stands still may be quicker than another's first task.
+    assert sorted(line["task"]["what"] for line in found["done"]) == ["stands still"] + ["works"] * workers
     assert found["left"] == tasks[workers + 1 :] and not found["failed"]
     while any(alive(line) for line in found["done"] if "child" in line["result"]):
         assert time.monotonic() - start < kit.GRACE + 14, "a signal takes a moment to arrive, not ten seconds"
