@@ -23,6 +23,7 @@ CORRECTIONS = ("off", "zeroth", "first")
 STORE_DTYPES = ("auto", "model", "int8", "int4")
 RUN_TOKENS = (1, 8, 16)
 HEAD_BUDGETS = ("auto", "equal", "measured")
+KEY_ROUNDINGS = ("auto", "nearest", "measured")
 MOMENT_DTYPES = ("int8", "bfloat16", "float32")
 AUTO = "auto"
 """As a number of tokens: None, the value that follows from the budget."""
@@ -72,6 +73,8 @@ class EvictionConfig:
         head_budgets: how heads share a quantised store. "equal": all hold as many tokens; "measured": those that look far hold
             more, over all layers, and every one a sixth of an equal share at least (head_budgets.py); "auto" is "measured" where
             that can be (docs/design.md).
+        key_rounding: how keys of a quantised store are rounded. "nearest": every number by itself; "measured": so that errors lie
+            where the model's queries do not look (key_rounding.py); "auto" is "measured" where that can be.
         observation_tokens: queries before an eviction whose attention a policy may use that observes the last ones.
         retire_tokens: tokens between two evictions, rounded up to whole pages; None ("auto"): 1/32 of the budget, one page at
             least.
@@ -98,6 +101,7 @@ class EvictionConfig:
     store_dtype: str = "auto"
     run_tokens: int | None = None
     head_budgets: str = AUTO
+    key_rounding: str = AUTO
     observation_tokens: int = 16
     retire_tokens: int | None = None
     prefill_retire_tokens: int | None = None
@@ -115,6 +119,7 @@ class EvictionConfig:
         _choice("moment_dtype", self.moment_dtype, MOMENT_DTYPES)
         _choice("store_dtype", self.store_dtype, STORE_DTYPES)
         _choice("head_budgets", self.head_budgets, HEAD_BUDGETS)
+        _choice("key_rounding", self.key_rounding, KEY_ROUNDINGS)
         _choice("kernels", self.kernels, KERNELS)
         if self.budgets is not None:
             object.__setattr__(self, "budgets", budgets_of(self.budgets))

@@ -2,7 +2,7 @@
 
 Store pages belong to one sequence and only our kernels read them, so they need not look like vLLM's. A head's part of a
 store page holds whole tiles. A token's key, less its centre (key_centres.py), and its value are padded with zeros to `width`
-numbers and rotated (`rotated`). Every group of 32 numbers of a key has a scale, a value has one: errors in keys cost ten times
+numbers and rotated (rotation.py). Every group of 32 numbers of a key has a scale, a value has one: errors in keys cost ten times
 as much. A tile holds, one after the other,
 
     key codes     [code_bytes / 4][8 tokens][4]       uint8: four bytes of a token side by side, for dot products with queries
@@ -17,6 +17,9 @@ number 32 g + j in its low half and number 32 g + 16 + j in its high half, middl
 from dataclasses import dataclass
 
 import torch
+
+from momentkv_vllm.key_rounding import fed_back
+from momentkv_vllm.rotation import rotated
 
 TILE_TOKENS = 8
 GROUP = 32
@@ -82,28 +85,6 @@ class PackedLayout:
         return self.tiles_per_page(part_bytes) * TILE_TOKENS
 
 
-def rotated(x: torch.Tensor) -> torch.Tensor:
-    """The Walsh-Hadamard transform of the last dimension, orthonormal and its own inverse; float32.
-
-    It spreads a large channel over all others, so that one scale serves a whole token. A dimension that is no power of two is
-    transformed in blocks of its largest power of two. Butterflies of halves 1, 2, 4, ... and one product at the end: every
-    kernel that quantises does the same additions, so codes agree bit by bit.
-    """
-    shape, block = x.shape, rotated_block(x.shape[-1])
-    x = x.reshape(-1, block)
-    half = 1
-    while half < block:
-        pairs = x.view(-1, block // (2 * half), 2, half)
-        x = torch.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], 2).view(-1, block)
-        half *= 2
-    return (x * block**-0.5).view(shape)
-
-
-def rotated_block(head_dim: int) -> int:
-    """The largest power of two that divides `head_dim`."""
-    return head_dim & -head_dim
-
-
 def quantised(x: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes -levels / 2 .. levels / 2 - 1 like `x`, scales bfloat16 without the last dimension) of float32 numbers, one scale
     per vector: a number is about scale * (code + 1 / 2).
@@ -144,15 +125,23 @@ class Packed:
     value_scales: torch.Tensor
 
     @classmethod
-    def of(cls, keys: torch.Tensor, values: torch.Tensor, layout: PackedLayout) -> "Packed":
-        """keys, values: [..., tokens, head_dim] float32, not rotated."""
+    def of(
+        cls, keys: torch.Tensor, values: torch.Tensor, layout: PackedLayout, feedback: torch.Tensor | None = None
+    ) -> "Packed":
+        """keys, values: [rows, heads, tokens, head_dim] float32, not rotated. feedback: of errors in keys
+        (key_rounding.py); None: every number is rounded by itself."""
 
-        def codes(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-            found, scales = quantised(rotated(padded(x, layout.width)).unflatten(-1, (groups, -1)), layout.levels)
-            return (found + (layout.middle + 0.5)).to(torch.uint8).flatten(-2), scales
+        def codes(x: torch.Tensor, groups: int, feedback: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+            numbers = rotated(padded(x, layout.width))
+            found, scales = quantised(numbers.unflatten(-1, (groups, -1)), layout.levels)
+            found = found.flatten(-2)
+            if feedback is not None:
+                each = scales.repeat_interleave(layout.width // groups, -1)
+                found = fed_back(numbers, each, feedback, layout.levels)
+            return (found + (layout.middle + 0.5)).to(torch.uint8), scales
 
-        k, key_scales = codes(keys, layout.groups)
-        v, value_scales = codes(values, 1)
+        k, key_scales = codes(keys, layout.groups, feedback)
+        v, value_scales = codes(values, 1, None)
         return cls(k, v, key_scales, value_scales)
 
     @classmethod

@@ -6,19 +6,24 @@ the other. The page schedule and the scores are the product's own; tests compare
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from research.states import MomentState, Rounding, State, to_bfloat16, to_int8
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 from momentkv_vllm import moments as mo
+from momentkv_vllm.attention.head_reach import random_tokens
+from momentkv_vllm.attention.sample_text import text_tokens
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels.reference import chosen, fill_holes
 from momentkv_vllm.key_centres import centres_of, of_slots, sinks
-from momentkv_vllm.packed_store import Packed, PackedLayout, rotated
+from momentkv_vllm.key_rounding import feedback_of
+from momentkv_vllm.packed_store import Packed, PackedLayout
 from momentkv_vllm.page_schedule import PageSchedule
 from momentkv_vllm.policies import Candidates, Policy
+from momentkv_vllm.rotation import rotated
 
 MAX_LOGITS = 1 << 25
 """Logits computed at a time (128 MiB): bounds the memory of long segments."""
@@ -34,7 +39,7 @@ class Eviction:
     """One way to evict. `state` makes a fresh summary of the evicted tokens, None = no correction.
 
     prompt_tokens: read in "full" prefill only; the same for all rows.
-    store: how the store's tokens are quantised; None: they stay as they are.
+    store: how the store's tokens are quantised; None: they stay as they are. rounds: their keys by the model's queries.
     """
 
     policy: Policy
@@ -44,6 +49,7 @@ class Eviction:
     observation_tokens: int = 32
     prompt_tokens: int = 0
     store: PackedLayout | None = None
+    rounds: bool = False
 
     @classmethod
     def of(
@@ -56,7 +62,8 @@ class Eviction:
             state = lambda: MomentState(order, *COVARIANCES[config.moment_dtype])  # noqa: E731
         policy = config.policy_class()
         first = sinks(config.sink_tokens, has_centres=store is not None)
-        return cls(policy, schedule, state, first, config.observation_tokens, prompt_tokens, store)
+        rounds = store is not None and config.key_rounding != "nearest"
+        return cls(policy, schedule, state, first, config.observation_tokens, prompt_tokens, store, rounds)
 
 
 class _Layer:
@@ -65,14 +72,20 @@ class _Layer:
     stored_k, stored_v: [rows, kv_heads, slots, d] the store; centres: of the keys of a quantised one; window: first token that is
     still exact.
     exact: moments of all evicted tokens, never rounded (of which only the count is kept when nobody needs more).
-    mass: [rows, kv_heads, store and window (, 3)] what the policy has observed.
+    mass: [rows, kv_heads, store and window (, 3)] what the policy has observed. feedback: of errors in keys.
     """
 
     def __init__(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, how: Eviction
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        how: Eviction,
+        feedback: torch.Tensor | None = None,
     ) -> None:
         rows, kv_heads, _, _ = key.shape
-        self.key, self.value, self.scale, self.how = key, value, scale, how
+        self.key, self.value, self.scale, self.how, self.feedback = key, value, scale, how, feedback
         self.queries = query.unflatten(1, (kv_heads, -1))
         self.output = torch.empty_like(self.queries)
         self.state = how.state() if how.state else None
@@ -177,7 +190,7 @@ class _Layer:
         if self.centres is None:
             self.centres = centres_of(keys, torch.ones(keys.shape[0], keys.shape[2], dtype=torch.bool))
         centres = of_slots(self.centres, keys.shape[2])[:, :, old:]
-        k, v = as_stored(keys[:, :, old:], values[:, :, old:], centres, layout)
+        k, v = as_stored(keys[:, :, old:], values[:, :, old:], centres, layout, self.feedback)
         return torch.cat([keys[:, :, :old], k], 2), torch.cat([values[:, :, :old], v], 2)
 
     def _forget(self, tokens: Candidates, lost: torch.Tensor) -> None:
@@ -195,26 +208,37 @@ class _Layer:
 
 
 def as_stored(
-    keys: torch.Tensor, values: torch.Tensor, centres: torch.Tensor, layout: PackedLayout
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    centres: torch.Tensor,
+    layout: PackedLayout,
+    feedback: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values [rows, heads, tokens, d] as a quantised store holds them; centres: of the keys, like them."""
-    numbers = Packed.of(keys - centres, values, layout).numbers(layout)
+    """Keys and values [rows, heads, tokens, d] as a quantised store holds them; centres: of the keys, like them; feedback: of
+    errors in keys."""
+    numbers = Packed.of(keys - centres, values, layout, feedback).numbers(layout)
     k, v = (rotated(x)[..., : keys.shape[-1]] for x in numbers)
     return k + centres, v
 
 
 def evicting_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, how: Eviction
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    how: Eviction,
+    feedback: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of a whole sequence under eviction.
 
     Args:
         query: [rows, num_heads, tokens, head_dim] float32; key, value: [rows, num_kv_heads, tokens, head_dim].
+        feedback: of errors in keys (momentkv_vllm/key_rounding.py), if `how` rounds by it.
 
     Returns:
         [rows, num_heads, tokens, head_dim].
     """
-    return _Layer(query, key, value, scale, how).attend()
+    return _Layer(query, key, value, scale, how, feedback).attend()
 
 
 def exact_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
@@ -240,6 +264,8 @@ class SimulatedModel:
     how: Eviction | Rounded | None = None
     measure_errors: bool = False
     layer_errors: list[float] = field(default_factory=list)
+    moments: dict[int, torch.Tensor] | None = None
+    """While `feedback` is measured: of queries, by layer."""
 
     def __post_init__(self) -> None:
         # The registry is global: a name a model.
@@ -247,14 +273,34 @@ class SimulatedModel:
         AttentionInterface.register(name, self._attention)
         self.model = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32, attn_implementation=name)
 
+    @cached_property
+    def feedback(self) -> list[torch.Tensor]:
+        """By layer, of its keys' errors, as the worker measures it (momentkv_vllm/attention/measuring.py)."""
+        config, self.moments = self.model.config, {}
+        known = (Path(self.path) / "tokenizer.json").exists()
+        tokenizer = AutoTokenizer.from_pretrained(self.path) if known else None
+        ids = text_tokens(tokenizer, config.max_position_embeddings)
+        ids = random_tokens(config.vocab_size, config.max_position_embeddings) if ids is None else ids
+        how, self.how = self.how, None
+        with torch.no_grad():
+            self.model.model(ids[None], use_cache=False)
+        self.how, moments, self.moments = how, self.moments, None
+        # As wide as a quantised key: the rotation of a dimension is the same for any store.
+        width = PackedLayout("int4", next(iter(moments.values())).shape[-1]).width
+        return [feedback_of(moments[layer], width) for layer in sorted(moments)]
+
     def _attention(self, module, query, key, value, attention_mask, scaling, **_) -> tuple[torch.Tensor, None]:
         output = exact = None
+        if self.moments is not None:
+            of_heads = query[0].unflatten(0, (key.shape[1], -1)).flatten(1, 2)
+            self.moments[module.layer_idx] = of_heads.transpose(1, 2) @ of_heads
         if self.how is None or self.measure_errors:
             output = exact = exact_attention(query, key, value, scaling)
         if isinstance(self.how, Rounded):
             output = exact_attention(query, self.how.rounding(key), self.how.rounding(value), scaling)
         elif self.how is not None:
-            output = evicting_attention(query, key, value, scaling, self.how)
+            feedback = self.feedback[module.layer_idx] if self.how.rounds else None
+            output = evicting_attention(query, key, value, scaling, self.how, feedback)
         if self.measure_errors and self.how is not None:
             # What the layer returns stays exact, so that a layer's error is its own.
             last = slice(query.shape[2] // 2, None)

@@ -305,10 +305,12 @@ bool fills_lent_tiles(const Consolidate& c) {
 void consolidate(MOMENTKV_CACHE, MOMENTKV_RETIRE_WORK, const OptionalTensor& score, const OptionalTensor& observed,
                  int64_t sink_tokens, double attention_weight, MOMENTKV_RECORD, const OptionalTensor& stored,
                  int64_t run_tokens, int64_t store_tokens, at::IntArrayRef packed, const OptionalTensor& places,
-                 const OptionalTensor& capacity, int64_t equal_tokens, int64_t places_pages) {
+                 const OptionalTensor& capacity, int64_t equal_tokens, int64_t places_pages,
+                 const OptionalTensor& feedback) {
   Consolidate c{};
   c.cache = cache_of(kv, key_scale, value_scale);
   c.packed = packed_of(c.cache, packed);
+  c.feedback = data_of<float>(feedback, "feedback", {c.cache.heads, c.packed.width, c.packed.width});
   set_heads(c.packed, c.cache, MOMENTKV_HEADS_GIVEN, store_pages.size(1));
   c.observed_slots = std::max(c.cache.page_size, c.packed.page_tiles * 8);
   const int64_t pages = store_pages.size(1), page_size = c.cache.page_size;
@@ -372,7 +374,7 @@ TORCH_LIBRARY(momentkv_cpu, m) {
   m.def(
       "consolidate(" MOMENTKV_CACHE_SCHEMA("Tensor(a!)") ", " MOMENTKV_RETIRE_WORK_SCHEMA
       ", Tensor? score, Tensor(b!)? observed, int sink_tokens, float attention_weight, " MOMENTKV_RECORD_SCHEMA
-      ", Tensor? stored, int run_tokens, int store_tokens, int[] packed, " MOMENTKV_HEADS_SCHEMA ") -> ()",
+      ", Tensor? stored, int run_tokens, int store_tokens, int[] packed, " MOMENTKV_HEADS_SCHEMA ", Tensor? feedback) -> ()",
       &momentkv::consolidate);
   m.def("read_store(Tensor kv, Tensor pages, int[] packed) -> (Tensor, Tensor)", &momentkv::read_store);
   m.def("isa() -> str", &momentkv::isa);

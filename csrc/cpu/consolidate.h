@@ -200,20 +200,43 @@ void move_exact(const Event& e, int64_t winner, int64_t slot) {
   std::memcpy(e.value<T>(slot), e.value<T>(winner), e.c.cache.head_dim * sizeof(T));
 }
 
-// The candidate `winner` as a tile's token, in the store's `slot`.
+// What enters a quantised store, token by token.
 template <class T>
-void quantise_into(const Event& e, int64_t winner, int64_t slot, uint8_t* tile) {
-  const int token = int(slot % kTileTokens);
-  float key[kMaxHeadDim] = {}, value[kMaxHeadDim] = {};
-  load_candidate<T>(e, winner, key, value);
-  for (int64_t i = 0; e.centres && i < e.c.cache.head_dim; ++i) key[i] -= e.centres.of_slot(slot)[i];
-  with_bits(e.c.packed.bits, [&](auto bits) { write_token<bits>(e.c.packed, key, value, tile, token); });
-}
+class Entering {
+ public:
+  explicit Entering(const Event& event) : e(event), p(event.c.packed) {
+    if (e.c.feedback != nullptr) fed_back_.emplace(p, e.c.feedback + e.head * p.width * p.width);
+  }
+
+  // The candidate `winner` as a tile's token, in the store's `slot`. It is read now, and there when `finish` has been called.
+  void take(int64_t winner, int64_t slot, uint8_t* tile) {
+    const int token = int(slot % kTileTokens);
+    float key[kMaxHeadDim] = {}, value[kMaxHeadDim] = {};
+    load_candidate<T>(e, winner, key, value);
+    for (int64_t i = 0; e.centres && i < e.c.cache.head_dim; ++i) key[i] -= e.centres.of_slot(slot)[i];
+    rotate(key, p.width, p.block);
+    rotate(value, p.width, p.block);
+    with_bits(p.bits, [&](auto bits) {
+      fed_back_ ? fed_back_->template add<bits>(key, tile, token) : write_key<bits>(p, key, tile, token);
+      write_value<bits>(p, value, tile, token);
+    });
+  }
+
+  void finish() {
+    if (fed_back_) with_bits(p.bits, [&](auto bits) { fed_back_->template write<bits>(); });
+  }
+
+ private:
+  const Event& e;
+  const PackedLayout& p;
+  std::optional<FedBackKeys> fed_back_;
+};
 
 // The i-th lost or empty store slot takes the i-th retiring token that won; `losers` ascending.
 template <class T>
 void fill_holes(const Event& e, const int32_t* losers) {
   Winners winners(e, losers);
+  Entering<T> entering(e);
   const int64_t filled = e.settled(), stay = e.candidates() - e.losers();
   auto put = [&](int64_t slot) {
     const int64_t winner = winners.take();
@@ -222,11 +245,12 @@ void fill_holes(const Event& e, const int32_t* losers) {
     else if (e.is_packed(winner))  // whole tiles move, for whole runs do
       std::memcpy(e.tile(slot), e.tile(winner), slot % kTileTokens == 0 ? e.c.packed.tile_bytes : 0);
     else
-      quantise_into<T>(e, winner, slot, e.tile(slot));
+      entering.take(winner, slot, e.tile(slot));
     if (e.c.observed != nullptr) *e.mass_of_slot(slot) = *e.mass(winner);
   };
   for (const int32_t* hole = losers; hole < losers + e.losers() && *hole < filled; ++hole) put(*hole);
   for (int64_t slot = filled; slot < stay; ++slot) put(slot);
+  entering.finish();
 }
 
 // Centres of the keys of a sequence whose store is quantised for the first time: [2][head_dim], the first key and the mean of those
@@ -265,18 +289,20 @@ struct Lent {
 template <class T>
 void become_packed(const Event& e, const int32_t* losers, float* room) {
   Winners winners(e, losers);
+  Entering<T> entering(e);
   const PackedLayout& p = e.c.packed;
   const int64_t stay = e.candidates() - e.losers(), page_tokens = p.page_tiles * kTileTokens;
   const int64_t own = std::min(stay, e.c.store_tokens), item = e.row * e.c.cache.heads + e.head;
   uint8_t* bytes = reinterpret_cast<uint8_t*>(room + page_tokens);
   auto take = [&](uint8_t* tile, int64_t slot, float* mass) {
     const int64_t winner = winners.take();
-    quantise_into<T>(e, winner, slot, tile);
+    entering.take(winner, slot, tile);
     if (e.c.observed != nullptr) *mass = *e.mass(winner);
   };
   for (int64_t first = 0; first < own; first += page_tokens) {
     const int64_t here = std::min(own - first, page_tokens);
     for (int64_t i = 0; i < here; ++i) take(bytes + i / kTileTokens * p.tile_bytes, first + i, room + i);
+    entering.finish();
     std::memcpy(e.tile(first), bytes, (here + kTileTokens - 1) / kTileTokens * p.tile_bytes);
     if (e.c.observed != nullptr) std::copy_n(room, here, e.mass_of_slot(first));
   }
@@ -284,6 +310,7 @@ void become_packed(const Event& e, const int32_t* losers, float* room) {
     const Lent lent(e.c, item, (slot - own) / kTileTokens);
     take(lent.bytes, slot, lent.mass + slot % kTileTokens);
   }
+  entering.finish();
 }
 
 // When all heads have consolidated: the last tiles of a first event to their places.

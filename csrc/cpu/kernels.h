@@ -28,6 +28,8 @@ struct Consolidate : ConsolidateParams<Cache> {
   int64_t store_tokens;   // that a store holds when it is full, in the mean over heads
   int64_t run_tokens;     // neighbours that stay or leave together
   int64_t observed_slots, candidates;  // of a page; of a row of `score`
+  // [heads, width, width] of errors in keys (momentkv_vllm/key_rounding.py), where those that enter a store shall count; or null.
+  const float* feedback;
   // [rows * heads, lent_bytes()]: what first events put into tiles that were lent, until all heads have read what lies there.
   // Null: none does.
   uint8_t* lent = nullptr;

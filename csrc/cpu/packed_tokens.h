@@ -23,8 +23,8 @@ inline float largest_or_nan(const float* x, int64_t size) {
 }
 
 // The codes of some numbers times the inverse of their scale: 0 .. 2^Bits - 1.
-template <int Bits>
-inline IntVec codes_of(Vec x, float inverse) {
+template <int Bits, class Inverse>
+inline IntVec codes_of(Vec x, Inverse inverse) {
   const Vec lowest = splat(Code<Bits>::kLowest), highest = splat(Code<Bits>::kHighest);
   Vec scaled = without_nan(x * inverse);
   scaled = scaled > lowest ? scaled : lowest;
@@ -33,39 +33,59 @@ inline IntVec codes_of(Vec x, float inverse) {
   return truncated + (to_floats(truncated) > scaled) + Code<Bits>::kOffset;  // a comparison that holds is -1
 }
 
+// Of some numbers: the largest is in the last step, or NaN.
+struct Scale {
+  BFloat16 bits;
+  float wide, inverse;
+};
+template <int Bits>
+inline Scale scale_of(const float* x, int64_t size) {
+  constexpr float kStep = Bits == 8 ? 2.0 / 253 : 2.0 / 15;
+  const float wanted = largest_or_nan(x, size) * kStep;
+  const BFloat16 bits{wanted == wanted ? uint16_t((bits_as<uint32_t>(wanted) + 0xffff) >> 16) : uint16_t(0x7fc0)};
+  const float wide = to_float(bits);
+  return {bits, wide, wide > 0 ? 1 / wide : 0};
+}
+
 // Writes the bytes of `size` numbers with one scale, as of the first of them; returns the scale. As `quantised` of
 // packed_store.py, bit by bit.
 template <int Bits>
 inline BFloat16 quantise(const float* x, int64_t size, uint8_t* bytes) {
-  constexpr float kStep = Bits == 8 ? 2.0 / 253 : 2.0 / 15;
-  const float wanted = largest_or_nan(x, size) * kStep;
-  const BFloat16 scale{wanted == wanted ? uint16_t((bits_as<uint32_t>(wanted) + 0xffff) >> 16) : uint16_t(0x7fc0)};
-  const float wide = to_float(scale), inverse = wide > 0 ? 1 / wide : 0;
+  const Scale scale = scale_of<Bits>(x, size);
   constexpr int kHalf = kGroup / 2;  // int4: numbers of a group in low halves of bytes
   for (int64_t g = 0; g < size; g += kGroup)
     for (int i = 0; i < (Bits == 8 ? kGroup : kHalf); i += kLanes) {
-      IntVec codes = codes_of<Bits>(load(x + g + i), inverse);
-      if (Bits == 4) codes |= codes_of<Bits>(load(x + g + kHalf + i), inverse) << 4;
+      IntVec codes = codes_of<Bits>(load(x + g + i), scale.inverse);
+      if (Bits == 4) codes |= codes_of<Bits>(load(x + g + kHalf + i), scale.inverse) << 4;
       store_bytes(bytes + g * Bits / 8 + i, codes);
     }
-  return scale;
+  return scale.bits;
 }
 
-// A token into a tile. `key` and `value`: [width], zeros behind head_dim, not rotated; they are used up.
+// The codes of a key, of a value, into a tile.
+inline void write_key_bytes(const PackedLayout& p, const uint8_t* bytes, uint8_t* tile, int token) {
+  for (int64_t j = 0; j < p.code_bytes; j += 4) std::memcpy(tile + key_byte(j, token), bytes + j, 4);
+}
+inline void write_value_bytes(const PackedLayout& p, const uint8_t* bytes, uint8_t* tile, int token) {
+  for (int64_t j = 0; j < p.code_bytes; ++j) tile[value_byte(p, j, token)] = bytes[j];
+}
+
+// A key into a tile, every number rounded by itself; a value. [width] each, rotated.
 template <int Bits>
-inline void write_token(const PackedLayout& p, float* key, float* value, uint8_t* tile, int token) {
+inline void write_key(const PackedLayout& p, const float* key, uint8_t* tile, int token) {
   uint8_t bytes[kMaxHeadDim];
-  const int64_t groups = p.width / kGroup;
-  rotate(key, p.width, p.block);
-  for (int64_t g = 0; g < groups; ++g) {
+  for (int64_t g = 0; g < p.width / kGroup; ++g) {
     const BFloat16 scale = quantise<Bits>(key + g * kGroup, kGroup, bytes + g * Code<Bits>::kGroupBytes);
     std::memcpy(scale_at(p, tile, g, token), &scale, 2);
   }
-  for (int64_t j = 0; j < p.code_bytes; j += 4) std::memcpy(tile + key_byte(j, token), bytes + j, 4);
-  rotate(value, p.width, p.block);
+  write_key_bytes(p, bytes, tile, token);
+}
+template <int Bits>
+inline void write_value(const PackedLayout& p, const float* value, uint8_t* tile, int token) {
+  uint8_t bytes[kMaxHeadDim];
   const BFloat16 scale = quantise<Bits>(value, p.width, bytes);
-  std::memcpy(scale_at(p, tile, groups, token), &scale, 2);
-  for (int64_t j = 0; j < p.code_bytes; ++j) tile[value_byte(p, j, token)] = bytes[j];
+  std::memcpy(scale_at(p, tile, p.width / kGroup, token), &scale, 2);
+  write_value_bytes(p, bytes, tile, token);
 }
 
 // Which byte of a token's codes holds number n; that number, of such a byte.

@@ -1,4 +1,4 @@
-"""How far a head looks, measured on random tokens that come twice, with others between.
+"""How far a head looks, measured on random tokens that come twice, with others between, and where its queries point.
 
 A head that copies finds the first time, a head that looks at its neighbours or at the first tokens does not care. What a head
 gives to tokens that are neither near nor the first ones is its reach; head_budgets.py makes budgets of it. No text is read, so
@@ -28,7 +28,8 @@ class Probe:
     tokens: of the whole text, of which every call brings the next ones; 0: there is one call.
     window: a query sees so many tokens, itself the last one; 0: all. chunk: those of its own chunk of so many; 0 likewise.
     softcap: as softcap.py has it. sinks: [query heads] logits of the layer's own sink tokens (sinks.py).
-    keys, values: [kv heads, tokens so far, head_dim]. far: [kv heads, query heads of each] attention that went far so far.
+    keys, values: [kv heads, tokens so far, head_dim]. queries: [kv heads, head_dim, head_dim] sum of q q^T so far.
+    far: [kv heads, query heads of each] attention that went far so far.
     """
 
     scale: float
@@ -39,6 +40,7 @@ class Probe:
     sinks: Tensor | None = None
     keys: Tensor | None = None
     values: Tensor | None = None
+    queries: Tensor | float = 0.0
     far: Tensor | float = 0.0
 
     @property
@@ -58,6 +60,8 @@ class Probe:
         queries, seen = query.shape[0], keys.shape[1]
         total, groups = self.tokens or seen, query.shape[1] // keys.shape[0]
         places, at = torch.arange(seen), torch.arange(seen - queries, seen).unsqueeze(1)
+        of_heads = query.float().unflatten(1, (-1, groups)).movedim(0, 2).flatten(1, 2)
+        self.queries = self.queries + of_heads.transpose(1, 2) @ of_heads
         hidden = self._hidden(at, places)
         counted = (places >= FIRST_TOKENS) & (at - places >= total // NEAR_SHARE) & (at >= total - _repeated(total))
         found = torch.zeros(query.shape[1])

@@ -61,6 +61,7 @@ class EvictingImpl:
         self.keeps_fp8, self.scales = is_fp8(self.numbers), (1.0, 1.0)
         self.observed: Observed | None = None
         self.heads: Sequence[HeadBudgets | None] = ()
+        self.feedback: torch.Tensor | None = None
         layers, target = vllm_config.compilation_config.static_forward_context, self.kv_sharing_target_layer_name
         self.shared = SharedCache(self, layers[target].impl if target else None)
 
@@ -81,6 +82,7 @@ class EvictingImpl:
         # vLLM's tensors of fp8 are of bytes.
         numbers = kv_cache.view(self.numbers) if self.keeps_fp8 else kv_cache
         cache = self.view(numbers, self.layout.record, self.layout.packed, self.logits_soft_cap)
+        cache.feedback = self.shared.target.feedback
         if self.keeps_fp8:  # those of the layer that wrote
             cache.key_scale, cache.value_scale = self.shared.target.scales
         return cache

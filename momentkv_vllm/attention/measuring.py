@@ -1,7 +1,9 @@
-"""Measures how far the heads of a model look, once, before the first request, and shares the stores out by it.
+"""Measures what the heads of a model do, once, before the first request: how far they look, by which stores are shared out
+(head_budgets.py), and where their queries point, by which keys are rounded (key_rounding.py).
 
-The model reads random tokens as it reads a prompt: every layer that attends is stood in for by a probe (head_reach.py), which
-sees what that layer sees; layers that keep states run as they are, in a page that is cleared afterwards. Adapters do not.
+The model reads random tokens, and some text, as it reads a prompt: every layer that attends is stood in for by a probe
+(head_reach.py), which sees what that layer sees; layers that keep states run as they are, in a page that is cleared afterwards.
+Adapters do not.
 """
 
 import logging
@@ -16,12 +18,15 @@ from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.sequence import IntermediateTensors
+from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from momentkv_vllm.attention.head_reach import Probe, random_tokens
+from momentkv_vllm.attention.sample_text import text_tokens
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.head_budgets import HeadBudgets, Sizes, budgets, grain_of, shared, tiles_of
+from momentkv_vllm.key_rounding import feedback_of
 from momentkv_vllm.kv_spec import schedules_of
 from momentkv_vllm.page_schedule import PageSchedule
 
@@ -32,38 +37,54 @@ FIRST_PAGE = 1
 layers of several groups lie in the same bytes."""
 
 
-def measure_heads(runner: Any) -> None:
-    """Tell the layers of `runner` (vllm/v1/worker/cpu_model_runner.py), whose KV cache is there, what their heads hold, if they
-    measure it. Every rank and stage of a model must be asked: they run it together."""
-    if EvictionConfig.from_vllm(runner.vllm_config).head_budgets == "measured":
-        share_out(runner, measured(runner))
+Seen = dict[str, list[Probe]]
+"""By layer that evicts in a cache of its own, in the order in which they run: its probe, and those of layers that share it."""
 
 
-def measured(runner: Any) -> dict[str, Tensor]:
-    """[kv heads] reach of each layer that evicts in a cache of its own, in the order in which they run."""
-    with probed(runner) as probes:
-        hidden_states(runner, tokens_for(runner))
+def measure(runner: Any) -> None:
+    """Tell the layers of `runner` (vllm/v1/worker/cpu_model_runner.py), whose KV cache is there, what their heads hold and how
+    their keys are rounded, if they measure it. Every rank and stage of a model must be asked: they run it together."""
+    config = EvictionConfig.from_vllm(runner.vllm_config)
+    shares, rounds = config.head_budgets == "measured", config.key_rounding == "measured"
+    text = text_of(runner) if rounds else None
+    if shares or (rounds and text is None):
+        seen = read(runner, tokens_for(runner))
+    if shares:
+        share_out(runner, {name: torch.stack([p.reach for p in probes]).amax(0) for name, probes in seen.items()})
+    if rounds:
+        feed_back(runner, seen if text is None else read(runner, text))
+
+
+def read(runner: Any, ids: Tensor) -> Seen:
+    """What layers do while the model reads `ids` [tokens]."""
+    with probed(runner, len(ids)) as probes:
+        hidden_states(runner, ids)
     layers = runner.compilation_config.static_forward_context
     evicting = {name for name, layer in _attending(runner).items() if layer.impl.evicts}
     if silent := sorted(evicting - set(probes)):  # those of a draft model
-        logger.info("momentkv: layers %s... read no text with the model: their heads hold as many tokens", silent[:2])
-    found: dict[str, Tensor] = {}
+        logger.info("momentkv: layers %s... read nothing with the model: their heads are not measured", silent[:2])
+    found: Seen = defaultdict(list)
     for name in (name for name in probes if name in evicting):
-        owner = layers[name].kv_sharing_target_layer_name or name
-        found[owner] = torch.maximum(found[owner], probes[name].reach) if owner in found else probes[name].reach
+        found[layers[name].kv_sharing_target_layer_name or name].append(probes[name])
     return found
 
 
+def text_of(runner: Any) -> Tensor | None:
+    """[tokens] int64, those of queries; None: none but random ones can be had."""
+    return text_tokens(cached_tokenizer_from_config(runner.model_config), runner.model_config.max_model_len)
+
+
 def tokens_for(runner: Any) -> Tensor:
-    """[tokens] int64, what `runner`'s model reads."""
+    """[tokens] int64, those of reach."""
     model = runner.model_config
     return random_tokens(model.get_vocab_size(), model.max_model_len)
 
 
 @contextmanager
-def probed(runner: Any) -> Iterator[dict[str, Probe]]:
-    """Probes stand in for all layers of `runner` that attend; yields those that did, by layer, the first one first."""
-    attending, tokens = _attending(runner), len(tokens_for(runner))
+def probed(runner: Any, tokens: int) -> Iterator[dict[str, Probe]]:
+    """Probes of a text of so many tokens stand in for all layers of `runner` that attend; yields those that did, by layer, the
+    first one first."""
+    attending = _attending(runner)
     targets = {layer.kv_sharing_target_layer_name for layer in attending.values()}
     probes: dict[str, Probe] = {}
 
@@ -159,6 +180,13 @@ def _probe_of(layer: Attention, tokens: int) -> Probe:
 def _attending(runner: Any) -> dict[str, Attention]:
     layers = runner.compilation_config.static_forward_context
     return {name: layer for name, layer in layers.items() if isinstance(layer, Attention)}
+
+
+def feed_back(runner: Any, seen: Seen) -> None:
+    """Give every layer its `feedback`, by what queries of its cache are."""
+    for name, probes in seen.items():
+        impl = _attending(runner)[name].impl
+        impl.feedback = feedback_of(sum(p.queries for p in probes), impl.layout.packed.width)
 
 
 def share_out(runner: Any, reach: dict[str, Tensor]) -> None:

@@ -14,8 +14,9 @@ from momentkv_vllm.fp8 import is_fp8, truncated
 from momentkv_vllm.head_budgets import HeadBudgets
 from momentkv_vllm.key_centres import sinks
 from momentkv_vllm.moments import Moments
-from momentkv_vllm.packed_store import TILE_TOKENS, PackedLayout, PackedPages, rotated_block
+from momentkv_vllm.packed_store import TILE_TOKENS, PackedLayout, PackedPages
 from momentkv_vllm.page_layout import RecordLayout
+from momentkv_vllm.rotation import rotated_block
 
 
 @dataclass
@@ -28,6 +29,7 @@ class CacheView:
     record_layout: layout of a moment record.
     packed_layout: how store pages are quantised; None: they are pages as any other.
     heads: what each head holds of a quantised store; None: all as much, each in its own part of the pages.
+    feedback:     of errors in keys of a quantised store (key_rounding.py); None: numbers are rounded by themselves.
     softcap:      the layer caps its logits there (softcap.py); 0: it does not.
     key_scale, value_scale: what numbers of fp8 are to be multiplied by (fp8.py); else 1.
     """
@@ -40,6 +42,7 @@ class CacheView:
     packed_layout: PackedLayout | None = None
     softcap: float = 0.0
     heads: HeadBudgets | None = None
+    feedback: Tensor | None = None
     key_scale: float = 1.0
     value_scale: float = 1.0
 

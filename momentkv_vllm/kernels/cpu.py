@@ -96,4 +96,4 @@ class Cpu(KernelFamily):
     def _consolidate(self, cache: CacheView, mass, work: RetireWork, score, sink_tokens: int, attention_weight) -> None:
         given = *cache.cache_arguments, *work.arguments(), score, mass, sink_tokens, attention_weight
         store = work.stored, work.run_tokens, work.store_tokens, cache.packed_arguments, *cache.head_arguments
-        _ops.consolidate(*given, *cache.record_arguments, *store)
+        _ops.consolidate(*given, *cache.record_arguments, *store, cache.feedback)

@@ -10,8 +10,8 @@ from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
 from momentkv_vllm.key_centres import of_slots
-from momentkv_vllm.packed_store import rotated
 from momentkv_vllm.policies.base import Candidates
+from momentkv_vllm.rotation import rotated
 from momentkv_vllm.softcap import capped
 
 

@@ -102,7 +102,7 @@ def _packed(cache: CacheView, tokens: Candidates, work: RetireWork, source: Tens
     keys = tokens.keys.gather(2, pick)
     if centres is not None:
         keys = keys - of_slots(centres, keys.shape[2])
-    new = Packed.of(keys, tokens.values.gather(2, pick), layout)
+    new = Packed.of(keys, tokens.values.gather(2, pick), layout, cache.feedback)
     # A store that shrinks moves what it holds, bytes and all.
     moved = torch.where((source < work.stored.view(-1, 1, 1)) & (place < work.store_tokens), source, place)
     old = Packed(*(getattr(old, f.name).gather(2, _wide(moved, getattr(old, f.name))) for f in fields(Packed)))

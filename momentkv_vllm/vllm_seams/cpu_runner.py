@@ -23,10 +23,10 @@ def patch_cpu_runner() -> None:
 
     @functools.wraps(initialize)
     def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> None:
-        from momentkv_vllm.attention.measuring import measure_heads
+        from momentkv_vllm.attention.measuring import measure
 
         initialize(self, *args, **kwargs)
-        measure_heads(self)
+        measure(self)
 
     @functools.wraps(sample)
     def sample_tokens(self: Any, grammar_output: Any) -> Any:

@@ -1,8 +1,9 @@
-"""Whether the heads of a model may have budgets of their own (head_budgets.py)."""
+"""Whether what the heads of a model do may be measured, to give them budgets of their own (head_budgets.py) and to round their
+keys by it (key_rounding.py)."""
 
 import logging
 
-from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.config import AUTO, EvictionConfig
 from momentkv_vllm.kv_spec import StateLayout
 from momentkv_vllm.refuse import Unsupported, refuse_first
 
@@ -15,26 +16,36 @@ def settled_head_budgets(config: EvictionConfig, layout: StateLayout, kernels: s
     Args:
         kernels: name of the family that serves.
     """
-    if config.head_budgets == "equal":
-        return "equal"
-    rows = _rows(config, layout, kernels)
-    if config.head_budgets == "measured":
-        refuse_first(
-            [row._replace(way_out="use 'auto' or 'equal'") for row in rows], "kv_eviction.head_budgets='measured'"
-        )
-        return "measured"
-    against = next((row.feature for row in rows if row.present), None)
-    found = "equal" if against else "measured"
-    logger.info(
-        "momentkv: head_budgets auto is %s%s", found, f"; measured does not support {against}" if against else ""
-    )
-    return found
-
-
-def _rows(config: EvictionConfig, layout: StateLayout, kernels: str) -> list[Unsupported]:
-    return [
-        Unsupported(f"store_dtype {config.store_dtype!r} (only int8, int4)", layout.packed is None),
+    rows = [
+        _exact_store(config, layout),
         Unsupported(f"policy {config.policy!r}, whose score no kernel has", config.policy_class.native is None),
         Unsupported(f"kernels {kernels!r} (only 'cpu')", kernels != "cpu"),
         Unsupported(f"run_tokens {config.run_tokens} (only 8, 16)", config.run_tokens == 1),
     ]
+    return _settled("head_budgets", config.head_budgets, "equal", rows)
+
+
+def settled_key_rounding(config: EvictionConfig, layout: StateLayout, kernels: str) -> str:
+    """ "measured" or "nearest", likewise."""
+    rows = [
+        _exact_store(config, layout),
+        Unsupported(f"kernels {kernels!r} (only 'cpu', 'reference')", kernels not in ("cpu", "reference")),
+    ]
+    return _settled("key_rounding", config.key_rounding, "nearest", rows)
+
+
+def _exact_store(config: EvictionConfig, layout: StateLayout) -> Unsupported:
+    return Unsupported(f"store_dtype {config.store_dtype!r} (only int8, int4)", layout.packed is None)
+
+
+def _settled(setting: str, value: str, otherwise: str, rows: list[Unsupported]) -> str:
+    if value == "measured":
+        way_out = f"use 'auto' or {otherwise!r}"
+        refuse_first([row._replace(way_out=way_out) for row in rows], f"kv_eviction.{setting}='measured'")
+    if value != AUTO:
+        return value
+    against = next((row.feature for row in rows if row.present), None)
+    found = otherwise if against else "measured"
+    reason = f"; measured does not support {against}" if against else ""
+    logger.info("momentkv: %s auto is %s%s", setting, found, reason)
+    return found

@@ -9,7 +9,7 @@ from momentkv_vllm.fp8 import kv_numbers
 from momentkv_vllm.kernels import select
 from momentkv_vllm.kv_spec import expected_layout, settled
 from momentkv_vllm.model_layers import full_layers
-from momentkv_vllm.vllm_seams.heads import settled_head_budgets
+from momentkv_vllm.vllm_seams.heads import settled_head_budgets, settled_key_rounding
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -31,4 +31,8 @@ def settled_config(vllm_config: "VllmConfig", config: EvictionConfig) -> Evictio
         logger.warning("momentkv: store_dtype auto is model, not %s: %s", layout.packed.dtype, error)
         return settled_config(vllm_config, replace(config, store_dtype="model"))
     config = settled(config, layout.schedule.page_size, layout.record.head_dim, numbers)
-    return replace(config, head_budgets=settled_head_budgets(config, layout, family.name))
+    return replace(
+        config,
+        head_budgets=settled_head_budgets(config, layout, family.name),
+        key_rounding=settled_key_rounding(config, layout, family.name),
+    )

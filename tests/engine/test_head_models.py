@@ -33,7 +33,7 @@ def log_probabilities_of_pass(e: Engine) -> torch.Tensor:
     """Of each token of the pass but the first one."""
     runner = runner_of(e)
     ids = tokens_for(runner)
-    with probed(runner):
+    with probed(runner, len(ids)):
         hidden = torch.cat(hidden_states(runner, ids))
     logits = runner.model.compute_logits(hidden).float().log_softmax(-1)
     return logits[:-1].gather(1, ids[1:, None]).squeeze(1)

@@ -11,9 +11,11 @@ from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
-from momentkv_vllm.packed_store import GROUP, Packed, PackedLayout, PackedPages, quantised, rotated, rounded_up
+from momentkv_vllm.key_rounding import feedback_of
+from momentkv_vllm.packed_store import GROUP, Packed, PackedLayout, PackedPages, quantised, rounded_up
 from momentkv_vllm.page_layout import RecordLayout
 from momentkv_vllm.policies import find
+from momentkv_vllm.rotation import rotated
 
 HEADS = 2
 REFERENCE = select("reference")
@@ -77,7 +79,7 @@ def ask(kernels, cache, observed, work, head_dim, first):
 
 def play(
     family, dtype, run, policy, store_pages, head_dim, page_size, cache_dtype=torch.bfloat16, outliers=False, total=0,
-    every=1, scales=(1.0, 1.0), sinks=4,
+    every=1, scales=(1.0, 1.0), sinks=4, feedback=None,
 ):  # fmt: skip
     """A sequence of `total` tokens, or of 25 pages, of which every `every`-th one asks, written as many at a time (within a
     page): (outputs, logsumexps; bytes of the store after every event; the moments; how many)."""
@@ -90,6 +92,7 @@ def play(
     kv = torch.full((64, HEADS, page_size, 2 * head_dim), math.nan, dtype=cache_dtype)
     cache = CacheView.of_vllm_cpu(kv, record, packed)
     cache.key_scale, cache.value_scale = scales
+    cache.feedback = feedback
     last_tiles = min(cache.packed.page_tiles, record.start // packed.tile_bytes)
     capacity = ((store_pages - 1) * cache.packed.page_tokens + last_tiles * 8) // run * run
     budget_pages, scale = 2 * store_pages + 2, head_dim**-0.5
@@ -170,6 +173,27 @@ def test_stores_are_quantised_from_what_fp8_holds(numbers):
 @pytest.mark.parametrize(("family", "case", "total", "every"), PLAYED, ids=str)
 def test_kernels_store_the_same_bytes_and_answer_alike(family, case, total, every):
     answer_alike(*(play(one, *case, total=total, every=every) for one in ("reference", family)))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [("int4", 8, "momentkv", 3, 64, 16), ("int4", 16, "keydiff", 2, 80, 32), ("int8", 8, "keydiff", 2, 128, 16)],
+    ids=str,
+)
+def test_errors_of_keys_that_are_fed_back_are_the_same_in_every_bit(case):
+    dtype, *_, head_dim, _ = case
+    feedback = feedback_of(skewed_moment(head_dim), PackedLayout(dtype, head_dim).width)
+    want, got = (play(one, *case, feedback=feedback) for one in ("reference", "cpu"))
+    answer_alike(want, got)
+    alone = play("cpu", *case)
+    assert any(not torch.equal(a, b) for a, b in zip(got[1], alone[1], strict=True)), "feedback must matter"
+
+
+def skewed_moment(head_dim):
+    """Second moments of queries that lie mostly in few directions."""
+    queries = torch.randn(HEADS, 4 * head_dim, head_dim) @ torch.diag(2.0 ** -torch.arange(head_dim).div(4))
+    turned = queries @ torch.linalg.qr(torch.randn(head_dim, head_dim))[0]
+    return turned.transpose(1, 2) @ turned
 
 
 def answer_alike(want, got):

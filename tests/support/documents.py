@@ -32,6 +32,7 @@ CHOICES = {
     "store_dtype": config.STORE_DTYPES,
     "run_tokens": (AUTO, *config.RUN_TOKENS),
     "head_budgets": config.HEAD_BUDGETS,
+    "key_rounding": config.KEY_ROUNDINGS,
     "kernels": config.KERNELS,
 }
 """Legal values of the settings that are no counts."""

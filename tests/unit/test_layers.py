@@ -28,6 +28,8 @@ LAYERS = [
         "page_schedule",
         "page_blocks",
         "page_layout",
+        "rotation",
+        "key_rounding",
         "packed_store",
         "key_centres",
         "fp8",

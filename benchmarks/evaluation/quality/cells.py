@@ -51,7 +51,9 @@ GRAINS: dict[str, dict[str, Any]] = {
 """Ours, with events further apart while a prompt is read."""
 OVER_FP8 = f"momentkv, {FP8}"
 """Ours over a cache of fp8: twice the tokens in the same bytes."""
-KNOWN = METHODS | ABLATION | STORES | HEADS | GRAINS | {OVER_FP8: {"policy": "momentkv"}}
+NEAREST: dict[str, dict[str, Any]] = {"momentkv, nearest rounding": {"policy": "momentkv", "key_rounding": "nearest"}}
+"""Ours, whose keys are rounded without a look at queries."""
+KNOWN = METHODS | ABLATION | STORES | HEADS | NEAREST | GRAINS | {OVER_FP8: {"policy": "momentkv"}}
 
 DTYPE = torch.bfloat16
 

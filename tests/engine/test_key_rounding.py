@@ -1,0 +1,61 @@
+"""Keys rounded by what a model's queries are, in a real vLLM engine: what is measured, where, and that it is what the simulator does."""
+
+import pytest
+import torch
+from engine import random_prompt
+from measured_heads import runner_of
+from research.simulate import SimulatedModel
+from simulated import log_probabilities
+from vllm.model_executor.layers.attention import Attention
+
+from momentkv_vllm.attention.measuring import text_of, tokens_for
+from momentkv_vllm.attention.sample_text import LEAST_TOKENS
+
+PAGE, NEW = 16, 40
+OURS = {"policy": "momentkv", "budget_tokens": 128, "store_dtype": "int4", "head_budgets": "equal"}
+
+
+def feedbacks(e):
+    layers = runner_of(e).compilation_config.static_forward_context.values()
+    return [x.impl.feedback for x in layers if isinstance(x, Attention)]
+
+
+@pytest.mark.parametrize("store_dtype", ["int4", "int8"])
+def test_the_engine_does_what_the_simulator_does(engine, models, store_dtype):
+    values = {**OURS, "store_dtype": store_dtype}
+    found = log_probabilities(engine, models(seed=1), values, PAGE, prompt_tokens=700, new=NEW)
+    torch.testing.assert_close(found.simulator, found.engine, atol=4e-3, rtol=0)
+    assert (found.simulator - found.full).abs().max() > 0.01, "eviction must matter here"
+
+
+def test_what_is_measured_is_the_models_own(engine, models):
+    """By transformers, which knows nothing of vLLM's layers: the same second moments, up to a rounding."""
+    folder = models(seed=1)
+    e = engine(folder, **OURS, block_size=PAGE, max_num_batched_tokens=96)
+    assert text_of(runner_of(e)) is None, "its tokenizer knows a few words: random tokens are read"
+    for ours, theirs in zip(feedbacks(e), SimulatedModel(folder).feedback, strict=True):
+        assert ours.abs().max() > 0.01
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-2)
+
+
+def test_a_real_model_reads_the_text(engine, real_model):
+    e = engine(real_model, **OURS, block_size=PAGE)
+    text = text_of(runner_of(e))
+    assert len(text) >= 3 * LEAST_TOKENS and not torch.equal(text, tokens_for(runner_of(e))[: len(text)])
+    assert all(feedback.abs().max() > 0.05 for feedback in feedbacks(e))
+
+
+def test_tokens_do_not_depend_on_chunk_size_or_batch_and_rounding_matters(engine, models):
+    prompts, options = [random_prompt(n) for n in (700, 900)], {**OURS, "model": models(seed=1), "block_size": PAGE}
+    alone = [engine(**options).generate([p], max_tokens=NEW)[0] for p in prompts]
+    assert engine(**options, max_num_batched_tokens=96).generate(prompts, max_tokens=NEW) == alone
+    nearest = engine(**options, key_rounding="nearest")
+    assert feedbacks(nearest) == [None] * len(feedbacks(nearest))
+    assert nearest.generate(prompts, max_tokens=NEW) != alone
+
+
+@pytest.mark.parametrize(("options", "why"), [({"store_dtype": "model"}, "store_dtype 'model'"), ({"kernels": "triton"}, "kernels 'triton'")])
+def test_where_keys_cannot_be_measured(engine, models, monkeypatch, options, why):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match=f"key_rounding='measured'.*{why}.*use 'auto' or 'nearest'"):
+        engine(models(), **{**OURS, **options}, block_size=PAGE, key_rounding="measured")
