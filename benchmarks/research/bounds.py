@@ -18,7 +18,7 @@ from evaluation.judge import documents
 from evaluation.judge.material import KINDS, TEXT_TOKENS, Material
 from evaluation.quality.results import mean_error
 from real_model import folder
-from research.simulate import as_stored, exact_attention
+from research.simulate import SimulatedModel, as_stored, exact_attention
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
@@ -52,6 +52,8 @@ class Variant:
     reach: str = ""
     capacity: torch.Tensor | None = None
     """With `reach`: [layers, heads] tokens."""
+    feedback: list[torch.Tensor] | None = None
+    """By layer, of errors in keys (momentkv_vllm/key_rounding.py); None: every number is rounded by itself."""
     errors: bool = False
     found: list[dict[str, float]] = field(default_factory=list)
     """With `errors`: of every layer, in turn."""
@@ -67,7 +69,7 @@ class Layer:
         self.key, self.value, self.scale, self.how = key, value, scale, how
         self.heads, self.tokens = key.shape[1:3]
         self.query = query.unflatten(1, (self.heads, -1))
-        self.packed = self._packed()
+        self.packed = self._packed(None if how.feedback is None else how.feedback[number])
         self.held_k, self.held_v = key.clone(), value.clone()
         self.alive = torch.ones(1, self.heads, self.tokens, dtype=torch.bool)
         self.mass, self.recent = torch.zeros(2, 1, self.heads, self.tokens)
@@ -76,12 +78,12 @@ class Layer:
         self.output = torch.empty_like(self.query)
         self.future = self._future() if how.oracle or how.shared == "oracle" else None
 
-    def _packed(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _packed(self, feedback: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all tokens as the store holds them."""
         plan, layout = self.how.layout.schedule, self.how.layout.packed
         first = plan.boundary_column(plan.first_event_tokens) * plan.page_size
         centres = of_slots(centres_of(self.key[:, :, :first], torch.ones(1, first, dtype=torch.bool)), self.tokens)
-        return as_stored(self.key, self.value, centres, layout)
+        return as_stored(self.key, self.value, centres, layout, feedback)
 
     def _future(self) -> torch.Tensor:
         """[1, heads, blocks + 1, tokens] attention that each token gets from the judged queries of this and all later blocks."""
@@ -290,7 +292,8 @@ def main() -> None:
     give_keys_biases(model.model, args.key_bias)
     config = EvictionConfig.from_dict({"policy": "momentkv", "budget_tokens": args.budget})
     layout = StateLayout.of(config, 16, model.model.config.head_dim, torch.bfloat16)
-    variants = {name: Variant(layout, **WHAT[name]) for name in args.what}
+    feedback = SimulatedModel(args.model).feedback
+    variants = {name: Variant(layout, feedback=feedback, **WHAT[name]) for name in args.what}
     reach = model.reach()
     for variant in filter(lambda v: v.reach, variants.values()):
         variant.capacity = capacity_of(reach, variant.reach, layout, KINDS["text_2k"].context)

@@ -32,6 +32,8 @@ from momentkv_vllm.page_schedule import PageSchedule
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
+STEP_TOKENS = 128
+"""Read at a time, or fewer where a step may have fewer: servers that differ in `--max-num-batched-tokens` find the same bits."""
 FIRST_PAGE = 1
 """Nobody has a page yet. Layers of one KV cache group keep their state in this one meanwhile, those of the next in the one after:
 layers of several groups lie in the same bytes."""
@@ -114,8 +116,8 @@ def probed(runner: Any, tokens: int) -> Iterator[dict[str, Probe]]:
 
 @torch.inference_mode()
 def hidden_states(runner: Any, ids: Tensor) -> list[Any]:
-    """What the model makes of `ids`, in steps of as many as a step may have."""
-    found, step, groups = [], runner.max_num_tokens, [g for of in runner.attn_groups for g in of]
+    """What the model makes of `ids`, step by step."""
+    found, step, groups = [], min(STEP_TOKENS, runner.max_num_tokens), [g for of in runner.attn_groups for g in of]
     keeping = [group for group in groups if isinstance(group.kv_cache_spec, MambaSpec)]
     for start in range(0, len(ids), step):
         part = ids[start : start + step]

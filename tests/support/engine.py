@@ -55,7 +55,8 @@ class Engine:
     """vLLM's LLMEngine. Eviction keys go to additional_config, everything else to EngineArgs.
 
     Stores are of the model's dtype unless a test says: a page of these tiny float32 models holds three pages' tokens in int8, and
-    little would be evicted.
+    little would be evicted. Keys are rounded by themselves likewise: where they are not, the last bit of one number decides about
+    all codes of its key, and answers that are compared may differ at a near tie.
 
     pipelined: schedule every step before the last one's output is in. vLLM's CPU platform sets async_scheduling to False whatever
     the user says, so it is set behind its back; the worker then needs vLLM's own stand-ins for CUDA streams and events.
@@ -70,7 +71,7 @@ class Engine:
             "num_gpu_blocks_override": 400, "enable_prefix_caching": False,
         }  # fmt: skip
         if eviction:
-            eviction = {"store_dtype": "model"} | eviction
+            eviction = {"store_dtype": "model", "key_rounding": "nearest"} | eviction
             defaults["additional_config"] = {"kv_eviction": eviction}
         config = EngineArgs(model=str(model), **{**defaults, **options}).create_engine_config()
         self._streams = contextlib.ExitStack()
