@@ -25,6 +25,15 @@ STATE_PAGES = "momentkv_vllm.attention.state_pages.StatePages"
 WIDE_PAGE_TOKENS = 32
 """vLLM's CPU attention takes pages of multiples of it, and all layers of a model have pages of one size."""
 
+NOT_ON_CPUS = {
+    "JambaForCausalLM": "Mamba1 layers",
+    "OlmoHybridForCausalLM": "the kernels of OLMo Hybrid",
+    "Qwen4ExpForCausalLM": "the kernels of Qwen4Exp",
+    "Qwen4ExpForConditionalGeneration": "the kernels of Qwen4Exp",
+    **dict.fromkeys(("MiniMaxM2ForCausalLM", "LagunaForCausalLM"), "experts that sigmoids choose from one group"),
+}
+"""Architectures that vLLM 0.32.0 cannot run on a CPU without eviction either, by what stands against it."""
+
 
 def refuse_untested_vllm() -> None:
     """Raises ValueError unless the installed vLLM is a tested one or the user insists."""
@@ -44,7 +53,7 @@ def refuse_unsupported(vllm_config: "VllmConfig", config: EvictionConfig, backen
 
     rows = [
         *gpu_rows(platform, vllm_config, config),
-        *_model_rows(vllm_config),
+        *_model_rows(vllm_config, platform),
         *hybrid_rows(vllm_config, platform),
         *dtype_rows(vllm_config, platform),
         *_cache_rows(vllm_config, config),
@@ -60,14 +69,16 @@ def refuse_unsupported(vllm_config: "VllmConfig", config: EvictionConfig, backen
     _refuse_budget(vllm_config, config)
 
 
-def _model_rows(vllm_config: "VllmConfig") -> list[Unsupported]:
+def _model_rows(vllm_config: "VllmConfig", platform: Any) -> list[Unsupported]:
     """What the model's configuration tells of its layers; what it does not is refused when they are built."""
     model, layers = vllm_config.model_config, full_layers(vllm_config)
     text = model.hf_text_config
     value_size = getattr(text, "v_head_dim", None)
     other_values = value_size not in (None, layers.head_size) and not getattr(text, "kv_lora_rank", None)
+    lacks = NOT_ON_CPUS.get(model.architecture)
     text_only = "take its text alone with --language-model-only"
     return [
+        Unsupported(f"{lacks}, which vLLM cannot run on a CPU (also without eviction)", lacks and platform.is_cpu()),
         Unsupported("runner 'pooling' (embedding and scoring models)", model.runner_type != "generate"),
         Unsupported("MLA models (multi-head latent attention)", model.use_mla),
         Unsupported("encoder-decoder models", model.is_encoder_decoder),

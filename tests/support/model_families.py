@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from family_settings import COMMON, FAMILIES
+from family_settings import COMMON, FAMILIES, TEXT_ONLY
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tokenizer, sharpen
 
@@ -34,21 +34,19 @@ def make_model(name: str, folder: Path, dtype: str = "") -> Path:
     return folder
 
 
-SEEING = {"Gemma3TextConfig": "Gemma3Config", "Gemma4TextConfig": "Gemma4Config"}
-"""Configurations of published checkpoints, which have other parts beside the text model, by that of the text model."""
-
-
 def make_seeing_model(name: str, folder: Path, **text) -> Path:
-    """The tiny member of a family in a checkpoint of the published class, without the weights of its other parts.
+    """The tiny member of a published class (TEXT_ONLY) without the weights of its other parts.
 
     text: other settings of the text model."""
-    make_model(name, folder)
-    family = FAMILIES[name]
-    settings = {"text_config": COMMON | family.settings | text, "vision_config": {"num_hidden_layers": 1}}
-    published = getattr(transformers, SEEING[family.config])(**settings)
-    published.architectures = [SEEING[family.config].replace("Config", "ForConditionalGeneration")]
-    published.save_pretrained(folder)
+    published = TEXT_ONLY[name]
+    make_model(published.family, folder)
+    settings = COMMON | FAMILIES[published.family].settings | published.settings | text
+    config = getattr(transformers, published.config)(text_config=settings, vision_config={"num_hidden_layers": 1})
+    config.architectures = [name.split(" ")[0]]
+    config.save_pretrained(folder)
     weights = folder / "model.safetensors"
-    parts = {k.replace("model.", "model.language_model.", 1): v for k, v in load_file(weights).items()}
+    parts = {k.replace("model.", published.prefix, 1): v for k, v in load_file(weights).items()}
+    if not published.prefix.startswith("model."):
+        parts = {k.replace("lm_head.", "language_model.lm_head."): v for k, v in parts.items()}
     save_file(parts, weights, metadata={"format": "pt"})
     return folder
