@@ -336,14 +336,18 @@ class Published:
         family: of the text.
         config: name of the configuration class in transformers; empty where tests/support/multimodal_models.py makes the model.
         settings: of the text model, beside the family's.
-        prefix: what stands in its checkpoints for `model.` in the family's.
+        parts: of the other parts.
+        before: what stands in its checkpoints before the family's names; if empty, `model.` is `model.language_model.`.
+        whole: name of the model class in transformers, where vLLM wants the other parts' weights for text too.
         given: what its tests give it.
     """
 
     family: str
     config: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
-    prefix: str = "model.language_model."
+    parts: dict[str, Any] = field(default_factory=lambda: {"vision_config": {"num_hidden_layers": 1}})
+    before: str = ""
+    whole: str = ""
     given: str = "text"
 
 
@@ -358,9 +362,22 @@ PUBLISHED = {
     "Gemma4ForConditionalGeneration": Published("Gemma 4", "Gemma4Config"),
     "Gemma4ForConditionalGeneration (E)": Published("Gemma 4 E", "Gemma4Config"),
     "Gemma4ForConditionalGeneration (26B)": Published("Gemma 4 26B", "Gemma4Config"),
+    "Gemma4UnifiedForConditionalGeneration": Published(
+        "Gemma 4 31B", "Gemma4UnifiedConfig",
+        parts={"vision_config": {"mm_embed_dim": 64, "output_proj_dims": 128}, "audio_config": None},
+        whole="Gemma4UnifiedForConditionalGeneration",
+    ),
     "Qwen3_5MoeForConditionalGeneration": Published("Qwen3.5-MoE", "Qwen3_5MoeConfig"),
     "Qwen3VLMoeForConditionalGeneration": Published("Qwen3-MoE", "Qwen3VLMoeConfig", mrope(4, 6, 6) | {"norm_topk_prob": False}),
-    "Llama4ForConditionalGeneration": Published("Llama 4", "Llama4Config", prefix="language_model.model."),
+    "Qwen3OmniMoeForConditionalGeneration": Published(
+        "Qwen3-MoE", "Qwen3OmniMoeConfig", mrope(4, 6, 6) | {"norm_topk_prob": False},
+        parts={
+            "audio_config": {"encoder_layers": 1, "d_model": 32, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "output_dim": 128},
+            "vision_config": {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 128,
+                              "deepstack_visual_indexes": [0], "image_size": 64, "apply_vit_abs_pos_embed": True}},
+        before="thinker.", whole="Qwen3OmniMoeThinkerForConditionalGeneration",
+    ),
+    "Llama4ForConditionalGeneration": Published("Llama 4", "Llama4Config", before="language_model."),
     "Mistral3ForConditionalGeneration": Published("Ministral 3", "Mistral3Config", {"model_type": "ministral3"}),
     "Glm4vForConditionalGeneration": Published("GLM-4", "Glm4vConfig", mrope(2, 3, 3, partial_rotary_factor=0.5)),
     "Glm4vMoeForConditionalGeneration": Published(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from family_settings import COMMON, FAMILIES, TEXT_ONLY
+from family_settings import COMMON, FAMILIES, TEXT_ONLY, Published
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tokenizer, sharpen
 
@@ -35,18 +35,27 @@ def make_model(name: str, folder: Path, dtype: str = "") -> Path:
 
 
 def make_seeing_model(name: str, folder: Path, **text) -> Path:
-    """The tiny member of a published class (TEXT_ONLY) without the weights of its other parts.
+    """The tiny member of a published class (TEXT_ONLY), without the weights of its other parts where vLLM does without.
 
     text: other settings of the text model."""
     published = TEXT_ONLY[name]
     make_model(published.family, folder)
-    settings = COMMON | FAMILIES[published.family].settings | published.settings | text
-    config = getattr(transformers, published.config)(text_config=settings, vision_config={"num_hidden_layers": 1})
+    parts = {"text_config": COMMON | FAMILIES[published.family].settings | published.settings | text} | published.parts
+    thinks = published.before == "thinker."  # beside one that talks, which vLLM does not run
+    config = getattr(transformers, published.config)(**{"thinker_config": parts} if thinks else parts)
+    if published.whole:
+        model = getattr(transformers, published.whole)(config.thinker_config if thinks else config)
+        sharpen(model.get_decoder())
+        model.save_pretrained(folder)
     config.architectures = [name.split(" ")[0]]
     config.save_pretrained(folder)
     weights = folder / "model.safetensors"
-    parts = {k.replace("model.", published.prefix, 1): v for k, v in load_file(weights).items()}
-    if not published.prefix.startswith("model."):
-        parts = {k.replace("lm_head.", "language_model.lm_head."): v for k, v in parts.items()}
-    save_file(parts, weights, metadata={"format": "pt"})
+    save_file({_named(k, published): v for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})
     return folder
+
+
+def _named(weight: str, published: Published) -> str:
+    """As in a checkpoint of the published class."""
+    if published.before or published.whole:
+        return published.before + weight
+    return weight.replace("model.", "model.language_model.", 1)
