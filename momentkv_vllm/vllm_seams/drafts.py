@@ -3,6 +3,9 @@
 A drafter with attention layers of its own (a draft model, EAGLE, MTP) keeps KV beside the model's, in the same pages. Its layers
 evict when the model's do, in the pass that follows the model's. So that pass must follow every step. vLLM leaves it out where one
 row of the batch is so long that its drafts could pass --max-model-len; it is made then, and no tokens are drafted.
+
+Layers with a window have groups of pages of their own. vLLM gives EAGLE and MTP the pages of their layers' group, but a draft
+model those of the first group, whichever that is: here it gets its own.
 """
 
 import functools
@@ -11,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.model_layers import full_layers, has_windows, keeps_states, sharing_layers
+from momentkv_vllm.model_layers import full_layers, has_windows, heads_differ, keeps_states, sharing_layers
 from momentkv_vllm.refuse import Unsupported
 from momentkv_vllm.vllm_seams.requests import class_names_of
 
@@ -31,6 +34,14 @@ def keeps_layers(vllm_config: Any) -> bool:
     """Whether a drafter has layers with a cache."""
     drafts = vllm_config.speculative_config
     return drafts is not None and drafts.method not in WITHOUT_LAYERS
+
+
+def drafter_layers(vllm_config: Any) -> int:
+    """How many layers a drafter adds to those that evict, as far as is served."""
+    drafts = vllm_config.speculative_config
+    if drafts is None or drafts.method not in WITH_LAYERS:
+        return 0
+    return 1 if drafts.method == "mtp" else drafts.draft_model_config.get_total_num_hidden_layers()
 
 
 def draft_rows(vllm_config: "VllmConfig", config: EvictionConfig, own_scheduler: bool) -> list[Unsupported]:
@@ -87,7 +98,16 @@ def _rows_of_layers(vllm_config: "VllmConfig", config: EvictionConfig) -> list[U
         ),
         Unsupported(f"{what} and a drafter with MLA", draft.use_mla, ngram),
         Unsupported(f"{what} and a drafter whose layers keep states", keeps_states(draft), ngram),
-        Unsupported(f"{what} for models with sliding-window layers", has_windows(model) or has_windows(draft), ngram),
+        Unsupported(
+            f"{what} and a drafter with sliding-window layers (vLLM wants its layers in one group of pages)",
+            has_windows(draft),
+            ngram,
+        ),
+        Unsupported(
+            f"{what} for models whose full-attention and sliding-window layers have other heads",
+            has_windows(model) and heads_differ(model),
+            ngram,
+        ),
         Unsupported(f"{what} for models with KV sharing between layers", sharing_layers(model), ngram),
         Unsupported(
             f"{what} and a drafter with {draft_heads} KV heads of {draft_size} numbers in {draft_dtype} (the model has {heads} "
@@ -158,10 +178,13 @@ def patch_drafters() -> None:
         return fitting or self.momentkv_only_follows
 
     @functools.wraps(propose)
-    def propose_draft_token_ids(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+    def propose_draft_token_ids(self: Any, scheduler_output: Any, *args: Any) -> Any:
         if self.momentkv_only_follows:
             scheduler_output = replace(scheduler_output, num_spec_tokens_to_schedule=0)
-        return propose(self, scheduler_output, *args, **kwargs)
+        if self.speculative_config.uses_draft_model() and _evicts_in_drafter(self):
+            *args, common, slots = args
+            args = *args, _with_pages_of_the_drafter(self, common), slots
+        return propose(self, scheduler_output, *args)
 
     propose_draft_token_ids._momentkv_patched = True
     CPUModelRunner._input_fits_in_drafter = _input_fits_in_drafter
@@ -170,3 +193,14 @@ def patch_drafters() -> None:
 
 def _evicts_in_drafter(runner: Any) -> bool:
     return bool(class_names_of(runner)) and keeps_layers(runner.vllm_config)
+
+
+def _with_pages_of_the_drafter(runner: Any, common: Any) -> Any:
+    """Metadata of a step (CommonAttentionMetadata) with the pages and slots of the drafter's group; vLLM's are group 0's
+    (GPUModelRunner._build_attention_metadata)."""
+    table = runner.input_batch.block_table[runner.drafter.kv_cache_gid]
+    return replace(
+        common,
+        block_table_tensor=table.get_device_tensor(common.num_reqs),
+        slot_mapping=table.slot_mapping.gpu[: common.num_actual_tokens],
+    )

@@ -12,7 +12,7 @@ from momentkv_vllm.model_layers import full_layers, has_windows, keeps_states, s
 from momentkv_vllm.refuse import WITHOUT, Unsupported, refuse, refuse_first
 from momentkv_vllm.versions import TESTED_VLLM, installed_vllm, tested
 from momentkv_vllm.vllm_seams.bypasses import bypass_rows
-from momentkv_vllm.vllm_seams.drafts import draft_rows
+from momentkv_vllm.vllm_seams.drafts import draft_rows, drafter_layers
 from momentkv_vllm.vllm_seams.gpu import gpu_rows
 from momentkv_vllm.vllm_seams.hybrids import hybrid_rows
 from momentkv_vllm.vllm_seams.kv_dtypes import dtype_rows, refuse_fp8_pages
@@ -72,7 +72,7 @@ def refuse_unsupported(vllm_config: "VllmConfig", config: EvictionConfig, backen
 def _model_rows(vllm_config: "VllmConfig", platform: Any) -> list[Unsupported]:
     """What the model's configuration tells of its layers; what it does not is refused when they are built."""
     model, layers = vllm_config.model_config, full_layers(vllm_config)
-    text = model.hf_text_config
+    text, drafter = model.hf_text_config, drafter_layers(vllm_config)
     value_size = getattr(text, "v_head_dim", None)
     other_values = value_size not in (None, layers.head_size) and not getattr(text, "kv_lora_rank", None)
     lacks = NOT_ON_CPUS.get(model.architecture)
@@ -88,9 +88,9 @@ def _model_rows(vllm_config: "VllmConfig", platform: Any) -> list[Unsupported]:
             f"models with key heads of {layers.head_size} and value heads of {value_size} numbers", other_values
         ),
         Unsupported(
-            f"models with {layers.count} full-attention layers and {layers.others} sliding-window layers (fewer than 1.5 times "
-            f"as many as those)",
-            layers.others and layers.count >= 1.5 * layers.others and not model.is_hybrid,
+            f"models with {layers.count} full-attention layers{f', {drafter} layers of a drafter' if drafter else ''} and "
+            f"{layers.others} sliding-window layers (fewer than 1.5 times as many as those)",
+            layers.others and layers.count + drafter >= 1.5 * layers.others and not model.is_hybrid,
         ),
         Unsupported(
             f"models whose sliding-window layers have {layers.page_ratio:g} times the KV of their full-attention layers (a whole "

@@ -1,6 +1,7 @@
 """What --kv-eviction does with a model family, on tiny random-weight members: their checkpoints."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -18,13 +19,15 @@ def make_config(name: str, folder: Path) -> Path:
     return folder
 
 
-def make_model(name: str, folder: Path, dtype: str = "") -> Path:
-    """The tiny member of a family, made once, with attention sharp enough that a wrong KV cache changes its tokens."""
+def make_model(name: str, folder: Path, dtype: str = "", **settings: Any) -> Path:
+    """The tiny member of a family, made once, with attention sharp enough that a wrong KV cache changes its tokens.
+
+    settings: other ones than the family's."""
     if (folder / "config.json").exists():
         return folder
     family = FAMILIES[name]
     torch.manual_seed(0)
-    config = getattr(transformers, family.config)(**COMMON | family.settings)
+    config = getattr(transformers, family.config)(**COMMON | family.settings | settings)
     model = transformers.AutoModelForCausalLM.from_config(config)
     sharpen(model)
     if config.tie_word_embeddings:  # or every token would predict itself
