@@ -63,6 +63,32 @@ def make_windowed(folder: Path, model: Path) -> Path:
     return _save(folder, weights, config | more)
 
 
+def make_doubled(folder: Path, model: Path) -> Path:
+    """A Llama that computes what `model` does, with each of its KV heads twice."""
+    weights, config = _read(model)
+    size = config["head_dim"]
+    for name in weights:
+        if "k_proj" in name or "v_proj" in name:
+            weights[name] = weights[name].unflatten(0, (-1, size)).repeat_interleave(2, 0).flatten(0, 1)
+    return _save(folder, weights, config | {"num_key_value_heads": 2 * config["num_key_value_heads"]})
+
+
+def make_wide(folder: Path, model: Path) -> Path:
+    """A Llama that computes what `model` does, with zeros between the numbers of its heads. Every second pair of numbers turns as
+    fast as a pair of half as many."""
+    weights, config = _read(model)
+    size = config["head_dim"]
+    for name, x in weights.items():
+        if "self_attn" not in name:
+            continue
+        into = 1 if "o_proj" in name else 0
+        x = x.unflatten(into, (-1, size))
+        wide = torch.zeros(*x.shape[: into + 1], 2 * size, *x.shape[into + 2 :])
+        wide[(slice(None),) * (into + 1) + (slice(0, None, 2),)] = x
+        weights[name] = wide.flatten(into, into + 1) * (2**0.5 if "q_proj" in name else 1)
+    return _save(folder, weights, config | {"head_dim": 2 * size})
+
+
 def make_noisy(folder: Path, model: Path, noise: float = 0.02) -> Path:
     """A draft model: `model` with `noise` standard deviations of each matrix added to it."""
     weights, config = _read(model)
