@@ -186,8 +186,8 @@ class MomentKVSpec(FullAttentionSpec):
         config: the user's settings.
         step_tokens: most tokens of one request scheduled and not yet settled, those that a drafter writes beyond them included.
         model_name, engine: labels of the metrics.
-        layers: how many layers evict, each counted once per tensor-parallel rank.
-        pages_of_all: the bytes of a block over these, in pages of this layer; not `layers` where a drafter has other KV heads.
+        layers: how many layers evict, each counted once per tensor-parallel rank, by its bytes in those of this one: a drafter's
+            may have other KV heads.
         splits_blocks: the model has layers that keep a state, and blocks as large as that, of several pages.
         most_tokens: of a sequence (--max-model-len).
     """
@@ -197,8 +197,7 @@ class MomentKVSpec(FullAttentionSpec):
     step_tokens: int
     model_name: str
     engine: int
-    layers: int = 0
-    pages_of_all: float = 0.0
+    layers: float = 0
     splits_blocks: bool = False
     most_tokens: int = 0
 
@@ -219,10 +218,8 @@ class MomentKVSpec(FullAttentionSpec):
             object.__setattr__(self, "schedules", schedules)
 
     @classmethod
-    def of(
-        cls, spec: FullAttentionSpec, config: EvictionConfig, vllm_config: VllmConfig, layers: int, page_bytes: int
-    ) -> Self:
-        """Bound a layer's spec; `layers` evict, whose pages together have `page_bytes` on a rank. Raises ValueError on what
+    def of(cls, spec: FullAttentionSpec, config: EvictionConfig, vllm_config: VllmConfig, page_bytes: int) -> Self:
+        """Bound a layer's spec; a page over all layers that evict, of a rank, has `page_bytes`. Raises ValueError on what
         eviction does not model."""
         if spec.head_size != spec.head_size_v:
             refuse(
@@ -239,8 +236,7 @@ class MomentKVSpec(FullAttentionSpec):
             step_tokens=vllm_config.max_in_flight_tokens + vllm_config.num_lookahead_tokens,
             model_name=model[0] if isinstance(model, list) else model,
             engine=parallel.data_parallel_index,
-            layers=layers * parallel.tensor_parallel_size,
-            pages_of_all=page_bytes * parallel.tensor_parallel_size / spec.page_size_bytes,
+            layers=page_bytes / spec.page_size_bytes * parallel.tensor_parallel_size,
             splits_blocks=splits,
             most_tokens=longest,
         )
@@ -332,7 +328,7 @@ class MomentKVSpec(FullAttentionSpec):
     @property
     def page_bytes(self) -> int:
         """Bytes of one of vLLM's blocks over all layers that evict, of all ranks of an engine."""
-        return round(self.page_size_bytes * self.pages_of_all)
+        return round(self.page_size_bytes * self.layers)
 
     @property
     def state_bytes(self) -> int:

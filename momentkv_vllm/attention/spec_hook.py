@@ -59,7 +59,7 @@ class EvictingBackend:
         loading = EvictingBackend.loading
         config = EvictionConfig.from_vllm(loading) if loading else EvictionConfig()
         full = _full_spec(spec, loading) if config.active and spec.block_size > 1 else None
-        return spec if full is None else MomentKVSpec.of(full, config, loading, *_layers_of_all_stages(loading))
+        return spec if full is None else MomentKVSpec.of(full, config, loading, _page_bytes(loading))
 
 
 def require_bounded_spec(spec: AttentionSpec, config: EvictionConfig, layer_names: list[str]) -> None:
@@ -112,11 +112,10 @@ def _evicting_layers(vllm_config: VllmConfig) -> list[FullAttentionSpec]:
     return [spec for spec in specs if spec is not None]
 
 
-def _layers_of_all_stages(vllm_config: VllmConfig) -> tuple[int, int]:
-    """How many layers evict over all pipeline stages, of which a process loads one, and the bytes of their pages; with several,
-    every layer of the model does, and they are alike (vllm_seams/refusals.py)."""
+def _page_bytes(vllm_config: VllmConfig) -> int:
+    """Of a page over all layers that evict, of all pipeline stages, of which a process loads one; with several, every layer of
+    the model does, and they are alike (vllm_seams/refusals.py)."""
     specs = _evicting_layers(vllm_config)
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        layers = vllm_config.model_config.get_total_num_hidden_layers()
-        return layers, layers * specs[0].page_size_bytes
-    return len(specs), sum(spec.page_size_bytes for spec in specs)
+        return specs[0].page_size_bytes * vllm_config.model_config.get_total_num_hidden_layers()
+    return sum(spec.page_size_bytes for spec in specs)

@@ -177,6 +177,7 @@ def _shapes(vllm_config: "VllmConfig") -> list[tuple[int, int, str]]:
 
 def patch_drafters() -> None:
     """Wrap two methods of the model runner; calling it again does nothing."""
+    from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     if getattr(CPUModelRunner.propose_draft_token_ids, "_momentkv_patched", False):
@@ -191,13 +192,12 @@ def patch_drafters() -> None:
         return fitting or self.momentkv_only_follows
 
     @functools.wraps(propose)
-    def propose_draft_token_ids(self: Any, scheduler_output: Any, *args: Any) -> Any:
+    def propose_draft_token_ids(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         if self.momentkv_only_follows:
             scheduler_output = replace(scheduler_output, num_spec_tokens_to_schedule=0)
         if self.speculative_config.uses_draft_model() and _evicts_in_drafter(self):
-            *args, common, slots = args
-            args = *args, _with_pages_of_the_drafter(self, common), slots
-        return propose(self, scheduler_output, *args)
+            args = [_with_pages_of_the_drafter(self, x) if isinstance(x, CommonAttentionMetadata) else x for x in args]
+        return propose(self, scheduler_output, *args, **kwargs)
 
     propose_draft_token_ids._momentkv_patched = True
     CPUModelRunner._input_fits_in_drafter = _input_fits_in_drafter
@@ -209,7 +209,7 @@ def _evicts_in_drafter(runner: Any) -> bool:
 
 
 def _with_pages_of_the_drafter(runner: Any, common: Any) -> Any:
-    """Metadata of a step (CommonAttentionMetadata) with the pages and slots of the drafter's group; vLLM's are group 0's
+    """A step's CommonAttentionMetadata with the pages and slots of the drafter's group; vLLM's are group 0's
     (GPUModelRunner._build_attention_metadata)."""
     table = runner.input_batch.block_table[runner.drafter.kv_cache_gid]
     return replace(

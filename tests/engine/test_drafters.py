@@ -65,14 +65,18 @@ def serve(model, prompts: list[list[int]], new_tokens: int, sampling: dict | Non
     return Served(tokens, checked, evicted, layers, e.cached_tokens, e.preemptions)
 
 
-def with_drafts(model, drafts: dict, prompts: list[list[int]], new_tokens: int = 100, **options) -> Served:
-    """The tokens must be those without drafts, and as much be evicted."""
+def with_drafts(
+    model, drafts: dict, prompts: list[list[int]], new_tokens: int = 100, heads: int = 1, **options
+) -> Served:
+    """The tokens must be those without drafts, and as much be evicted.
+
+    heads: KV of a draft model's layer, in layers of the model."""
     plain = serve(model, prompts, new_tokens, **options)
     served = serve(model, prompts, new_tokens, **options, speculative_config=drafts)
     assert served.tokens == plain.tokens
     assert served.evicted == plain.evicted or served.preemptions or served.cached != plain.cached
     assert plain.evicted[0] > 0, "nothing was evicted: the test proves nothing"
-    assert served.layers == plain.layers + (plain.layers if drafts["method"] == "draft_model" else 1)
+    assert served.layers == plain.layers + (heads * plain.layers if drafts["method"] == "draft_model" else 1)
     return served
 
 
@@ -162,7 +166,7 @@ def test_drafters_with_other_heads(models, tmp_path, make, mode):
     do. What a KV head keeps depends on the queries that it serves, so one that serves half of them errs at times."""
     model = models(seed=1)
     options = EVICTION | (MODES | {"measured": {**INT8, "head_budgets": "measured"}})[mode]
-    served = with_drafts(model, by("draft_model", make(tmp_path, model)), some_prompts(), **options)
+    served = with_drafts(model, by("draft_model", make(tmp_path, model)), some_prompts(), heads=2, **options)
     exact = make is draft_models.make_wide and "store_dtype" not in options
     assert served.drafted * (1 if exact else 0.4) <= served.accepted and served.drafted > 100
 
@@ -171,7 +175,7 @@ def test_a_drafter_with_other_heads_where_queries_choose_nothing(models, tmp_pat
     """The first tokens and the last ones stay: those of the model."""
     model, drafter = models(seed=1), draft_models.make_doubled(tmp_path, models(seed=1))
     options = {"policy": "streamingllm", "budget_tokens": 128, "moment_dtype": "float32"}
-    served = with_drafts(model, by("draft_model", drafter), some_prompts(), **options)
+    served = with_drafts(model, by("draft_model", drafter), some_prompts(), heads=2, **options)
     assert served.accepted == served.drafted > 100
 
 
@@ -179,7 +183,7 @@ def test_a_drafter_with_other_heads_where_queries_choose_nothing(models, tmp_pat
 def test_other_heads_and_a_prompt_that_comes_again(models, tmp_path):
     model, drafter = models(seed=1), draft_models.make_wide(tmp_path, models(seed=1))
     options = EVICTION | {"enable_prefix_caching": True, "max_num_seqs": 1}
-    served = with_drafts(model, by("draft_model", drafter), [random_prompt(900, seed=5)] * 2, **options)
+    served = with_drafts(model, by("draft_model", drafter), [random_prompt(900, seed=5)] * 2, heads=2, **options)
     assert served.tokens[0] == served.tokens[1] and served.cached["r1"] > 700
     assert served.accepted == served.drafted
 
