@@ -79,12 +79,9 @@ def draft_rows(vllm_config: "VllmConfig", config: EvictionConfig, own_scheduler:
 
 def _rows_of_layers(vllm_config: "VllmConfig", config: EvictionConfig) -> list[Unsupported]:
     """Of drafters whose layers evict beside the model's: in one group of pages, by one block table."""
-    from momentkv_vllm.kv_spec import shares_schedules
-
     drafts, model, parallel = vllm_config.speculative_config, vllm_config.model_config, vllm_config.parallel_config
     draft = drafts.draft_model_config
     what, ngram = f"{OPTION} method {drafts.method!r}", "use 'ngram'"
-    (heads, size, dtype), (draft_heads, draft_size, draft_dtype) = shapes = _shapes(vllm_config)
     kind = getattr(draft.hf_config, "model_type", "")
     return [
         Unsupported(f"{what} and parallel_drafting", drafts.parallel_drafting, "leave parallel_drafting out"),
@@ -111,23 +108,7 @@ def _rows_of_layers(vllm_config: "VllmConfig", config: EvictionConfig) -> list[U
             ngram,
         ),
         Unsupported(f"{what} for models with KV sharing between layers", sharing_layers(model), ngram),
-        Unsupported(
-            f"{what} and a drafter of {draft_dtype} for a model of {dtype}",
-            draft_dtype != dtype,
-            f"give both one dtype, {ngram}",
-        ),
-        Unsupported(
-            f"{what} for models with sliding-window layers and a drafter with {draft_heads} KV heads of {draft_size} numbers "
-            f"(the model has {heads} of {size}, and all layers share one size of page)",
-            has_windows(model) and shapes[0] != shapes[1],
-            f"take a drafter with the model's KV heads, {ngram}",
-        ),
-        Unsupported(
-            f"{what} and a drafter whose heads have {draft_size} numbers (the model's have {size}; with these settings store and "
-            f"moments of the one take other pages than those of the other, and both read one block table)",
-            size != draft_size and not shares_schedules(config, vllm_config, draft_size),
-            f"use store_dtype 'model', take a drafter with heads of {size}, {ngram}",
-        ),
+        *_rows_of_heads(vllm_config, config, what, ngram),
         Unsupported(
             f"{what} and a drafter for {draft.max_model_len} tokens, less than --max-model-len {model.max_model_len} (its layers "
             f"must see every step)",
@@ -144,6 +125,33 @@ def _rows_of_layers(vllm_config: "VllmConfig", config: EvictionConfig) -> list[U
             f"{what} and kv_eviction.state_folder {config.state_folder!r} (a file does not say whose drafts its pages are of)",
             config.state_folder,
             "leave the key out",
+        ),
+    ]
+
+
+def _rows_of_heads(vllm_config: "VllmConfig", config: EvictionConfig, what: str, ngram: str) -> list[Unsupported]:
+    """Of drafters whose KV heads differ from the model's."""
+    from momentkv_vllm.kv_spec import shares_schedules
+
+    (heads, size, dtype), (draft_heads, draft_size, draft_dtype) = shapes = _shapes(vllm_config)
+    slides = has_windows(vllm_config.model_config)
+    return [
+        Unsupported(
+            f"{what} and a drafter of {draft_dtype} for a model of {dtype}",
+            draft_dtype != dtype,
+            f"give both one dtype, {ngram}",
+        ),
+        Unsupported(
+            f"{what} for models with sliding-window layers and a drafter with {draft_heads} KV heads of {draft_size} numbers "
+            f"(the model has {heads} of {size}, and all layers share one size of page)",
+            slides and shapes[0] != shapes[1],
+            f"take a drafter with the model's KV heads, {ngram}",
+        ),
+        Unsupported(
+            f"{what} and a drafter whose heads have {draft_size} numbers (the model's have {size}; with these settings store and "
+            f"moments of the one take other pages than those of the other, and both read one block table)",
+            size != draft_size and not shares_schedules(config, vllm_config, draft_size),
+            f"use store_dtype 'model', take a drafter with heads of {size}, {ngram}",
         ),
     ]
 

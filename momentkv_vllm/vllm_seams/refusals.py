@@ -73,6 +73,7 @@ def _model_rows(vllm_config: "VllmConfig", platform: Any) -> list[Unsupported]:
     """What the model's configuration tells of its layers; what it does not is refused when they are built."""
     model, layers = vllm_config.model_config, full_layers(vllm_config)
     text, drafter = model.hf_text_config, drafter_layers(vllm_config)
+    full = layers.count + drafter
     value_size = getattr(text, "v_head_dim", None)
     other_values = value_size not in (None, layers.head_size) and not getattr(text, "kv_lora_rank", None)
     lacks = NOT_ON_CPUS.get(model.architecture)
@@ -88,9 +89,9 @@ def _model_rows(vllm_config: "VllmConfig", platform: Any) -> list[Unsupported]:
             f"models with key heads of {layers.head_size} and value heads of {value_size} numbers", other_values
         ),
         Unsupported(
-            f"models with {layers.count} full-attention layers{f', {drafter} layers of a drafter' if drafter else ''} and "
-            f"{layers.others} sliding-window layers (fewer than 1.5 times as many as those)",
-            layers.others and layers.count + drafter >= 1.5 * layers.others and not model.is_hybrid,
+            f"models with {full} full-attention layers and {layers.others} sliding-window layers (fewer than 1.5 times as many "
+            f"as those{', with those of a drafter' if drafter else ''})",
+            layers.others and full >= 1.5 * layers.others and not model.is_hybrid,
         ),
         Unsupported(
             f"models whose sliding-window layers have {layers.page_ratio:g} times the KV of their full-attention layers (a whole "
