@@ -145,6 +145,22 @@ def expected_schedules(config: EvictionConfig, vllm_config: VllmConfig) -> tuple
     return _expected(vllm_config, config, lambda *heads: schedules_of(config, *heads, longest))
 
 
+def shares_schedules(config: EvictionConfig, vllm_config: VllmConfig, head_size: int) -> bool:
+    """Whether layers with heads of this size (a drafter's) hold the same columns of a block table as the model's, at any count.
+    Raises ValueError on too small a budget for the model's."""
+    longest = vllm_config.model_config.max_model_len
+
+    def of(page_size: int, own: int, numbers: torch.dtype) -> bool:
+        known = settled(config, page_size, own, numbers)
+        schedules = schedules_of(known, page_size, own, numbers, longest)
+        try:
+            return schedules == schedules_of(known, page_size, head_size, numbers, longest)
+        except ValueError:
+            return False
+
+    return _expected(vllm_config, config, of)
+
+
 def _expected(vllm_config: VllmConfig, config: EvictionConfig, of: Callable[[int, int, torch.dtype], Any]) -> Any:
     """What `of` says of page size, head size and dtype."""
     model, block_size, layers = vllm_config.model_config, vllm_config.cache_config.block_size, full_layers(vllm_config)
@@ -170,7 +186,8 @@ class MomentKVSpec(FullAttentionSpec):
         config: the user's settings.
         step_tokens: most tokens of one request scheduled and not yet settled, those that a drafter writes beyond them included.
         model_name, engine: labels of the metrics.
-        layers: how many layers evict, each counted once per tensor-parallel rank.
+        layers: how many layers evict, each counted once per tensor-parallel rank, by its bytes in those of this one: a drafter's
+            may have other KV heads.
         splits_blocks: the model has layers that keep a state, and blocks as large as that, of several pages.
         most_tokens: of a sequence (--max-model-len).
     """
@@ -180,7 +197,7 @@ class MomentKVSpec(FullAttentionSpec):
     step_tokens: int
     model_name: str
     engine: int
-    layers: int = 0
+    layers: float = 0
     splits_blocks: bool = False
     most_tokens: int = 0
 
@@ -201,8 +218,9 @@ class MomentKVSpec(FullAttentionSpec):
             object.__setattr__(self, "schedules", schedules)
 
     @classmethod
-    def of(cls, spec: FullAttentionSpec, config: EvictionConfig, vllm_config: VllmConfig, layers: int) -> Self:
-        """Bound a layer's spec; `layers` evict. Raises ValueError on what eviction does not model."""
+    def of(cls, spec: FullAttentionSpec, config: EvictionConfig, vllm_config: VllmConfig, page_bytes: int) -> Self:
+        """Bound a layer's spec; a page over all layers that evict, of a rank, has `page_bytes`. Raises ValueError on what
+        eviction does not model."""
         if spec.head_size != spec.head_size_v:
             refuse(
                 f"--kv-eviction needs key and value heads of one size, this model has {spec.head_size} and {spec.head_size_v}"
@@ -218,7 +236,7 @@ class MomentKVSpec(FullAttentionSpec):
             step_tokens=vllm_config.max_in_flight_tokens + vllm_config.num_lookahead_tokens,
             model_name=model[0] if isinstance(model, list) else model,
             engine=parallel.data_parallel_index,
-            layers=layers * parallel.tensor_parallel_size,
+            layers=page_bytes / spec.page_size_bytes * parallel.tensor_parallel_size,
             splits_blocks=splits,
             most_tokens=longest,
         )
@@ -310,7 +328,7 @@ class MomentKVSpec(FullAttentionSpec):
     @property
     def page_bytes(self) -> int:
         """Bytes of one of vLLM's blocks over all layers that evict, of all ranks of an engine."""
-        return self.page_size_bytes * self.layers
+        return round(self.page_size_bytes * self.layers)
 
     @property
     def state_bytes(self) -> int:

@@ -28,7 +28,7 @@ def hides_tokens(window: int | None, model: Any) -> bool:
     """Whether a layer with this window is served as one: a window at least as long as the longest sequence is none.
 
     It stays one where layers differ in their heads: those that evict have one shape of page."""
-    return window is not None and (window < model.max_model_len or _heads_differ(model))
+    return window is not None and (window < model.max_model_len or heads_differ(model))
 
 
 def has_windows(model: Any) -> bool:
@@ -105,6 +105,7 @@ def _beside_states(model: Any) -> FullLayers:
     return FullLayers(model.get_head_size(), 1.0, count, others)
 
 
-def _heads_differ(model: Any) -> bool:
+def heads_differ(model: Any) -> bool:
+    """Whether layers have KV heads of several sizes or numbers."""
     overrides = model.model_arch_config.per_layer_overrides or []
     return any({"head_size", "total_num_kv_heads"} & set(layer) for layer in overrides)

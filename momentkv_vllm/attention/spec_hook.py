@@ -59,7 +59,7 @@ class EvictingBackend:
         loading = EvictingBackend.loading
         config = EvictionConfig.from_vllm(loading) if loading else EvictionConfig()
         full = _full_spec(spec, loading) if config.active and spec.block_size > 1 else None
-        return spec if full is None else MomentKVSpec.of(full, config, loading, _layers_of_all_stages(loading))
+        return spec if full is None else MomentKVSpec.of(full, config, loading, _page_bytes(loading))
 
 
 def require_bounded_spec(spec: AttentionSpec, config: EvictionConfig, layer_names: list[str]) -> None:
@@ -103,17 +103,19 @@ def _full_spec(spec: AttentionSpec, vllm_config: VllmConfig) -> FullAttentionSpe
     return FullAttentionSpec(**common | {"block_size": vllm_config.cache_config.block_size})
 
 
-def _evicting_layers(vllm_config: VllmConfig) -> int:
-    """How many layers of the loaded model evict, each in a cache of its own."""
+def _evicting_layers(vllm_config: VllmConfig) -> list[FullAttentionSpec]:
+    """Of the layers of the loaded model that evict, each in a cache of its own, a drafter's among them: what they attend to."""
     layers = get_layers_from_vllm_config(vllm_config, Attention).values()
     own = (layer for layer in layers if layer.kv_sharing_target_layer_name is None)
     ours = (layer for layer in own if issubclass(layer.get_attn_backend(), EvictingBackend))
-    return sum(_full_spec(layer.get_kv_cache_spec(vllm_config), vllm_config) is not None for layer in ours)
+    specs = (_full_spec(layer.get_kv_cache_spec(vllm_config), vllm_config) for layer in ours)
+    return [spec for spec in specs if spec is not None]
 
 
-def _layers_of_all_stages(vllm_config: VllmConfig) -> int:
-    """How many layers evict over all pipeline stages, of which a process loads one; with several, every layer of the model
-    does (vllm_seams/refusals.py)."""
+def _page_bytes(vllm_config: VllmConfig) -> int:
+    """Of a page over all layers that evict, of all pipeline stages, of which a process loads one; with several, every layer of
+    the model does, and they are alike (vllm_seams/refusals.py)."""
+    specs = _evicting_layers(vllm_config)
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        return vllm_config.model_config.get_total_num_hidden_layers()
-    return _evicting_layers(vllm_config)
+        return specs[0].page_size_bytes * vllm_config.model_config.get_total_num_hidden_layers()
+    return sum(spec.page_size_bytes for spec in specs)

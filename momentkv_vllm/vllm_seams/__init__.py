@@ -17,7 +17,7 @@ that a user could have given (engine_args.py sets some that were left open). The
 | OpenAIServingCompletion.completion_stream_generator | usage.py | same | same |
 | OpenAIServingCompletion.request_output_to_completion_response | usage.py | same | same |
 | CPUModelRunner._input_fits_in_drafter | drafts.py | drafters' layers miss steps, and evictions | drafters follow every step |
-| CPUModelRunner.propose_draft_token_ids | drafts.py | drafts pass --max-model-len then | same |
+| CPUModelRunner.propose_draft_token_ids | drafts.py | drafts pass --max-model-len; a draft model's pages are others' | same |
 | CPUModelRunner._zero_block_ids | block_memory.py | hybrids: other sequences' tokens are erased | vLLM zeroes whole blocks |
 | gpu_model_runner.copy_kv_cache_blocks_inplace | block_memory.py | hybrids: pages are copied in part | copies are whole |
 | Worker.determine_available_memory | gpu.py | what is observed lies beside the granted memory | specs ask for it |

@@ -3,6 +3,9 @@
 A drafter with attention layers of its own (a draft model, EAGLE, MTP) keeps KV beside the model's, in the same pages. Its layers
 evict when the model's do, in the pass that follows the model's. So that pass must follow every step. vLLM leaves it out where one
 row of the batch is so long that its drafts could pass --max-model-len; it is made then, and no tokens are drafted.
+
+Layers with a window have groups of pages of their own. vLLM gives EAGLE and MTP the pages of their layers' group, but a draft
+model those of the first group, whichever that is: here it gets its own.
 """
 
 import functools
@@ -11,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.model_layers import full_layers, has_windows, keeps_states, sharing_layers
+from momentkv_vllm.model_layers import full_layers, has_windows, heads_differ, keeps_states, sharing_layers
 from momentkv_vllm.refuse import Unsupported
 from momentkv_vllm.vllm_seams.requests import class_names_of
 
@@ -31,6 +34,14 @@ def keeps_layers(vllm_config: Any) -> bool:
     """Whether a drafter has layers with a cache."""
     drafts = vllm_config.speculative_config
     return drafts is not None and drafts.method not in WITHOUT_LAYERS
+
+
+def drafter_layers(vllm_config: Any) -> int:
+    """How many layers a drafter adds to those that evict, as far as is served."""
+    drafts = vllm_config.speculative_config
+    if drafts is None or drafts.method not in WITH_LAYERS:
+        return 0
+    return 1 if drafts.method == "mtp" else drafts.draft_model_config.get_total_num_hidden_layers()
 
 
 def draft_rows(vllm_config: "VllmConfig", config: EvictionConfig, own_scheduler: bool) -> list[Unsupported]:
@@ -67,11 +78,10 @@ def draft_rows(vllm_config: "VllmConfig", config: EvictionConfig, own_scheduler:
 
 
 def _rows_of_layers(vllm_config: "VllmConfig", config: EvictionConfig) -> list[Unsupported]:
-    """Of drafters whose layers evict beside the model's: in one group of pages, so they must be alike."""
+    """Of drafters whose layers evict beside the model's: in one group of pages, by one block table."""
     drafts, model, parallel = vllm_config.speculative_config, vllm_config.model_config, vllm_config.parallel_config
     draft = drafts.draft_model_config
     what, ngram = f"{OPTION} method {drafts.method!r}", "use 'ngram'"
-    (heads, size, dtype), (draft_heads, draft_size, draft_dtype) = shapes = _shapes(vllm_config)
     kind = getattr(draft.hf_config, "model_type", "")
     return [
         Unsupported(f"{what} and parallel_drafting", drafts.parallel_drafting, "leave parallel_drafting out"),
@@ -87,14 +97,18 @@ def _rows_of_layers(vllm_config: "VllmConfig", config: EvictionConfig) -> list[U
         ),
         Unsupported(f"{what} and a drafter with MLA", draft.use_mla, ngram),
         Unsupported(f"{what} and a drafter whose layers keep states", keeps_states(draft), ngram),
-        Unsupported(f"{what} for models with sliding-window layers", has_windows(model) or has_windows(draft), ngram),
-        Unsupported(f"{what} for models with KV sharing between layers", sharing_layers(model), ngram),
         Unsupported(
-            f"{what} and a drafter with {draft_heads} KV heads of {draft_size} numbers in {draft_dtype} (the model has {heads} "
-            f"of {size} in {dtype}, and layers that evict share one shape of page)",
-            shapes[0] != shapes[1],
-            f"take a drafter with the model's KV heads, {ngram}",
+            f"{what} and a drafter with sliding-window layers (vLLM wants its layers in one group of pages)",
+            has_windows(draft),
+            ngram,
         ),
+        Unsupported(
+            f"{what} for models whose full-attention and sliding-window layers have other heads",
+            has_windows(model) and heads_differ(model),
+            ngram,
+        ),
+        Unsupported(f"{what} for models with KV sharing between layers", sharing_layers(model), ngram),
+        *_rows_of_heads(vllm_config, config, what, ngram),
         Unsupported(
             f"{what} and a drafter for {draft.max_model_len} tokens, less than --max-model-len {model.max_model_len} (its layers "
             f"must see every step)",
@@ -111,6 +125,33 @@ def _rows_of_layers(vllm_config: "VllmConfig", config: EvictionConfig) -> list[U
             f"{what} and kv_eviction.state_folder {config.state_folder!r} (a file does not say whose drafts its pages are of)",
             config.state_folder,
             "leave the key out",
+        ),
+    ]
+
+
+def _rows_of_heads(vllm_config: "VllmConfig", config: EvictionConfig, what: str, ngram: str) -> list[Unsupported]:
+    """Of drafters whose KV heads differ from the model's."""
+    from momentkv_vllm.kv_spec import shares_schedules
+
+    (heads, size, dtype), (draft_heads, draft_size, draft_dtype) = shapes = _shapes(vllm_config)
+    slides = has_windows(vllm_config.model_config)
+    return [
+        Unsupported(
+            f"{what} and a drafter of {draft_dtype} for a model of {dtype}",
+            draft_dtype != dtype,
+            f"give both one dtype, {ngram}",
+        ),
+        Unsupported(
+            f"{what} for models with sliding-window layers and a drafter with {draft_heads} KV heads of {draft_size} numbers "
+            f"(the model has {heads} of {size}, and all layers share one size of page)",
+            slides and shapes[0] != shapes[1],
+            f"take a drafter with the model's KV heads, {ngram}",
+        ),
+        Unsupported(
+            f"{what} and a drafter whose heads have {draft_size} numbers (the model's have {size}; with these settings store and "
+            f"moments of the one take other pages than those of the other, and both read one block table)",
+            size != draft_size and not shares_schedules(config, vllm_config, draft_size),
+            f"use store_dtype 'model', take a drafter with heads of {size}, {ngram}",
         ),
     ]
 
@@ -144,6 +185,7 @@ def _shapes(vllm_config: "VllmConfig") -> list[tuple[int, int, str]]:
 
 def patch_drafters() -> None:
     """Wrap two methods of the model runner; calling it again does nothing."""
+    from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     if getattr(CPUModelRunner.propose_draft_token_ids, "_momentkv_patched", False):
@@ -161,6 +203,8 @@ def patch_drafters() -> None:
     def propose_draft_token_ids(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         if self.momentkv_only_follows:
             scheduler_output = replace(scheduler_output, num_spec_tokens_to_schedule=0)
+        if self.speculative_config.uses_draft_model() and _evicts_in_drafter(self):
+            args = [_with_pages_of_the_drafter(self, x) if isinstance(x, CommonAttentionMetadata) else x for x in args]
         return propose(self, scheduler_output, *args, **kwargs)
 
     propose_draft_token_ids._momentkv_patched = True
@@ -170,3 +214,14 @@ def patch_drafters() -> None:
 
 def _evicts_in_drafter(runner: Any) -> bool:
     return bool(class_names_of(runner)) and keeps_layers(runner.vllm_config)
+
+
+def _with_pages_of_the_drafter(runner: Any, common: Any) -> Any:
+    """A step's CommonAttentionMetadata with the pages and slots of the drafter's group; vLLM's are group 0's
+    (GPUModelRunner._build_attention_metadata)."""
+    table = runner.input_batch.block_table[runner.drafter.kv_cache_gid]
+    return replace(
+        common,
+        block_table_tensor=table.get_device_tensor(common.num_reqs),
+        slot_mapping=table.slot_mapping.gpu[: common.num_actual_tokens],
+    )

@@ -17,13 +17,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
-NOT_ON_CPUS = {
-    "JambaForCausalLM": "Mamba1 layers",
-    "OlmoHybridForCausalLM": "the kernels of OLMo Hybrid",
-    "Qwen4ExpForCausalLM": "the kernels of Qwen4Exp",
-    "Qwen4ExpForConditionalGeneration": "the kernels of Qwen4Exp",
-}
-"""Architectures that vLLM 0.32.0 cannot run on a CPU without eviction either, by what stands against it."""
 SENSIBLE_BLOCKS = 2
 """A sequence holds up to two blocks more than its budget: with a smaller one, most of what it holds is not budget."""
 
@@ -68,13 +61,11 @@ def hybrid_rows(vllm_config: "VllmConfig", platform: Any) -> list[Unsupported]:
     model, layers = vllm_config.model_config, full_layers(vllm_config)
     if not keeps_states(model):
         return []
-    lacks = NOT_ON_CPUS.get(model.architecture)
     staged = vllm_config.parallel_config.pipeline_parallel_size > 1
     unmanaged = vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
     what = "of hybrid models (Mamba, linear attention, ... beside attention)"
     return [
         Unsupported(f"GPUs for layers {what}", not platform.is_cpu()),
-        Unsupported(f"{lacks}, which vLLM cannot run on a CPU (also without eviction)", lacks and platform.is_cpu()),
         Unsupported(f"sliding windows {what}", has_windows(model)),
         Unsupported(
             f"{layers.count} attention layers and {layers.others} others {what} (fewer than 1.5 times as many as those)",

@@ -12,7 +12,7 @@ from momentkv_vllm.model_layers import full_layers, has_windows, keeps_states, s
 from momentkv_vllm.refuse import WITHOUT, Unsupported, refuse, refuse_first
 from momentkv_vllm.versions import TESTED_VLLM, installed_vllm, tested
 from momentkv_vllm.vllm_seams.bypasses import bypass_rows
-from momentkv_vllm.vllm_seams.drafts import draft_rows
+from momentkv_vllm.vllm_seams.drafts import draft_rows, drafter_layers
 from momentkv_vllm.vllm_seams.gpu import gpu_rows
 from momentkv_vllm.vllm_seams.hybrids import hybrid_rows
 from momentkv_vllm.vllm_seams.kv_dtypes import dtype_rows, refuse_fp8_pages
@@ -24,6 +24,15 @@ STATE_PAGES = "momentkv_vllm.attention.state_pages.StatePages"
 """What workers need to keep states in files (--worker-extension-cls)."""
 WIDE_PAGE_TOKENS = 32
 """vLLM's CPU attention takes pages of multiples of it, and all layers of a model have pages of one size."""
+
+NOT_ON_CPUS = {
+    "JambaForCausalLM": "Mamba1 layers",
+    "OlmoHybridForCausalLM": "the kernels of OLMo Hybrid",
+    "Qwen4ExpForCausalLM": "the kernels of Qwen4Exp",
+    "Qwen4ExpForConditionalGeneration": "the kernels of Qwen4Exp",
+    **dict.fromkeys(("MiniMaxM2ForCausalLM", "LagunaForCausalLM"), "experts that sigmoids choose from one group"),
+}
+"""Architectures that vLLM 0.32.0 cannot run on a CPU without eviction either, by what stands against it."""
 
 
 def refuse_untested_vllm() -> None:
@@ -44,7 +53,7 @@ def refuse_unsupported(vllm_config: "VllmConfig", config: EvictionConfig, backen
 
     rows = [
         *gpu_rows(platform, vllm_config, config),
-        *_model_rows(vllm_config),
+        *_model_rows(vllm_config, platform),
         *hybrid_rows(vllm_config, platform),
         *dtype_rows(vllm_config, platform),
         *_cache_rows(vllm_config, config),
@@ -60,14 +69,17 @@ def refuse_unsupported(vllm_config: "VllmConfig", config: EvictionConfig, backen
     _refuse_budget(vllm_config, config)
 
 
-def _model_rows(vllm_config: "VllmConfig") -> list[Unsupported]:
+def _model_rows(vllm_config: "VllmConfig", platform: Any) -> list[Unsupported]:
     """What the model's configuration tells of its layers; what it does not is refused when they are built."""
     model, layers = vllm_config.model_config, full_layers(vllm_config)
-    text = model.hf_text_config
+    text, drafter = model.hf_text_config, drafter_layers(vllm_config)
+    full = layers.count + drafter
     value_size = getattr(text, "v_head_dim", None)
     other_values = value_size not in (None, layers.head_size) and not getattr(text, "kv_lora_rank", None)
+    lacks = NOT_ON_CPUS.get(model.architecture)
     text_only = "take its text alone with --language-model-only"
     return [
+        Unsupported(f"{lacks}, which vLLM cannot run on a CPU (also without eviction)", lacks and platform.is_cpu()),
         Unsupported("runner 'pooling' (embedding and scoring models)", model.runner_type != "generate"),
         Unsupported("MLA models (multi-head latent attention)", model.use_mla),
         Unsupported("encoder-decoder models", model.is_encoder_decoder),
@@ -77,9 +89,9 @@ def _model_rows(vllm_config: "VllmConfig") -> list[Unsupported]:
             f"models with key heads of {layers.head_size} and value heads of {value_size} numbers", other_values
         ),
         Unsupported(
-            f"models with {layers.count} full-attention layers and {layers.others} sliding-window layers (fewer than 1.5 times "
-            f"as many as those)",
-            layers.others and layers.count >= 1.5 * layers.others and not model.is_hybrid,
+            f"models with {full} full-attention layers and {layers.others} sliding-window layers (fewer than 1.5 times as many "
+            f"as those{', with those of a drafter' if drafter else ''})",
+            layers.others and full >= 1.5 * layers.others and not model.is_hybrid,
         ),
         Unsupported(
             f"models whose sliding-window layers have {layers.page_ratio:g} times the KV of their full-attention layers (a whole "

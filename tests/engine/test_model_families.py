@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 from engine import Engine, random_prompt
-from model_families import FAMILIES, make_config, make_model, make_seeing_model
+from model_families import FAMILIES, TEXT_ONLY, make_config, make_seeing_model
 from quick import quick
 from vllm import EngineArgs
 
@@ -16,7 +16,7 @@ INT8 = {"store_dtype": "int8", "run_tokens": 8, "budget_tokens": 96}
 REFUSED = {name: family for name, family in FAMILIES.items() if family.refused}
 
 
-pytestmark = pytest.mark.usefixtures("inspected_here")
+pytestmark = pytest.mark.usefixtures("inspected_here", "without_amx")
 
 
 # Plain, mixture of experts, windows, sinks, wide heads, chunked attention, scaled RoPE, none in some layers, layers without
@@ -25,17 +25,29 @@ STRUCTURES = ("Llama", "Qwen3-MoE", "Gemma 3, 4B", "GPT-OSS", "Gemma 4", "Llama 
               "Qwen3-Next", "LFM2")  # fmt: skip
 
 
-@pytest.mark.parametrize("name", quick(STRUCTURES, (n for n in FAMILIES if n not in REFUSED)))
-def test_served(engine, family_model, name):
-    dtype, short = FAMILIES[name].dtype, [random_prompt(n) for n in (20, 150)]
-    stock = engine(family_model(name), max_model_len=2048, block_size=32, dtype=dtype).generate(short, 12)
-    e = engine(family_model(name), **EVICT, dtype=dtype)
+def served(engine, folder, dtype, **options) -> None:
+    short, options = [random_prompt(n) for n in (20, 150)], options | {"max_model_len": 2048, "dtype": dtype}
+    stock = engine(folder, block_size=32, **options).generate(short, 12)
+    e = engine(folder, **EVICT | options)
     assert e.generate(short, 12) == stock
     size, rounding = e.manager.block_size, 2 if e.manager.books[0].blocks.pages > 1 else 0
     length = 1200 if rounding else 700
     (tokens,) = e.generate([random_prompt(length)], 12)
     assert len(tokens) == 12 and e.manager.metrics.values
     assert max(e.peak_pages.values()) <= (BUDGET + STEP) // size + rounding < length // size
+
+
+@pytest.mark.parametrize("name", quick(STRUCTURES, (n for n in FAMILIES if n not in REFUSED)))
+def test_served(engine, family_model, name):
+    served(engine, family_model(name), FAMILIES[name].dtype)
+
+
+@pytest.mark.parametrize(
+    "name", quick(["Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration"], TEXT_ONLY)
+)
+def test_the_text_of_models_that_also_see(engine, tmp_path, name):
+    """With --language-model-only the published class is served like its text model."""
+    served(engine, make_seeing_model(name, tmp_path), FAMILIES[TEXT_ONLY[name].family].dtype, language_model_only=True)
 
 
 @pytest.mark.parametrize(
@@ -81,19 +93,12 @@ def test_layers_of_several_kinds_and_exact_prompts_share_nothing_beyond_the_budg
     assert cached.manager.books[0].states is None and 0 < max(cached.cached_tokens.values()) < BUDGET
 
 
-@pytest.mark.parametrize("name", ["Gemma 3", "Gemma 4", "Gemma 4 E"])
-def test_the_text_of_models_that_also_see(engine, tmp_path, name):
-    """With --language-model-only the published class gives the text model's tokens, evicting or not."""
-    prompts = [random_prompt(n) for n in (20, 150, 700)]
-    text = engine(make_model(name, tmp_path / "text"), **EVICT).generate(prompts, 12)
-    e = engine(make_seeing_model(name, tmp_path / "seeing"), **EVICT, language_model_only=True)
-    assert e.generate(prompts, 12) == text and e.manager.metrics.values
-
-
 @pytest.mark.parametrize(("bidirectional", "refused"), [("vision", True), (None, False)])
 def test_images_of_gemma_4(tmp_path, bidirectional, refused):
     """The large ones read them in both directions, the E ones from left to right."""
-    folder = make_seeing_model("Gemma 4 E", tmp_path, use_bidirectional_attention=bidirectional)
+    folder = make_seeing_model(
+        "Gemma4ForConditionalGeneration (E)", tmp_path, use_bidirectional_attention=bidirectional
+    )
     carrier = {"kv_eviction": {"policy": "momentkv", "budget_tokens": BUDGET}}
     args = EngineArgs(model=str(folder), max_model_len=2048, additional_config=carrier)
     if not refused:

@@ -12,7 +12,7 @@ from typing import Any
 import load.run
 import report
 from evaluation.judge import show
-from family_settings import FAMILIES
+from family_settings import FAMILIES, PUBLISHED
 from named_files import DOCUMENTS, ROOT
 from serving import drafts as drafting
 
@@ -158,8 +158,12 @@ def models() -> str:
     def verdict(family) -> str:
         return f"refused: {family.refused}" if family.refused else "served"
 
-    rows = [(name, f.model_class, f.special, verdict(f)) for name, f in FAMILIES.items()]
-    return markdown(("family", "class", "special", "with `--kv-eviction`"), rows)
+    def also(family: str) -> str:
+        named = [(name.split(" ")[0], p.given) for name, p in PUBLISHED.items() if p.family == family]
+        return ", ".join(name if given == "text" else f"{name} ({given})" for name, given in named)
+
+    rows = [(name, f.model_class, also(name), f.special, verdict(f)) for name, f in FAMILIES.items()]
+    return markdown(("family", "class", "classes that also see or hear", "special", "with `--kv-eviction`"), rows)
 
 
 def judged_short() -> str:

@@ -41,9 +41,52 @@ def _make(folder: Path, settings: transformers.PretrainedConfig) -> Path:
     return folder
 
 
-def make_one_layer(folder: Path) -> Path:
-    """A Llama of one layer."""
-    return _make(folder, transformers.LlamaConfig(**SETTINGS))
+def make_one_layer(folder: Path, **settings: int) -> Path:
+    """A Llama of one layer; settings: other ones of it."""
+    return _make(folder, transformers.LlamaConfig(**SETTINGS | settings))
+
+
+def make_windowed(folder: Path, model: Path) -> Path:
+    """A Granite that computes what the Llama `model` of one layer does: three layers with a window before it add nothing."""
+    weights, config = _read(model)
+    types = ["sliding_attention"] * 3 + ["full_attention"]
+    of_layer = {k: x for k, x in weights.items() if ".layers.0." in k}
+    weights = {k: x for k, x in weights.items() if k not in of_layer}
+    for layer, kind in enumerate(types):
+        for k, x in of_layer.items():
+            adds = kind == "sliding_attention" and ("o_proj" in k or "down_proj" in k)
+            weights[k.replace(".0.", f".{layer}.")] = torch.zeros_like(x) if adds else x.clone()
+    more = {
+        "architectures": ["GraniteSWAForCausalLM"], "model_type": "granite_swa", "num_hidden_layers": 4, "layer_types": types,
+        "sliding_window": 64, "attention_sinks": False, "attention_multiplier": config["head_dim"] ** -0.5,
+    }  # fmt: skip
+    return _save(folder, weights, config | more)
+
+
+def make_doubled(folder: Path, model: Path) -> Path:
+    """A Llama that computes what `model` does, with each of its KV heads twice."""
+    weights, config = _read(model)
+    size = config["head_dim"]
+    for name in weights:
+        if "k_proj" in name or "v_proj" in name:
+            weights[name] = weights[name].unflatten(0, (-1, size)).repeat_interleave(2, 0).flatten(0, 1)
+    return _save(folder, weights, config | {"num_key_value_heads": 2 * config["num_key_value_heads"]})
+
+
+def make_wide(folder: Path, model: Path) -> Path:
+    """A Llama that computes what `model` does, with zeros between the numbers of its heads. Every second pair of numbers turns as
+    fast as a pair of half as many."""
+    weights, config = _read(model)
+    size = config["head_dim"]
+    for name, x in weights.items():
+        if "self_attn" not in name:
+            continue
+        into = 1 if "o_proj" in name else 0
+        x = x.unflatten(into, (-1, size))
+        wide = torch.zeros(*x.shape[: into + 1], 2 * size, *x.shape[into + 2 :])
+        wide[(slice(None),) * (into + 1) + (slice(0, None, 2),)] = x
+        weights[name] = wide.flatten(into, into + 1) * (2**0.5 if "q_proj" in name else 1)
+    return _save(folder, weights, config | {"head_dim": 2 * size})
 
 
 def make_noisy(folder: Path, model: Path, noise: float = 0.02) -> Path:

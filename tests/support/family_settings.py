@@ -133,6 +133,12 @@ FAMILIES = {
         GEMMA4 | {"num_key_value_heads": 4, "num_global_key_value_heads": 1, "attention_k_eq_v": True},
         "window 5 : 1 with twice the KV of full layers, whose keys are values",
     ),
+    "Gemma 4 26B": Family(
+        "Gemma4TextConfig",
+        GEMMA4 | {"num_key_value_heads": 4, "num_global_key_value_heads": 1, "attention_k_eq_v": True, "enable_moe_block": True,
+                  "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64},
+        "experts; otherwise like 31B",
+    ),
     "Gemma 4, real heads": Family(
         "Gemma4TextConfig",
         GEMMA4 | {"head_dim": 256, "global_head_dim": 512, "num_global_key_value_heads": 1, "attention_k_eq_v": True},
@@ -212,6 +218,10 @@ FAMILIES = {
         {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64, "moe_num_shared_experts": 1, "moe_layer_start_index": 1},
         "experts",
     ),
+    "Hy3": Family(
+        "HYV3Config", EXPERTS | HEAD | {"num_shared_experts": 1, "first_k_dense_replace": 1, "expert_hidden_dim": 64, "route_norm": True, "qk_norm": True,
+                            "mlp_layer_types": ["dense", "sparse"]}, "experts, query and key norms"
+    ),
     "Hunyuan": Family("HunYuanDenseV1Config", HEAD),
     "Hunyuan MoE": Family(
         "HunYuanMoEV1Config",
@@ -238,6 +248,12 @@ FAMILIES = {
     "Jais 2": Family("Jais2Config"),
     "HyperCLOVA X": Family("HyperCLOVAXConfig"),
     "CWM": Family("CwmConfig", HEAD | layers(F, S, S, S), "window 3 : 1"),
+    "MiniMax M2": Family(
+        "MiniMaxM2Config",
+        EXPERTS | HEAD | {"rotary_dim": 16, "scoring_func": "sigmoid", "use_routing_bias": True, "use_qk_norm": True},
+        "experts, partial RoPE",
+        NOT_ON_CPUS,
+    ),
     "Mellum": Family("MellumConfig", EXPERTS | HEAD, "experts"),
     "MiMo-V2-Flash": Family(
         "MiMoV2FlashConfig",
@@ -260,6 +276,13 @@ FAMILIES = {
         "Qwen3_5TextConfig",
         GDN | {"head_dim": 256, "num_hidden_layers": 4, "layer_types": ["linear_attention"] * 3 + [F]},
         "gated DeltaNet beside attention",
+        dtype="bfloat16",
+    ),
+    "Qwen3.5-MoE": Family(
+        "Qwen3_5MoeTextConfig",
+        EXPERTS | GDN | {"head_dim": 256, "shared_expert_intermediate_size": 64, "num_hidden_layers": 4,
+                         "layer_types": ["linear_attention"] * 3 + [F]},
+        "experts, gated DeltaNet beside attention",
         dtype="bfloat16",
     ),
     "LFM2-MoE": Family(
@@ -303,3 +326,69 @@ FAMILIES = {
     "BLOOM": Family("BloomConfig", {"n_head": 4, "n_layer": 2}, "ALiBi", "ALiBi", by_layers=True),
 }
 # fmt: on
+
+
+@dataclass(frozen=True)
+class Published:
+    """A class of vLLM that also sees or hears, and whose text model is a family's.
+
+    Attributes:
+        family: of the text.
+        config: name of the configuration class in transformers; empty where tests/support/multimodal_models.py makes the model.
+        settings: of the text model, beside the family's.
+        parts: of the other parts.
+        before: what stands in its checkpoints before the family's names; if empty, `model.` is `model.language_model.`.
+        whole: name of the model class in transformers, where vLLM wants the other parts' weights for text too.
+        given: what its tests give it.
+    """
+
+    family: str
+    config: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    parts: dict[str, Any] = field(default_factory=lambda: {"vision_config": {"num_hidden_layers": 1}})
+    before: str = ""
+    whole: str = ""
+    given: str = "text"
+
+
+def mrope(*section: int, **more: float) -> dict[str, Any]:
+    """Positions of three numbers, of which so many pairs each turn a head's numbers."""
+    return {"rope_parameters": {"rope_type": "default", "mrope_section": section, "rope_theta": 10000.0} | more}
+
+
+# fmt: off
+PUBLISHED = {
+    "Gemma3ForConditionalGeneration": Published("Gemma 3", "Gemma3Config"),
+    "Gemma4ForConditionalGeneration": Published("Gemma 4", "Gemma4Config"),
+    "Gemma4ForConditionalGeneration (E)": Published("Gemma 4 E", "Gemma4Config"),
+    "Gemma4ForConditionalGeneration (26B)": Published("Gemma 4 26B", "Gemma4Config"),
+    "Gemma4UnifiedForConditionalGeneration": Published(
+        "Gemma 4 31B", "Gemma4UnifiedConfig",
+        parts={"vision_config": {"mm_embed_dim": 64, "output_proj_dims": 128}, "audio_config": None},
+        whole="Gemma4UnifiedForConditionalGeneration",
+    ),
+    "Qwen3_5MoeForConditionalGeneration": Published("Qwen3.5-MoE", "Qwen3_5MoeConfig"),
+    "Qwen3VLMoeForConditionalGeneration": Published("Qwen3-MoE", "Qwen3VLMoeConfig", mrope(4, 6, 6) | {"norm_topk_prob": False}),
+    "Qwen3OmniMoeForConditionalGeneration": Published(
+        "Qwen3-MoE", "Qwen3OmniMoeConfig", mrope(4, 6, 6) | {"norm_topk_prob": False},
+        parts={
+            "audio_config": {"encoder_layers": 1, "d_model": 32, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "output_dim": 128},
+            "vision_config": {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 128,
+                              "deepstack_visual_indexes": [0], "image_size": 64, "apply_vit_abs_pos_embed": True}},
+        before="thinker.", whole="Qwen3OmniMoeThinkerForConditionalGeneration",
+    ),
+    "Llama4ForConditionalGeneration": Published("Llama 4", "Llama4Config", before="language_model."),
+    "Mistral3ForConditionalGeneration": Published("Ministral 3", "Mistral3Config", {"model_type": "ministral3"}),
+    "Glm4vForConditionalGeneration": Published("GLM-4", "Glm4vConfig", mrope(2, 3, 3, partial_rotary_factor=0.5)),
+    "Glm4vMoeForConditionalGeneration": Published(
+        "GLM-4.5", "Glm4vMoeConfig", mrope(2, 3, 3, partial_rotary_factor=0.5) | {"attention_bias": False}
+    ),
+    "InternVLForConditionalGeneration": Published("Qwen2", "InternVLConfig", {"model_type": "qwen2"}),
+    "Qwen2AudioForConditionalGeneration": Published("Qwen2", given="sounds"),
+    "Idefics3ForConditionalGeneration": Published("Llama", given="images"),
+    "Qwen2_5_VLForConditionalGeneration": Published("Qwen2", given="images"),
+    "Qwen3VLForConditionalGeneration": Published("Qwen3", given="images"),
+    "Qwen3_5ForConditionalGeneration": Published("Qwen3.5", given="images"),
+}
+# fmt: on
+TEXT_ONLY = {name: published for name, published in PUBLISHED.items() if published.given == "text"}

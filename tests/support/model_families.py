@@ -1,10 +1,11 @@
 """What --kv-eviction does with a model family, on tiny random-weight members: their checkpoints."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from family_settings import COMMON, FAMILIES
+from family_settings import COMMON, FAMILIES, TEXT_ONLY, Published
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tokenizer, sharpen
 
@@ -18,13 +19,15 @@ def make_config(name: str, folder: Path) -> Path:
     return folder
 
 
-def make_model(name: str, folder: Path, dtype: str = "") -> Path:
-    """The tiny member of a family, made once, with attention sharp enough that a wrong KV cache changes its tokens."""
+def make_model(name: str, folder: Path, dtype: str = "", **settings: Any) -> Path:
+    """The tiny member of a family, made once, with attention sharp enough that a wrong KV cache changes its tokens.
+
+    settings: other ones than the family's."""
     if (folder / "config.json").exists():
         return folder
     family = FAMILIES[name]
     torch.manual_seed(0)
-    config = getattr(transformers, family.config)(**COMMON | family.settings)
+    config = getattr(transformers, family.config)(**COMMON | family.settings | settings)
     model = transformers.AutoModelForCausalLM.from_config(config)
     sharpen(model)
     if config.tie_word_embeddings:  # or every token would predict itself
@@ -34,21 +37,28 @@ def make_model(name: str, folder: Path, dtype: str = "") -> Path:
     return folder
 
 
-SEEING = {"Gemma3TextConfig": "Gemma3Config", "Gemma4TextConfig": "Gemma4Config"}
-"""Configurations of published checkpoints, which have other parts beside the text model, by that of the text model."""
-
-
 def make_seeing_model(name: str, folder: Path, **text) -> Path:
-    """The tiny member of a family in a checkpoint of the published class, without the weights of its other parts.
+    """The tiny member of a published class (TEXT_ONLY), without the weights of its other parts where vLLM does without.
 
     text: other settings of the text model."""
-    make_model(name, folder)
-    family = FAMILIES[name]
-    settings = {"text_config": COMMON | family.settings | text, "vision_config": {"num_hidden_layers": 1}}
-    published = getattr(transformers, SEEING[family.config])(**settings)
-    published.architectures = [SEEING[family.config].replace("Config", "ForConditionalGeneration")]
-    published.save_pretrained(folder)
+    published = TEXT_ONLY[name]
+    make_model(published.family, folder)
+    parts = {"text_config": COMMON | FAMILIES[published.family].settings | published.settings | text} | published.parts
+    thinks = published.before == "thinker."  # beside one that talks, which vLLM does not run
+    config = getattr(transformers, published.config)(**{"thinker_config": parts} if thinks else parts)
+    if published.whole:
+        model = getattr(transformers, published.whole)(config.thinker_config if thinks else config)
+        sharpen(model.get_decoder())
+        model.save_pretrained(folder)
+    config.architectures = [name.split(" ")[0]]
+    config.save_pretrained(folder)
     weights = folder / "model.safetensors"
-    parts = {k.replace("model.", "model.language_model.", 1): v for k, v in load_file(weights).items()}
-    save_file(parts, weights, metadata={"format": "pt"})
+    save_file({_named(k, published): v for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})
     return folder
+
+
+def _named(weight: str, published: Published) -> str:
+    """As in a checkpoint of the published class."""
+    if published.before or published.whole:
+        return published.before + weight
+    return weight.replace("model.", "model.language_model.", 1)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from family_settings import COMMON
+from family_settings import COMMON, FAMILIES, mrope
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_models import sharpen, word_tokenizer
@@ -29,6 +29,13 @@ from transformers.models.qwen2_audio import (
 )
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+from transformers.models.qwen3_5 import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+from transformers.models.qwen3_vl import (
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
 
 AUDIO = ["<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]
 IMAGE = ["<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>"]
@@ -97,6 +104,41 @@ def make_qwen_image_model(folder: Path) -> Path:
     images, videos = Qwen2VLImageProcessor(size=pixels), Qwen2VLVideoProcessor(size=pixels)
     Qwen2_5_VLProcessor(images, word_tokenizer(VISION), videos).save_pretrained(folder)
     return folder
+
+
+def _make_qwen3_image_model(folder: Path, config: type, model_class: type, text: dict, vision: dict) -> Path:
+    """A token for each 32 x 32 pixels."""
+    torch.manual_seed(0)
+    tower = {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": COMMON["hidden_size"],
+        "num_position_embeddings": 256,
+    }  # fmt: skip
+    settings = config(
+        vision_config=tower | vision, text_config=COMMON | text, image_token_id=4, video_token_id=5, vision_start_token_id=6,
+        vision_end_token_id=7,
+    )  # fmt: skip
+    model = model_class(settings)
+    sharpen(model.model.language_model)
+    model.save_pretrained(folder)
+    pixels = {"shortest_edge": 32 * 32, "longest_edge": 512 * 512}
+    images = Qwen2VLImageProcessor(size=pixels, patch_size=16)
+    videos = Qwen3VLVideoProcessor(size=pixels)
+    Qwen3VLProcessor(images, word_tokenizer(VISION), videos).save_pretrained(folder)
+    return folder
+
+
+def make_deepstack_model(folder: Path) -> Path:
+    """A tiny Qwen3-VL: what both layers of its tower see is added to the text's layers."""
+    text = FAMILIES["Qwen3"].settings | mrope(4, 6, 6)
+    return _make_qwen3_image_model(
+        folder, Qwen3VLConfig, Qwen3VLForConditionalGeneration, text, {"deepstack_visual_indexes": [0, 1]}
+    )
+
+
+def make_hybrid_image_model(folder: Path) -> Path:
+    """A tiny Qwen3.5."""
+    text = FAMILIES["Qwen3.5"].settings | mrope(11, 11, 10, partial_rotary_factor=0.25)
+    return _make_qwen3_image_model(folder, Qwen3_5Config, Qwen3_5ForConditionalGeneration, text, {})
 
 
 def _words(count: int) -> str:
