@@ -3,6 +3,8 @@
 import pytest
 from multimodal_models import heard, make_audio_model, make_image_model, make_qwen_image_model, seen
 
+pytestmark = pytest.mark.usefixtures("inspected_here")
+
 BUDGET = 512
 QWEN = {"image": "<|vision_start|><|image_pad|><|vision_end|>"}
 EVICT = {"policy": "momentkv", "budget_tokens": BUDGET}

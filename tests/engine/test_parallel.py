@@ -9,10 +9,11 @@ import sys
 
 import openai
 import pytest
-from engine import random_prompt
+from engine import Engine, random_prompt
 from safetensors import safe_open
 from server import Server
 
+from momentkv_vllm.metrics import read_metrics
 from momentkv_vllm.state_file import HEADER
 
 pytestmark = [
@@ -30,8 +31,7 @@ from momentkv_vllm.metrics import read_metrics
 
 def main():
     options = json.loads(sys.argv[1])
-    eviction = {"policy": "momentkv", "budgets": "base=384,small=160", "moment_dtype": "float32", "state_folder": sys.argv[3],
-                "head_budgets": sys.argv[4]}
+    eviction = json.loads(sys.argv[3])
     llm = LLM(**options, max_model_len=4096, max_num_batched_tokens=256, dtype="float32",
               num_gpu_blocks_override=200, additional_config={"kv_eviction": eviction})
     prompts = json.loads(sys.argv[2])
@@ -45,10 +45,10 @@ def main():
     tokens, _ = ask(prompts)
     metrics = read_metrics()
     again = ask(prompts)
-    call = llm.llm_engine.engine_core.call_utility
-    said = [call("kv_eviction_states", "save", "text", prompts[2], "")]
+    states = llm.llm_engine.engine_core.engine_core.kv_eviction_states
+    said = [states("save", "text", prompts[2], "")]
     assert llm.reset_prefix_cache()
-    said.append(call("kv_eviction_states", "load", "text", [], ""))
+    said.append(states("load", "text", [], ""))
     loaded = ask(prompts[2:3])
     both = ask(2 * prompts, ["base"] * len(prompts) + ["small"] * len(prompts))[0]
     print("RESULT", json.dumps({"tokens": tokens, "metrics": metrics, "again": again, "said": said, "loaded": loaded,
@@ -59,14 +59,25 @@ if __name__ == "__main__":
 """
 
 
+def evicting(folder, heads: str) -> dict:
+    return {
+        "policy": "momentkv",
+        "budgets": "base=384,small=160",
+        "moment_dtype": "float32",
+        "state_folder": str(folder),
+        "head_budgets": heads,
+    }
+
+
 def result_of(folder, model, binding: str, heads: str = "equal", **options) -> dict:
     script = folder / "run.py"
     script.write_text(SCRIPT)
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VLLM_ENABLE_V1_MULTIPROCESSING")}
-    env |= {"VLLM_CPU_OMP_THREADS_BIND": binding}
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    # The engine in the script's process: workers have theirs, and every process takes seven seconds to import vLLM.
+    env |= {"VLLM_CPU_OMP_THREADS_BIND": binding, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     options = json.dumps({"model": str(model), **options})
     done = subprocess.run(
-        [sys.executable, str(script), options, json.dumps(PROMPTS), str(folder), heads],
+        [sys.executable, str(script), options, json.dumps(PROMPTS), json.dumps(evicting(folder, heads))],
         capture_output=True,
         text=True,
         cwd=folder,
@@ -79,7 +90,35 @@ def result_of(folder, model, binding: str, heads: str = "equal", **options) -> d
 
 @pytest.fixture(scope="module")
 def one_worker(tmp_path_factory, models):
-    return result_of(tmp_path_factory.mktemp("one"), models(seed=1), "0", enforce_eager=True)
+    """What SCRIPT asks, asked of an engine in this process."""
+    folder = tmp_path_factory.mktemp("one")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PROMETHEUS_MULTIPROC_DIR", str(folder))
+        e = Engine(models(seed=1), enable_prefix_caching=True, num_gpu_blocks_override=200, store_dtype="auto",
+                   **evicting(folder, "equal"))  # fmt: skip
+        try:
+            return asked_of(e)
+        finally:
+            e.close()
+
+
+def asked_of(e: Engine) -> dict:
+    states = e.vllm.engine_core.engine_core.kv_eviction_states
+
+    def ask(some, names=None):
+        names = names or ["base"] * len(some)
+        asked = [e.add(p, 24, extra_args={"kv_budget": name}) for p, name in zip(some, names, strict=True)]
+        tokens = e.run()
+        return [tokens[name] for name in asked], [e.cached_tokens[name] for name in asked]
+
+    tokens, _ = ask(PROMPTS)
+    metrics, again = read_metrics(), ask(PROMPTS)
+    said = [states("save", "text", PROMPTS[2], "")]
+    assert e.vllm.reset_prefix_cache()
+    said.append(states("load", "text", [], ""))
+    loaded = list(ask(PROMPTS[2:3]))
+    both, _ = ask(2 * PROMPTS, ["base"] * len(PROMPTS) + ["small"] * len(PROMPTS))
+    return {"tokens": tokens, "metrics": metrics, "again": again, "said": said, "loaded": loaded, "both": both}
 
 
 @pytest.fixture(scope="module")

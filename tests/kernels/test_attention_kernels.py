@@ -10,6 +10,7 @@ from kernel_cases import (
     FAMILIES,
     HEADS,
     INTERPRETED,
+    LONG,
     WIDEST,
     attend_work,
     attends_and_observes_like_the_reference,
@@ -188,7 +189,7 @@ def test_observe_takes_over_what_attend_has_computed(kernels):
 
 def test_what_is_observed_depends_on_the_row_alone(kernels):
     """Whatever else is in the batch, on however many threads: rows in one piece, in several, and a chunk in several."""
-    d, page_size, ends, queries = 64, 16, [40, 700, 1300, 90], [1, 1, 1, 50]
+    d, page_size, ends, queries = 64, 16, [40, *LONG, 90], [1, 1, 1, 50]
     cache = poisoned_cache(sum(cdiv(n, page_size) for n in ends) + 1, page_size, d, torch.bfloat16)
     pages, first = torch.zeros(len(ends), cdiv(max(ends), page_size), dtype=torch.int64), 1
     for row, n in enumerate(ends):

@@ -155,8 +155,8 @@ FP8_CASE = "int4", 8, "momentkv", 3, 64, 32
 # Family, case, how many tokens and which of them ask. Triton's interpreter takes a second for what takes 10 us.
 PLAYED = [("cpu", case, 0, 1) for case in CASES]
 PLAYED += [
-    ("triton", ("int4", 8, "momentkv", 2, 32, 16), 200, 16),
-    ("triton", ("int4", 16, "keydiff", 2, 80, 32), 384, 64),
+    ("triton", ("int4", 8, "momentkv", 2, 32, 16), 160, 16),
+    ("triton", ("int4", 16, "keydiff", 2, 80, 32), 320, 64),
     ("triton", ("int8", 1, "h2o", 2, 64, 16), 128, 16),
 ] * INTERPRETED
 
