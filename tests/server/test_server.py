@@ -195,11 +195,12 @@ def test_start_up_line_states_the_layout(server):
 @pytest.mark.parametrize(
     ("options", "words_in_log"),
     [
-        (
+        # The same words without a server: tests/engine/test_prefix_cache.py and tests/unit/test_config.py.
+        pytest.param(
             ["--kv-eviction", "h2o", "--enable-prefix-caching"],
             ["--enable-prefix-caching", "serve without --kv-eviction"],
+            marks=pytest.mark.slow,
         ),
-        # The same words without a server: tests/unit/test_config.py.
         pytest.param(["--kv-eviction", "lru"], ["--kv-eviction", "lru", "momentkv"], marks=pytest.mark.slow),
         pytest.param(["--kv-budget", "64"], ["without 'policy'", "--kv-eviction"], marks=pytest.mark.slow),
     ],
