@@ -12,6 +12,9 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 # Several pytest workers share the cores: one thread each, bound to none.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+# numba, which vLLM's n-gram drafter loads, otherwise sets OpenMP's threads to the number of cores: every kernel that runs later in
+# the process then waits for two threads, 5 ms each time.
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
 import pytest
 from kernel_cases import FAMILIES

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 MOMENTKV = str(Path(sys.executable).parent / "momentkv")
@@ -25,6 +26,7 @@ def test_everything_works_here(tmp_path):
     assert report["kernels"] in ("cpu (avx512vnni)", "cpu (avx512)", "cpu (avx2)", "cpu (generic)")
     assert report["packages"]["vllm"].split("+")[0] in report["tested_vllm"]
     assert report["tested_vllm"]["0.32.0"] == "its CPU build"
+    assert report["torchvision"] == f"{metadata.version('torchvision')} works"
 
 
 def test_what_the_environment_prevents_is_said(tmp_path):
