@@ -38,7 +38,7 @@ SECOND_PROOFS = [
 """Cases that `make test` leaves to `make test-all`."""
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("cases", ["most", pytest.param("all", marks=pytest.mark.slow)])
 def test_triton_kernels_and_what_stands_on_them(cases):
     # Other policies' scores are made outside of the kernel: h2o stands for all of them. Attention without the correction is

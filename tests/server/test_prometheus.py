@@ -63,7 +63,7 @@ def prometheus(server, tmp_path_factory):
 def get(server, key: str | None = KEY):
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     with urllib.request.urlopen(
-        urllib.request.Request(f"{server.url}/kv_eviction", headers=headers), timeout=30
+        urllib.request.Request(f"{server.url}/kv_eviction", headers=headers), timeout=120
     ) as answer:
         return answer.read().decode()
 
@@ -194,7 +194,7 @@ class TestEndpoint:
     def test_other_methods_are_refused(self, server):
         request = urllib.request.Request(f"{server.url}/kv_eviction", b"{}", {"Authorization": f"Bearer {KEY}"})
         with pytest.raises(urllib.error.HTTPError) as error:
-            urllib.request.urlopen(request, timeout=30)
+            urllib.request.urlopen(request, timeout=120)
         assert error.value.code == 405
 
 

@@ -207,6 +207,6 @@ def test_start_up_line_states_the_layout(server):
 )
 def test_a_server_that_cannot_evict_does_not_start(hidden_model, tmp_path, options, words_in_log):
     failing = Server(hidden_model, *options, folder=tmp_path)
-    assert failing.process.wait(120) != 0
+    assert failing.process.wait(400) != 0
     for word in words_in_log:
         assert word in failing.log
