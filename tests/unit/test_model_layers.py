@@ -251,6 +251,7 @@ def test_fp8_on_machines_and_models_that_vllm_cannot_serve_with_it(models, tmp_p
     ):
         config_of(narrow, kv_cache_dtype="fp8")
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     with pytest.raises(ValueError, match="an fp8 KV cache on a CPU without AVX-512"):
         config_of(models(), kv_cache_dtype="fp8")
 
