@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find momentkv_vllm triton_kernels -name '*.py') $(shell find csrc -type f)
 # One thread each: two workers share two cores.
-PYTEST = $(BIN)/pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
+PYTEST = $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 WORKERS ?= 2
 VLLM ?= 0.33.0
 TESTS ?= tests/seams $(addprefix tests/engine/test_,engine.py prefix_cache.py states.py sessions.py requests.py async_scheduling.py)
@@ -56,7 +56,7 @@ test-fast: setup ## tests that start no engine
 
 test-vllm: setup ## engine tests with another vLLM release, its Python code over the kernels of this one (VLLM=0.33.0 TESTS=...)
 	$(BIN)/python -P tests/support/other_vllm.py $(VLLM)
-	build/vllm-$(VLLM)/bin/pytest -n $(WORKERS) --dist loadscope -p no:cacheprovider -m "not slow" $(TESTS)
+	build/vllm-$(VLLM)/bin/pytest -n $(WORKERS) --dist loadfile -p no:cacheprovider -m "not slow" $(TESTS)
 
 lint: setup     ## ruff (FIX=1 writes what it would); hadolint and the schemas of Compose and Kubernetes for docker/
 	$(BIN)/ruff check $(if $(FIX),--fix) . && $(BIN)/ruff format $(if $(FIX),,--check) .

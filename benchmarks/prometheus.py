@@ -54,7 +54,7 @@ class Prometheus:
     def query(self, expression: str) -> list[dict]:
         return self.get("query", query=expression)["result"]
 
-    def wait_scrapes(self, number: int, seconds: float = 60) -> "Prometheus":
+    def wait_scrapes(self, number: int, seconds: float = 180) -> "Prometheus":
         """Until `number` more scrapes succeeded. Raises TimeoutError."""
         end, begin = time.monotonic() + seconds, time.time()
         while time.monotonic() < end:
@@ -67,7 +67,7 @@ class Prometheus:
             time.sleep(0.5)
         raise TimeoutError(f"Prometheus had not {number} successful scrapes in {seconds} s")
 
-    def wait_value(self, expression: str, at_least: float, seconds: float = 120) -> None:
+    def wait_value(self, expression: str, at_least: float, seconds: float = 240) -> None:
         """Until the one series of `expression` is `at_least`. Raises TimeoutError with what it was."""
         end, found = time.monotonic() + seconds, []
         while time.monotonic() < end:

@@ -12,18 +12,32 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 # Several pytest workers share the cores: one thread each, bound to none.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+# numba, which vLLM's n-gram drafter loads, otherwise sets OpenMP's threads to the number of cores: every kernel that runs later in
+# the process then waits for two threads, 5 ms each time.
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
 import pytest
 from kernel_cases import FAMILIES
 
 from momentkv_vllm.kernels import select
 
+LONGEST_FIRST = ("test_interpreter.py", "server", "engine")
+
 
 def pytest_collection_modifyitems(items):
-    """The tests of engine/ and server/ start one."""
+    """The tests of engine/ and server/ start one. What takes longest starts first, so that no worker waits long for the other."""
     for item in items:
         if item.path.parent.name in ("engine", "server"):
             item.add_marker(item.path.parent.name)
+    items.sort(key=lambda item: [name not in (item.path.name, item.path.parent.name) for name in LONGEST_FIRST])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    if config.getvalue("dist") == "loadfile":
+        from units_of_work import UnitsOfWork
+
+        return UnitsOfWork(config, log)
 
 
 @pytest.fixture(params=FAMILIES)

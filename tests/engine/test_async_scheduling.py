@@ -34,6 +34,6 @@ def test_preemption_and_aborts_with_steps_in_flight(engine, models):
 def test_pages_in_flight_are_not_freed(engine):
     """A page retired by a step in flight stays until that step's output is in: one page more than in the synchronous engine."""
     e = engine(policy="momentkv", budget_tokens=256, pipelined=True)
-    e.generate([random_prompt(100)], 600)
+    e.generate([random_prompt(100)], 300)
     assert e.peak_pages["r0"] in (16, 17)
     assert e.manager.max_admission_blocks_per_request >= 16 + 2 * 256 // 16

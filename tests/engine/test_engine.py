@@ -39,7 +39,7 @@ def test_three_long_requests_share_a_pool_of_80_pages(engine):
 
 def test_live_pages_stay_within_the_budget_in_decode(engine):
     e = engine(**EVICT)
-    name = e.add(random_prompt(100), max_tokens=600)
+    name = e.add(random_prompt(100), max_tokens=300)
     live = []
     while e.vllm.has_unfinished_requests():
         e.step()

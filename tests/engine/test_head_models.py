@@ -6,6 +6,7 @@ import torch
 from engine import Engine, random_prompt
 from measured_heads import capacities, runner_of
 from multimodal_models import make_qwen_image_model
+from quick import quick
 
 from momentkv_vllm.attention.head_reach import Probe
 from momentkv_vllm.attention.measuring import hidden_states, probed, tokens_for
@@ -75,7 +76,13 @@ def answers(e: Engine, prompts: list[list[int]]) -> list[tuple[list[int], float]
 
 
 # Stock's own tokens depend on the steps with LFM2 and in bfloat16.
-@pytest.mark.parametrize("name", ["Gemma 3", "Gemma 2", "GPT-OSS", "Llama 4", "Granite 4 hybrid", "Gemma 4 E"])
+@pytest.mark.parametrize(
+    "name",
+    quick(
+        ["Gemma 3", "GPT-OSS", "Granite 4 hybrid"],
+        ["Gemma 3", "Gemma 2", "GPT-OSS", "Llama 4", "Granite 4 hybrid", "Gemma 4 E"],
+    ),
+)
 def test_tokens_do_not_depend_on_steps_or_batch(engine, family_model, name, monkeypatch):
     if name in ("Llama 4", "Gemma 4 E"):  # one layer evicts, whose two heads reach as far
         monkeypatch.setattr(Probe, "reach", property(lambda self: torch.tensor([0.1, 0.9])))

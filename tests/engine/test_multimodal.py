@@ -12,6 +12,8 @@ from multimodal_models import (
     seen,
 )
 
+pytestmark = pytest.mark.usefixtures("inspected_here")
+
 BUDGET = 512
 QWEN = {"image": "<|vision_start|><|image_pad|><|vision_end|>"}
 EVICT = {"policy": "momentkv", "budget_tokens": BUDGET}

@@ -1,4 +1,4 @@
-"""10,000 random schedules against the brute-force model of page ownership (ownership_model.py), a tenth of them in `make test`. No model,
+"""10,000 random schedules against the brute-force model of page ownership (ownership_model.py), one in 25 of them in `make test`. No model,
 no engine."""
 
 from itertools import product
@@ -11,7 +11,7 @@ from vllm.v1.core.kv_cache_utils import init_none_hash
 from momentkv_vllm.metrics import RETIRED_PAGES, STATE_HITS
 from momentkv_vllm.plugin import register
 
-SCHEDULES, OF_BLOCKS, PARTS = 10_000, 400, 10
+SCHEDULES, OF_BLOCKS, PARTS = 10_000, 400, 25
 
 
 @pytest.fixture(scope="module", autouse=True)

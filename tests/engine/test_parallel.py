@@ -9,10 +9,11 @@ import sys
 
 import openai
 import pytest
-from engine import random_prompt
+from engine import Engine, random_prompt
 from safetensors import safe_open
 from server import Server
 
+from momentkv_vllm.metrics import read_metrics
 from momentkv_vllm.state_file import HEADER
 
 pytestmark = [
@@ -28,13 +29,8 @@ import json, sys
 from vllm import LLM, SamplingParams
 from momentkv_vllm.metrics import read_metrics
 
-def main():
-    options = json.loads(sys.argv[1])
-    eviction = {"policy": "momentkv", "budgets": "base=384,small=160", "moment_dtype": "float32", "state_folder": sys.argv[3],
-                "head_budgets": sys.argv[4]}
-    llm = LLM(**options, max_model_len=4096, max_num_batched_tokens=256, dtype="float32",
-              num_gpu_blocks_override=200, additional_config={"kv_eviction": eviction})
-    prompts = json.loads(sys.argv[2])
+def asked(prompts, **options):
+    llm = LLM(**options, max_model_len=4096, max_num_batched_tokens=256, dtype="float32", num_gpu_blocks_override=200)
 
     def ask(some, names=("base",) * len(prompts)):
         settings = [SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, extra_args={"kv_budget": name})
@@ -45,57 +41,108 @@ def main():
     tokens, _ = ask(prompts)
     metrics = read_metrics()
     again = ask(prompts)
-    call = llm.llm_engine.engine_core.call_utility
-    said = [call("kv_eviction_states", "save", "text", prompts[2], "")]
+    states = llm.llm_engine.engine_core.engine_core.kv_eviction_states
+    said = [states("save", "text", prompts[2], "")]
     assert llm.reset_prefix_cache()
-    said.append(call("kv_eviction_states", "load", "text", [], ""))
+    said.append(states("load", "text", [], ""))
     loaded = ask(prompts[2:3])
     both = ask(2 * prompts, ["base"] * len(prompts) + ["small"] * len(prompts))[0]
-    print("RESULT", json.dumps({"tokens": tokens, "metrics": metrics, "again": again, "said": said, "loaded": loaded,
-                                 "both": both}))
+    llm.llm_engine.engine_core.shutdown()
+    return {"tokens": tokens, "metrics": metrics, "again": again, "said": said, "loaded": loaded, "both": both}
 
 if __name__ == "__main__":
-    main()
+    prompts, engines = map(json.loads, sys.argv[1:])
+    print("RESULT", json.dumps([asked(prompts, **options) for options in engines]))
 """
 
 
-def result_of(folder, model, binding: str, heads: str = "equal", **options) -> dict:
-    script = folder / "run.py"
+def evicting(folder, heads: str) -> dict:
+    return {
+        "policy": "momentkv",
+        "budgets": "base=384,small=160",
+        "moment_dtype": "float32",
+        "state_folder": str(folder),
+        "head_budgets": heads,
+    }
+
+
+def results_of(folders: dict, model, binding: str, **options) -> dict[str, dict]:
+    """What SCRIPT asks of an engine with equal and one with measured heads, one after the other; `folders` of their states."""
+    script = folders["equal"].with_suffix(".py")
     script.write_text(SCRIPT)
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VLLM_ENABLE_V1_MULTIPROCESSING")}
-    env |= {"VLLM_CPU_OMP_THREADS_BIND": binding}
-    options = json.dumps({"model": str(model), **options})
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    # The engine in the script's process: workers have theirs, and every process takes seven seconds to import vLLM.
+    env |= {"VLLM_CPU_OMP_THREADS_BIND": binding, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    engines = [
+        {"model": str(model), **options, "additional_config": {"kv_eviction": evicting(folder, heads)}}
+        for heads, folder in folders.items()
+    ]
     done = subprocess.run(
-        [sys.executable, str(script), options, json.dumps(PROMPTS), str(folder), heads],
+        [sys.executable, str(script), json.dumps(PROMPTS), json.dumps(engines)],
         capture_output=True,
         text=True,
-        cwd=folder,
+        cwd=script.parent,
         env=env,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stdout[-2000:] + done.stderr[-3000:]
-    return json.loads(lines[0].removeprefix("RESULT "))
+    return dict(zip(folders, json.loads(lines[0].removeprefix("RESULT ")), strict=True))
 
 
 @pytest.fixture(scope="module")
 def one_worker(tmp_path_factory, models):
-    return result_of(tmp_path_factory.mktemp("one"), models(seed=1), "0", enforce_eager=True)
+    """What SCRIPT asks, asked of an engine in this process."""
+    folder = tmp_path_factory.mktemp("one")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PROMETHEUS_MULTIPROC_DIR", str(folder))
+        e = Engine(models(seed=1), enable_prefix_caching=True, num_gpu_blocks_override=200, store_dtype="auto",
+                   **evicting(folder, "equal"))  # fmt: skip
+        try:
+            return asked_of(e)
+        finally:
+            e.close()
+
+
+def asked_of(e: Engine) -> dict:
+    states = e.vllm.engine_core.engine_core.kv_eviction_states
+
+    def ask(some, names=None):
+        names = names or ["base"] * len(some)
+        asked = [e.add(p, 24, extra_args={"kv_budget": name}) for p, name in zip(some, names, strict=True)]
+        tokens = e.run()
+        return [tokens[name] for name in asked], [e.cached_tokens[name] for name in asked]
+
+    tokens, _ = ask(PROMPTS)
+    metrics, again = read_metrics(), ask(PROMPTS)
+    said = [states("save", "text", PROMPTS[2], "")]
+    assert e.vllm.reset_prefix_cache()
+    said.append(states("load", "text", [], ""))
+    loaded = list(ask(PROMPTS[2:3]))
+    both, _ = ask(2 * PROMPTS, ["base"] * len(PROMPTS) + ["small"] * len(PROMPTS))
+    return {"tokens": tokens, "metrics": metrics, "again": again, "said": said, "loaded": loaded, "both": both}
 
 
 @pytest.fixture(scope="module")
 def one_compiled_worker(tmp_path_factory, models):
     """Compiled code rounds otherwise: a number at the edge of a step of the store may fall to the other side, and a token follow."""
-    return result_of(tmp_path_factory.mktemp("one"), models(seed=1), "0", enforce_eager=False)
+    return results_of({"equal": tmp_path_factory.mktemp("one")}, models(seed=1), "0", enforce_eager=False)["equal"]
 
 
-@pytest.mark.parametrize(
-    "ranks", ["tensor_parallel_size", pytest.param("pipeline_parallel_size", marks=pytest.mark.slow)]
+@pytest.fixture(
+    scope="module", params=["tensor_parallel_size", pytest.param("pipeline_parallel_size", marks=pytest.mark.slow)]
 )
-def test_two_ranks_give_the_tokens_and_metrics_of_one(tmp_path, models, request, ranks):
+def two_ranks(request, tmp_path_factory, models):
+    """(whether tensor parallel, folders of states by heads, results by heads)"""
+    folders = {heads: tmp_path_factory.mktemp(heads) for heads in ("equal", "measured")}
+    eager = request.param == "tensor_parallel_size"
+    return eager, folders, results_of(folders, models(seed=1), "0|1", enforce_eager=eager, **{request.param: 2})
+
+
+def test_two_ranks_give_the_tokens_and_metrics_of_one(two_ranks, request):
     """Counted once, although both ranks consolidate; the same bytes, although each holds half of them."""
-    eager = ranks == "tensor_parallel_size"
+    eager, folders, two = two_ranks
+    two = two["equal"]
     one_worker = request.getfixturevalue("one_worker" if eager else "one_compiled_worker")
-    two = result_of(tmp_path, models(seed=1), "0|1", enforce_eager=eager, **{ranks: 2})
     assert two["tokens"] == one_worker["tokens"]
     for name in ("retired_pages_total", "evicted_tokens_total", "freed_bytes_total"):
         assert two["metrics"][f"momentkv:{name}"] == one_worker["metrics"][f"momentkv:{name}"] > 0, name
@@ -107,7 +154,7 @@ def test_two_ranks_give_the_tokens_and_metrics_of_one(tmp_path, models, request,
         assert run["again"][0] == one_worker["tokens"] and min(run["again"][1][1:]) > 384
         assert [said["tokens"] for said in run["said"]] == [1184, 1184]
         assert run["loaded"] == [[one_worker["tokens"][2]], [1184]]
-    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == [
+    assert sorted(path.name for path in folders["equal"].glob("*.safetensors")) == [
         "text.1-of-2.safetensors", "text.2-of-2.safetensors"
     ]  # fmt: skip
     # How many sequences evict together depends on when requests arrive; two writers would double the count.
@@ -115,18 +162,15 @@ def test_two_ranks_give_the_tokens_and_metrics_of_one(tmp_path, models, request,
     assert 0 < timed[1] < 1.5 * timed[0]
 
 
-@pytest.mark.parametrize(
-    "ranks", ["tensor_parallel_size", pytest.param("pipeline_parallel_size", marks=pytest.mark.slow)]
-)
-def test_every_rank_measures_its_own_heads(tmp_path, models, one_worker, ranks):
+def test_every_rank_measures_its_own_heads(two_ranks, one_worker):
     """Heads share with those of their rank and stage; a state's file of each says what they hold."""
-    eager = ranks == "tensor_parallel_size"
-    two = result_of(tmp_path, models(seed=1), "0|1", "measured", enforce_eager=eager, **{ranks: 2})
+    eager, folders, two = two_ranks
+    two = two["measured"]
     assert two["tokens"] != one_worker["tokens"], "what heads hold must matter here"
     assert two["tokens"] == two["again"][0] == two["both"][: len(PROMPTS)] and min(two["again"][1][1:]) > 384
     assert two["loaded"] == [[two["tokens"][2]], [1184]]
     held = []
-    for path in sorted(tmp_path.glob("*.safetensors")):
+    for path in sorted(folders["measured"].glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             held.append(json.loads(file.metadata()[HEADER])["tokens_of_heads"])
     if eager:

@@ -25,9 +25,9 @@ def test_tokens_are_those_without_the_cache_and_system_prompts_stay(engine, mode
     options = {**EXACT, "prefill": prefill, "model": models(seed=1)}
     prompts = conversations(SHORT) + conversations(LONG)
     plain = engine(**options)
-    want = [plain.generate(prompts, 60) for _ in range(2)]
+    want = [plain.generate(prompts, 32) for _ in range(2)]
     cached = engine(**options, enable_prefix_caching=True, num_gpu_blocks_override=1000)
-    assert [cached.generate(prompts, 60) for _ in range(2)] == want
+    assert [cached.generate(prompts, 32) for _ in range(2)] == want
     assert cached.manager.metrics.values and not any(plain.cached_tokens.values())
     # The second time every sequence finds its system prompt, although all of them have evicted in between.
     second = [cached.cached_tokens[f"r{i}"] for i in range(len(prompts), 2 * len(prompts))]
@@ -102,9 +102,9 @@ def test_abort_of_a_sequence_that_shares_pages(engine):
 def test_policies_that_observe_attention_still_see_their_queries(engine, models, policy, observed):
     options = {**EXACT, "policy": policy, "prefill": "chunked", "model": models(seed=1)}
     prompts = conversations(LONG)
-    want = engine(**options).generate(prompts, 40)
+    want = engine(**options).generate(prompts, 24)
     cached = engine(**options, enable_prefix_caching=True)
-    assert [cached.generate(prompts, 40) for _ in range(2)] == [want, want]
+    assert [cached.generate(prompts, 24) for _ in range(2)] == [want, want]
     assert cached.cached_tokens["r11"] == (BUDGET - observed) // 16 * 16
 
 

@@ -32,11 +32,11 @@ pytestmark = pytest.mark.usefixtures("inspected_here")
 def test_tokens_do_not_depend_on_scheduling(engine, family_model, name, settings):
     """Alone in large steps; together in small ones, the second time from prefixes and states where there are any."""
     one = engine(family_model(name), **EVICT | settings, max_num_batched_tokens=1024)
-    alone = [one.generate([p], 24)[0] for p in PROMPTS]
+    alone = [one.generate([p], 16)[0] for p in PROMPTS]
     caching = settings.get("policy") != "h2o"
     many = engine(family_model(name), **EVICT | settings, max_num_batched_tokens=64, enable_prefix_caching=caching)
     for _ in range(2):
-        assert many.generate(PROMPTS, 24) == alone
+        assert many.generate(PROMPTS, 16) == alone
     if caching and not settings.get("prefill"):
         assert list(many.cached_tokens.values())[-1] > BUDGET // 2, "the second time a state was meant to be found"
 
@@ -44,23 +44,23 @@ def test_tokens_do_not_depend_on_scheduling(engine, family_model, name, settings
 def test_requests_of_several_budgets_get_what_an_engine_of_theirs_gives(engine, family_model):
     """Beside each other in small steps: each of them has its events, and its last readers, where its own budget says."""
     e = engine(family_model("Gemma 4 E"), **{**EVICT, "budgets": "256,512,off"}, max_num_batched_tokens=64)
-    names = [e.add(p, 40, extra_args={"kv_budget": name}) for p in PROMPTS for name in ("256", "512", "off")]
+    names = [e.add(p, 24, extra_args={"kv_budget": name}) for p in PROMPTS for name in ("256", "512", "off")]
     tokens = e.run()
     alone = [
-        engine(family_model("Gemma 4 E"), **EVICT | {"budget_tokens": n}).generate(PROMPTS, 40) for n in (256, 512)
+        engine(family_model("Gemma 4 E"), **EVICT | {"budget_tokens": n}).generate(PROMPTS, 24) for n in (256, 512)
     ]
-    alone.append(engine(family_model("Gemma 4 E"), max_model_len=2048).generate(PROMPTS, 40))
+    alone.append(engine(family_model("Gemma 4 E"), max_model_len=2048).generate(PROMPTS, 24))
     assert [tokens[n] for n in names] == [answers[i] for i in range(len(PROMPTS)) for answers in alone]
     assert len({tuple(tokens[n]) for n in names[-3:]}) == 3, "the budgets answer alike: the test proves nothing"
 
 
 def test_tokens_are_those_of_an_engine_that_never_preempts(engine, family_model):
     prompts = [random_prompt(n, seed=4) for n in (100, 110, 120)]
-    roomy = engine(family_model("Gemma 3n"), **EVICT).generate(prompts, 200)
+    roomy = engine(family_model("Gemma 3n"), **EVICT).generate(prompts, 160)
     tight = engine(
         family_model("Gemma 3n"), **EVICT, num_gpu_blocks_override=37, max_num_batched_tokens=64, watermark=0.0
     )
-    assert tight.generate(prompts, 200) == roomy
+    assert tight.generate(prompts, 160) == roomy
     assert tight.preemptions and tight.manager.metrics.values, "nobody was in the way"
 
 
@@ -89,7 +89,7 @@ def test_an_event_comes_after_the_last_reader(engine, family_model, name, monkey
     monkeypatch.setattr(Cpu, "_attend", attends)
     monkeypatch.setattr(Cpu, "consolidate", consolidates)
     e = engine(family_model(name), **EVICT, kernels="cpu")
-    e.generate([random_prompt(250)], 200)
+    e.generate([random_prompt(250)], 120)
     layers = e.vllm.vllm_config.compilation_config.static_forward_context.values()
     readers = [x for x in layers if x.kv_sharing_target_layer_name and x.impl.config is not None]
     shared = readers[0].kv_cache.data_ptr()

@@ -84,9 +84,9 @@ def tiles_held(cache: CacheView, head: int, tiles: int) -> list[torch.Tensor]:
     ("dtype", "policy", "first", "softcap"),
     [
         ("int4", "momentkv", 0, 0.0),
-        ("int8", "momentkv", 0, 0.0),
+        pytest.param("int8", "momentkv", 0, 0.0, marks=pytest.mark.slow),
         ("int4", "keydiff", 0, 0.0),
-        ("int4", "momentkv", 0, 2.0),
+        pytest.param("int4", "momentkv", 0, 2.0, marks=pytest.mark.slow),
         ("int4", "momentkv", 12, 0.0),
         ("int8", "keydiff", 12, 0.0),
         ("int8", "momentkv", 12, 2.0),

@@ -24,6 +24,8 @@ LENGTHS_DECIDE = {
     "prefill_retire_tokens=64": {"prefill_retire_tokens": 64},
 }
 """Settings with which the events of a request depend on the length of its prompt."""
+pytestmark = pytest.mark.usefixtures("inspected_here")
+
 STOCK_SCHEDULER = "vllm.v1.core.sched.scheduler.Scheduler"
 
 

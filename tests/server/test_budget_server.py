@@ -2,10 +2,12 @@
 
 import concurrent.futures
 import json
+from itertools import product
 
 import openai
 import pytest
 from engine import random_words
+from quick import quick
 from server import Server
 from tiny_models import make_llama
 
@@ -107,18 +109,21 @@ def test_several_prompts_are_summed(client):
     assert said(both) == {k: v if isinstance(v, str) else v + other[k] for k, v in one.items()}
 
 
+WRONG = {
+    "medium": ({"kv_budget": "medium"}, "kv_budget='medium' is not one of small, large, exact"),
+    "256": ({"kv_budget": 256}, "kv_budget='256' is not one of small, large, exact"),
+    "list": ({"kv_budget": ["small"]}, "is not one of small, large, exact"),
+    "usage": ({"kv_eviction_usage": "yes"}, "is not true or false"),
+}
+WAYS = list(product(WRONG, (complete, chat), (False, True)))
+
+
+# One check reads them all: each wrong value in one way, one of them in every way.
 @pytest.mark.parametrize(
-    ("more", "words"),
-    [
-        ({"kv_budget": "medium"}, "kv_budget='medium' is not one of small, large, exact"),
-        ({"kv_budget": 256}, "kv_budget='256' is not one of small, large, exact"),
-        ({"kv_budget": ["small"]}, "is not one of small, large, exact"),
-        ({"kv_eviction_usage": "yes"}, "is not true or false"),
-    ],
+    ("wrong", "ask", "stream"), quick([w for w in WAYS if w[0] == "medium" or w[1:] == (chat, True)], WAYS)
 )
-@pytest.mark.parametrize("ask", [complete, chat])
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_wrong_choice_gets_400_and_disturbs_nobody(client, ask, more, words, stream):
+def test_a_wrong_choice_gets_400_and_disturbs_nobody(client, wrong, ask, stream):
+    more, words = WRONG[wrong]
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         good = pool.submit(complete, client, {"kv_budget": "large"})
         with pytest.raises(openai.BadRequestError) as error:

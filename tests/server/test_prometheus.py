@@ -16,11 +16,10 @@ from types import SimpleNamespace
 import openai
 import pytest
 from engine import random_prompt, random_words
+from evicting_server import KEY
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from prometheus import ALERTS, CONFIGURATION, Prometheus, alerts, metric_names, panels
-from server import Server
-from tiny_models import make_llama
 
 from momentkv_vllm.endpoint import KVEvictionEndpoint
 from momentkv_vllm.metrics import METRICS, SEQUENCES
@@ -28,23 +27,13 @@ from momentkv_vllm.metrics import METRICS, SEQUENCES
 needs_prometheus = pytest.mark.skipif(
     shutil.which("prometheus") is None, reason="no program `prometheus` (Debian: apt-get install prometheus)"
 )
-KEY = "sk-not-to-be-shown"
 SECRET = "w77 w78 w79"
 UNIT_TESTS = Path(__file__).parents[1] / "data/alerts_test.yml"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("prometheus")
-    running = Server(
-        make_llama(folder / "hidden-folder"), "--kv-eviction", "momentkv", "--kv-budget", "256", "--num-gpu-blocks-override", "81",
-        "--max-num-batched-tokens", "256", "--max-model-len", "6000", "--api-server-count", "2", "--api-key", KEY, folder=folder,
-        environment={"VLLM_PLUGINS": "momentkv,momentkv_endpoint"},
-    )  # fmt: skip
-    try:
-        yield running.wait_ready()
-    finally:
-        running.stop()
+def server(evicting_server):
+    return evicting_server
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +63,7 @@ def prometheus(server, tmp_path_factory):
 def get(server, key: str | None = KEY):
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     with urllib.request.urlopen(
-        urllib.request.Request(f"{server.url}/kv_eviction", headers=headers), timeout=30
+        urllib.request.Request(f"{server.url}/kv_eviction", headers=headers), timeout=120
     ) as answer:
         return answer.read().decode()
 
@@ -205,7 +194,7 @@ class TestEndpoint:
     def test_other_methods_are_refused(self, server):
         request = urllib.request.Request(f"{server.url}/kv_eviction", b"{}", {"Authorization": f"Bearer {KEY}"})
         with pytest.raises(urllib.error.HTTPError) as error:
-            urllib.request.urlopen(request, timeout=30)
+            urllib.request.urlopen(request, timeout=120)
         assert error.value.code == 405
 
 

@@ -10,32 +10,15 @@ import urllib.request
 import openai
 import pytest
 from engine import random_words
+from evicting_server import KEY
 from server import Server
-from tiny_models import make_llama
-
-from momentkv_vllm.environment import METRICS_DIR
 
 pytestmark = [pytest.mark.timeout(600)]
 
-KEY = "a-secret"
-POOL = ["--num-gpu-blocks-override", "81", "--max-num-batched-tokens", "256", "--max-model-len", "6000"]
-OPTIONS = ["--kv-eviction", "momentkv", "--kv-budget", "256", "--kv-eviction-config.window_tokens", "48", *POOL]
-OPTIONS += ["--api-key", KEY]
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("server")
-
-
-@pytest.fixture(scope="module")
-def server(folder):
-    with pytest.MonkeyPatch.context() as environment:
-        # A server started from another vLLM process inherits that one's metrics directory, and must not use it.
-        environment.setenv(METRICS_DIR.name, str(folder))
-        running = Server(make_llama(folder / "model"), *OPTIONS, folder=folder).wait_ready()
-    yield running
-    running.stop()
+@pytest.fixture
+def server(evicting_server):
+    return evicting_server
 
 
 @pytest.fixture
@@ -170,7 +153,7 @@ def test_without_the_key_nothing_is_answered(server):
         assert error.value.code == 401
 
 
-def test_requests_cannot_change_the_eviction(server, engine, folder):
+def test_requests_cannot_change_the_eviction(server, engine, hidden_model):
     """The same tokens and the same evicted tokens with every attempt; another policy would give both otherwise."""
     prompt, salts = random_words(900), itertools.count()
 
@@ -190,7 +173,7 @@ def test_requests_cannot_change_the_eviction(server, engine, folder):
         with pytest.raises(urllib.error.HTTPError) as error:
             answer({"vllm_xargs": {"kv_budget": other}})
         assert error.value.code == 400 and "is not one of 256" in json.loads(error.value.read())["error"]["message"]
-    same = {"model": folder / "model", "dtype": "bfloat16", "enable_prefix_caching": True}
+    same = {"model": hidden_model, "dtype": "bfloat16", "enable_prefix_caching": True}
     other = engine(**OTHER, **same)
     ours = engine(policy="momentkv", budget_tokens=256, window_tokens=48, store_dtype="auto", **same)
     ids = other.vllm.get_tokenizer().encode(prompt)
@@ -212,17 +195,18 @@ def test_start_up_line_states_the_layout(server):
 @pytest.mark.parametrize(
     ("options", "words_in_log"),
     [
-        (
+        # The same words without a server: tests/engine/test_prefix_cache.py and tests/unit/test_config.py.
+        pytest.param(
             ["--kv-eviction", "h2o", "--enable-prefix-caching"],
             ["--enable-prefix-caching", "serve without --kv-eviction"],
+            marks=pytest.mark.slow,
         ),
-        # The same words without a server: tests/unit/test_config.py.
         pytest.param(["--kv-eviction", "lru"], ["--kv-eviction", "lru", "momentkv"], marks=pytest.mark.slow),
         pytest.param(["--kv-budget", "64"], ["without 'policy'", "--kv-eviction"], marks=pytest.mark.slow),
     ],
 )
-def test_a_server_that_cannot_evict_does_not_start(folder, options, words_in_log):
-    failing = Server(make_llama(folder / "model"), *options, folder=folder)
-    assert failing.process.wait(120) != 0
+def test_a_server_that_cannot_evict_does_not_start(hidden_model, tmp_path, options, words_in_log):
+    failing = Server(hidden_model, *options, folder=tmp_path)
+    assert failing.process.wait(400) != 0
     for word in words_in_log:
         assert word in failing.log

@@ -1,4 +1,5 @@
-"""What Triton would compile, by launch: `triton_variants.py MODEL [TOKENS]` prints the kernels that serving asks for after the warm-up, with prompts evicting every TOKENS.
+"""What Triton would compile, by launch: `triton_variants.py MODEL` prints how many kernels the warm-up asks for, and those that
+serving asks for after it; first without, then with a grain of their own for prompts.
 
 No GPU and no compiler: Triton decides by types, alignment and constants whether it has compiled a launch before, and so does this.
 """
@@ -34,13 +35,21 @@ def noted(self, *args, grid, warmup, **options):
         fresh.append(key)
 
 
-def main(model: str, grain: int | None = None) -> None:
+def main(model: str) -> None:
     triton.runtime.driver.set_active(Target(90))
     JITFunction.run = noted
     Triton.objections = lambda self: []
     Triton.runs_on = lambda self, device: True
     TritonAttentionImpl.forward = lambda *given: given[7].zero_()
     register()
+    for grain in (None, 64):
+        serve(model, grain)
+
+
+def serve(model: str, grain: int | None) -> None:
+    """As a server that has compiled nothing; `grain`: prefill_retire_tokens."""
+    seen.clear()
+    fresh.clear()
     config = config_of(model, budget_tokens=512, prefill_retire_tokens=grain)
     side = Side(config, CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder)
     warm_up(side.impl, side.builder.planner, side.builder.kv_cache_spec, torch.device("cpu"))
@@ -68,4 +77,4 @@ def main(model: str, grain: int | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    main(sys.argv[1])

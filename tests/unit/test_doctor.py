@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 MOMENTKV = str(Path(sys.executable).parent / "momentkv")
@@ -25,16 +26,14 @@ def test_everything_works_here(tmp_path):
     assert report["kernels"] in ("cpu (avx512vnni)", "cpu (avx512)", "cpu (avx2)", "cpu (generic)")
     assert report["packages"]["vllm"].split("+")[0] in report["tested_vllm"]
     assert report["tested_vllm"]["0.32.0"] == "its CPU build"
+    assert report["torchvision"] == f"{metadata.version('torchvision')} works"
 
 
-def test_a_plugin_that_vllm_would_not_load_is_a_problem(tmp_path):
-    done = doctor(tmp_path, VLLM_PLUGINS="other")
-    assert done.returncode == 1
-    assert "VLLM_PLUGINS='other'" in json.loads(done.stdout)["problems"][0]
-
-
-def test_an_unknown_instruction_set_is_an_objection(tmp_path):
-    report = json.loads(doctor(tmp_path, MOMENTKV_CPU_ISA="sse9").stdout)
+def test_what_the_environment_prevents_is_said(tmp_path):
+    """A plugin that vLLM would not load, an unknown instruction set."""
+    done = doctor(tmp_path, VLLM_PLUGINS="other", MOMENTKV_CPU_ISA="sse9")
+    report = json.loads(done.stdout)
+    assert done.returncode == 1 and "VLLM_PLUGINS='other'" in report["problems"][0]
     assert "MOMENTKV_CPU_ISA=sse9" in report["kernel_families"]["cpu"][0]
     assert report["kernels"] == "reference"
 
