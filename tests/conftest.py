@@ -67,17 +67,6 @@ def inspected_here(monkeypatch):
     monkeypatch.setattr(registry, "_run_in_subprocess", lambda ask: ask())
 
 
-@pytest.fixture
-def without_amx(monkeypatch):
-    """Stock vLLM attends as eviction does, on machines with AMX too: in bfloat16 that path rounds otherwise."""
-    from vllm.v1.attention.backends import cpu_attn
-
-    choose = cpu_attn._get_attn_isa
-    monkeypatch.setattr(
-        cpu_attn, "_get_attn_isa", lambda *given, **named: choose(*given, **named).replace("amx", "vec")
-    )
-
-
 @pytest.fixture(scope="module")
 def family_model(tmp_path_factory):
     """`family_model(name)` returns the folder of a tiny member of a model family."""

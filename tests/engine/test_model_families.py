@@ -16,7 +16,7 @@ INT8 = {"store_dtype": "int8", "run_tokens": 8, "budget_tokens": 96}
 REFUSED = {name: family for name, family in FAMILIES.items() if family.refused}
 
 
-pytestmark = pytest.mark.usefixtures("inspected_here", "without_amx")
+pytestmark = pytest.mark.usefixtures("inspected_here")
 
 
 # Plain, mixture of experts, windows, sinks, wide heads, chunked attention, scaled RoPE, none in some layers, layers without

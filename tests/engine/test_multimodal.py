@@ -71,7 +71,7 @@ def test_longer_ones_are_bounded_whatever_the_steps_and_the_prefixes(engine, cas
     assert min(second) > BUDGET, "the second time states were meant to be found"
 
 
-def test_a_hybrid_that_sees(engine, tmp_path, without_amx):
+def test_a_hybrid_that_sees(engine, tmp_path):
     """Qwen3.5: blocks of 160 tokens, and bfloat16 alone, in which near ties depend on the steps."""
     make, short, long = CASES[HYBRID]
     folder, options = make(tmp_path), {"max_num_batched_tokens": 1024, "dtype": "bfloat16"}
