@@ -57,7 +57,8 @@ class Layer(nn.Module):
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         h = self.input_layernorm(x)
         q, k, v = (
-            self.self_attn[n](h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for n in ("q_proj", "k_proj", "v_proj")
+            self.self_attn[n](h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for n in ("q_proj", "k_proj", "v_proj")
         )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         # Repeated by hand: with enable_gqa the CPU falls back to materialised logits.
@@ -97,7 +98,8 @@ def save_checkpoint(model: Model, folder: Path, context_tokens: int) -> None:
     config = LlamaConfig(
         vocab_size=model.lm_head.out_features, hidden_size=shape.hidden, intermediate_size=shape.mlp,
         num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim, rms_norm_eps=1e-5, rope_theta=shape.rope_theta, max_position_embeddings=max(4096, context_tokens), bos_token_id=1, eos_token_id=2,
+        head_dim=shape.head_dim, rms_norm_eps=1e-5, rope_theta=shape.rope_theta,
+        max_position_embeddings=max(4096, context_tokens), bos_token_id=1, eos_token_id=2,
         pad_token_id=0, tie_word_embeddings=False,
     )  # fmt: skip
     target = LlamaForCausalLM(config)
