@@ -93,6 +93,9 @@ BENCHMARKS = {
             Step("evaluation.quality.run", f"{CODE_MODEL} --texts 32 --out toy_code {TOY_HEADS}"),
         ),
     ),
+    "unseen": one(
+        "small models of other shapes, trained from their seeds first: needles, copies and KL", 35, "evaluation.unseen"
+    ),
     "ablation": Benchmark(
         "the paper's ablation on a small model: its score, its correction, both, neither", 30,
         (CODE, Step("evaluation.quality.run", f"{CODE_MODEL} --budgets 256 128 --out ablation --methods snapkv 'snapkv, zeroth' "

@@ -39,7 +39,7 @@ def check_policy(policy: type[Policy]) -> None:
         kept = result[:, :, :STORE].amin(-1) >= result[:, :, STORE:].amax(-1)
         assert kept.all(), f"{policy.name}: keeps_only_sinks, but a retiring token scores higher than one of the store"
     if policy.native == "key_direction":
-        native = key_direction(tokens, attention_weight(policy))
+        native = key_direction(tokens, attention_weight(policy, tokens.store_tokens, tokens.run_tokens))
         _same(policy, "native: its score is not what the kernels compute", result, native)
 
 

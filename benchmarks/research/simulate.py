@@ -166,6 +166,7 @@ class _Layer:
             keys=k[:, :, :num], values=v[:, :, :num], valid=torch.ones(k.shape[0], num, dtype=torch.bool),
             store_tokens=plan.store_tokens, moments=self.exact, scale=self.scale,
             attention=self.mass[:, :, :num] if policy.observes is not None else None,
+            run_tokens=plan.run_tokens,
         )  # fmt: skip
         kept = chosen(policy.score(tokens), tokens.valid, plan.store_tokens, plan.run_tokens, how.sink_tokens)
         self._forget(tokens, (~kept).float())

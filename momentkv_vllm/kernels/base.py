@@ -131,7 +131,8 @@ class KernelFamily(ABC):
         if work.evicts and policy.native not in self.native_scores:
             score = policy.score(candidates(cache, observed, work, scale, self.read_store)).contiguous()
         mass = observed.mass if observed else None
-        self._consolidate(cache, mass, work, score, cache.sinks(sink_tokens), attention_weight(policy))
+        weight = attention_weight(policy, work.capacity(cache.page_size), work.run_tokens)
+        self._consolidate(cache, mass, work, score, cache.sinks(sink_tokens), weight)
 
     def consolidate_layers(
         self, layers: LayersOf, work: RetireWork, policy: Policy, sink_tokens: int, scale: float

@@ -58,7 +58,8 @@ def candidates(
     if seen is not None:
         attention = torch.where(valid.view(len(valid), 1, -1, *[1] * (seen.dim() - 3)), seen, 0.0)
     moments = cache.read_moments(work.moment_pages, work.num_evicted)
-    return Candidates(keys, values, valid, work.capacity(cache.page_size), moments, attention, scale, cache.softcap)
+    store_tokens, run_tokens = work.capacity(cache.page_size), work.run_tokens
+    return Candidates(keys, values, valid, store_tokens, moments, attention, scale, cache.softcap, run_tokens)
 
 
 def _exact_pages(work: RetireWork) -> tuple[Tensor, Tensor]:

@@ -71,10 +71,10 @@ class Triton(KernelFamily):
     def consolidate_layers(self, layers: LayersOf, work: RetireWork, policy, sink_tokens: int, scale: float) -> None:
         if work.due is None or policy.native not in self.native_scores:
             return super().consolidate_layers(layers, work, policy, sink_tokens, scale)
-        first = layers.observed[0]
+        cache, first = layers.caches[0], layers.observed[0]
         mass = first.mass if first else None
-        given = work, layers.caches[0].sinks(sink_tokens), attention_weight(policy)
-        _consolidate_layers.consolidate_layers(layers.caches[0], mass, layers.offsets, *given)
+        weight = attention_weight(policy, work.capacity(cache.page_size), work.run_tokens)
+        _consolidate_layers.consolidate_layers(cache, mass, layers.offsets, work, cache.sinks(sink_tokens), weight)
 
     def _consolidate(self, cache: CacheView, mass, work: RetireWork, score, sink_tokens: int, attention_weight) -> None:
         _consolidate.consolidate(cache, mass, work, score, sink_tokens, attention_weight)

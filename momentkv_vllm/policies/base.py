@@ -55,6 +55,7 @@ class Candidates:
                   of "logits" [rows, heads, tokens, 3]: count, sum, sum of squares. 0 for padding. None: nothing is observed.
     scale:        softmax scale of the layer.
     softcap:      the layer caps its logits there (softcap.py); 0: it does not.
+    run_tokens:   neighbours that stay or leave together.
     """
 
     keys: torch.Tensor
@@ -65,6 +66,7 @@ class Candidates:
     attention: torch.Tensor | None
     scale: float
     softcap: float = 0.0
+    run_tokens: int = 1
 
 
 class Policy(ABC):

@@ -9,9 +9,17 @@ ATTENTION_WEIGHT = 0.25
 """w of a policy that observes attention; 0.5 and 0.25 are alike (benchmarks/research/README.md). Kernels are given it."""
 
 
-def attention_weight(policy: Policy | type[Policy]) -> float:
-    """The w with which kernels compute a native policy's score; 0 for one that knows no attention."""
-    return ATTENTION_WEIGHT if policy.observes else 0.0
+FEW_RUNS, WEIGHT_OF_FEW = 16, 0.0625
+"""In a store of no more runs attention has this w. As many queries are observed, and each may look at a run of its own: with the
+whole w they fill the store with what is asked now, and what a later question needs goes (benchmarks/research/README.md)."""
+
+
+def attention_weight(policy: Policy | type[Policy], store_tokens: int, run_tokens: int) -> float:
+    """The w with which kernels compute a native policy's score in a store of `store_tokens` and runs of `run_tokens`; 0 for a
+    policy that knows no attention."""
+    if not policy.observes:
+        return 0.0
+    return ATTENTION_WEIGHT if store_tokens > FEW_RUNS * run_tokens else WEIGHT_OF_FEW
 
 
 def key_direction(tokens: Candidates, attention_weight: float = 0.0) -> torch.Tensor:

@@ -14,7 +14,7 @@ class MomentKV(Policy):
     holds, so the first term, KeyDiff's, keeps the keys that point away from the others: they are what a later query can
     single out. Alone, either term fails: attention loses every needle that was not asked for at its eviction, the angle
     loses the running text (docs/quality.md).
-    Before a sequence's first eviction v' is the mean value of the candidates themselves.
+    Before a sequence's first eviction v' is the mean value of the candidates themselves. w is less where a store has few runs.
     """
 
     name = "momentkv"
@@ -25,4 +25,4 @@ class MomentKV(Policy):
     native = "key_direction"
 
     def score(self, tokens: Candidates) -> torch.Tensor:
-        return key_direction(tokens, attention_weight(self))
+        return key_direction(tokens, attention_weight(self, tokens.store_tokens, tokens.run_tokens))

@@ -20,6 +20,12 @@ SCALE = D**-0.5
 MOMENT_PAGE = PAGES - 1
 
 
+@pytest.fixture(autouse=True)
+def attention_counts_alike(monkeypatch):
+    """What it counts follows from an equal share of the store; a head alone has its own."""
+    monkeypatch.setattr("momentkv_vllm.policies.key_direction.FEW_RUNS", 0)
+
+
 class Sequence:
     """One sequence's pages 1, 2, ... in some layers; heads hold `capacity` tokens each, all others `store_tokens`."""
 

@@ -313,6 +313,19 @@ def toys() -> str:
     return markdown(("", "budget", "mean accuracy", "KL"), rows)
 
 
+def unseen() -> str:
+    """Models that no setting was chosen on: needles, the mean of one and of many, and copies of each, by budget and method."""
+    rows = results("unseen")
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    found = {(row["budget"], row["method"], row["model"]): row for row in rows}
+    made = []
+    for budget, method in dict.fromkeys((row["budget"], row["method"]) for row in rows):
+        cells = [found[budget, method, model] for model in models]
+        scores = [(sum(c[t][0] for t in ("single", "multikey")) / 2, c["copy"][0], c["kl"]) for c in cells]
+        made.append((budget or "-", method, *("{:.2f} / {:.2f} / {:.2f}".format(*s) for s in scores)))
+    return markdown(("budget", "", *models), made)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "calibration": calibrated,
     "demo": demo,
@@ -340,6 +353,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "states": states,
     "store": store,
     "toys": toys,
+    "unseen": unseen,
     "turns": turns,
     "vllm-releases": vllm_releases,
 }

@@ -7,6 +7,7 @@ import torch
 
 from momentkv_vllm import moments
 from momentkv_vllm.policies import Candidates, find, names
+from momentkv_vllm.policies.key_direction import ATTENTION_WEIGHT, FEW_RUNS, WEIGHT_OF_FEW, attention_weight
 
 ROWS, HEADS, TOKENS, DIM = 2, 3, 32, 16
 
@@ -106,3 +107,21 @@ def test_expected_attention_is_the_mean_of_the_exponential_for_gaussian_logits()
     tokens = candidates(attention=seen)
     want = logits.exp().mean().log() + tokens.values.norm(dim=-1).log()
     torch.testing.assert_close(score("expected_attention", tokens), want, atol=0.02, rtol=0)
+
+
+def test_attention_counts_less_in_a_store_of_few_runs():
+    """No more than queries are observed. Runs count, not tokens."""
+    few = candidates(store_tokens=8 * FEW_RUNS, run_tokens=8)
+    more, single = replace(few, store_tokens=8 * FEW_RUNS + 8), replace(few, run_tokens=1)
+    keys = score("keydiff", few)
+    asked = score("momentkv", more) - keys
+    assert asked.min() > 0
+    torch.testing.assert_close(score("momentkv", few) - keys, asked * WEIGHT_OF_FEW / ATTENTION_WEIGHT)
+    assert torch.equal(score("momentkv", single), score("momentkv", more))
+
+
+@pytest.mark.parametrize(("runs", "weight"), [(FEW_RUNS, WEIGHT_OF_FEW), (FEW_RUNS + 1, ATTENTION_WEIGHT)])
+@pytest.mark.parametrize("run_tokens", [1, 8, 16])
+def test_kernels_are_told_the_weight_of_the_store(runs, weight, run_tokens):
+    assert attention_weight(find("momentkv"), runs * run_tokens, run_tokens) == weight
+    assert attention_weight(find("keydiff"), runs * run_tokens, run_tokens) == 0
