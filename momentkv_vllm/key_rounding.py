@@ -14,7 +14,7 @@ from torch import Tensor
 
 from momentkv_vllm.rotation import rotated
 
-LEAST = 0.03
+LEAST = 0.3
 """Share of the mean square that every direction gets: directions of which the measured queries said nothing."""
 
 

@@ -63,6 +63,7 @@ def evicting(folder, heads: str) -> dict:
         "moment_dtype": "float32",
         "state_folder": str(folder),
         "head_budgets": heads,
+        "key_rounding": "nearest",
     }
 
 
@@ -187,7 +188,7 @@ def test_every_rank_measures_its_own_heads(two_ranks, one_worker):
 @pytest.mark.server
 def test_two_data_parallel_engines_give_the_tokens_of_one(tmp_path, models, one_worker):
     eviction = ["--kv-eviction", "momentkv", "--kv-budget", "384", "--kv-eviction-config.moment_dtype", "float32",
-                "--kv-eviction-config.head_budgets", "equal"]  # fmt: skip
+                "--kv-eviction-config.head_budgets", "equal", "--kv-eviction-config.key_rounding", "nearest"]  # fmt: skip
     pool = ["--num-gpu-blocks-override", "200", "--max-num-batched-tokens", "256", "--max-model-len", "4096"]
     server = Server(
         models(seed=1), *eviction, *pool, "--dtype", "float32", "--data-parallel-size", "2", "--return-tokens-as-token-ids",
