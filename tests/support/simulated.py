@@ -20,7 +20,7 @@ class LogProbabilities(NamedTuple):
 
 def log_probabilities(engine, folder, values, page_size: int, prompt_tokens: int, new: int) -> LogProbabilities:
     """engine: the fixture; folder: of the model; values: of `EvictionConfig`. What was decoded is read again by the simulator."""
-    values = {"store_dtype": "model"} | values
+    values = {"store_dtype": "model", "key_rounding": "nearest"} | values
     e = engine(folder, **values, block_size=page_size)
     prompts = [random_prompt(prompt_tokens, seed) for seed in (1, 2)]
     names = [e.add(prompt, new, logprobs=1) for prompt in prompts]
