@@ -47,7 +47,7 @@ def test_the_runs_without_a_gpu(tmp_path):
 
 @pytest.mark.slow
 def test_a_wrong_kernel_fails_and_times_nothing(tmp_path):
-    """The gate in front of every figure: one number of every token off, in each run."""
+    """The gate in front of every figure: one number of every token off. What C times, `reads` of A has checked."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os\n"
         "if os.environ.get('TRITON_INTERPRET') == '1':\n"
@@ -61,13 +61,13 @@ def test_a_wrong_kernel_fails_and_times_nothing(tmp_path):
         "        output[:, -1, 3] += 1.0\n"
         "    triton.Triton.attend, triton.Triton.attend_and_observe = wrong, also_wrong\n"
     )
-    command = [sys.executable, str(SCRIPT), "A", "B", "C", "--interpret"]
+    command = [sys.executable, str(SCRIPT), "A", "B", "--interpret"]
     done = subprocess.run(command, capture_output=True, text=True, env=without_vllm(tmp_path), cwd=tmp_path)
     assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]
-    failed = [json.loads((tmp_path / f"gpu_{run}.json").read_text())["failed"] for run in "ABC"]
+    failed = [json.loads((tmp_path / f"gpu_{run}.json").read_text())["failed"] for run in "AB"]
     assert all("AssertionError" in line["error"] for lines in failed for line in lines)
     kinds = [{line["task"]["what"] for line in lines} for lines in failed]
-    assert kinds[0] >= {"life", "check"} and kinds[1] >= {"decode", "context"} and kinds[2] == {"prefill"}
+    assert kinds[0] >= {"life", "check", "reads"} and kinds[1] >= {"decode", "context"}
 
 
 WORKER = """
