@@ -18,11 +18,17 @@ LEAST = 0.3
 """Share of the mean square that every direction gets: directions of which the measured queries said nothing."""
 
 
+def moment_of(query: Tensor, kv_heads: int) -> Tensor:
+    """[kv_heads, head_dim, head_dim] float32, sum of q q^T over a KV head's queries [tokens, num_heads, head_dim]."""
+    of_heads = query.float().unflatten(1, (kv_heads, -1)).movedim(0, 2).flatten(1, 2)
+    return of_heads.transpose(1, 2) @ of_heads
+
+
 def feedback_of(moment: Tensor, width: int) -> Tensor:
     """What errors of a head's keys add to the numbers before them.
 
     Args:
-        moment: [heads, head_dim, head_dim] sum of q q^T over queries of a KV head's query heads.
+        moment: [heads, head_dim, head_dim], as `moment_of` gives it.
         width: of a padded key (packed_store.py).
 
     Returns:

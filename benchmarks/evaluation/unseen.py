@@ -116,7 +116,7 @@ def targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [*wanted, report.target(f"budget {least}, lead and {NOISE_ERRORS} errors, worst: {where}", margin, 0.0)]
 
 
-UNSEEN = Benchmark("unseen", measure, lambda rows: [table(rows)], targets, options=options)
+BENCHMARK = Benchmark("unseen", measure, lambda rows: [table(rows)], targets, options=options)
 
 if __name__ == "__main__":
-    UNSEEN.run()
+    BENCHMARK.run()

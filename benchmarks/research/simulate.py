@@ -19,7 +19,7 @@ from momentkv_vllm.attention.sample_text import text_tokens
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels.reference import chosen, fill_holes
 from momentkv_vllm.key_centres import centres_of, of_slots, sinks
-from momentkv_vllm.key_rounding import feedback_of
+from momentkv_vllm.key_rounding import feedback_of, moment_of
 from momentkv_vllm.packed_store import Packed, PackedLayout
 from momentkv_vllm.page_schedule import PageSchedule
 from momentkv_vllm.policies import Candidates, Policy
@@ -39,7 +39,8 @@ class Eviction:
     """One way to evict. `state` makes a fresh summary of the evicted tokens, None = no correction.
 
     prompt_tokens: read in "full" prefill only; the same for all rows.
-    store: how the store's tokens are quantised; None: they stay as they are. rounds: their keys by the model's queries.
+    store: how the store's tokens are quantised; None: they stay as they are. rounds: their keys by the model's queries;
+    then a layer's `feedback` is of errors in them (momentkv_vllm/key_rounding.py).
     """
 
     policy: Policy
@@ -50,6 +51,7 @@ class Eviction:
     prompt_tokens: int = 0
     store: PackedLayout | None = None
     rounds: bool = False
+    feedback: torch.Tensor | None = None
 
     @classmethod
     def of(
@@ -72,20 +74,14 @@ class _Layer:
     stored_k, stored_v: [rows, kv_heads, slots, d] the store; centres: of the keys of a quantised one; window: first token that is
     still exact.
     exact: moments of all evicted tokens, never rounded (of which only the count is kept when nobody needs more).
-    mass: [rows, kv_heads, store and window (, 3)] what the policy has observed. feedback: of errors in keys.
+    mass: [rows, kv_heads, store and window (, 3)] what the policy has observed.
     """
 
     def __init__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-        how: Eviction,
-        feedback: torch.Tensor | None = None,
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, how: Eviction
     ) -> None:
         rows, kv_heads, _, _ = key.shape
-        self.key, self.value, self.scale, self.how, self.feedback = key, value, scale, how, feedback
+        self.key, self.value, self.scale, self.how = key, value, scale, how
         self.queries = query.unflatten(1, (kv_heads, -1))
         self.output = torch.empty_like(self.queries)
         self.state = how.state() if how.state else None
@@ -191,7 +187,7 @@ class _Layer:
         if self.centres is None:
             self.centres = centres_of(keys, torch.ones(keys.shape[0], keys.shape[2], dtype=torch.bool))
         centres = of_slots(self.centres, keys.shape[2])[:, :, old:]
-        k, v = as_stored(keys[:, :, old:], values[:, :, old:], centres, layout, self.feedback)
+        k, v = as_stored(keys[:, :, old:], values[:, :, old:], centres, layout, self.how.feedback)
         return torch.cat([keys[:, :, :old], k], 2), torch.cat([values[:, :, :old], v], 2)
 
     def _forget(self, tokens: Candidates, lost: torch.Tensor) -> None:
@@ -223,23 +219,17 @@ def as_stored(
 
 
 def evicting_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    how: Eviction,
-    feedback: torch.Tensor | None = None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, how: Eviction
 ) -> torch.Tensor:
     """Causal attention of a whole sequence under eviction.
 
     Args:
         query: [rows, num_heads, tokens, head_dim] float32; key, value: [rows, num_kv_heads, tokens, head_dim].
-        feedback: of errors in keys (momentkv_vllm/key_rounding.py), if `how` rounds by it.
 
     Returns:
         [rows, num_heads, tokens, head_dim].
     """
-    return _Layer(query, key, value, scale, how, feedback).attend()
+    return _Layer(query, key, value, scale, how).attend()
 
 
 def exact_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
@@ -293,15 +283,14 @@ class SimulatedModel:
     def _attention(self, module, query, key, value, attention_mask, scaling, **_) -> tuple[torch.Tensor, None]:
         output = exact = None
         if self.moments is not None:
-            of_heads = query[0].unflatten(0, (key.shape[1], -1)).flatten(1, 2)
-            self.moments[module.layer_idx] = of_heads.transpose(1, 2) @ of_heads
+            self.moments[module.layer_idx] = moment_of(query[0].transpose(0, 1), key.shape[1])
         if self.how is None or self.measure_errors:
             output = exact = exact_attention(query, key, value, scaling)
         if isinstance(self.how, Rounded):
             output = exact_attention(query, self.how.rounding(key), self.how.rounding(value), scaling)
         elif self.how is not None:
-            feedback = self.feedback[module.layer_idx] if self.how.rounds else None
-            output = evicting_attention(query, key, value, scaling, self.how, feedback)
+            how = replace(self.how, feedback=self.feedback[module.layer_idx]) if self.how.rounds else self.how
+            output = evicting_attention(query, key, value, scaling, how)
         if self.measure_errors and self.how is not None:
             # What the layer returns stays exact, so that a layer's error is its own.
             last = slice(query.shape[2] // 2, None)

@@ -64,6 +64,29 @@ def step_loss(model: Model, ids: torch.Tensor, marks: torch.Tensor) -> tuple[tor
     return total, ((loss * answer).sum() / answer.sum()).item() if answer.any() else total.item()
 
 
+def base_rates(opts: list[torch.optim.Optimizer]) -> list[list[float]]:
+    """Learning rates by optimiser and group, before any schedule."""
+    return [[group["lr"] for group in opt.param_groups] for opt in opts]
+
+
+def train_step(
+    model: Model, opts: list[torch.optim.Optimizer], rates: list[list[float]], ids: torch.Tensor, marks: torch.Tensor
+) -> float:
+    """One step at these learning rates; the mean loss of `step_loss`."""
+    loss, judged = step_loss(model, ids, marks)
+    loss.backward()
+    for opt, of_groups in zip(opts, rates, strict=True):
+        for group, rate in zip(opt.param_groups, of_groups, strict=True):
+            group["lr"] = rate
+        opt.step()
+        opt.zero_grad()
+    return judged
+
+
+def scaled(rates: list[list[float]], factor: float) -> list[list[float]]:
+    return [[rate * factor for rate in of_groups] for of_groups in rates]
+
+
 def schedule(minutes: float, resume: bool) -> Iterator[float]:
     """Learning-rate factor for each step until the time is over: constant, then linear decay.
 
@@ -82,7 +105,7 @@ def train(data: Tasks | CodeText, minutes: float, seed: int, out: Path, resume: 
     if resume:
         load_checkpoint(model, out)
     opts = optimizers(model)
-    rates = [[g["lr"] for g in o.param_groups] for o in opts]
+    rates = base_rates(opts)
     # A stage also ends after this share of the time: the long contexts must have theirs.
     stages, stage_share = (TASK_STAGES, 0.12) if isinstance(data, Tasks) else (CODE_STAGES, 0.3)
     stage, running, began = (len(stages) - 1 if resume else 0), 3.0, time.monotonic()
@@ -94,13 +117,8 @@ def train(data: Tasks | CodeText, minutes: float, seed: int, out: Path, resume: 
     for number, factor in enumerate(schedule(minutes, resume)):
         # Past lengths stay in the mix so that short contexts are not forgotten.
         context = stages[stage if rng.random() < 0.8 else rng.randint(0, stage)][0]
-        loss, judged = step_loss(model, *data.batch(rng, max(1, STEP_TOKENS // context), context))
-        loss.backward()
-        for opt, base in zip(opts, rates, strict=True):
-            for group, rate in zip(opt.param_groups, base, strict=True):
-                group["lr"] = rate * factor
-            opt.step()
-            opt.zero_grad()
+        batch = data.batch(rng, max(1, STEP_TOKENS // context), context)
+        judged = train_step(model, opts, scaled(rates, factor), *batch)
         if context == stages[stage][0]:
             running = 0.97 * running + 0.03 * judged
         share = (time.monotonic() - began) / (60 * minutes)

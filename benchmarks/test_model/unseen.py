@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 from test_model.model import Model, Shape, rope, rotate, save_checkpoint
-from test_model.train import optimizers, step_loss
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from test_model.tokenizer import word_tokenizer
+from test_model.train import STEP_TOKENS, base_rates, optimizers, scaled, train_step
 
 CONTEXTS = (64, 128, 256, 512, 1024)
 LEARNED, KNOWN = 0.8, 0.5
@@ -20,7 +19,6 @@ LEARNED, KNOWN = 0.8, 0.5
 DECAY_STEPS = 150
 MARKS = ["<pad>", "<s>", "</s>", "<unk>", "=", ";", "?", "[", "]"]
 TOPICS = 6
-STEP_TOKENS = 4096
 SHARED, SHARED_WEIGHT, FAST = 1.0, 4.0, 4
 
 
@@ -57,7 +55,6 @@ class Recipe:
     words: int
     seed: int
     chains: bool = True
-    seeded: bool = True
     most_steps: int = 4000
 
     @property
@@ -133,20 +130,15 @@ class Recipe:
         """Into `folder`, a Hugging Face checkpoint. Raises RuntimeError if it has not learned after `most_steps`."""
         torch.manual_seed(self.seed)
         rng, model = random.Random(self.seed), Model(len(self.vocabulary), self.shape)
-        if self.seeded:
-            look_back(model)
+        look_back(model)
         opts = optimizers(model)
-        rates = [[group["lr"] for group in opt.param_groups] for opt in opts]
+        rates = base_rates(opts)
         stage, running, left = 0, 3.0, -1
         for number in range(self.most_steps):
             context = CONTEXTS[stage if rng.random() < 0.8 else rng.randint(0, stage)]
-            loss, judged = step_loss(model, *self.batch(rng, STEP_TOKENS // context, context))
-            loss.backward()
-            for opt, base in zip(opts, rates, strict=True):
-                for group, rate in zip(opt.param_groups, base, strict=True):
-                    group["lr"] = rate * (left / DECAY_STEPS if left >= 0 else 1.0)
-                opt.step()
-                opt.zero_grad()
+            factor = left / DECAY_STEPS if left >= 0 else 1.0
+            batch = self.batch(rng, STEP_TOKENS // context, context)
+            judged = train_step(model, opts, scaled(rates, factor), *batch)
             if context == CONTEXTS[stage]:
                 running = 0.95 * running + 0.05 * judged
             if number % 25 == 0:
@@ -155,23 +147,13 @@ class Recipe:
                 left -= 1
                 if left < 0:
                     save_checkpoint(model, folder, CONTEXTS[-1])
-                    self.save_tokenizer(folder)
+                    word_tokenizer(self.vocabulary).save_pretrained(folder)
                     return
             elif stage == len(CONTEXTS) - 1:
                 left = DECAY_STEPS if running < KNOWN else -1
             elif running < LEARNED:
                 stage, running = stage + 1, 3.0
         raise RuntimeError(f"{self.name}: answer loss {running:.3f} after {self.most_steps} steps")
-
-    def save_tokenizer(self, folder: Path) -> None:
-        """One word is one token; nothing is added."""
-        numbers = {word: number for number, word in enumerate(self.vocabulary)}
-        tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
-        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        fast = PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-        )
-        fast.save_pretrained(folder)
 
 
 RECIPES = (

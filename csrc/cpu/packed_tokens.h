@@ -62,12 +62,9 @@ inline BFloat16 quantise(const float* x, int64_t size, uint8_t* bytes) {
   return scale.bits;
 }
 
-// The codes of a key, of a value, into a tile.
+// The codes of a key into a tile.
 inline void write_key_bytes(const PackedLayout& p, const uint8_t* bytes, uint8_t* tile, int token) {
   for (int64_t j = 0; j < p.code_bytes; j += 4) std::memcpy(tile + key_byte(j, token), bytes + j, 4);
-}
-inline void write_value_bytes(const PackedLayout& p, const uint8_t* bytes, uint8_t* tile, int token) {
-  for (int64_t j = 0; j < p.code_bytes; ++j) tile[value_byte(p, j, token)] = bytes[j];
 }
 
 // A key into a tile, every number rounded by itself; a value. [width] each, rotated.
@@ -85,7 +82,7 @@ inline void write_value(const PackedLayout& p, const float* value, uint8_t* tile
   uint8_t bytes[kMaxHeadDim];
   const BFloat16 scale = quantise<Bits>(value, p.width, bytes);
   std::memcpy(scale_at(p, tile, p.width / kGroup, token), &scale, 2);
-  write_value_bytes(p, bytes, tile, token);
+  for (int64_t j = 0; j < p.code_bytes; ++j) tile[value_byte(p, j, token)] = bytes[j];
 }
 
 // Which byte of a token's codes holds number n; that number, of such a byte.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from momentkv_vllm.key_rounding import moment_of
 from momentkv_vllm.softcap import capped
 
 REPEATED, BETWEEN = 384, 256
@@ -60,8 +61,7 @@ class Probe:
         queries, seen = query.shape[0], keys.shape[1]
         total, groups = self.tokens or seen, query.shape[1] // keys.shape[0]
         places, at = torch.arange(seen), torch.arange(seen - queries, seen).unsqueeze(1)
-        of_heads = query.float().unflatten(1, (-1, groups)).movedim(0, 2).flatten(1, 2)
-        self.queries = self.queries + of_heads.transpose(1, 2) @ of_heads
+        self.queries = self.queries + moment_of(query, keys.shape[0])
         hidden = self._hidden(at, places)
         counted = (places >= FIRST_TOKENS) & (at - places >= total // NEAR_SHARE) & (at >= total - _repeated(total))
         found = torch.zeros(query.shape[1])
