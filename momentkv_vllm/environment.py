@@ -65,7 +65,7 @@ METRICS_DIR = Variable(
 )
 CPU_ISA = Variable(
     "MOMENTKV_CPU_ISA",
-    "avx512vnni, avx512, avx2, generic",
+    "amx, avx512vnni, avx512, avx2, generic",
     "the best of this CPU",
     "csrc/cpu, at the first kernel",
     "instruction set",

@@ -340,23 +340,6 @@ void attend_rows(const Attend& a, const AttendItem& item, int first_row, float* 
   with_type_beside<T>(a.type, [&](auto n) { finish<decltype(n)>(a, item, first_row, Rows, run); });
 }
 
-size_t attend_scratch(const Attend& a) {
-  const int64_t step = a.cache.head_dim > kTileSlots ? a.cache.head_dim : kTileSlots;
-  return 8 * (2 * a.cache.head_dim + step);
-}
-
-void attend(const Attend& a, const AttendItem& item, float* scratch) {
-  const int rows = item.num_queries * int(a.query_heads / a.cache.heads);
-  with_cache_type(a.cache.type, [&](auto t) {
-    using T = decltype(t);
-    int row = 0;
-    for (; row + 8 <= rows; row += 8) attend_rows<8, T>(a, item, row, scratch);
-    if (row + 4 <= rows) attend_rows<4, T>(a, item, row, scratch), row += 4;
-    if (row + 2 <= rows) attend_rows<2, T>(a, item, row, scratch), row += 2;
-    if (row < rows) attend_rows<1, T>(a, item, row, scratch);
-  });
-}
-
 // Flash-decoding's second half: the splits of one query, weighted by their logsumexp.
 void merge(const Attend& a, const MergeItem& item) {
   const int64_t d = a.cache.head_dim, groups = a.query_heads / a.cache.heads, size = groups * (d + 1);

@@ -153,15 +153,24 @@ AttendItem item_of(const Attend& a, int64_t row, int64_t head) {
   return item;
 }
 
-// Attend's work, cut into items. How a row is cut depends on that row only, so its result does not depend on the batch.
+// Attend's work, cut into items. How a row's slots are cut depends on that row only, so its result does not depend on the batch.
 // Kept between calls: no allocation once it has seen the largest batch.
 struct Items {
   std::vector<AttendItem> parts;
   std::vector<MergeItem> merges;
   std::vector<AttendItem> in_parts;  // the rows' heads that several parts serve, as items of observe
   std::vector<float> partials;
+  int64_t rows_per_item = kRowsPerItem;
+
+  // Large items share more of what they read, but every thread shall have one.
+  static int64_t rows_of_items(const Attend& a) {
+    int64_t rows = 0;
+    for (int64_t row = 0; row < a.rows; ++row) rows += a.num_queries[row] > 1 ? a.num_queries[row] * a.query_heads : 0;
+    return std::clamp<int64_t>(rows / at::get_num_threads(), kRowsPerItem, std::max(kRowsPerItem, kernels().most_rows(a)));
+  }
 
   void build(const Attend& a) {
+    rows_per_item = rows_of_items(a);
     parts.clear();
     merges.clear();
     in_parts.clear();
@@ -206,7 +215,7 @@ struct Items {
 
   void add_chunk(const Attend& a, int32_t row, int32_t head) {
     const int32_t queries = int32_t(a.num_queries[row]);
-    const int32_t step = std::max<int32_t>(1, int32_t(kRowsPerItem / (a.query_heads / a.cache.heads)));
+    const int32_t step = std::max<int32_t>(1, int32_t(rows_per_item / (a.query_heads / a.cache.heads)));
     if (step < queries) in_parts.push_back(item_of(a, row, head));
     for (int32_t first = 0; first < queries; first += step)
       parts.push_back({row, head, first, std::min(step, queries - first), 0, slots(a, row, head), with_record(a, row, head),

@@ -110,6 +110,7 @@ struct Kernels {
   const char* name;
   void (*zero_fresh_pages)(const Write&, int64_t head);
   void (*write)(const Write&, int64_t token);
+  int (*most_rows)(const Attend&);  // query rows (queries x groups) of one item of a chunk
   size_t (*attend_scratch)(const Attend&);
   void (*attend)(const Attend&, const AttendItem&, float* scratch);
   void (*merge)(const Attend&, const MergeItem&);
@@ -125,9 +126,9 @@ constexpr int kMaxHeadDim = 512;
 constexpr int kTileSlots = 128;     // slots whose logits are computed before their softmax
 constexpr int kSplitSlots = 512;    // slots of one decode item
 constexpr int kPackedSlots = 4;     // quantised slots that take as long as one exact one, rotating queries included
-constexpr int kRowsPerItem = 32;    // query rows (queries x groups) of one item of a chunk
+constexpr int kRowsPerItem = 32;    // query rows of one item of a chunk, without matrix units
 
-// The best set that this machine has; MOMENTKV_CPU_ISA=avx512vnni|avx512|avx2|generic asks for another one.
+// The best set that this machine has; MOMENTKV_CPU_ISA=amx|avx512vnni|avx512|avx2|generic asks for another one.
 const Kernels& kernels();
 
 }  // namespace momentkv

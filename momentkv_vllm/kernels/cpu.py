@@ -49,7 +49,7 @@ class Cpu(KernelFamily):
         return f"{self.name} ({self.isa()})"
 
     def isa(self) -> str:
-        """Instruction set in use: avx512vnni, avx512, avx2 or generic. Raises RuntimeError if MOMENTKV_CPU_ISA asks for one
+        """Instruction set in use: amx, avx512vnni, avx512, avx2 or generic. Raises RuntimeError if MOMENTKV_CPU_ISA asks for one
         that is missing."""
         return _ops.isa()
 
