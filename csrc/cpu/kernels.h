@@ -60,7 +60,7 @@ struct Attend : AttendParams<Cache> {
   const bool* restart;          // [rows] observe: forget earlier mass
   // [rows, heads, left_rows, row_weights()]: what attend leaves to observe of each head's query rows (queries x query heads of a KV
   // head) that count, the first one first. A weight per slot, then for every 8 slots the logit that they are relative to. Null:
-  // observe computes them itself, with the same bits unless a row's only query is split.
+  // observe computes them itself, with the same bits unless a row's only query is split or matrix units attend: rounding then.
   float* weights;
   int64_t left_rows;
 

@@ -21,11 +21,11 @@ _ops = torch.ops.momentkv_cpu
 
 MAX_LEFT = 1 << 25
 """Weights that attend leaves to observe where rows have several queries: 128 MiB. Of more, observe computes them again: the same
-bits."""
+bits, after AMX the same numbers to rounding."""
 
 
 class Cpu(KernelFamily):
-    """Reads vLLM's cache where it lies: AVX-512, AVX2 or plain vectors, chosen at run time. csrc/cpu checks the limits too."""
+    """Reads vLLM's cache where it lies; AMX, AVX-512, AVX2 or plain vectors at run time. csrc/cpu checks the limits too."""
 
     name = "cpu"
     devices = ("cpu",)

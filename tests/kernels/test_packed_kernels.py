@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from kernel_cases import INTERPRETED, attend_work, beside, run_attend, run_both
+from kernel_cases import INTERPRETED, assert_observed_alike, attend_work, beside, run_attend, run_both
 
 from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
@@ -238,7 +238,7 @@ def test_several_queries_and_rows_of_every_kind(kernels, dtype):
     if work.weights is not None:
         alone = torch.full_like(mass, 0.5)
         kernels.observe(cache, Observed(alone), query, want_lse, replace(work, weights=None), 0.125)
-        assert torch.equal(mass, alone), "what attend leaves to observe is what observe computes, bit by bit"
+        assert_observed_alike(kernels, cache, mass, alone)
     run_both(kernels, cache, Observed(torch.full_like(mass, 0.5)), query, work, 0.125, False)
     for row, stored in enumerate(work.stored.tolist()):
         store, exact = pages[row].split([store_pages, 5 - store_pages]) if stored else (pages[row, :0], pages[row])

