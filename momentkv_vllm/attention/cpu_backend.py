@@ -1,4 +1,5 @@
 """The CPU attention backend: vLLM's own below the budget, write -> attend -> observe -> consolidate above it.
+Prompts below it are ours, too, where we are faster (KernelFamily.attends_prompts).
 
 Registered in place of vLLM's CPU_ATTN (its platform always returns that one); without --kv-eviction every method behaves
 as the class it derives from (vllm/v1/attention/backends/cpu_attn.py, vLLM 0.32.0).
@@ -89,10 +90,12 @@ class MomentKVMetadataBuilder(CPUAttentionMetadataBuilder):
             self._set_isa_to_layers(layer_names)
         numbers = kv_numbers(vllm_config)
         check_cache_layout(self.isa, kv_cache_spec, numbers)
-        kernels = select(config.kernels, shape=kv_cache_spec.layout.cache_shape(numbers))
+        shape = kv_cache_spec.layout.cache_shape(numbers)
+        kernels = select(config.kernels, shape=shape)
         logger.info_once("--kv-eviction %s: kernels %s", config.policy, kernels.label())
         planner = SharingPlanner if shares_caches(vllm_config) else StepPlanner
-        self.planner = planner(kv_cache_spec.schedules, config, config.policy_class)
+        prompts = kernels.attends_prompts(shape)
+        self.planner = planner(kv_cache_spec.schedules, config, config.policy_class, prompts=prompts)
         if get_tensor_model_parallel_rank() == 0:
             self.monitor = Monitor(kv_cache_spec)
         ask_for_prompt_lengths(self, kv_cache_spec.schedules, vllm_config)

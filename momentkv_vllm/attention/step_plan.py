@@ -83,6 +83,7 @@ class StepPlanner:
     most_slots: as MAX_SLOTS_PER_WORK.
     retired_pages: 0, or the width of every retire list: rows that retire in a round are one list then, padded. A kernel that
         is compiled by widths is compiled once, and launched once a round.
+    prompts: rows with several new tokens are ours below their budget, too (KernelFamily.attends_prompts).
     """
 
     def __init__(
@@ -92,9 +93,10 @@ class StepPlanner:
         policy: type[Policy],
         most_slots: int = MAX_SLOTS_PER_WORK,
         retired_pages: int = 0,
+        prompts: bool = False,
     ) -> None:
         self.schedules = schedules
-        self.most_slots, self.retired_pages = most_slots, retired_pages
+        self.most_slots, self.retired_pages, self.prompts = most_slots, retired_pages, prompts
         self.config = config
         self.observe = policy.observes is not None
         self.observe_all = policy.observes_every_query()
@@ -127,7 +129,8 @@ class StepPlanner:
             number = classes[row] if row < len(classes) else 0
             known = end if committed is None else committed[row]
             segments = list(self._segments(row, first_token, start, end, prompt_lens[row], number, known))
-            if all(s.boundary_column == 0 and s.retire_to == 0 for s in segments):
+            ours = self.prompts and end - start > 1
+            if not ours and all(s.boundary_column == 0 and s.retire_to == 0 for s in segments):
                 # Nothing evicted, nothing to evict: vLLM's own kernel, bit for bit.
                 stock_rows.append(row)
                 segments = [self._only_observed(s) for s in segments if s.observe_from < s.end]

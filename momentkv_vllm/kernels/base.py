@@ -53,6 +53,11 @@ class KernelFamily(ABC):
             return [f"it does not run on {device!r} tensors"]
         return self.objections() or (self.limits.objections(shape) if shape else [])
 
+    def attends_prompts(self, shape: CacheShape) -> bool:
+        """Whether it attends prompts faster than vLLM's own kernel of the layout that both read: those below the budget are its,
+        too."""
+        return False
+
     def label(self) -> str:
         """Its name for a log line, with the instruction set where it has one."""
         return self.name

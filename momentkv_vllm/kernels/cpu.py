@@ -7,7 +7,7 @@ import torch
 from momentkv_vllm.fp8 import KINDS
 from momentkv_vllm.kernels.base import KernelFamily
 from momentkv_vllm.kernels.cache_view import CacheView
-from momentkv_vllm.kernels.limits import Limits
+from momentkv_vllm.kernels.limits import CacheShape, Limits
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
 
 try:
@@ -44,6 +44,10 @@ class Cpu(KernelFamily):
         except RuntimeError as error:
             return [str(error)]
         return []
+
+    def attends_prompts(self, shape: CacheShape) -> bool:
+        # vLLM's way with AMX wants a layout of its own. As `fits_units` in csrc/cpu/attend_units.h.
+        return self.isa() == "amx" and shape.dtype is torch.bfloat16 and shape.head_size % 32 == 0
 
     def label(self) -> str:
         return f"{self.name} ({self.isa()})"
