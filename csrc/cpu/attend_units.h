@@ -1,9 +1,10 @@
 // attend of rows with several queries on matrix units: panels of kTileSlots slots as bfloat16, which all query rows of an item
 // share. Included by the instruction set that has units, after attend.h.
 //
-// Nothing is lost to bfloat16: keys, values and queries of the cache are of it, so are codes of quantised ones, and what is not,
-// rotated queries and weights, is the sum of two numbers of it. A row's result does not depend on the others of its item: units sum
-// every line by itself, in one order.
+// Logits lose nothing to bfloat16: keys and queries of the cache are of it, so are codes of quantised keys, and a rotated query is
+// the sum of two numbers of it. Weights are rounded to it before values are multiplied by them, as vLLM's own attention does
+// (csrc/cpu/cpu_attn_amx.hpp). A row's result does not depend on the others of its item: units sum every line by itself, in one
+// order.
 
 constexpr int kItemRows = 128;  // query rows of an item at most: what a panel costs is shared, their logits stay in a cache
 constexpr int kPanelColumns = kTileSlots / kUnitColumns;
@@ -19,7 +20,7 @@ constexpr int64_t whole_tiles(int64_t rows) { return (rows + kUnitRows - 1) / kU
 struct UnitRoom {
   int64_t d, rows;
   float *out, *products, *step;            // [rows][d]; [d / 32][rows][kTileSlots], of stored slots by group of numbers; of the record
-  uint16_t *query, *turned, *weights;      // [rows][d]; in two parts [rows][2][d] of rotated ones and [rows][2][kTileSlots]
+  uint16_t *query, *turned, *weights;      // [rows][d]; rotated, in two parts [rows][2][d]; [rows][kTileSlots]
   uint8_t *keys, *values;                  // tiles [d / 32][slots / 16] and [slots / 32][d / 16]
 
   UnitRoom(const Attend& a, int64_t item_rows, float* scratch) : d(a.cache.head_dim), rows(whole_tiles(item_rows)) {
@@ -29,10 +30,10 @@ struct UnitRoom {
       next += count * int64_t(sizeof *to);
     };
     take(out, rows * d), take(products, d / kGroup * rows * kTileSlots), take(step, 16 * d);
-    take(query, rows * d), take(turned, rows * 2 * d), take(weights, rows * 2 * kTileSlots);
+    take(query, rows * d), take(turned, rows * 2 * d), take(weights, rows * kTileSlots);
     take(keys, 2 * d * kTileSlots), take(values, 2 * d * kTileSlots);
   }
-  static size_t floats(int64_t d) { return kItemRows * (d * 5 / 2 + (d / kGroup + 1) * kTileSlots) + 16 * d + d * kTileSlots + 16; }
+  static size_t floats(int64_t d) { return kItemRows * (d * 5 / 2 + (d / kGroup * 2 + 1) * kTileSlots / 2) + 16 * d + d * kTileSlots + 16; }
 };
 
 // Exact slots of a tile; those beyond the last one have values of zero.
@@ -161,37 +162,60 @@ struct UnitQueries {
   }
 };
 
-// A row's weights in two parts, times `scales` where values lack theirs; zero up to whole tiles. A weight of zero stays one.
-inline void store_weights(const float* weights, int vectors, const Vec* scales, uint16_t* parts) {
-  auto weight = [&](int v) {
-    const Vec w = load(weights + v * kLanes);
-    if (scales == nullptr) return w;
-    return (Vec)_mm512_maskz_mul_ps(_mm512_cmp_ps_mask((__m512)w, _mm512_setzero_ps(), _CMP_GT_OQ), (__m512)w, (__m512)scales[v]);
-  };
-  for (int v = 0; v < vectors; v += 2) {
-    const Vec second = v + 1 < vectors ? weight(v + 1) : Vec{};
-    split(weight(v), second, parts + v * kLanes, parts + kTileSlots + v * kLanes);
+// Slots of a panel. scales: of values that lack theirs, which weights are multiplied by; null: none do.
+struct Panel {
+  int vectors;
+  const Vec* scales;
+  int64_t slot;    // where weights are left,
+  int left_slots;  // so many
+};
+
+// The softmax of a row, as `soften`, in two passes: logits and their maximum, then weights, as numbers and rounded.
+// logit(v): the logits of 16 slots. A weight of zero stays one, whatever its value.
+template <class Logit>
+inline float weigh(const Attend& a, const Panel& panel, Logit logit, int visible, float* weights, uint16_t* rounded, float& top, float& mass) {
+  Vec highest = splat(-INFINITY);
+  for (int v = 0; v < panel.vectors; ++v) {
+    Vec x = logit(v);
+    if (a.softcap != 0) store(weights + v * kLanes, x), cap<1>(a, 1, weights + v * kLanes), x = load(weights + v * kLanes);
+    if (const int seen = visible - v * kLanes; seen < kLanes)
+      x = (Vec)_mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), seen > 0 ? __mmask16((1 << seen) - 1) : 0, (__m512)x);
+    store(weights + v * kLanes, x);
+    highest = x > highest ? x : highest;
   }
+  const float panel_top = largest(highest), new_top = panel_top > top ? panel_top : top;
+  const float keep = top == new_top ? 1.0f : expf(top - new_top);
+  top = new_top;
+  const float base = top == -INFINITY ? 0 : top;  // nothing visible yet: every weight is 0
+  Vec total = {};
+  auto weight = [&](int v) {
+    const Vec w = exp_negative(load(weights + v * kLanes) - base);
+    total += w;
+    store(weights + v * kLanes, w);
+    if (panel.scales == nullptr) return w;
+    return (Vec)_mm512_maskz_mul_ps(_mm512_cmp_ps_mask((__m512)w, _mm512_setzero_ps(), _CMP_GT_OQ), (__m512)w, (__m512)panel.scales[v]);
+  };
+  for (int v = 0; v < panel.vectors; v += 2) {
+    const Vec first = weight(v), second = v + 1 < panel.vectors ? weight(v + 1) : Vec{};
+    store_bfloat16(rounded + v * kLanes, first, second);
+  }
+  mass = mass * keep + sum(total);
+  return keep;
 }
 
-// One panel: the softmax, and the weighted values onto `out`.
-// visible(r): slots that a row sees. finish_logits(r, logits): makes them of products, in place of those of the first group.
-// slot: where weights are left.
-template <class Visible, class Finish>
-inline void attend_panel(const Attend& a, const UnitRoom& room, int rows, int vectors, const Vec* scales, Visible visible,
-                         Finish finish_logits, const Left& left, int64_t slot, int left_slots, Running run) {
+// The softmax of all rows, and the weighted values onto `out`. visible(r): slots that a row sees. logits_of(r): what `weigh` asks.
+template <class Visible, class Logits>
+inline void attend_panel(const Attend& a, const UnitRoom& room, int rows, const Panel& panel, Visible visible, Logits logits_of,
+                         const Left& left, Running run) {
   const int64_t d = room.d;
   for (int r = 0; r < rows; ++r) {
-    float *logits = room.products + r * kTileSlots, keep;
-    finish_logits(r, logits);
-    if (a.softcap != 0) cap<1>(a, vectors, logits);
-    soften(logits, vectors * kLanes, visible(r), run.top[r], run.mass[r], keep);
-    if (r >= left.first) leave(a, left.row(a, r), slot, logits, left_slots, run.top[r]);
-    store_weights(logits, vectors, scales, room.weights + r * 2 * kTileSlots);
+    float* weights = room.products + r * kTileSlots;
+    const float keep = weigh(a, panel, logits_of(r), visible(r), weights, room.weights + r * kTileSlots, run.top[r], run.mass[r]);
+    if (r >= left.first) leave(a, left.row(a, r), panel.slot, weights, panel.left_slots, run.top[r]);
     if (keep != 1) multiply(run.out + r * d, int(d), keep);
   }
-  const int tiles = int(room.rows / kUnitRows), wide = int(d / kUnitColumns);
-  multiply_tiles<2, true>(tiles, wide, room.weights, 2 * kTileSlots, kTileSlots, room.values, (vectors + 1) / 2 * 32, wide, run.out, d);
+  const int tiles = int(room.rows / kUnitRows), wide = int(d / kUnitColumns), depth = (panel.vectors + 1) / 2 * kUnitDepth;
+  multiply_tiles<1, true>(tiles, wide, room.weights, kTileSlots, 0, room.values, depth, wide, run.out, d);
 }
 
 template <int Bits>
@@ -208,21 +232,22 @@ void attend_stored_units(const Attend& a, const AttendItem& item, const UnitQuer
     fill_stored_values<Bits>(slots, p, room);
     Vec scales[kTileSlots / kLanes];
     value_scales(slots, p, scales);
+    Vec key_scales[kMaxHeadDim / kGroup][kTileSlots / kLanes];
+    for (int64_t g = 0; g < groups; ++g)
+      for (int v = 0; v < vectors; ++v) key_scales[g][v] = slots.scales(v, p.scales_offset + g * 2 * kTileTokens);
     for (int64_t g = 0; g < groups; ++g)
       multiply_tiles<2, false>(tiles, vectors, room.turned + g * kGroup, 2 * room.d, room.d, room.keys + g * kPanelColumns * kUnitBytes,
                                kGroup, kPanelColumns, room.products + g * room.rows * kTileSlots, kTileSlots);
-    attend_panel(
-        a, room, q.rows, vectors, scales, [&](int) { return slots.slots; },
-        [&](int r, float* logits) {
-          for (int v = 0; v < vectors; ++v) {
-            Vec sum = splat(q.common[r]);
-            for (int64_t g = 0; g < groups; ++g)
-              sum += load(logits + g * room.rows * kTileSlots + v * kLanes) * slots.scales(v, p.scales_offset + g * 2 * kTileTokens);
-            store(logits + v * kLanes, sum * a.scale);
-          }
-          for (int i = 0; slots.starts() && i < kTileTokens; ++i) logits[i] += q.first[r] * a.scale;
-        },
-        left, first, slots.slots, run);
+    auto logits_of = [&](int r) {
+      return [&, r](int v) {
+        Vec sum = splat(q.common[r]);
+        for (int64_t g = 0; g < groups; ++g)
+          sum += load(room.products + (g * room.rows + r) * kTileSlots + v * kLanes) * key_scales[g][v];
+        if (v == 0 && slots.starts()) sum += (Vec)_mm512_maskz_mov_ps(0xff, _mm512_set1_ps(q.first[r]));
+        return sum * a.scale;
+      };
+    };
+    attend_panel(a, room, q.rows, {vectors, scales, first, slots.slots}, [&](int) { return slots.slots; }, logits_of, left, run);
   }
   for (int r = 0; r < q.rows; ++r) rotate(run.out + r * room.d, p.width, p.block);
 }
@@ -250,7 +275,7 @@ void attend_units(const Attend& a, const AttendItem& item, float* scratch) {
   const Running run = {room.out, top, mass};
   std::fill_n(top, rows, -INFINITY), std::fill_n(mass, rows, 0.0f);
   std::fill_n(room.out, room.rows * d, 0.0f);
-  std::memset(room.weights, 0, room.rows * 2 * kTileSlots * 2);
+  std::memset(room.weights, 0, room.rows * kTileSlots * 2);
   const Left left(a, item, 0);
   const MatrixUnits units;
   if (stored > 0) (a.packed.bits == 8 ? attend_stored_units<8> : attend_stored_units<4>)(a, item, queries, room, stored, left, run);
@@ -261,10 +286,9 @@ void attend_units(const Attend& a, const AttendItem& item, float* scratch) {
     const int vectors = tile.vectors(), tiles = int(room.rows / kUnitRows);
     fill_panel(tile, d, a.cache.page_size, room);
     multiply_tiles<1, false>(tiles, vectors, room.query, d, 0, room.keys, d, kPanelColumns, room.products, kTileSlots);
-    attend_panel(
-        a, room, rows, vectors, nullptr, [&](int r) { return int(sees(r) - first > 0 ? sees(r) - first : 0); },
-        [&](int, float* logits) { multiply(logits, vectors * kLanes, a.scale); }, left, a.store_slots() + first, vectors * kLanes,
-        run);
+    auto visible = [&](int r) { return int(sees(r) - first > 0 ? sees(r) - first : 0); };
+    auto logits_of = [&](int r) { return [&, r](int v) { return load(room.products + r * kTileSlots + v * kLanes) * a.scale; }; };
+    attend_panel(a, room, rows, {vectors, nullptr, a.store_slots() + first, vectors * kLanes}, visible, logits_of, left, run);
   }
   for (int r = left.first; r < rows; ++r) leave_nothing(a, item, left.row(a, r), end);
   int row = 0;

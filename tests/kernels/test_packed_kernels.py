@@ -280,3 +280,29 @@ def exact_attention(total, outliers):
         k, v = (x[: t + 1].repeat_interleave(2, 1) for x in (keys, values))
         weight = (torch.einsum("hd,thd->ht", torch.randn(1, 2 * HEADS, 64)[0], k) / 8).softmax(-1)
         yield torch.einsum("ht,thd->hd", weight, v)[None]
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_query_does_not_depend_on_those_beside_it(dtype, head_dim):
+    """However a prompt is cut, and whatever else is in the step: the same bits."""
+    kernels, groups, page_size, store_pages, queries = select("cpu"), 3, 16, 4, 75
+    generator = torch.Generator().manual_seed(3)
+    kv = torch.randn(14, HEADS, page_size, 2 * head_dim, generator=generator).bfloat16()
+    record = RecordLayout(head_dim, has_covariance=False, has_centres=True)
+    cache = CacheView.of_vllm_cpu(kv, record, PackedLayout(dtype, head_dim))
+    pages, slots = torch.arange(1, 14)[None], store_pages * cache.packed.page_tokens - 8
+    stored = torch.randn(2, 1, HEADS, slots, head_dim, generator=generator)
+    cache.packed.write(pages[:, :store_pages], Packed.of(*stored, cache.packed_layout))
+    cache.write_centres(torch.tensor([[13]]), torch.randn(1, HEADS, 2, head_dim, generator=generator))
+    query = torch.randn(queries, groups * HEADS, head_dim, generator=generator).bfloat16()
+
+    def attended(first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        work = attend_work(pages[:, :12], [20 + first], [end - first], torch.tensor([[13]]))
+        work.stored, work.store_pages = torch.tensor([slots]), store_pages
+        return run_attend(kernels, cache, query[first:end], work, 0.125, False)
+
+    whole, lse = attended(0, queries)
+    for first, end in ((0, 2), (2, 40), (40, 75)):
+        part, part_lse = attended(first, end)
+        assert torch.equal(part, whole[first:end]) and torch.equal(part_lse, lse[first:end])

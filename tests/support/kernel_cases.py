@@ -80,7 +80,7 @@ def attends_and_observes_like_the_reference(kernels, cache, work, query, correct
     output, lse = run_attend(kernels, cache, query, work, scale, corrected)
     assert not output.isnan().any()
     rounding = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-5}[query.dtype]
-    torch.testing.assert_close(output, want, rtol=rounding, atol=1e-5)
+    torch.testing.assert_close(output, want, rtol=rounding, atol=2**-7 if on_units(kernels, cache) else 1e-5)
     torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=2e-5)
     want_mass, mass = (torch.full(cache.keys.shape[:3], 7.0) for _ in range(2))
     reference.observe(cache, Observed(want_mass), query, want_lse, work, scale)
@@ -95,10 +95,15 @@ def attends_and_observes_like_the_reference(kernels, cache, work, query, correct
     return output
 
 
+def on_units(kernels, cache):
+    """Whether rows with several queries are attended on AMX: weights are bfloat16 there, half a step of it off where they are 1."""
+    return kernels.name == "cpu" and kernels.isa() == "amx" and cache.kv.dtype is torch.bfloat16
+
+
 def assert_observed_alike(kernels, cache, left, computed):
     """What attend leaves to observe is what observe computes: bit by bit, except where matrix units attend."""
-    on_units = kernels.name == "cpu" and kernels.isa() == "amx" and cache.kv.dtype is torch.bfloat16
-    torch.testing.assert_close(left, computed, rtol=1e-4 if on_units else 0, atol=1e-7 if on_units else 0)
+    close = {"rtol": 1e-4, "atol": 1e-7} if on_units(kernels, cache) else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(left, computed, **close)
 
 
 def serving_batch(dtype, head_dim, moment_dtype, correction, groups, page_size=16, seed=0, query_dtype=None):
