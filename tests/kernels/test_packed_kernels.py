@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from kernel_cases import INTERPRETED, assert_observed_alike, attend_work, beside, run_attend, run_both
+from kernel_cases import INTERPRETED, assert_observed_alike, attend_work, beside, on_units, run_attend, run_both
 
 from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
@@ -285,13 +285,13 @@ def exact_attention(total, outliers):
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_a_query_does_not_depend_on_those_beside_it(dtype, head_dim):
-    """However a prompt is cut, and whatever else is in the step: the same bits."""
+    """However a prompt is cut, and whatever else is in the step: the same bits on AMX, else the same to rounding."""
     kernels, groups, page_size, store_pages, queries = select("cpu"), 3, 16, 4, 75
     generator = torch.Generator().manual_seed(3)
     kv = torch.randn(14, HEADS, page_size, 2 * head_dim, generator=generator).bfloat16()
     record = RecordLayout(head_dim, has_covariance=False, has_centres=True)
     cache = CacheView.of_vllm_cpu(kv, record, PackedLayout(dtype, head_dim))
-    pages, slots = torch.arange(1, 14)[None], store_pages * cache.packed.page_tokens - 8
+    pages, slots = torch.arange(1, 14)[None], store_pages * cache.packed.page_tokens
     stored = torch.randn(2, 1, HEADS, slots, head_dim, generator=generator)
     cache.packed.write(pages[:, :store_pages], Packed.of(*stored, cache.packed_layout))
     cache.write_centres(torch.tensor([[13]]), torch.randn(1, HEADS, 2, head_dim, generator=generator))
@@ -299,10 +299,13 @@ def test_a_query_does_not_depend_on_those_beside_it(dtype, head_dim):
 
     def attended(first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         work = attend_work(pages[:, :12], [20 + first], [end - first], torch.tensor([[13]]))
-        work.stored, work.store_pages = torch.tensor([slots]), store_pages
+        work.stored, work.store_pages = torch.tensor([slots - 8]), store_pages
         return run_attend(kernels, cache, query[first:end], work, 0.125, False)
 
     whole, lse = attended(0, queries)
     for first, end in ((0, 2), (2, 40), (40, 75)):
         part, part_lse = attended(first, end)
-        assert torch.equal(part, whole[first:end]) and torch.equal(part_lse, lse[first:end])
+        if on_units(kernels, cache):
+            assert torch.equal(part, whole[first:end]) and torch.equal(part_lse, lse[first:end])
+        torch.testing.assert_close(part, whole[first:end], rtol=2**-7, atol=1e-5)
+        torch.testing.assert_close(part_lse, lse[first:end], rtol=1e-6, atol=1e-6)
