@@ -173,7 +173,7 @@ PATCHES = {
     "EngineArgs.from_cli_args": "vllm_seams/engine_args.py",
     "EngineArgs.create_engine_config": "vllm_seams/engine_args.py",
     "CPUModelRunner.sample_tokens": "vllm_seams/cpu_runner.py",
-    "CPUModelRunner.initialize_kv_cache": "vllm_seams/cpu_runner.py",
+    "Worker.initialize_from_config": "vllm_seams/worker.py",
     "CPUModelRunner._build_attention_metadata": "vllm_seams/row_classes.py",
     "InputProcessor.process_inputs": "vllm_seams/requests.py",
     "OpenAIServingChat.chat_completion_stream_generator": "vllm_seams/usage.py",
