@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata, MultipleOf
 from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionBackend,
@@ -33,7 +32,6 @@ from momentkv_vllm.attention.step_plan import MAX_SLOTS_PER_WORK, StepPlan, Step
 from momentkv_vllm.attention.step_plan_on_device import DecodePlanner
 from momentkv_vllm.attention.stock_rows import StockPart, StockRows, stock_part
 from momentkv_vllm.attention.upload import upload_step
-from momentkv_vllm.attention.warm_up import warm_up
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import KernelFamily, select
 from momentkv_vllm.kernels.cache_view import CacheView
@@ -135,9 +133,6 @@ class CudaMomentKVMetadataBuilder(TritonAttentionMetadataBuilder):
             sizes = vllm_config.compilation_config.cudagraph_capture_sizes or [0]
             rows = max(vllm_config.scheduler_config.max_num_seqs, *sizes, 1)
             self.decode_planner = DecodePlanner(schedule, config, policy, rows, device)
-        if device.type == "cuda" and layer_names:
-            layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-            warm_up(layers[layer_names[0]].impl, self.planner, kv_cache_spec, device)
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> TritonAttentionMetadata:
         common: CommonAttentionMetadata = common_attn_metadata

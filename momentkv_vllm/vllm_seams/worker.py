@@ -1,4 +1,5 @@
-"""Patch of vLLM's worker (ledger: vllm_seams/__init__.py): what heads of a model do is measured when there is a KV cache."""
+"""Patch of vLLM's worker (ledger: vllm_seams/__init__.py): when there is a KV cache, what heads of a model do is measured, and on a
+GPU every kernel is launched once."""
 
 import functools
 from typing import Any
@@ -25,9 +26,11 @@ def patch_worker() -> None:
     @functools.wraps(initialize)
     def initialize_from_config(self: Any, *args: Any, **kwargs: Any) -> None:
         from momentkv_vllm.attention.measuring import measure
+        from momentkv_vllm.attention.warm_up import warm_up_runner
 
         initialize(self, *args, **kwargs)
         measure(self.model_runner)
+        warm_up_runner(self.model_runner)
 
     initialize_from_config.momentkv_measures = True
     Worker.initialize_from_config = initialize_from_config

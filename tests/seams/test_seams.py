@@ -246,6 +246,37 @@ def test_both_gpu_runners_give_prompt_lengths_to_builders():
     assert "if self.rswa_window is not None and rswa_prefix_lens is not None" in build
 
 
+def test_both_runners_have_what_measuring_asks_of_them():
+    """attention/measuring.py, under a KV cache that stays and before graphs are captured (vllm_seams/worker.py)."""
+    folder = Path(find("vllm:__file__")).parent / "v1/worker"
+    v1, v2 = (folder / "gpu_model_runner.py").read_text(), (folder / "gpu/model_runner.py").read_text()
+    asked = (
+        "device",
+        "vllm_config",
+        "model_config",
+        "compilation_config",
+        "lora_config",
+        "max_num_tokens",
+        "supports_mm_inputs",
+    )
+    for text in (v1, v2):
+        for name in asked:
+            assert f"self.{name} = " in text, name
+        assert "self.attn_groups" in text and "self._set_active_loras(" in text and "cudagraph_runtime_mode=" in text
+    assert "self.mrope_positions = self._make_buffer(" in v1 and "self.model_state = " not in v1
+    assert "self.model_state = init_model_state(" in v2
+    assert "self.rope_state = get_rope_state(" in (folder / "gpu/model_states/default.py").read_text()
+    assert (
+        "self.positions = torch.zeros(\n            (num_dims, max_num_tokens + 1)"
+        in (folder / "gpu/mm/rope.py").read_text()
+    )
+    for text, call in ((v1, "self"), ((folder / "gpu/cudagraph_utils.py").read_text(), "runner")):
+        assert f"{call}.initialize_kv_cache(minimal_config, is_profiling=True)" in text
+    worker = source("vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model")
+    assert "capture_model()" in worker and "initialize_kv_cache(" not in worker
+    assert "initialize_from_config" not in (folder / "cpu_worker.py").read_text()
+
+
 def test_page_copies_run_before_the_step_and_read_before_they_write():
     """What prefix caching stands on: copies of one list are one parallel assignment, made before the step's own stores."""
     from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
