@@ -26,8 +26,8 @@ def warm_up_runner(runner: Any) -> None:
 
 
 def warm_up(impl: EvictingImpl, planner: StepPlanner, cache: Tensor) -> None:
-    """Steps of two sequences of zeros in the layer's own `cache` [pages, kv_heads, page_size, 2 * head_dim], in which nobody has a
-    page yet. Where heads have budgets of their own, tiles in the caches of other layers are written likewise.
+    """Steps of two sequences of zeros in the layer's own `cache` [pages, kv_heads, page_size, 2 * head_dim], in which nobody
+    has a page yet. Where heads have budgets of their own, tiles in the caches of other layers are written likewise.
 
     The first reads a prompt across its first event, a later one and what catches up with the finer grain; the second retires in
     decode beside it, then both decode. Captured steps compile what they need themselves.

@@ -1,5 +1,5 @@
-"""Patch of vLLM's worker (ledger: vllm_seams/__init__.py): when there is a KV cache, what heads of a model do is measured, and on a
-GPU every kernel is launched once."""
+"""Patch of vLLM's worker (ledger: vllm_seams/__init__.py): when there is a KV cache, what heads of a model do is measured, and
+on a GPU every kernel is launched once."""
 
 import functools
 from typing import Any

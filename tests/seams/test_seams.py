@@ -262,7 +262,7 @@ def test_both_runners_have_what_measuring_asks_of_them():
     for text in (v1, v2):
         for name in asked:
             assert f"self.{name} = " in text, name
-        assert "self.attn_groups" in text and "self._set_active_loras(" in text and "cudagraph_runtime_mode=" in text
+        assert "self.attn_groups" in text and "LoRAModelRunnerMixin" in text and "cudagraph_runtime_mode=" in text
     assert "self.mrope_positions = self._make_buffer(" in v1 and "self.model_state = " not in v1
     assert "self.model_state = init_model_state(" in v2
     assert "self.rope_state = get_rope_state(" in (folder / "gpu/model_states/default.py").read_text()
