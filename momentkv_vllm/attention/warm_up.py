@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from momentkv_vllm.attention.cuda_backend import CudaMomentKVMetadataBuilder
+from momentkv_vllm.attention.cuda_backend import CudaEvictingBuilder
 from momentkv_vllm.attention.layer import EvictingImpl
 from momentkv_vllm.attention.step_plan import StepPlanner
 from momentkv_vllm.attention.upload import upload_step
@@ -20,7 +20,7 @@ def warm_up_runner(runner: Any) -> None:
     layers = runner.compilation_config.static_forward_context
     for group in (group for groups in runner.attn_groups for group in groups):
         builder = group.get_metadata_builder()
-        if isinstance(builder, CudaMomentKVMetadataBuilder) and builder.planner is not None:
+        if isinstance(builder, CudaEvictingBuilder) and builder.planner is not None:
             layer = layers[group.layer_names[0]]
             warm_up(layer.impl, builder.planner, layer.kv_cache)
 

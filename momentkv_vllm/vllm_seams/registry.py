@@ -22,7 +22,7 @@ def register_seams() -> None:
     # The CPU platform always asks for CPU_ATTN (vllm/platforms/cpu.py), so ours takes its place.
     register_backend(AttentionBackendEnum.CPU_ATTN, "momentkv_vllm.attention.cpu_backend.MomentKVBackend")
     # On CUDA a backend is chosen by name: vllm_seams/gpu.py does, with --kv-eviction.
-    register_backend(AttentionBackendEnum.CUSTOM, "momentkv_vllm.attention.cuda_backend.CudaMomentKVBackend")
+    register_backend(AttentionBackendEnum.CUSTOM, "momentkv_vllm.attention.cuda_choice.CudaChoice")
     # Registering first would make vLLM believe that its own specs are registered already.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(MomentKVSpec, MomentKVManager, uniform_type_base_spec=FullAttentionSpec)

@@ -20,7 +20,7 @@ def told(folder: Path, *engines: str) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def llama(models):
-    return told(models(), "v1-cpu", "v2-cpu", "v1-cpu-plain", "v1-cuda-keys", "v2-cuda-plain")
+    return told(models(), "v1-cpu", "v2-cpu", "v1-cpu-plain", "v1-cuda-keys", "v2-cuda-plain", "v2-flash-plain")
 
 
 def assert_measured_alike(v1: dict, v2: dict) -> None:
@@ -44,10 +44,12 @@ def test_the_cuda_backend_measures_what_the_cpu_backend_does(llama):
     assert ours["feedback"] == llama["v1-cpu"]["feedback"]
 
 
-def test_the_cuda_backend_under_v2_says_what_the_cpu_backend_does(llama):
+@pytest.mark.parametrize("base", ["cuda", "flash"])
+def test_the_cuda_backend_under_v2_says_what_the_cpu_backend_does(llama, base):
     """Chunks, decode steps, rows below their budget beside them; warmed up in the cache that then serves."""
-    ours = llama["v2-cuda-plain"]
+    ours = llama[f"v2-{base}-plain"]
     assert ours["runner"] == "vllm.v1.worker.cpu.model_runner"
-    assert set(ours["builders"]) == {"momentkv_vllm.attention.cuda_backend"}
+    assert set(ours["builders"]) == {f"momentkv_vllm.attention.cuda_{'flash' if base == 'flash' else 'backend'}"}
+    assert bool(ours["flash"]) is (base == "flash")
     assert ours["tokens"] == llama["v1-cpu-plain"]["tokens"]
     assert {name: len(tokens) for name, tokens in ours["tokens"].items()} == {"r0": 8, "r1": 8, "r2": 8}

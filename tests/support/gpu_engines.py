@@ -17,13 +17,14 @@ from triton.backends import backends
 
 backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
 
+import fake_flash  # noqa: E402
 from engine import Engine, random_prompt  # noqa: E402
 from measured_heads import capacities, runner_of  # noqa: E402
 from vllm.model_executor.layers.attention import Attention  # noqa: E402
 from vllm.v1.attention import selector  # noqa: E402
 from vllm.v1.worker.cpu_model_runner import _torch_cuda_wrapper  # noqa: E402
 
-from momentkv_vllm.attention import cpu_backend, cuda_backend  # noqa: E402
+from momentkv_vllm.attention import cpu_backend, cuda_backend, cuda_flash  # noqa: E402
 from momentkv_vllm.vllm_seams import engine_args  # noqa: E402
 
 SETTINGS = {"policy": "momentkv", "budget_tokens": 128, "max_model_len": 1024}
@@ -37,6 +38,7 @@ ENGINES = {
     "v1-cpu-plain": (0, cpu_backend.MomentKVBackend, {}),
     "v1-cuda-keys": (0, cuda_backend.CudaMomentKVBackend, KEYS),
     "v2-cuda-plain": (1, cuda_backend.CudaMomentKVBackend, {"kernels": "triton"}),
+    "v2-flash-plain": (1, cuda_flash.FlashMomentKVBackend, {"kernels": "triton"}),
 }
 """By name: model runner, backend, settings."""
 
@@ -59,6 +61,7 @@ def told(name: str, folder: Path) -> dict[str, Any]:
         "capacities": capacities(e),
         "feedback": [None if x is None else x.double().square().sum().item() for x in feedback],
         "tokens": e.run(),
+        "flash": len(fake_flash.served),
     }
     e.close()
     return found
@@ -67,6 +70,7 @@ def told(name: str, folder: Path) -> dict[str, Any]:
 def main(model: str, *names: str) -> None:
     engine_args.choose_model_runner = lambda: None
     engine_args.refuse_unsupported = lambda *_: None  # V2 on a CPU
+    fake_flash.install()
     with _torch_cuda_wrapper():
         print(json.dumps({name: told(name, Path(model)) for name in names}))
 
