@@ -277,6 +277,27 @@ def test_both_runners_have_what_measuring_asks_of_them():
     assert "initialize_from_config" not in (folder / "cpu_worker.py").read_text()
 
 
+def test_a_backend_chosen_by_name_is_asked_for_its_own():
+    """attention/cuda_choice.py names another one between these two."""
+    text = (Path(find("vllm:__file__")).parent / "platforms/cuda.py").read_text()
+    named = text.split("if selected_backend is not None:")[1].split("# No selected backend")[0]
+    assert named.index("backend_class.validate_configuration(") < named.index("return _backend_cls_path(backend_class)")
+    assert "module, qualname = backend_cls.full_cls_name()" in text
+
+
+def test_flash_attention_reads_our_cache_and_plans_no_batch_that_is_built_fast():
+    """attention/cuda_flash.py: a key and its value side by side, as CacheView.of_vllm_gpu has them; one buffer for plans."""
+    flash = "vllm.v1.attention.backends.flash_attn"
+    assert "kv_cache.transpose(1, 2).split(self.head_size, dim=-1)" in source(f"{flash}:FlashAttentionImpl.forward")
+    build = source(f"{flash}:FlashAttentionMetadataBuilder.build")
+    assert "self.aot_schedule and not fast_build" in build and "self.rswa_window is not None" in build
+    store = source(f"{flash}:FlashAttentionMetadataBuilder._store_scheduler_metadata")
+    assert "if self.use_full_cuda_graph and scheduler_metadata is not None:" in store
+    assert "if not aot_schedule:\n            return None" in source(
+        f"{flash}:FlashAttentionMetadataBuilder._get_scheduler_metadata"
+    )
+
+
 def test_page_copies_run_before_the_step_and_read_before_they_write():
     """What prefix caching stands on: copies of one list are one parallel assignment, made before the step's own stores."""
     from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
