@@ -246,6 +246,9 @@ def test_both_gpu_runners_give_prompt_lengths_to_builders():
     assert "if self.rswa_window is not None and rswa_prefix_lens is not None" in build
 
 
+CACHE_AND_GRAPHS = ("initialize_kv_cache", "capture_model")
+
+
 def test_both_runners_have_what_measuring_asks_of_them():
     """attention/measuring.py, under a KV cache that stays and before graphs are captured (vllm_seams/worker.py)."""
     folder = Path(find("vllm:__file__")).parent / "v1/worker"
@@ -272,8 +275,10 @@ def test_both_runners_have_what_measuring_asks_of_them():
     )
     for text, call in ((v1, "self"), ((folder / "gpu/cudagraph_utils.py").read_text(), "runner")):
         assert f"{call}.initialize_kv_cache(minimal_config, is_profiling=True)" in text
-    worker = source("vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model")
-    assert "capture_model()" in worker and "initialize_kv_cache(" not in worker
+    cache, graphs = (
+        (folder / "gpu_worker.py").read_text().split(f"self.model_runner.{name}(") for name in CACHE_AND_GRAPHS
+    )
+    assert len(cache) == len(graphs) == 2 and len(cache[0]) < len(graphs[0])
     assert "initialize_from_config" not in (folder / "cpu_worker.py").read_text()
 
 
