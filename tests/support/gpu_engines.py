@@ -30,7 +30,7 @@ from momentkv_vllm.vllm_seams import engine_args  # noqa: E402
 SETTINGS = {"policy": "momentkv", "budget_tokens": 128, "max_model_len": 1024}
 MEASURED = {"head_budgets": "measured", "key_rounding": "measured", "run_tokens": 8, "store_dtype": "int8"}
 KEYS = {"kernels": "reference", "key_rounding": "measured", "store_dtype": "int8"}
-PROMPTS = (300, 40, 20)
+PROMPTS = (270, 40, 20)
 """One that is evicted from in chunks, then while it answers, beside two that stay below their budget."""
 ENGINES = {
     "v1-cpu": (0, cpu_backend.MomentKVBackend, MEASURED),
@@ -54,7 +54,7 @@ def told(name: str, folder: Path) -> dict[str, Any]:
     feedback = [x.impl.feedback for x in layers if isinstance(x, Attention)]
     builders = [g.get_metadata_builder() for groups in runner_of(e).attn_groups for g in groups]
     for tokens in PROMPTS:
-        e.add(random_prompt(tokens), 8)
+        e.add(random_prompt(tokens), 6)
     found = {
         "runner": type(runner_of(e)).__module__,
         "builders": [type(b).__module__ for b in builders],
