@@ -16,8 +16,10 @@ MARK = "RESULT "
 
 def results(module: str, task: Any, before: Sequence[str] = (), **environment: str) -> Iterator[Any]:
     """What the child tells, as it comes. before: a command to start it with. Raises RuntimeError with its last lines."""
-    # Not the repository's root: vLLM probes for a top-level module `triton_kernels`.
-    variables = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"} | environment | {"PYTHONPATH": str(HERE)}
+    # Not the repository's root: vLLM probes for a top-level module `triton_kernels`. What was carried to a machine stays
+    # (gpu/pack.py).
+    paths = [str(HERE), *filter(os.path.isabs, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    variables = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"} | environment | {"PYTHONPATH": os.pathsep.join(paths)}
     command = [*before, sys.executable, "-P", "-m", module, json.dumps(task)]
     said: collections.deque[str] = collections.deque(maxlen=60)
     with (

@@ -11,7 +11,7 @@ before a later one runs, so a lent tile never lies where tokens are still exact.
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -57,6 +57,12 @@ class HeadBudgets:
         if first < 0:
             raise ValueError(f"a tile lies in page {first} of the store; the first page is 0")
         return last + 1
+
+    def to(self, device: torch.device) -> "HeadBudgets":
+        """The same on another device, where nobody may wait for `pages` any more: CUDA graphs are captured there."""
+        moved = replace(self, capacity=self.capacity.to(device), places=self.places.to(device))
+        vars(moved)["pages"] = self.pages
+        return moved
 
     def evicted(self, stored: Tensor, evicted: Tensor) -> Tensor:
         """[rows, heads] float32 of rows that would hold `stored` tokens of each head and have evicted the others; as

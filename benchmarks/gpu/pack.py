@@ -1,10 +1,11 @@
 """What run D needs of vLLM, in parts that can be carried: `pack.py WHEEL... --into build/site`.
 
 WHEEL: those of engine_wheels.txt, for the machine's Python: `pip download --no-deps --only-binary=:all: --python-version 3.12
---platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d build/wheels -r
-benchmarks/gpu/engine_wheels.txt` (and more platforms where pip finds none). Writes part0.zip and so on, none above LIMIT, each of
-whole files. There, in one call for every part while the machine stays warm, `python3 -m zipfile -e build/site/part0.zip
-/tmp/site`; then PYTHONPATH=/tmp/site python3 benchmarks/gpu/run.py D. Of vLLM's libraries only those that an H100 asks for.
+--platform manylinux_2_31_x86_64 --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64
+-d build/wheels -r benchmarks/gpu/engine_wheels.txt`, without version and platforms if that pip is a Python 3.12's. Writes
+part0.zip and so on, none above LIMIT, each of whole files. There, in one call for every part while the machine stays warm,
+`python3 -m zipfile -e build/site/part0.zip /tmp/site`; then PYTHONPATH=/tmp/site python3 benchmarks/gpu/run.py D. Of vLLM's
+libraries only those that an H100 asks for.
 """
 
 import argparse

@@ -109,7 +109,7 @@ def engines(tiny: bool) -> list[Task]:
     """Each in a process of its own, as the engine's memory is."""
     if tiny:
         return [{"what": "engine", "arguments": ["--help"]}]
-    common = ["--contexts", "8192", "--batches"]
+    common = ["--repeats", "1", "--contexts", "8192", "--batches"]
     return [{"what": "engine", "arguments": [*common, "32"]}, {"what": "engine", "arguments": [*common, "1", "8"]}]
 
 
@@ -222,7 +222,7 @@ def _prefill(device: str, tiny: bool, family, store: str, grain: int, prompt: in
 
 
 def _engine(arguments: list[str]) -> dict[str, Any]:
-    """engine.py in a process of its own; its figures are in gpu_engine.json."""
+    """engine.py in a process of its own; its figures are in gpu_engine_BATCHES.json."""
     command = [sys.executable, "-m", "gpu.engine", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, (done.stdout + done.stderr)[-1500:]

@@ -110,7 +110,8 @@ def measure_pool(served: Engine) -> dict[str, float]:
 
 def main(task: dict) -> None:
     kind, cells = task["kind"], task.get("cells", [])
-    extra: dict[str, Any] = {"enforce_eager": task.get("eager", True)}
+    graphs = task.get("compilation")
+    extra: dict[str, Any] = {"compilation_config": graphs, "enforce_eager": False} if graphs else {}
     if kind == "pool":
         extra["num_gpu_blocks_override"] = POOL_TOKENS // task["page_size"] + 1  # and the null page
         extra |= {"block_size": task["page_size"], "max_model_len": POOL_PROMPT + POOL_NEW}

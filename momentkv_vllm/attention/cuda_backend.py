@@ -1,6 +1,8 @@
-"""The CUDA attention backend: vLLM's Triton attention below the budget, our Triton kernels above it. Not run on a GPU yet.
+"""The CUDA attention backend: vLLM's own attention below the budget, our kernels above it. Not run on a GPU yet.
 
-Registered at AttentionBackendEnum.CUSTOM (vllm/v1/attention/backends/triton_attn.py, vLLM 0.32.0). Two kinds of steps:
+What is ours of a backend of vLLM's, whichever that is, and the one that stands on vLLM's Triton attention
+(vllm/v1/attention/backends/triton_attn.py, vLLM 0.32.0); cuda_flash.py has the other one, cuda_choice.py chooses. Two kinds of
+steps:
 
 * every request has one query: work lists made on the device in persistent buffers (step_plan_on_device.py), all requests in one
   launch of each kernel. Nothing waits for the device; a FULL CUDA graph replays it, also where pages retire.
@@ -9,13 +11,13 @@ Registered at AttentionBackendEnum.CUSTOM (vllm/v1/attention/backends/triton_att
 """
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.model_executor.layers.attention import Attention
-from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata, MultipleOf
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionBackend,
     TritonAttentionImpl,
@@ -33,7 +35,6 @@ from momentkv_vllm.attention.step_plan import MAX_SLOTS_PER_WORK, StepPlan, Step
 from momentkv_vllm.attention.step_plan_on_device import DecodePlanner
 from momentkv_vllm.attention.stock_rows import StockPart, StockRows, stock_part
 from momentkv_vllm.attention.upload import upload_step
-from momentkv_vllm.attention.warm_up import warm_up
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import KernelFamily, select
 from momentkv_vllm.kernels.cache_view import CacheView
@@ -57,24 +58,24 @@ REFUSED = {
 
 
 @dataclass
-class CudaMomentKVMetadata(TritonAttentionMetadata):
-    """vLLM's metadata plus ours; `eviction` None means the whole step is stock."""
+class CudaEviction:
+    """What metadata has beside vLLM's; `eviction` None means the whole step is stock."""
 
     eviction: StepPlan | None = None
     stock_part: StockPart | None = None
     at_end: RetireAtEnd | None = None
 
 
-class CudaMomentKVBackend(EvictingBackend, TritonAttentionBackend):
-    """vLLM's seam: names the builder, the implementation, the KV cache spec and the layouts that our kernels read."""
+class CudaEvictingBackend(EvictingBackend):
+    """For an AttentionBackend; stands before vLLM's class in the bases. Names the KV cache spec and the layouts that our kernels
+    read."""
+
+    supports_kv_cache_update_bypass = False
+    """Of vLLM 0.33: whether a model may write its keys and values itself, past ours."""
 
     @staticmethod
     def get_name() -> str:
         return "CUSTOM"
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: AttentionSpec | None = None) -> list[int | MultipleOf]:
-        return [MultipleOf(16)]
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -90,32 +91,30 @@ class CudaMomentKVBackend(EvictingBackend, TritonAttentionBackend):
         refused = (what for key, what in REFUSED.items() if kwargs.get(key))
         return reasons + [f"--kv-eviction does not support {what} on a GPU; serve without it" for what in refused]
 
-    @staticmethod
-    def get_impl_cls() -> type["CudaMomentKVImpl"]:
-        return CudaMomentKVImpl
 
-    @staticmethod
-    def get_builder_cls() -> type["CudaMomentKVMetadataBuilder"]:
-        return CudaMomentKVMetadataBuilder
+class CudaEvictingBuilder:
+    """For an AttentionMetadataBuilder, likewise. Builds vLLM's metadata and our work lists.
 
+    metadata: vLLM's, with CudaEviction's fields.
+    """
 
-class CudaMomentKVMetadataBuilder(TritonAttentionMetadataBuilder):
-    """Builds vLLM's metadata and our work lists."""
-
-    supports_draft_decode_metadata_update = False
+    metadata: ClassVar[type]
+    supports_update_block_table = False
+    """Our lists hold pages, not only vLLM's metadata."""
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> AttentionCGSupport:
         """FULL graphs for decode steps, where nothing needs the host: scores that no kernel computes do (kernels/triton.py)."""
         config = EvictionConfig.from_vllm(vllm_config)
         if not config.active:
-            return TritonAttentionMetadataBuilder._cudagraph_support
+            return super().get_cudagraph_support(vllm_config, kv_cache_spec)
         if _plans_on_device(config, _family(config, kv_cache_spec)):
             return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
         return AttentionCGSupport.NEVER
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.supports_draft_decode_metadata_update = False  # vLLM's constructors set it
         self.planner: StepPlanner | None = None
         self.decode_planner: DecodePlanner | None = None
         self.layers, self.layer_table = max(1, len(layer_names)), LayerTable(device)
@@ -135,15 +134,11 @@ class CudaMomentKVMetadataBuilder(TritonAttentionMetadataBuilder):
             sizes = vllm_config.compilation_config.cudagraph_capture_sizes or [0]
             rows = max(vllm_config.scheduler_config.max_num_seqs, *sizes, 1)
             self.decode_planner = DecodePlanner(schedule, config, policy, rows, device)
-        if device.type == "cuda" and layer_names:
-            layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-            warm_up(layers[layer_names[0]].impl, self.planner, kv_cache_spec, device)
 
-    def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> TritonAttentionMetadata:
+    def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> Any:
         common: CommonAttentionMetadata = common_attn_metadata
-        stock = super().build(common_prefix_len, common, fast_build)
         if self.planner is None:
-            return stock
+            return super().build(common_prefix_len, common, fast_build)
         if self.decode_planner is not None and common.max_query_len == 1:
             n = common.num_reqs
             prompts = on_device(common, n, self.device)
@@ -151,15 +146,19 @@ class CudaMomentKVMetadataBuilder(TritonAttentionMetadataBuilder):
                 common.seq_lens[:n], common.query_start_loc[: n + 1], common.block_table_tensor[:n], prompts
             )
             at_end = RetireAtEnd(step.rounds[0].retires.pop(), self.layers, self.layer_table)
-            return CudaMomentKVMetadata(**vars(stock), eviction=step, at_end=at_end)
+            return self._with_ours(common, eviction=step, at_end=at_end)
         starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
         step, table = self._step_on_host(common, starts)
         if not step.rounds:
-            return stock
+            return super().build(common_prefix_len, common, fast_build)
         rows = [StockRows.of(step.stock_rows, starts)] if step.stock_rows else []
         there = upload_step(step, rows, table)
         part = stock_part(there[0], rows[0].query_start, common, super().build) if rows else None
-        return CudaMomentKVMetadata(**vars(stock), eviction=step, stock_part=part)
+        return self._with_ours(common, eviction=step, stock_part=part)
+
+    def _with_ours(self, common: CommonAttentionMetadata, **ours: Any) -> Any:
+        """vLLM's metadata of the whole step, by which it attends nothing: its kernel is planned for `stock_part` alone."""
+        return self.metadata(**vars(super().build(0, common, True)), **ours)
 
     def _step_on_host(self, common: CommonAttentionMetadata, starts: list[int]) -> tuple[StepPlan, torch.Tensor]:
         """(lists on the host that name places instead of pages, which only the device knows; the pages by place)"""
@@ -180,8 +179,8 @@ class CudaMomentKVMetadataBuilder(TritonAttentionMetadataBuilder):
         return self.places[:rows]
 
 
-class CudaMomentKVImpl(EvictingImpl, TritonAttentionImpl):
-    """One layer."""
+class CudaEvictingImpl(EvictingImpl):
+    """For an AttentionImpl, likewise. One layer."""
 
     device_type = "cuda"
     view = staticmethod(CacheView.of_vllm_gpu)
@@ -199,8 +198,35 @@ class CudaMomentKVImpl(EvictingImpl, TritonAttentionImpl):
 
 
 def _family(config: EvictionConfig, spec: MomentKVSpec) -> KernelFamily:
-    return select(config.kernels, CudaMomentKVImpl.device_type, spec.layout.cache_shape(spec.dtype))
+    return select(config.kernels, CudaEvictingImpl.device_type, spec.layout.cache_shape(spec.dtype))
 
 
 def _plans_on_device(config: EvictionConfig, kernels: KernelFamily) -> bool:
     return config.policy_class.native in kernels.native_scores and config.prefill == "chunked"
+
+
+@dataclass
+class CudaMomentKVMetadata(CudaEviction, TritonAttentionMetadata):
+    """On vLLM's Triton attention, which serves what FlashAttention does not."""
+
+
+class CudaMomentKVMetadataBuilder(CudaEvictingBuilder, TritonAttentionMetadataBuilder):
+    """Likewise."""
+
+    metadata = CudaMomentKVMetadata
+
+
+class CudaMomentKVImpl(CudaEvictingImpl, TritonAttentionImpl):
+    """Likewise."""
+
+
+class CudaMomentKVBackend(CudaEvictingBackend, TritonAttentionBackend):
+    """Likewise."""
+
+    @staticmethod
+    def get_impl_cls() -> type[CudaMomentKVImpl]:
+        return CudaMomentKVImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[CudaMomentKVMetadataBuilder]:
+        return CudaMomentKVMetadataBuilder

@@ -58,22 +58,22 @@ class Probe:
 
     def read(self, query: Tensor, keys: Tensor, values: Tensor, output: Tensor) -> Tensor:
         """Likewise with all that was given so far. The queries are the last tokens'."""
-        queries, seen = query.shape[0], keys.shape[1]
+        queries, seen, device = query.shape[0], keys.shape[1], query.device
         total, groups = self.tokens or seen, query.shape[1] // keys.shape[0]
-        places, at = torch.arange(seen), torch.arange(seen - queries, seen).unsqueeze(1)
+        places = torch.arange(seen, device=device)
+        at = torch.arange(seen - queries, seen, device=device).unsqueeze(1)
         self.queries = self.queries + moment_of(query, keys.shape[0])
-        hidden = self._hidden(at, places)
         counted = (places >= FIRST_TOKENS) & (at - places >= total // NEAR_SHARE) & (at >= total - _repeated(total))
-        found = torch.zeros(query.shape[1])
-        for head in range(query.shape[1]):
-            scores = query[:, head].float() @ keys[head // groups].float().T * self.scale
-            logits = capped(scores, self.softcap).masked_fill_(hidden, -torch.inf)
-            if self.sinks is not None:
-                logits = torch.cat([logits, self.sinks[head].float().expand(queries, 1)], 1)
-            weights = logits.softmax(-1)[:, :seen]
-            output[:, head] = (weights @ values[head // groups].float()).to(output.dtype)
-            found[head] = (weights * counted).sum() / _repeated(total)
-        self.far = self.far + found.view(-1, groups)
+        # [kv heads, query heads of each, queries, keys]
+        of_heads = query.float().unflatten(1, (-1, groups)).permute(1, 2, 0, 3)
+        scores = of_heads @ keys.float().unsqueeze(1).transpose(-1, -2) * self.scale
+        logits = capped(scores, self.softcap).masked_fill_(self._hidden(at, places), -torch.inf)
+        if self.sinks is not None:
+            sinks = self.sinks.float().view(-1, groups, 1, 1).expand(-1, -1, queries, 1)
+            logits = torch.cat([logits, sinks], -1)
+        weights = logits.softmax(-1)[..., :seen]
+        output.copy_((weights @ values.float().unsqueeze(1)).permute(2, 0, 1, 3).flatten(1, 2))
+        self.far = self.far + (weights * counted).sum((-2, -1)) / _repeated(total)
         return output
 
     def _hidden(self, at: Tensor, places: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.interfaces import requires_raw_input_tokens
 from vllm.sequence import IntermediateTensors
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -44,8 +45,12 @@ Seen = dict[str, list[Probe]]
 
 
 def measure(runner: Any) -> None:
-    """Tell the layers of `runner` (vllm/v1/worker/cpu_model_runner.py), whose KV cache is there, what their heads hold and how
-    their keys are rounded, if they measure it. Every rank and stage of a model must be asked: they run it together."""
+    """Tell the layers of `runner`, whose KV cache is there, what their heads hold and how their keys are rounded, if they
+    measure it. Every rank and stage of a model must be asked: they run it together.
+
+    runner: vLLM's V1 (vllm/v1/worker/gpu_model_runner.py) or V2 (gpu/model_runner.py), 0.32.0, on any device. It has captured no
+    CUDA graph yet: graphs keep the addresses of what layers are told here, so it is told once.
+    """
     config = EvictionConfig.from_vllm(runner.vllm_config)
     shares, rounds = config.head_budgets == "measured", config.key_rounding == "measured"
     text = text_of(runner) if rounds else None
@@ -123,7 +128,8 @@ def hidden_states(runner: Any, ids: Tensor) -> list[Any]:
         part = ids[start : start + step]
         metadata: dict[str, Any] = defaultdict(lambda: None)
         for group in keeping:
-            built = group.build_metadata(_one_sequence(start, start + len(part), FIRST_PAGE + group.kv_cache_group_id))
+            page = FIRST_PAGE + group.kv_cache_group_id
+            built = group.build_metadata(_one_sequence(start, start + len(part), page, runner.device))
             metadata |= dict.fromkeys(group.layer_names, built)
         with set_forward_context(metadata, runner.vllm_config, num_tokens=len(part)):
             found.append(_run(runner, part, start))
@@ -135,19 +141,23 @@ def hidden_states(runner: Any, ids: Tensor) -> list[Any]:
 
 
 def _run(runner: Any, ids: Tensor, start: int) -> Any:
-    """One step of `runner`'s model, as its `execute_model` takes it; between pipeline stages as their workers do."""
-    stages, inputs, positions = get_pp_group(), {}, torch.arange(start, start + len(ids))
+    """One step of `runner`'s model, as its `execute_model` takes it; between pipeline stages as their workers do.
+
+    A compiled model knows which inputs are None, their data types and strides, and looks at none of these again.
+    """
+    stages, model, inputs = get_pp_group(), runner.model_config, {}
+    positions, ids = _positions(runner, start, start + len(ids)), ids.to(runner.device, torch.int32)
     if runner.lora_config:
         runner._set_active_loras((0,), (0,) * len(ids), set())  # 0: no adapter
-    if runner.supports_mm_inputs and stages.is_first_rank:
+    if (runner.supports_mm_inputs or model.enable_prompt_embeds) and stages.is_first_rank:
         inputs["inputs_embeds"] = runner.model.embed_input_ids(ids)
-        ids = ids if runner.model.requires_raw_input_tokens else None
+        ids = ids if requires_raw_input_tokens(runner.model) else None
     received = None
     if not stages.is_first_rank:
         received = IntermediateTensors(stages.recv_tensor_dict(all_gather_group=get_tp_group()))
     output = runner.model(
-        input_ids=None if ids is None else ids.to(torch.int32),
-        positions=positions.expand(3, -1) if runner.uses_mrope else positions,
+        input_ids=ids,
+        positions=positions,
         intermediate_tensors=received,
         **{"inputs_embeds": None} | inputs,
     )
@@ -156,27 +166,40 @@ def _run(runner: Any, ids: Tensor, start: int) -> Any:
     return output
 
 
-def _one_sequence(start: int, end: int, page: int) -> CommonAttentionMetadata:
+def _positions(runner: Any, start: int, end: int) -> Tensor:
+    """[tokens] int64; of a model whose positions have several numbers [numbers, tokens], in the runner's own tensor, whose rows
+    are longer than any step (vLLM's pull request 12128)."""
+    at = torch.arange(start, end, device=runner.device)
+    if not runner.model_config.uses_mrope:
+        return at
+    of_v2 = getattr(runner, "model_state", None)
+    rows = of_v2.rope_state.positions if of_v2 else runner.mrope_positions.gpu
+    return rows[:, : end - start].copy_(at)
+
+
+def _one_sequence(start: int, end: int, page: int, device: torch.device) -> CommonAttentionMetadata:
     """Of a prompt whose tokens [start, end) are a step; its state lies in `page`, whatever column is asked for."""
     ends, lengths = torch.tensor([0, end - start], dtype=torch.int32), torch.tensor([end], dtype=torch.int32)
     return CommonAttentionMetadata(
-        query_start_loc=ends,
+        query_start_loc=ends.to(device),
         query_start_loc_cpu=ends,
-        seq_lens=lengths,
+        seq_lens=lengths.to(device),
         seq_lens_cpu_upper_bound=lengths,
         num_reqs=1,
         num_actual_tokens=end - start,
         max_query_len=end - start,
         max_seq_len=end,
-        block_table_tensor=torch.full((1, end + 1), page, dtype=torch.int32),
-        slot_mapping=torch.full((end - start,), -1),
+        block_table_tensor=torch.full((1, end + 1), page, dtype=torch.int32, device=device),
+        slot_mapping=torch.full((end - start,), -1, device=device),
         is_prefilling=torch.tensor([True]),
     )
 
 
 def _probe_of(layer: Attention, tokens: int) -> Probe:
     impl, chunk = layer.impl, getattr(layer, "attention_chunk_size", None) or 0
-    return Probe(impl.scale, tokens, max(0, impl.sliding_window), chunk, impl.logits_soft_cap, impl.sinks)
+    # Tokens that a query sees; on a GPU (those before it, those behind it), -1 for all.
+    window = impl.sliding_window[0] + 1 if isinstance(impl.sliding_window, tuple) else impl.sliding_window
+    return Probe(impl.scale, tokens, max(0, window), chunk, impl.logits_soft_cap, impl.sinks)
 
 
 def _attending(runner: Any) -> dict[str, Attention]:
@@ -188,7 +211,8 @@ def feed_back(runner: Any, seen: Seen) -> None:
     """Give every layer its `feedback`, by what queries of its cache are."""
     for name, probes in seen.items():
         impl = _attending(runner)[name].impl
-        impl.feedback = feedback_of(sum(p.queries for p in probes), impl.layout.packed.width)
+        moment = sum(p.queries for p in probes).cpu()
+        impl.feedback = feedback_of(moment, impl.layout.packed.width).to(runner.device)
 
 
 def share_out(runner: Any, reach: dict[str, Tensor]) -> None:
@@ -203,7 +227,7 @@ def share_out(runner: Any, reach: dict[str, Tensor]) -> None:
     watched = impls[0].policy.observes is not None
     observed = [impl.observing(c).data.data_ptr() if watched else 0 for impl, c in zip(impls, caches, strict=True)]
     addresses = torch.tensor([[c.kv.data_ptr(), at] for c, at in zip(caches, observed, strict=True)])
-    packed, far = caches[0].packed, torch.stack(list(reach.values()))
+    packed, far = caches[0].packed, torch.stack(list(reach.values())).cpu()
     sizes = Sizes(packed.raw.shape[2], caches[0].page_slots, packed.layout.tile_bytes)
 
     def table(schedule: PageSchedule) -> list[HeadBudgets]:
@@ -214,4 +238,4 @@ def share_out(runner: Any, reach: dict[str, Tensor]) -> None:
     unshared = [None] * len(impls)
     tables = [table(s) if served.evicts else unshared for served, s in zip(config.classes, schedules, strict=True)]
     for impl, heads in zip(impls, zip(*tables, strict=True), strict=True):
-        impl.heads = heads
+        impl.heads = [h and h.to(runner.device) for h in heads]

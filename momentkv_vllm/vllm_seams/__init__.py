@@ -9,7 +9,7 @@ that a user could have given (engine_args.py sets some that were left open). The
 | EngineArgs.from_cli_args | engine_args.py | the parsed options reach no config | same |
 | EngineArgs.create_engine_config | engine_args.py | nothing is refused before the engine starts | vLLM has a config hook |
 | CPUModelRunner.sample_tokens | cpu_runner.py | a seed and a long prompt end a CPU engine | vLLM rewinds CPU generators |
-| CPUModelRunner.initialize_kv_cache | cpu_runner.py | all heads hold as many tokens | vLLM has a hook behind it |
+| Worker.initialize_from_config | worker.py | all heads hold as many tokens; GPUs compile late | vLLM has a hook behind it |
 | CPUModelRunner._build_attention_metadata | row_classes.py | rows all get the default budget | builders see requests |
 | InputProcessor.process_inputs | requests.py | an unknown budget class ends the engine | plugins may check requests |
 | OpenAIServingChat.chat_completion_stream_generator | usage.py | usage says nothing of eviction | usage may be extended |

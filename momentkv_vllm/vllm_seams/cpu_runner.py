@@ -1,5 +1,5 @@
-"""Patches of vLLM's CPU worker (ledger: vllm_seams/__init__.py): heads with budgets of their own are measured, and told where
-their tiles lie, when there is a KV cache; a request with a `seed` may have a prompt that takes several steps.
+"""Patch of vLLM's CPU model runner (ledger: vllm_seams/__init__.py): a request with a `seed` may have a prompt that takes several
+steps.
 
 vLLM samples a token for every row of a step, also for a prompt that is not read to its end, and then rewinds that row's random
 generator (GPUModelRunner._bookkeeping_sync, vLLM 0.32.0). CPU generators cannot be rewound, so the engine ended.
@@ -14,19 +14,12 @@ import numpy as np
 
 
 def patch_cpu_runner() -> None:
-    """Wrap two methods of the CPU model runner; calling it again does nothing."""
+    """Wrap a method of the CPU model runner; calling it again does nothing."""
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     if getattr(CPUModelRunner, "_momentkv_patched", False):
         return
-    sample, initialize = CPUModelRunner.sample_tokens, CPUModelRunner.initialize_kv_cache
-
-    @functools.wraps(initialize)
-    def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> None:
-        from momentkv_vllm.attention.measuring import measure
-
-        initialize(self, *args, **kwargs)
-        measure(self)
+    sample = CPUModelRunner.sample_tokens
 
     @functools.wraps(sample)
     def sample_tokens(self: Any, grammar_output: Any) -> Any:
@@ -34,7 +27,6 @@ def patch_cpu_runner() -> None:
             return sample(self, grammar_output)
 
     CPUModelRunner.sample_tokens = sample_tokens
-    CPUModelRunner.initialize_kv_cache = initialize_kv_cache
     CPUModelRunner._momentkv_patched = True
 
 

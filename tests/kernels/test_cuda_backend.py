@@ -13,6 +13,7 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 from momentkv_vllm.attention import cpu_backend
 from momentkv_vllm.attention.cpu_backend import MomentKVBackend, MomentKVImpl, MomentKVMetadataBuilder
 from momentkv_vllm.attention.cuda_backend import CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder
+from momentkv_vllm.attention.cuda_choice import CudaChoice
 from momentkv_vllm.attention.step_plan import Round, StepPlan
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import select, triton
@@ -161,7 +162,7 @@ def test_graphs_only_where_nothing_needs_the_host(models, monkeypatch, settings,
 
 def test_the_backend_is_vllms_custom_one():
     register()
-    assert AttentionBackendEnum.CUSTOM.get_class() is CudaMomentKVBackend
+    assert AttentionBackendEnum.CUSTOM.get_class() is CudaChoice
     assert AttentionBackendEnum[CudaMomentKVBackend.get_name()] is AttentionBackendEnum.CUSTOM
 
 

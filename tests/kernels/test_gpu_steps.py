@@ -14,6 +14,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8Static
 from momentkv_vllm.attention import upload
 from momentkv_vllm.attention.cpu_backend import MomentKVImpl
 from momentkv_vllm.attention.cuda_backend import CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder
+from momentkv_vllm.attention.layer import EvictingImpl
 from momentkv_vllm.attention.step_plan import MAX_SLOTS_PER_WORK, StepPlan
 from momentkv_vllm.kernels import triton
 from momentkv_vllm.plugin import register
@@ -237,5 +238,5 @@ def test_vllm_fuses_no_quantization_into_a_layer_that_evicts(models, impl):
         with set_current_vllm_config(config):
             layers.append(impl(4, 32, 32**-0.5, 2, None, None, "auto"))
     assert not layers[1].fused_output_quant_supported(kFp8StaticTensorSym)
-    stock = super(impl.__mro__[1], layers[0]).fused_output_quant_supported(kFp8StaticTensorSym)
+    stock = super(EvictingImpl, layers[0]).fused_output_quant_supported(kFp8StaticTensorSym)
     assert layers[0].fused_output_quant_supported(kFp8StaticTensorSym) == stock == (impl is CudaMomentKVImpl)

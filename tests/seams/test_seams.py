@@ -173,7 +173,7 @@ PATCHES = {
     "EngineArgs.from_cli_args": "vllm_seams/engine_args.py",
     "EngineArgs.create_engine_config": "vllm_seams/engine_args.py",
     "CPUModelRunner.sample_tokens": "vllm_seams/cpu_runner.py",
-    "CPUModelRunner.initialize_kv_cache": "vllm_seams/cpu_runner.py",
+    "Worker.initialize_from_config": "vllm_seams/worker.py",
     "CPUModelRunner._build_attention_metadata": "vllm_seams/row_classes.py",
     "InputProcessor.process_inputs": "vllm_seams/requests.py",
     "OpenAIServingChat.chat_completion_stream_generator": "vllm_seams/usage.py",
@@ -244,6 +244,63 @@ def test_both_gpu_runners_give_prompt_lengths_to_builders():
     assert "rswa_prefix_lens=input_batch.prompt_lens" in (v2 / "model_states/default.py").read_text()
     build = source("vllm.v1.attention.backends.triton_attn:TritonAttentionMetadataBuilder.build")
     assert "if self.rswa_window is not None and rswa_prefix_lens is not None" in build
+
+
+CACHE_AND_GRAPHS = ("initialize_kv_cache", "capture_model")
+
+
+def test_both_runners_have_what_measuring_asks_of_them():
+    """attention/measuring.py, under a KV cache that stays and before graphs are captured (vllm_seams/worker.py)."""
+    folder = Path(find("vllm:__file__")).parent / "v1/worker"
+    v1, v2 = (folder / "gpu_model_runner.py").read_text(), (folder / "gpu/model_runner.py").read_text()
+    asked = (
+        "device",
+        "vllm_config",
+        "model_config",
+        "compilation_config",
+        "lora_config",
+        "max_num_tokens",
+        "supports_mm_inputs",
+    )
+    for text in (v1, v2):
+        for name in asked:
+            assert f"self.{name} = " in text, name
+        assert "self.attn_groups" in text and "LoRAModelRunnerMixin" in text and "cudagraph_runtime_mode=" in text
+    assert "self.mrope_positions = self._make_buffer(" in v1 and "self.model_state = " not in v1
+    assert "self.model_state = init_model_state(" in v2
+    assert "self.rope_state = get_rope_state(" in (folder / "gpu/model_states/default.py").read_text()
+    assert (
+        "self.positions = torch.zeros(\n            (num_dims, max_num_tokens + 1)"
+        in (folder / "gpu/mm/rope.py").read_text()
+    )
+    for text, call in ((v1, "self"), ((folder / "gpu/cudagraph_utils.py").read_text(), "runner")):
+        assert f"{call}.initialize_kv_cache(minimal_config, is_profiling=True)" in text
+    cache, graphs = (
+        (folder / "gpu_worker.py").read_text().split(f"self.model_runner.{name}(") for name in CACHE_AND_GRAPHS
+    )
+    assert len(cache) == len(graphs) == 2 and len(cache[0]) < len(graphs[0])
+    assert "initialize_from_config" not in (folder / "cpu_worker.py").read_text()
+
+
+def test_a_backend_chosen_by_name_is_asked_for_its_own():
+    """attention/cuda_choice.py names another one between these two."""
+    text = (Path(find("vllm:__file__")).parent / "platforms/cuda.py").read_text()
+    named = text.split("if selected_backend is not None:")[1].split("# No selected backend")[0]
+    assert named.index("backend_class.validate_configuration(") < named.index("return _backend_cls_path(backend_class)")
+    assert "module, qualname = backend_cls.full_cls_name()" in text
+
+
+def test_flash_attention_reads_our_cache_and_plans_no_batch_that_is_built_fast():
+    """attention/cuda_flash.py: a key and its value side by side, as CacheView.of_vllm_gpu has them; one buffer for plans."""
+    flash = "vllm.v1.attention.backends.flash_attn"
+    assert "kv_cache.transpose(1, 2).split(self.head_size, dim=-1)" in source(f"{flash}:FlashAttentionImpl.forward")
+    build = source(f"{flash}:FlashAttentionMetadataBuilder.build")
+    assert "self.aot_schedule and not fast_build" in build and "self.rswa_window is not None" in build
+    store = source(f"{flash}:FlashAttentionMetadataBuilder._store_scheduler_metadata")
+    assert "if self.use_full_cuda_graph and scheduler_metadata is not None:" in store
+    assert "if not aot_schedule:\n            return None" in source(
+        f"{flash}:FlashAttentionMetadataBuilder._get_scheduler_metadata"
+    )
 
 
 def test_page_copies_run_before_the_step_and_read_before_they_write():

@@ -11,7 +11,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 HEADS, GROUPS, D, PAGE, BUDGET, COLUMNS = 2, 2, 32, 16, 96, 14
 TABLE = (torch.randperm(4 * COLUMNS, generator=torch.Generator().manual_seed(1)) + 1).view(4, COLUMNS)
-LAYER = SimpleNamespace(_k_scale_float=1.0, _v_scale_float=1.0)
+ONE = torch.ones(1)
+LAYER = SimpleNamespace(_k_scale_float=1.0, _v_scale_float=1.0, _q_scale=ONE, _k_scale=ONE, _v_scale=ONE)
 
 
 def config_of(model, **eviction):

@@ -52,11 +52,11 @@ def serve(model: str, grain: int | None) -> None:
     fresh.clear()
     config = config_of(model, budget_tokens=512, prefill_retire_tokens=grain)
     side = Side(config, CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder)
-    warm_up(side.impl, side.builder.planner, side.builder.kv_cache_spec, torch.device("cpu"))
-    print(len(fresh), "before the first request")
-    fresh.clear()
     table = torch.arange(1, 3 * 64 + 1).view(3, 64)
     side.cache = new_cache(table)
+    warm_up(side.impl, side.builder.planner, side.cache)
+    print(len(fresh), "before the first request")
+    fresh.clear()
     generator, lens = torch.Generator().manual_seed(0), [0, 0, 0]
     # Lists of 1, 16, 32 and other numbers of pages; steps of 16, 32 and other numbers of tokens.
     for new in (
