@@ -51,7 +51,7 @@ def _centres(tokens, tiles, head, event, BLOCK_L: tl.constexpr, SIZES: tl.conste
 
 @triton.jit
 def _fill(
-    tokens, tiles, head, event, first_key, others, loser_list, winner_list, holes, winners, mass, m_page,
+    tokens, tiles, head, event, first_key, others, loser_list, winner_list, holes, winners, mass, m_page, feedback,
     BLOCK_W: tl.constexpr, HAS_MASS: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
     """The i-th token outside of the store that stays takes the i-th empty slot: those of the losers, then those never filled.
@@ -73,7 +73,8 @@ def _fill(
             keys -= of_slots(first_key, others, slot)
             values = load_values(tokens, tiles, head, event, source, ok, SIZES, STORE)
             tl.debug_barrier()
-            write_stored(tiles, tiles_at(tiles, head, event.store, slot, ok, STORE), slot, ok, keys, values, STORE)
+            at = tiles_at(tiles, head, event.store, slot, ok, STORE)
+            write_stored(tiles, at, slot, ok, keys, values, feedback, STORE)
         else:
             page, page_slot = exact_slots(event, source, ok, SIZES)
             _copy(tokens, head, page, page_slot, to_page, to_slot, ok, SIZES)
@@ -83,7 +84,7 @@ def _fill(
 
 @triton.jit
 def _consolidate(
-    score, mass, loser_list, winner_list, lists, moment_pages, num_evicted, tokens, tiles, records,
+    score, mass, feedback, loser_list, winner_list, lists, moment_pages, num_evicted, tokens, tiles, records,
     s_row, s_head, s_term, l_row, l_head, w_row, w_head, m_page, m_head, row_moments, sink_tokens, attention_weight,
     RUNS: tl.constexpr, RUN: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_W: tl.constexpr,
     TERMS: tl.constexpr, HAS_MASS: tl.constexpr, HAS_MEANS: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
@@ -96,7 +97,7 @@ def _consolidate(
     if event.candidates == 0:
         return
     settle(
-        score + row * s_row + head * s_head, s_term, mass, loser_list + row * l_row + head * l_head,
+        score + row * s_row + head * s_head, s_term, mass, feedback, loser_list + row * l_row + head * l_head,
         winner_list + row * w_row + head * w_head, event, pages, tl.load(num_evicted + row), tokens, tiles,
         records, head, m_page, m_head, sink_tokens, attention_weight,
         RUNS, RUN, BLOCK_L, BLOCK_W, TERMS, HAS_MASS, HAS_MEANS, SIZES, STORE, RECORD,
@@ -105,12 +106,13 @@ def _consolidate(
 
 @triton.jit
 def settle(
-    score, s_term, mass, loser_list, winner_list, event, pages, before, tokens, tiles, records, head, m_page, m_head,
+    score, s_term, mass, feedback, loser_list, winner_list, event, pages, before, tokens, tiles, records, head, m_page, m_head,
     sink_tokens, attention_weight,
     RUNS: tl.constexpr, RUN: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_W: tl.constexpr, TERMS: tl.constexpr,
     HAS_MASS: tl.constexpr, HAS_MEANS: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr, RECORD: tl.constexpr,
 ):  # fmt: skip
-    """One row's event in a head: choose, fold, fill, write the record, a barrier between each. before: tokens evicted so far."""
+    """One row's event in a head: choose, fold, fill, write the record, a barrier between each. before: tokens evicted so far;
+    feedback: [heads, width, width] or None (store.py)."""
     holes, winners = choose(
         score, s_term, event, sink_tokens, attention_weight, loser_list, winner_list, RUNS, RUN, TERMS
     )
@@ -125,10 +127,12 @@ def settle(
     first_key, others = event.first_key, event.others
     if STORE.centres_at >= 0:
         first_key, others = _centres(tokens, tiles, head, event, BLOCK_L, SIZES, STORE)
+    if feedback is not None:
+        feedback += head * STORE.width * STORE.width
     tl.debug_barrier()
     _fill(
         tokens, tiles, head, event, first_key, others, loser_list, winner_list, holes, winners, mass + head * m_head, m_page,
-        BLOCK_W, HAS_MASS, SIZES, STORE,
+        feedback, BLOCK_W, HAS_MASS, SIZES, STORE,
     )  # fmt: skip
     tl.debug_barrier()
     if STORE.centres_at >= 0 and (event.packed == 0) & (event.candidates > 0):
@@ -163,8 +167,8 @@ def consolidate(cache, mass, work, score, sink_tokens: int, attention_weight: fl
     )
     moved = mass if mass is not None else terms
     _consolidate[(rows, heads)](
-        terms, moved, losers, winners, lists, work.moment_pages, work.num_evicted, tokens_of(cache), tiles_of(cache),
-        records_of(cache), *terms.stride()[:3], *losers.stride()[:2], *winners.stride()[:2], *moved.stride()[:2],
+        terms, moved, cache.feedback, losers, winners, lists, work.moment_pages, work.num_evicted, tokens_of(cache),
+        tiles_of(cache), records_of(cache), *terms.stride()[:3], *losers.stride()[:2], *winners.stride()[:2], *moved.stride()[:2],
         work.moment_pages.stride(0), sink_tokens, attention_weight,
         RUNS=triton.next_power_of_2(triton.cdiv(most, work.run_tokens)), RUN=work.run_tokens,
         BLOCK_K=triton.next_power_of_2(lists.retiring_pages), BLOCK_L=BLOCK_L, BLOCK_W=_moved_together(cache),

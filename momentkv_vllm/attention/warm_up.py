@@ -16,7 +16,8 @@ def warm_up(impl: EvictingImpl, planner: StepPlanner, spec: MomentKVSpec, device
     """Steps of two sequences of zeros in a cache of their own, as if `impl` served them; what they leave is thrown away.
 
     The first reads a prompt across its first event, a later one and what catches up with the finer grain; the second retires in
-    decode beside it, then both decode. Captured steps compile what they need themselves.
+    decode beside it, then both decode. Captured steps compile what they need themselves. Keys whose rounding is yet to be
+    measured are rounded as if queries looked everywhere alike.
     """
     page_size, first = spec.block_size, spec.schedule.first_event_tokens
     prompt = first + spec.schedule.prefill_retire_tokens + spec.schedule.retire_tokens + 2
@@ -24,6 +25,9 @@ def warm_up(impl: EvictingImpl, planner: StepPlanner, spec: MomentKVSpec, device
     pages = torch.arange(2 * columns + 1)
     table, shape = pages[1:].view(2, columns), (len(pages), spec.num_kv_heads, page_size, 2 * spec.head_size)
     cache = torch.zeros(shape, dtype=spec.dtype, device=device)
+    if impl.config.key_rounding == "measured":
+        width = impl.layout.packed.width
+        impl.feedback = torch.zeros(spec.num_kv_heads, width, width, device=device)
     lens = [0, 0]
     for new in ([prompt, first - 1], [2, 1], [1, 1]):
         lens = [a + b for a, b in zip(lens, new, strict=True)]
@@ -34,7 +38,7 @@ def warm_up(impl: EvictingImpl, planner: StepPlanner, spec: MomentKVSpec, device
         impl.do_kv_cache_update(None, key, key, cache, _slots(table, lens, new, page_size).to(device))
         metadata = SimpleNamespace(eviction=step, stock_part=None)
         impl.forward(None, query, key, key, cache, metadata, torch.empty_like(query))
-    impl.observed = None
+    impl.observed = impl.feedback = None
 
 
 def _slots(table: Tensor, lens: list[int], new: list[int], page_size: int) -> Tensor:

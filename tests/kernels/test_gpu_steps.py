@@ -16,6 +16,7 @@ from momentkv_vllm.attention.cpu_backend import MomentKVImpl
 from momentkv_vllm.attention.cuda_backend import CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder
 from momentkv_vllm.attention.step_plan import MAX_SLOTS_PER_WORK, StepPlan
 from momentkv_vllm.kernels import triton
+from momentkv_vllm.kernels.worklists import LayersOf
 from momentkv_vllm.plugin import register
 
 
@@ -224,6 +225,19 @@ def test_a_decode_step_launches_three_kernels_a_layer_and_three_a_step(models, s
                 side.impl.forward(LAYER, *tokens, side.cache, metadata, torch.empty_like(tokens[0]))
         assert seen == ["_plan", "_due", *["_write", "_partials", "_reduce"] * layers, "_consolidate_layers"]
         assert copies.count == 0
+
+
+def test_layers_of_which_only_some_feed_errors_back_retire_one_by_one(models, seen):
+    """A launch for all of them knows one way to round."""
+    side, family = side_of(models), triton.Triton()
+    work = side.builder.build(0, common_of([97, 96], [1, 1])).at_end.work
+    caches = [side.impl.view_of(new_cache(TABLE)) for _ in range(2)]
+    layers = LayersOf(caches, [side.impl.observing(cache) for cache in caches], torch.zeros(2, 3, dtype=torch.int64))
+    for feedback, launched in ((None, ["_consolidate_layers"]), (torch.zeros(HEADS, D, D), EVENT[2:] * 2)):
+        seen.clear()
+        caches[0].feedback = feedback
+        family.consolidate_layers(layers, work, side.impl.policy, 4, 1.0)
+        assert seen == launched
 
 
 @pytest.mark.parametrize("impl", [MomentKVImpl, CudaMomentKVImpl])

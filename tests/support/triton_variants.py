@@ -11,7 +11,7 @@ sys.path.append(str(Path(__file__).parent))  # -P leaves it out
 import torch
 import triton
 from compile_triton import Target
-from layer_sides import Side, common_of, config_of, new_cache, new_tokens
+from layer_sides import HEADS, Side, common_of, config_of, new_cache, new_tokens
 from triton.runtime.jit import JITFunction
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 
@@ -55,6 +55,7 @@ def serve(model: str, grain: int | None) -> None:
     warm_up(side.impl, side.builder.planner, side.builder.kv_cache_spec, torch.device("cpu"))
     print(len(fresh), "before the first request")
     fresh.clear()
+    side.impl.feedback = torch.ones(HEADS, side.impl.layout.packed.width, side.impl.layout.packed.width)
     table = torch.arange(1, 3 * 64 + 1).view(3, 64)
     side.cache = new_cache(table)
     generator, lens = torch.Generator().manual_seed(0), [0, 0, 0]
