@@ -105,7 +105,7 @@ def _consolidate_layers(
             )  # fmt: skip
         tl.debug_barrier()
         settle(
-            terms, t_term, mass, feedback, loser_list, winner_list, event, pages, before, tokens, tiles, records, head,
+            terms, t_term, mass, feedback, None, loser_list, winner_list, event, pages, before, tokens, tiles, records, head,
             m_page, m_head, sink_tokens, attention_weight,
             RUNS, RUN, BLOCK_L, BLOCK_L, TERMS, HAS_MASS, HAS_MEANS, SIZES, STORE, RECORD,
         )  # fmt: skip

@@ -56,9 +56,11 @@ class Reader:
         self.family.write(self.cache, key, value, slots, self.mass)
         for round_ in rounds:
             for work in round_.attends:
-                lse = query.new_empty(query.shape[:2], dtype=torch.float32)
-                self.family.attend(self.cache, query, self.output[:n], lse, work, self.scale, True)
-                self.family.observe(self.cache, self.mass, query, lse, work, self.scale)
+                given = query, self.output[:n]
+                if work.observe_from is None:
+                    self.family.attend(self.cache, *given, None, work, self.scale, True)
+                else:
+                    self.family.attend_and_observe(self.cache, self.mass, *given, work, self.scale, True)
             for work in round_.retires:
                 self.family.consolidate(self.cache, self.mass, work, self.policy, SINKS, self.scale)
 

@@ -12,7 +12,7 @@ OVER_STORES = {"_partials", "_chunk", "_observe", "_sums", "_terms", "_consolida
 OVER_STORES |= {"_reduce"}
 KERNELS = {(name, 0, False) for name in {"_write", "_plan", "_due"} | OVER_STORES}
 KERNELS |= {(name, 4, False) for name in OVER_STORES} | {(name, 8, False) for name in OVER_STORES - {"_chunk"}}
-KERNELS |= {(name, bits, True) for name in ("_consolidate", "_consolidate_layers") for bits in (4, 8)}
+KERNELS |= {(name, bits, True) for name in ("_consolidate", "_fill_tiles", "_consolidate_layers") for bits in (4, 8)}
 MOST_SHARED_BYTES = 227 << 10  # what a block of an H100 can have
 
 
