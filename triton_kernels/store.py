@@ -119,29 +119,54 @@ def _rounded(x, inverse, STORE: tl.constexpr):
 
 
 @triton.jit
-def _column(x, j):
-    """[N, 1] of x [N, D]; each row is one warp's."""
-    return tl.gather(x, tl.full((x.shape[0], 1), 0, tl.int32) + j, 1)
+def _part(x, group):
+    """[N, numbers] of x [N, groups, numbers]."""
+    return tl.sum(tl.where(tl.arange(0, x.shape[1])[None, :, None] == group, x, 0.0), 1)
+
+
+@triton.jit
+def _with_part(x, group, part):
+    """x [N, groups, numbers] with another part."""
+    return tl.where(tl.arange(0, x.shape[1])[None, :, None] == group, part[:, None, :], x)
+
+
+@triton.jit
+def _number_of(x, n):
+    """Number n of each row of x [N, D], [N, 1]. A row is one warp's, a number one lane's: no other warp waits."""
+    return tl.gather(x, tl.full((x.shape[0], 1), 0, tl.int32) + n, 1)
+
+
+@triton.jit
+def _lost(left, x, scale, inverse, STORE: tl.constexpr):
+    """Errors of numbers x where `left` is rounded, with their first 16 significant bits; 0 for those that are not finite."""
+    error = (_rounded(left, inverse, STORE) + 0.5) * scale - x
+    short = (error.to(tl.int32, bitcast=True) & -0x100).to(tl.float32, bitcast=True)
+    return tl.where(error - error == 0, short, 0.0)
 
 
 @triton.jit
 def _made_up_for(x, scale, inverse, feedback, STORE: tl.constexpr):
-    """Rotated keys x [N, D] less what errors of the numbers behind each add to it: `fed_back` of key_rounding.py, whose every
-    product is exact. scale, inverse: [N, groups]; feedback: [width, width], of the head."""
-    d = tl.arange(0, x.shape[1])[None, :]
-    left = x
-    for behind in range(0, STORE.width // GROUP):
-        group = STORE.width // GROUP - 1 - behind
-        wide, by = _column(scale, group), _column(inverse, group)
+    """Rotated keys x [N, groups, GROUP] less what errors of the numbers behind each add to it: `fed_back` of key_rounding.py,
+    whose every product is exact. scale, inverse: [N, groups]; feedback: [width, width], of the head."""
+    made, errors = x, tl.zeros_like(x)
+    LAST: tl.constexpr = STORE.width // GROUP - 1
+    for behind in range(0, LAST + 1):
+        group = LAST - behind
+        at = feedback + group * GROUP + tl.arange(0, GROUP)[None, :]
+        numbers, wide, by = _part(x, group), _part(scale[:, :, None], group), _part(inverse[:, :, None], group)
+        left = numbers
+        for other in range(0, behind):
+            lost = _part(errors, LAST - other)
+            for n in range(0, GROUP):
+                j = GROUP - 1 - n
+                left -= tl.load(at + ((LAST - other) * GROUP + j) * STORE.width) * _number_of(lost, j)
         for n in range(0, GROUP):
-            j = group * GROUP + GROUP - 1 - n
-            error = (_rounded(_column(left, j), by, STORE) + 0.5) * wide - _column(x, j)
-            short = (error.to(tl.int32, bitcast=True) & -0x100).to(tl.float32, bitcast=True)
-            short = tl.where(error - error == 0, short, 0.0)
-            # Zero from number j on.
-            row = tl.load(feedback + j * STORE.width + d, mask=d < STORE.width, other=0.0)
-            left -= row * short
-    return left
+            j = GROUP - 1 - n
+            # Feedback to numbers from j on is zero.
+            lost = _lost(left, numbers, wide, by, STORE)
+            left -= tl.load(at + (group * GROUP + j) * STORE.width) * _number_of(lost, j)
+        made, errors = _with_part(made, group, left), _with_part(errors, group, _lost(left, numbers, wide, by, STORE))
+    return made
 
 
 @triton.jit
@@ -169,11 +194,10 @@ def write_stored(tiles, at, slots, real, keys, values, feedback, STORE: tl.const
     D: tl.constexpr = keys.shape[1]
     GROUPS: tl.constexpr = D // GROUP
     at, token, real = at[:, None], (slots % TILE)[:, None], real[:, None]
-    keys = rotated(keys, STORE.block)
-    grouped = tl.reshape(keys, (N, GROUPS, GROUP))
+    grouped = tl.reshape(rotated(keys, STORE.block), (N, GROUPS, GROUP))
     scales, by = _scales(grouped, STORE)
     if feedback is not None:
-        grouped = tl.reshape(_made_up_for(keys, scales, by, feedback, STORE), (N, GROUPS, GROUP))
+        grouped = _made_up_for(grouped, scales, by, feedback, STORE)
     key_bytes = _bytes_of(tl.reshape(_rounded(grouped, by[:, :, None], STORE), (N, D)), STORE)
     values = tl.reshape(rotated(values, STORE.block), (N, 1, D))
     scale, by = _scales(values, STORE)
