@@ -1,4 +1,5 @@
-"""consolidate: choose who goes, fold them into the record, fill their slots. One program a (row, KV head).
+"""consolidate: choose who goes, fold them into the record, fill their slots. One program a (row, KV head); where errors of keys
+are fed back, one a tile fills the slots.
 
 Three barriers order what may share memory: the lists before they are read, losers read before winners move over them, and
 winners read before the record is written, which at a sequence's first event lies in retiring pages.
@@ -200,7 +201,7 @@ def consolidate(cache, mass, work, score, sink_tokens: int, attention_weight: fl
         for n in (most - lists.capacity, most_winners)
     )
     moved = mass if mass is not None else terms
-    # Of errors that are fed back a tile of tokens takes ten times as long: then each has a program of its own.
+    # Feeding errors back takes several times as long as all else that a tile of tokens needs: each has a program of its own.
     counts = (
         torch.empty(rows, heads, 2, dtype=torch.int32, device=cache.keys.device) if cache.feedback is not None else None
     )
