@@ -1,4 +1,5 @@
-"""consolidate: choose who goes, fold them into the record, fill their slots. One program a (row, KV head).
+"""consolidate: choose who goes, fold them into the record, fill their slots. One program a (row, KV head); where errors of keys
+are fed back, one a tile fills the slots.
 
 Three barriers order what may share memory: the lists before they are read, losers read before winners move over them, and
 winners read before the record is written, which at a sequence's first event lies in retiring pages.
@@ -51,15 +52,16 @@ def _centres(tokens, tiles, head, event, BLOCK_L: tl.constexpr, SIZES: tl.conste
 
 @triton.jit
 def _fill(
-    tokens, tiles, head, event, first_key, others, loser_list, winner_list, holes, winners, mass, m_page,
-    BLOCK_W: tl.constexpr, HAS_MASS: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
+    begin, end, tokens, tiles, head, event, first_key, others, loser_list, winner_list, holes, winners, mass, m_page,
+    feedback, BLOCK_W: tl.constexpr, HAS_MASS: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
-    """The i-th token outside of the store that stays takes the i-th empty slot: those of the losers, then those never filled.
+    """The i-th token outside of the store that stays takes the i-th empty slot: those of the losers, then those never filled;
+    from token `begin` on, those before `end`.
 
     At a quantised store's first event the tokens come from the very pages that they are packed into. Slots fill in order, a
     packed token needs less room than an exact one, and what is moved together is read before any of it is written.
     """
-    for first in range(0, winners, BLOCK_W):
+    for first in range(begin, end, BLOCK_W):
         j = first + tl.arange(0, BLOCK_W)
         ok = j < winners
         source = tl.load(winner_list + j, mask=ok, other=0)
@@ -73,7 +75,8 @@ def _fill(
             keys -= of_slots(first_key, others, slot)
             values = load_values(tokens, tiles, head, event, source, ok, SIZES, STORE)
             tl.debug_barrier()
-            write_stored(tiles, tiles_at(tiles, head, event.store, slot, ok, STORE), slot, ok, keys, values, STORE)
+            at = tiles_at(tiles, head, event.store, slot, ok, STORE)
+            write_stored(tiles, at, slot, ok, keys, values, feedback, STORE)
         else:
             page, page_slot = exact_slots(event, source, ok, SIZES)
             _copy(tokens, head, page, page_slot, to_page, to_slot, ok, SIZES)
@@ -82,21 +85,47 @@ def _fill(
 
 
 @triton.jit
+def _fill_tiles(
+    counts, mass, feedback, loser_list, winner_list, lists, moment_pages, tokens, tiles, records,
+    l_row, l_head, w_row, w_head, m_page, m_head, row_moments,
+    BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, HAS_MASS: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
+    RECORD: tl.constexpr,
+):  # fmt: skip
+    """Program (row, KV head, tile): what `_consolidate` has left. Of a store that was quantised before, nothing that is read is
+    written, so tiles may run at the same time."""
+    row, head, first = tl.program_id(0), program_head(), tl.program_id(2) * BLOCK_W
+    counts += 2 * (row * tl.num_programs(1) + head)
+    winners = tl.load(counts + 1)
+    if first >= winners:
+        return
+    event = event_of(lists, row, records, head, moment_pages + row * row_moments, BLOCK_K, SIZES, STORE, RECORD)
+    feedback += head * STORE.width * STORE.width
+    _fill(
+        first, tl.minimum(first + BLOCK_W, winners), tokens, tiles, head, event, event.first_key, event.others,
+        loser_list + row * l_row + head * l_head, winner_list + row * w_row + head * w_head, tl.load(counts), winners,
+        mass + head * m_head, m_page, feedback, BLOCK_W, HAS_MASS, SIZES, STORE,
+    )  # fmt: skip
+
+
+@triton.jit
 def _consolidate(
-    score, mass, loser_list, winner_list, lists, moment_pages, num_evicted, tokens, tiles, records,
+    score, mass, feedback, counts, loser_list, winner_list, num_evicted, lists, moment_pages, tokens, tiles, records,
     s_row, s_head, s_term, l_row, l_head, w_row, w_head, m_page, m_head, row_moments, sink_tokens, attention_weight,
     RUNS: tl.constexpr, RUN: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_W: tl.constexpr,
     TERMS: tl.constexpr, HAS_MASS: tl.constexpr, HAS_MEANS: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
     RECORD: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, KV head)."""
+    """Program (row, KV head). counts: [rows, heads, 2] of `settle`, or None."""
     row, head = tl.program_id(0), program_head()
     pages = moment_pages + row * row_moments
+    if counts is not None:
+        counts += 2 * (row * tl.num_programs(1) + head)
+        tl.store(counts + 1, 0)
     event = event_of(lists, row, records, head, pages, BLOCK_K, SIZES, STORE, RECORD)
     if event.candidates == 0:
         return
     settle(
-        score + row * s_row + head * s_head, s_term, mass, loser_list + row * l_row + head * l_head,
+        score + row * s_row + head * s_head, s_term, mass, feedback, counts, loser_list + row * l_row + head * l_head,
         winner_list + row * w_row + head * w_head, event, pages, tl.load(num_evicted + row), tokens, tiles,
         records, head, m_page, m_head, sink_tokens, attention_weight,
         RUNS, RUN, BLOCK_L, BLOCK_W, TERMS, HAS_MASS, HAS_MEANS, SIZES, STORE, RECORD,
@@ -105,12 +134,14 @@ def _consolidate(
 
 @triton.jit
 def settle(
-    score, s_term, mass, loser_list, winner_list, event, pages, before, tokens, tiles, records, head, m_page, m_head,
-    sink_tokens, attention_weight,
+    score, s_term, mass, feedback, counts, loser_list, winner_list, event, pages, before, tokens, tiles, records, head, m_page,
+    m_head, sink_tokens, attention_weight,
     RUNS: tl.constexpr, RUN: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_W: tl.constexpr, TERMS: tl.constexpr,
     HAS_MASS: tl.constexpr, HAS_MEANS: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr, RECORD: tl.constexpr,
 ):  # fmt: skip
-    """One row's event in a head: choose, fold, fill, write the record, a barrier between each. before: tokens evicted so far."""
+    """One row's event in a head: choose, fold, fill, write the record, a barrier between each. before: tokens evicted so far;
+    feedback: [heads, width, width] or None (store.py); counts: [2] of empty slots and of tokens that want one, which a store
+    that was quantised before leaves to `_fill_tiles`; None: it does not."""
     holes, winners = choose(
         score, s_term, event, sink_tokens, attention_weight, loser_list, winner_list, RUNS, RUN, TERMS
     )
@@ -125,10 +156,18 @@ def settle(
     first_key, others = event.first_key, event.others
     if STORE.centres_at >= 0:
         first_key, others = _centres(tokens, tiles, head, event, BLOCK_L, SIZES, STORE)
+    if feedback is not None:
+        feedback += head * STORE.width * STORE.width
     tl.debug_barrier()
+    end = winners
+    if counts is not None:
+        left = event.packed > 0
+        tl.store(counts, holes)
+        tl.store(counts + 1, tl.where(left, winners, 0))
+        end = tl.where(left, 0, winners)
     _fill(
-        tokens, tiles, head, event, first_key, others, loser_list, winner_list, holes, winners, mass + head * m_head, m_page,
-        BLOCK_W, HAS_MASS, SIZES, STORE,
+        0, end, tokens, tiles, head, event, first_key, others, loser_list, winner_list, holes, winners, mass + head * m_head,
+        m_page, feedback, BLOCK_W, HAS_MASS, SIZES, STORE,
     )  # fmt: skip
     tl.debug_barrier()
     if STORE.centres_at >= 0 and (event.packed == 0) & (event.candidates > 0):
@@ -162,16 +201,27 @@ def consolidate(cache, mass, work, score, sink_tokens: int, attention_weight: fl
         for n in (most - lists.capacity, most_winners)
     )
     moved = mass if mass is not None else terms
+    # Feeding errors back takes several times as long as all else that a tile of tokens needs: each has a program of its own.
+    counts = (
+        torch.empty(rows, heads, 2, dtype=torch.int32, device=cache.keys.device) if cache.feedback is not None else None
+    )
+    given = lists, work.moment_pages, tokens_of(cache), tiles_of(cache), records_of(cache)
+    strides = *losers.stride()[:2], *winners.stride()[:2], *moved.stride()[:2], work.moment_pages.stride(0)
+    known = {
+        "BLOCK_K": triton.next_power_of_2(lists.retiring_pages), "BLOCK_W": _moved_together(cache),
+        "HAS_MASS": mass is not None, "SIZES": sizes(cache), "STORE": store_sizes(cache, work), "RECORD": record_sizes(cache),
+    }  # fmt: skip
     _consolidate[(rows, heads)](
-        terms, moved, losers, winners, lists, work.moment_pages, work.num_evicted, tokens_of(cache), tiles_of(cache),
-        records_of(cache), *terms.stride()[:3], *losers.stride()[:2], *winners.stride()[:2], *moved.stride()[:2],
-        work.moment_pages.stride(0), sink_tokens, attention_weight,
-        RUNS=triton.next_power_of_2(triton.cdiv(most, work.run_tokens)), RUN=work.run_tokens,
-        BLOCK_K=triton.next_power_of_2(lists.retiring_pages), BLOCK_L=BLOCK_L, BLOCK_W=_moved_together(cache),
-        TERMS=terms.shape[2] if is_native else 0,
-        HAS_MASS=mass is not None, HAS_MEANS=cache.record_layout.has_means, SIZES=sizes(cache), STORE=store_sizes(cache, work),
-        RECORD=record_sizes(cache), num_warps=8,
+        terms, moved, cache.feedback, counts, losers, winners, work.num_evicted, *given, *terms.stride()[:3], *strides,
+        sink_tokens, attention_weight,
+        RUNS=triton.next_power_of_2(triton.cdiv(most, work.run_tokens)), RUN=work.run_tokens, BLOCK_L=BLOCK_L,
+        TERMS=terms.shape[2] if is_native else 0, HAS_MEANS=cache.record_layout.has_means, num_warps=8, **known,
     )  # fmt: skip
+    if counts is not None:
+        most_tiles = triton.cdiv(lists.retiring_pages * cache.page_size, known["BLOCK_W"])
+        _fill_tiles[(rows, heads, most_tiles)](
+            counts, moved, cache.feedback, losers, winners, *given, *strides, num_warps=8, **known
+        )
 
 
 def _moved_together(cache) -> int:

@@ -68,16 +68,17 @@ def _score(
 
 @triton.jit
 def _consolidate_layers(
-    layers, due, terms, mass, loser_list, winner_list, lists, moment_pages, num_evicted, tokens, tiles, records,
+    layers, due, terms, mass, feedback, loser_list, winner_list, lists, moment_pages, num_evicted, tokens, tiles, records,
     t_term, most_losers, most_winners, m_page, m_head, row_moments, sink_tokens, attention_weight,
     RUNS: tl.constexpr, RUN: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
     TERMS: tl.constexpr, HAS_MASS: tl.constexpr, HAS_MEANS: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
     RECORD: tl.constexpr,
 ):  # fmt: skip
-    """Program (turn, KV head, layer). layers: [layers, 2] bytes from the first layer's cache and mass to the layer's."""
+    """Program (turn, KV head, layer). layers: [layers, 3] bytes from the first layer's cache, mass, feedback to the layer's."""
     head, layer = program_head(), tl.program_id(2)
     count = tl.load(due)
-    by, mass_by = tl.load(layers + 2 * layer), tl.load(layers + 2 * layer + 1)
+    layers += 3 * layer
+    by = tl.load(layers)
     tokens = Tokens(
         _moved(tokens.k, by), _moved(tokens.v, by), tokens.k_page, tokens.k_head, tokens.k_slot, tokens.k_dim,
         tokens.v_page, tokens.v_head, tokens.v_slot, tokens.v_dim,
@@ -87,7 +88,8 @@ def _consolidate_layers(
         _moved(records.floats, by), _moved(records.covariance, by), records.f_page, records.f_head, records.c_page,
         records.c_head,
     )  # fmt: skip
-    mass = _moved(mass, mass_by) if HAS_MASS else mass
+    mass = _moved(mass, tl.load(layers + 1)) if HAS_MASS else mass
+    feedback = _moved(feedback, tl.load(layers + 2)) if feedback is not None else feedback
     place = (layer * tl.num_programs(1) + head) * tl.num_programs(0) + tl.program_id(0)
     terms += place * TERMS * t_term
     loser_list += place * most_losers
@@ -103,8 +105,8 @@ def _consolidate_layers(
             )  # fmt: skip
         tl.debug_barrier()
         settle(
-            terms, t_term, mass, loser_list, winner_list, event, pages, before, tokens, tiles, records, head, m_page, m_head,
-            sink_tokens, attention_weight,
+            terms, t_term, mass, feedback, None, loser_list, winner_list, event, pages, before, tokens, tiles, records, head,
+            m_page, m_head, sink_tokens, attention_weight,
             RUNS, RUN, BLOCK_L, BLOCK_L, TERMS, HAS_MASS, HAS_MEANS, SIZES, STORE, RECORD,
         )  # fmt: skip
         tl.debug_barrier()
@@ -115,8 +117,8 @@ def consolidate_layers(cache, mass, layers: torch.Tensor, work, sink_tokens: int
 
     Args:
         cache, mass: of the first layer; those of the others are of the same shape and strides.
-        layers: [layers, 2] int64 on the device, bytes from the first layer's cache and mass to each layer's; multiples of
-            ALIGNMENT. Of mass that is None: anything.
+        layers: [layers, 3] int64 on the device, bytes from the first layer's cache, mass and feedback of errors in keys to each
+            layer's; multiples of ALIGNMENT. Of what is None: anything.
         attention_weight: as consolidate.
     """
     heads, lists, device = cache.keys.shape[1], event_lists(cache, work), cache.keys.device
@@ -129,9 +131,9 @@ def consolidate_layers(cache, mass, layers: torch.Tensor, work, sink_tokens: int
     losers, winners = (torch.empty(places, n, dtype=torch.int32, device=device) for n in (most_losers, most_winners))
     moved = mass if mass is not None else terms
     _consolidate_layers[(turns, heads, len(layers))](
-        layers, work.due, terms, moved, losers, winners, lists, work.moment_pages, work.num_evicted, tokens_of(cache),
-        tiles_of(cache), records_of(cache), most, most_losers, most_winners, *moved.stride()[:2], work.moment_pages.stride(0),
-        sink_tokens, attention_weight,
+        layers, work.due, terms, moved, cache.feedback, losers, winners, lists, work.moment_pages, work.num_evicted,
+        tokens_of(cache), tiles_of(cache), records_of(cache), most, most_losers, most_winners, *moved.stride()[:2],
+        work.moment_pages.stride(0), sink_tokens, attention_weight,
         RUNS=triton.next_power_of_2(triton.cdiv(most, work.run_tokens)), RUN=work.run_tokens,
         BLOCK_K=triton.next_power_of_2(lists.retiring_pages), BLOCK_L=BLOCK_L, BLOCK_N=BLOCK_N, TERMS=num_terms,
         HAS_MASS=mass is not None, HAS_MEANS=cache.record_layout.has_means, SIZES=sizes(cache), STORE=store_sizes(cache, work),

@@ -94,24 +94,92 @@ def stored_values(tiles, at, slots, real, D: tl.constexpr, STORE: tl.constexpr):
 
 
 @triton.jit
-def _quantised(x, STORE: tl.constexpr):
-    """Codes like x [N, vectors, numbers] and scales [N, vectors], as bits of bfloat16: `quantised` of packed_store.py."""
-    LEVELS: tl.constexpr = 16 if STORE.bits == 4 else 254
+def _levels(STORE: tl.constexpr):
+    return 16 if STORE.bits == 4 else 254
+
+
+@triton.jit
+def _scales(x, STORE: tl.constexpr):
+    """Of vectors x [N, vectors, numbers] as `quantised` of packed_store.py finds them: (scales, what numbers are multiplied by)
+    [N, vectors] float32. NaN where a number is one."""
+    LEVELS: tl.constexpr = _levels(STORE)
     is_nan = tl.max((x != x).to(tl.int32), 2) > 0
     wanted = tl.max(tl.abs(x), 2) * (2 / (LEVELS - 1))
     bits = (wanted.to(tl.int32, bitcast=True) + 0xFFFF) & -0x10000
-    scale = bits.to(tl.float32, bitcast=True)
-    inverse = tl.where((scale > 0) & (is_nan == 0), tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale), 0.0)
-    code = tl.floor(x * inverse[:, :, None])
-    code = tl.minimum(tl.maximum(tl.where(code == code, code, 0.0), -LEVELS // 2), LEVELS // 2 - 1)
-    return code.to(tl.int32) + (1 << (STORE.bits - 1)), tl.where(is_nan, 0x7FC0, bits >> 16).to(tl.int16)
+    scale = tl.where(is_nan, 0x7FC00000, bits).to(tl.float32, bitcast=True)
+    return scale, tl.where(scale > 0, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale), 0.0)
+
+
+@triton.jit
+def _rounded(x, inverse, STORE: tl.constexpr):
+    """Codes less half of the levels, float32, of numbers x."""
+    LEVELS: tl.constexpr = _levels(STORE)
+    code = tl.floor(x * inverse)
+    return tl.minimum(tl.maximum(tl.where(code == code, code, 0.0), -LEVELS // 2), LEVELS // 2 - 1)
+
+
+@triton.jit
+def _part(x, group):
+    """[N, numbers] of x [N, groups, numbers]."""
+    return tl.sum(tl.where(tl.arange(0, x.shape[1])[None, :, None] == group, x, 0.0), 1)
+
+
+@triton.jit
+def _with_part(x, group, part):
+    """x [N, groups, numbers] with another part."""
+    return tl.where(tl.arange(0, x.shape[1])[None, :, None] == group, part[:, None, :], x)
+
+
+@triton.jit
+def _number_of(x, n):
+    """Number n of each row of x [N, D], [N, 1]. A row is one warp's, a number one lane's: no other warp waits."""
+    return tl.gather(x, tl.full((x.shape[0], 1), 0, tl.int32) + n, 1)
+
+
+@triton.jit
+def _lost(left, x, scale, inverse, STORE: tl.constexpr):
+    """Errors of numbers x where `left` is rounded, with their first 16 significant bits; 0 for those that are not finite."""
+    error = (_rounded(left, inverse, STORE) + 0.5) * scale - x
+    short = (error.to(tl.int32, bitcast=True) & -0x100).to(tl.float32, bitcast=True)
+    return tl.where(error - error == 0, short, 0.0)
+
+
+@triton.jit
+def _made_up_for(x, scale, inverse, feedback, STORE: tl.constexpr):
+    """Rotated keys x [N, groups, GROUP] less what errors of the numbers behind each add to it: `fed_back` of key_rounding.py,
+    whose every product is exact. scale, inverse: [N, groups]; feedback: [width, width], of the head."""
+    made, errors = x, tl.zeros_like(x)
+    LAST: tl.constexpr = STORE.width // GROUP - 1
+    for behind in range(0, LAST + 1):
+        group = LAST - behind
+        at = feedback + group * GROUP + tl.arange(0, GROUP)[None, :]
+        numbers, wide, by = _part(x, group), _part(scale[:, :, None], group), _part(inverse[:, :, None], group)
+        left = numbers
+        for other in range(0, behind):
+            lost = _part(errors, LAST - other)
+            for n in range(0, GROUP):
+                j = GROUP - 1 - n
+                left -= tl.load(at + ((LAST - other) * GROUP + j) * STORE.width) * _number_of(lost, j)
+        for n in range(0, GROUP):
+            j = GROUP - 1 - n
+            # Feedback to numbers from j on is zero.
+            lost = _lost(left, numbers, wide, by, STORE)
+            left -= tl.load(at + (group * GROUP + j) * STORE.width) * _number_of(lost, j)
+        made, errors = _with_part(made, group, left), _with_part(errors, group, _lost(left, numbers, wide, by, STORE))
+    return made
+
+
+@triton.jit
+def _bits(scale):
+    return (scale.to(tl.int32, bitcast=True) >> 16).to(tl.int16)
 
 
 @triton.jit
 def _bytes_of(codes, STORE: tl.constexpr):
-    """[N, code bytes] uint8 of codes [N, D]."""
+    """[N, code bytes] uint8 of what `_rounded` gives [N, D]."""
     N: tl.constexpr = codes.shape[0]
     D: tl.constexpr = codes.shape[1]
+    codes = codes.to(tl.int32) + (1 << (STORE.bits - 1))
     if STORE.bits == 4:
         low, high = tl.split(tl.permute(tl.reshape(codes, (N, D // GROUP, 2, 16)), (0, 1, 3, 2)))
         codes = tl.reshape(low | (high << 4), (N, D // 2))
@@ -119,19 +187,26 @@ def _bytes_of(codes, STORE: tl.constexpr):
 
 
 @triton.jit
-def write_stored(tiles, at, slots, real, keys, values, STORE: tl.constexpr):
-    """Tokens [N, D] float32, not rotated and zero behind head_dim, quantised into store slots [N] whose tiles begin at `at`."""
+def write_stored(tiles, at, slots, real, keys, values, feedback, STORE: tl.constexpr):
+    """Tokens [N, D] float32, not rotated and zero behind head_dim, quantised into store slots [N] whose tiles begin at `at`.
+    feedback: of errors in keys, [width, width] of the head; None: every number is rounded by itself."""
     N: tl.constexpr = keys.shape[0]
     D: tl.constexpr = keys.shape[1]
     GROUPS: tl.constexpr = D // GROUP
     at, token, real = at[:, None], (slots % TILE)[:, None], real[:, None]
-    codes, scales = _quantised(tl.reshape(rotated(keys, STORE.block), (N, GROUPS, GROUP)), STORE)
-    code, scale = _quantised(tl.reshape(rotated(values, STORE.block), (N, 1, D)), STORE)
-    key_bytes = _bytes_of(tl.reshape(codes, (N, D)), STORE)
-    value_bytes = _bytes_of(tl.reshape(code, (N, D)), STORE)
+    grouped = tl.reshape(rotated(keys, STORE.block), (N, GROUPS, GROUP))
+    scales, by = _scales(grouped, STORE)
+    if feedback is not None:
+        grouped = _made_up_for(grouped, scales, by, feedback, STORE)
+    key_bytes = _bytes_of(tl.reshape(_rounded(grouped, by[:, :, None], STORE), (N, D)), STORE)
+    values = tl.reshape(rotated(values, STORE.block), (N, 1, D))
+    scale, by = _scales(values, STORE)
+    value_bytes = _bytes_of(tl.reshape(_rounded(values, by[:, :, None], STORE), (N, D)), STORE)
     byte, group = tl.arange(0, key_bytes.shape[1])[None, :], tl.arange(0, GROUPS)[None, :]
     mask = real & (byte < STORE.code_bytes)
     tl.store(tiles.codes + at + _key_byte(byte, token), key_bytes, mask=mask)
     tl.store(tiles.codes + at + _value_byte(byte, token, STORE), value_bytes, mask=mask)
-    tl.store(tiles.scales + _scale_at(at, group, token, STORE), scales, mask=real & (group < STORE.width // GROUP))
-    tl.store(tiles.scales + _scale_at(at, STORE.width // GROUP, token, STORE), scale, mask=real)
+    tl.store(
+        tiles.scales + _scale_at(at, group, token, STORE), _bits(scales), mask=real & (group < STORE.width // GROUP)
+    )
+    tl.store(tiles.scales + _scale_at(at, STORE.width // GROUP, token, STORE), _bits(scale), mask=real)

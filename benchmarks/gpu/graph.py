@@ -1,4 +1,5 @@
-"""A decode layer over whole retiring periods: graph replay against eager, and a family's life against the reference's."""
+"""A decode layer over whole retiring periods: graph replay against eager, a family's life and its stores against the
+reference's."""
 
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.worklists import RetireWork, mapped
+from momentkv_vllm.key_rounding import feedback_of
 from momentkv_vllm.packed_store import TILE_TOKENS, PackedLayout
 from momentkv_vllm.page_layout import RecordLayout
 from momentkv_vllm.page_schedule import PageSchedule, build_schedule
@@ -40,7 +42,7 @@ def laid_out(
         RecordLayout(d, has_covariance=False, has_centres=True),
     )
     page_tokens, start = packed.tokens_per_page(part), (part - record.num_bytes) // 64 * 64
-    record = RecordLayout(d, has_covariance=False, start=start)
+    record = replace(record, start=start)
     behind = page_tokens - min(page_tokens, start // packed.tile_bytes * TILE_TOKENS)
     return config, build_schedule(config, PAGE, 0, False, page_tokens, behind), record, packed
 
@@ -120,6 +122,15 @@ class ReferenceLayer(Layer):
             super().retire(mapped(replace(work, due=None), lambda _, x: x[due]))
 
 
+def feedback_for(cache: CacheView) -> torch.Tensor:
+    """Of errors in keys, as if queries were of a random moment that says more of some directions than of others."""
+    heads, d = cache.keys.shape[1], cache.keys.shape[3]
+    made = torch.Generator().manual_seed(11)
+    queries = torch.randn(heads, 4 * d, d, generator=made) * 1.05 ** -torch.arange(d)
+    queries = queries @ torch.linalg.qr(torch.randn(d, d, generator=made))[0]
+    return feedback_of(queries.transpose(1, 2) @ queries, cache.packed_layout.width).to(cache.kv.device)
+
+
 def sizes_of(tiny: bool) -> tuple[int, ...]:
     """rows, heads, groups, d, budget"""
     return (2, 1, 2, 32, 128) if tiny else (32, 8, 4, 128, 1024)
@@ -168,3 +179,25 @@ def life(family, device: str, tiny: bool, store: str) -> dict:
         worst = max(worst, error)
     assert retired > 0, "nothing retired"
     return {"store": store, "steps": steps, "retired_pages": retired, "worst_relative_difference": worst}
+
+
+def stores(family, device: str, tiny: bool, store: str, fed_back: bool) -> dict:
+    """Events of stores that have room for all: where nobody competes, every byte is the reference's, but for records without a
+    token."""
+    given = device, store, *sizes_of(tiny)
+    ours, want = Layer(family, *given), ReferenceLayer(select("reference"), *given)
+    if fed_back:
+        ours.cache.feedback = want.cache.feedback = feedback_for(ours.cache)
+    steps, retired = 6 if tiny else ours.schedule.retire_tokens + 8, 0
+    records = ours.table[:, ours.schedule.store_pages - 1].long()
+    for step in range(steps):
+        for layer in (ours, want):
+            layer.prepare(step)
+            layer.family.write(layer.cache, layer.key, layer.value, layer.slots, layer.mass)
+            layer.retire(layer.work.retires[0])
+        retired += ours.retired()
+        differs = ours.cache.raw != want.cache.raw
+        differs[records, :, ours.cache.record_layout.start :] = False
+        assert not differs.any(), f"{family.name}, {store}, {fed_back=}, step {step}: {int(differs.sum())} bytes differ"
+    assert retired > 0, "nothing retired"
+    return {"store": store, "fed_back": fed_back, "steps": steps, "retired_pages": retired}

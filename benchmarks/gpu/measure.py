@@ -104,13 +104,12 @@ def step(
     """A step's attention of some layers in one graph: write, attend, observe, consolidate; stores are full. The floor: the time
     to copy a budget's bytes."""
     _, heads, groups, d, budget = graph.sizes_of(tiny)
-    made = [graph.Layer(family, device, store, rows, heads, groups, d, budget, full=not tiny) for _ in range(layers)]
+    made = full_layers(family, store, rows, layers, device, tiny)
     row = {"family": family.name, "store": store, "rows": rows, "layers": layers}
     held = Shape(head_dim=d, kv_heads=heads, groups=groups, slots=budget, rows=rows).kv_bytes
     row["floor_us"] = layers * held / bandwidth * 1e6
     layers = made
-    caches, observed = [layer.cache for layer in layers], [layer.mass for layer in layers]
-    together = LayersOf(caches, observed, LayerTable(device).of(caches, observed))
+    together = together_of(layers, device)
     # Row i is i tokens ahead: in one step none of the first rows is near its event, in the other one of them retires.
     for name, number in (("idle", 5 if tiny else 20), ("due", layers[0].schedule.retire_tokens + 4)):
         for layer in layers:
@@ -120,9 +119,37 @@ def step(
     return row
 
 
+def rounding(family, timer: Timer, rows: int, layers: int, device: str, tiny: bool) -> dict[str, Any]:
+    """What ends a decode step in which rows retire, without and with feedback of errors in keys, of int4 stores that are full."""
+    made = full_layers(family, "int4", rows, layers, device, tiny)
+    for layer in made:
+        layer.prepare(made[0].schedule.retire_tokens + 4)
+    row = {"family": family.name, "rows": rows, "layers": layers, "rows_due": made[0].retired()}
+    for name, feedback in (("nearest", None), ("fed_back", graph.feedback_for(made[0].cache))):
+        for layer in made:
+            layer.cache.feedback = None if feedback is None else feedback.clone()
+        together = together_of(made, device)
+        row[f"{name}_us"] = timer(lambda of=together: retire_all(made, of)) * 1e6
+    return row
+
+
+def full_layers(family, store: str, rows: int, layers: int, device: str, tiny: bool) -> list[graph.Layer]:
+    _, heads, groups, d, budget = graph.sizes_of(tiny)
+    return [graph.Layer(family, device, store, rows, heads, groups, d, budget, full=not tiny) for _ in range(layers)]
+
+
+def together_of(layers: list[graph.Layer], device: str) -> LayersOf:
+    caches, observed = [layer.cache for layer in layers], [layer.mass for layer in layers]
+    return LayersOf(caches, observed, LayerTable(device).of(caches, observed))
+
+
 def forward(layers: list[graph.Layer], together: LayersOf) -> None:
     """As attention/cuda_backend.py: every layer attends, then all retire."""
-    first = layers[0]
     for layer in layers:
         layer.attend()
+    retire_all(layers, together)
+
+
+def retire_all(layers: list[graph.Layer], together: LayersOf) -> None:
+    first = layers[0]
     first.family.consolidate_layers(together, first.work.retires[0], first.policy, SINKS, first.scale)

@@ -56,9 +56,11 @@ class Reader:
         self.family.write(self.cache, key, value, slots, self.mass)
         for round_ in rounds:
             for work in round_.attends:
-                lse = query.new_empty(query.shape[:2], dtype=torch.float32)
-                self.family.attend(self.cache, query, self.output[:n], lse, work, self.scale, True)
-                self.family.observe(self.cache, self.mass, query, lse, work, self.scale)
+                given = query, self.output[:n]
+                if work.observe_from is None:
+                    self.family.attend(self.cache, *given, None, work, self.scale, True)
+                else:
+                    self.family.attend_and_observe(self.cache, self.mass, *given, work, self.scale, True)
             for work in round_.retires:
                 self.family.consolidate(self.cache, self.mass, work, self.policy, SINKS, self.scale)
 
@@ -82,9 +84,13 @@ def life(family, device: str, store: str, grain: int, size: dict[str, int]) -> d
     return {"store": store, "grain": grain, "events": events, "evicted": evicted, "worst_relative_difference": error}
 
 
-def timed(family, device: str, store: str, grain: int, tokens: int, size: dict[str, int]) -> dict[str, Any]:
-    """Seconds of the layer's attention over a prompt, launches from Python included, beside causal attention over it."""
+def timed(
+    family, device: str, store: str, grain: int, tokens: int, size: dict[str, int], fed_back: bool = False
+) -> dict[str, Any]:
+    """Seconds of the layer's attention over a prompt, launches from Python included, beside causal attention over it. fed_back:
+    errors in keys are."""
     reader = Reader(family, device, store, grain, tokens, size)
+    reader.cache.feedback = graph.feedback_for(reader.cache) if fed_back else None
     start = time.perf_counter()
     steps = reader.steps()
     planned = time.perf_counter() - start
@@ -96,7 +102,7 @@ def timed(family, device: str, store: str, grain: int, tokens: int, size: dict[s
     stock = Shape(kv_heads=size["heads"], groups=size["groups"], head_dim=size["d"])
     host, all_ours = _wall(read, device)
     _, causal = _wall(baselines.causal(tokens, stock, device), device)
-    row = {"family": family.name, "store": store, "grain": grain, "prompt": tokens}
+    row = {"family": family.name, "store": store, "grain": grain, "prompt": tokens, "fed_back": fed_back}
     row |= {"rounds": sum(len(rounds) for rounds, _ in steps), "plan_us": planned * 1e6, "host_us": host * 1e6}
     return row | {"layer_us": all_ours * 1e6, "causal_us": causal * 1e6, "to_causal": all_ours / causal}
 

@@ -42,8 +42,11 @@ def checks(tiny: bool) -> list[Task]:
     for store in STORES[:2]:
         found += [{"what": "life", "store": store, **family}, {"what": "replay", "store": store, **family}]
         found += [{"what": "reads", "store": store, "grain": grain, **family}]
-    found += [{"what": "plan"}]
-    found += [] if tiny else [{"what": "sanitize", **family}, {"what": "life", "store": "int8", **family}]
+    kept = {"what": "stores", **family}
+    found += [kept | {"store": "int4", "fed_back": True}, {"what": "plan"}]
+    if not tiny:
+        found += [{"what": "sanitize", **family}, {"what": "life", "store": "int8", **family}]
+        found += [kept | {"store": "int8", "fed_back": True}, kept | {"store": "int4", "fed_back": False}]
     return found + [{"what": "check", "shape": i, **family} for i in range(len(_shapes(tiny)))]
 
 
@@ -52,7 +55,10 @@ def decodes(tiny: bool) -> list[Task]:
     if tiny:
         one = [{"what": "copy"}, {"what": "context", "rows": 1, "tokens": 128, **family}]
         one += [{"what": "decode", "rows": 1, "slots": 64, "record": "zeroth", **family}]
-        one += [{"what": "retire", "rows": 1, "slots": 96, **family}]
+        one += [
+            {"what": "retire", "rows": 1, "slots": 96, **family},
+            {"what": "rounding", "rows": 2, "layers": 2, **family},
+        ]
         variant = {"what": "variant", "kernel": "decode", "rows": 1}
         one += [variant | {"number": n, "slots": s, "store": k} for n, s, k in ((0, 64, "model"), (11, 128, "int4"))]
         return one + [{"what": "step", "store": s, "rows": 2, "layers": 2, **family} for s in STORES[:2]]
@@ -74,7 +80,8 @@ def decodes(tiny: bool) -> list[Task]:
     def kernels(rows: int, slots: int, record: str = "zeroth") -> list[Task]:
         return [{"what": "decode", "rows": rows, "slots": slots, "record": record, **family}]
 
-    found += steps(32) + contexts(32, 8192) + variants("int4", 32) + steps(8) + retires(32)
+    rounding = [{"what": "rounding", "rows": 32, "layers": LAYERS, **family}]
+    found += steps(32) + contexts(32, 8192) + variants("int4", 32) + steps(8) + retires(32) + rounding
     found += kernels(32, 1024) + kernels(8, 1024) + variants("model", 32) + contexts(8, 32768) + steps(128, 16)
     found += kernels(32, 4096) + variants("int4", 8) + retires(8) + contexts(1, 32768) + contexts(8, 131072)
     return found + kernels(32, 1024, "bfloat16") + kernels(1, 1024) + kernels(128, 1024) + variants("model", 8)
@@ -85,6 +92,7 @@ def prefills(tiny: bool) -> list[Task]:
         return [{"what": "prefill", "family": "triton", "store": "int4", "grain": 32, "prompt": 200}]
     one = {"what": "prefill", "family": "triton"}
     found = [one | {"store": "int4", "grain": grain, "prompt": 8192} for grain in GRAINS]
+    found.insert(1, found[0] | {"fed_back": True})
     found += [one | {"store": s, "grain": 512, "prompt": p} for s, p in (("model", 8192), ("int4", 32768))]
     chunk = {"what": "variant", "kernel": "chunk", "store": "model", "rows": 1, "slots": 1536}
     found += [chunk | {"number": n} for n in range(len(tuning.CHUNK_VARIANTS))]
@@ -125,8 +133,9 @@ def do(task: Task, device: str) -> dict[str, Any]:
         return _engine(**given)
     if "family" in task:
         given["family"] = _family(task["family"])
-    return {"copy": _copy, "life": _life, "plan": _plan, "replay": _replay, "reads": _reads, "sanitize": _sanitize,
-            "check": _check, "decode": _decode, "context": _context, "retire": _retire, "variant": _variant, "step": _step,
+    return {"copy": _copy, "life": _life, "plan": _plan, "replay": _replay, "reads": _reads, "stores": _stores,
+            "sanitize": _sanitize, "check": _check, "decode": _decode, "context": _context, "retire": _retire,
+            "rounding": _rounding, "variant": _variant, "step": _step,
             "prefill": _prefill}[task["what"]](device=device, tiny=tiny, **given)  # fmt: skip
 
 
@@ -171,6 +180,10 @@ def _reads(device: str, tiny: bool, family, store: str, grain: int) -> dict[str,
     return prompt_runs.life(family, device, store, grain, _layer(tiny))
 
 
+def _stores(device: str, tiny: bool, family, store: str, fed_back: bool) -> dict[str, Any]:
+    return graph.stores(family, device, tiny, store, fed_back)
+
+
 def _sanitize(device: str, tiny: bool, family) -> dict[str, Any]:
     """compute-sanitizer over the smallest checks."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
@@ -202,6 +215,10 @@ def _retire(device: str, tiny: bool, family, rows: int, slots: int) -> dict[str,
     return measure.retire(family, _timer(device), Shape(**_size(tiny), rows=rows, slots=slots), device)
 
 
+def _rounding(device: str, tiny: bool, family, rows: int, layers: int) -> dict[str, Any]:
+    return measure.rounding(family, _timer(device), rows, layers, device, tiny)
+
+
 def _variant(device: str, tiny: bool, kernel: str, number: int, store: str, rows: int, slots: int) -> dict[str, Any]:
     variants, queries = {"decode": (tuning.DECODE_VARIANTS, 1), "chunk": (tuning.CHUNK_VARIANTS, 512)}[kernel]
     shape = Shape(**_size(tiny), rows=rows, slots=slots, queries=queries)
@@ -217,8 +234,10 @@ def _layer(tiny: bool) -> dict[str, int]:
     return {"heads": heads, "groups": groups, "d": d, "budget": budget}
 
 
-def _prefill(device: str, tiny: bool, family, store: str, grain: int, prompt: int) -> dict[str, Any]:
-    return prompt_runs.timed(family, device, store, grain, prompt, _layer(tiny))
+def _prefill(
+    device: str, tiny: bool, family, store: str, grain: int, prompt: int, fed_back: bool = False
+) -> dict[str, Any]:
+    return prompt_runs.timed(family, device, store, grain, prompt, _layer(tiny), fed_back)
 
 
 def _engine(arguments: list[str]) -> dict[str, Any]:

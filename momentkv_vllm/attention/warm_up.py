@@ -42,13 +42,18 @@ def warm_up(impl: EvictingImpl, planner: StepPlanner, cache: Tensor) -> None:
     lens = [0, 0]
     for new in ([prompt, first - 1], [2, 1], [1, 1]):
         lens = [a + b for a, b in zip(lens, new, strict=True)]
-        step = planner.build([0, new[0], sum(new)], lens, [prompt, 0], places)
-        upload_step(step, [], pages.to(device))
         query = torch.zeros(sum(new), impl.num_heads, width // 2, dtype=cache.dtype, device=device)
         key = query[:, :kv_heads]
         impl.do_kv_cache_update(None, key, key, cache, _slots(pages[places], lens, new, page_size).to(device))
-        metadata = SimpleNamespace(eviction=step, stock_part=None)
-        impl.forward(None, query, key, key, cache, metadata, torch.empty_like(query))
+        # A list may be observed or not.
+        for observed in sorted({False, planner.observe}):
+            step = planner.build([0, new[0], sum(new)], lens, [prompt, 0], places)
+            upload_step(step, [], pages.to(device))
+            for work in (work for round_ in step.rounds for work in round_.attends):
+                work.observe_from = work.num_queries if observed else None
+                work.restart = torch.zeros_like(work.num_queries, dtype=torch.bool) if observed else None
+            metadata = SimpleNamespace(eviction=step, stock_part=None)
+            impl.forward(None, query, key, key, cache, metadata, torch.empty_like(query))
     cache[pages.to(device)] = 0
 
 

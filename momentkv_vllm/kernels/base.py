@@ -30,6 +30,7 @@ class KernelFamily(ABC):
         devices: types of device that its tensors may lie on.
         limits: the caches that it can serve.
         native_scores: scores that `_consolidate` computes in place.
+        feeds_back: `_consolidate` makes up for errors in keys (key_rounding.py) by a cache's `feedback`.
         by_name_only: "auto" never takes it.
     """
 
@@ -37,6 +38,7 @@ class KernelFamily(ABC):
     devices: ClassVar[tuple[str, ...]]
     limits: Limits = Limits()
     native_scores: ClassVar[tuple[str, ...]] = ()
+    feeds_back: ClassVar[bool] = False
     by_name_only: ClassVar[bool] = False
 
     @abstractmethod

@@ -11,13 +11,14 @@ class LayerTable:
 
     def __init__(self, device: torch.device | str) -> None:
         self.device = torch.device(device)
-        self.host = self.there = torch.zeros(0, 2, dtype=torch.int64)
+        self.host = self.there = torch.zeros(0, 3, dtype=torch.int64)
         self.captured: list[torch.Tensor] = []
 
     def of(self, caches: list[CacheView], observed: list[Observed | None]) -> torch.Tensor:
-        """[layers, 2] int64 on the device: bytes from the first layer's cache and observations to each layer's."""
-        kept = [x.data.data_ptr() if x else 0 for x in observed]
-        places = torch.tensor([[c.kv.data_ptr(), at] for c, at in zip(caches, kept, strict=True)])
+        """[layers, 3] int64 on the device: bytes from the first layer's cache, observations and feedback to each layer's; 0
+        where layers have none."""
+        kept = [(c.kv, x.data if x else None, c.feedback) for c, x in zip(caches, observed, strict=True)]
+        places = torch.tensor([[0 if x is None else x.data_ptr() for x in layer] for layer in kept])
         host = places - places[0]
         if torch.equal(host, self.host):
             return self.there

@@ -21,6 +21,7 @@ class Reference(KernelFamily):
 
     name = "reference"
     devices = ("cpu", "cuda")
+    feeds_back = True
 
     def objections(self) -> list[str]:
         return []

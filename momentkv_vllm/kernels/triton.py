@@ -34,6 +34,7 @@ class Triton(KernelFamily):
     devices = ("cuda",)
     limits = Limits(range(1, 257), page_step=16, dtypes=(torch.float32, torch.bfloat16, torch.float16))
     native_scores = ("key_direction",)
+    feeds_back = True
 
     def objections(self) -> list[str]:
         if _why_missing:
@@ -69,7 +70,8 @@ class Triton(KernelFamily):
         _observe.observe(cache, mass, query, lse, work, scale)
 
     def consolidate_layers(self, layers: LayersOf, work: RetireWork, policy, sink_tokens: int, scale: float) -> None:
-        if work.due is None or policy.native not in self.native_scores:
+        some_feed_back = len({cache.feedback is None for cache in layers.caches}) > 1
+        if work.due is None or policy.native not in self.native_scores or some_feed_back:
             return super().consolidate_layers(layers, work, policy, sink_tokens, scale)
         cache, first = layers.caches[0], layers.observed[0]
         mass = first.mass if first else None

@@ -85,7 +85,8 @@ class LayersOf:
     """Layers that share a step's work lists, all of one shape, for an operation on all of them.
 
     caches, observed: of each (kernels/cache_view.py, kernels/observed.py).
-    offsets:          [layers, 2] int64 on their device, bytes from the first layer's cache and observations to each layer's.
+    offsets:          [layers, 3] int64 on their device, bytes from the first layer's cache, observations and feedback
+                      (kernels/cache_view.py) to each layer's.
     """
 
     caches: list[Any]

@@ -4,10 +4,14 @@ keys by it (key_rounding.py)."""
 import logging
 
 from momentkv_vllm.config import AUTO, EvictionConfig
+from momentkv_vllm.kernels import KernelFamily
 from momentkv_vllm.kv_spec import StateLayout
 from momentkv_vllm.refuse import Unsupported, refuse_first
 
 logger = logging.getLogger(f"vllm.{__name__}")
+
+MEASURING = ("cpu",)
+"""Types of device whose model runner measures (cpu_runner.py); on others nobody would."""
 
 
 def settled_head_budgets(config: EvictionConfig, layout: StateLayout, kernels: str) -> str:
@@ -25,11 +29,16 @@ def settled_head_budgets(config: EvictionConfig, layout: StateLayout, kernels: s
     return _settled("head_budgets", config.head_budgets, "equal", rows)
 
 
-def settled_key_rounding(config: EvictionConfig, layout: StateLayout, kernels: str) -> str:
-    """ "measured" or "nearest", likewise."""
+def settled_key_rounding(config: EvictionConfig, layout: StateLayout, family: KernelFamily, device: str) -> str:
+    """ "measured" or "nearest", likewise.
+
+    Args:
+        family: that serves, on a device of that type.
+    """
     rows = [
         _exact_store(config, layout),
-        Unsupported(f"kernels {kernels!r} (only 'cpu', 'reference')", kernels not in ("cpu", "reference")),
+        Unsupported(f"kernels {family.name!r}", not family.feeds_back),
+        Unsupported(f"the device {device!r} (only {', '.join(MEASURING)})", device not in MEASURING),
     ]
     return _settled("key_rounding", config.key_rounding, "nearest", rows)
 

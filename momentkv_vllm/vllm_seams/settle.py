@@ -34,5 +34,5 @@ def settled_config(vllm_config: "VllmConfig", config: EvictionConfig) -> Evictio
     return replace(
         config,
         head_budgets=settled_head_budgets(config, layout, family.name),
-        key_rounding=settled_key_rounding(config, layout, family.name),
+        key_rounding=settled_key_rounding(config, layout, family, device),
     )

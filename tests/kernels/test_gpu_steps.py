@@ -17,6 +17,7 @@ from momentkv_vllm.attention.cuda_backend import CudaMomentKVBackend, CudaMoment
 from momentkv_vllm.attention.layer import EvictingImpl
 from momentkv_vllm.attention.step_plan import MAX_SLOTS_PER_WORK, StepPlan
 from momentkv_vllm.kernels import triton
+from momentkv_vllm.kernels.worklists import LayersOf
 from momentkv_vllm.plugin import register
 
 
@@ -166,7 +167,7 @@ def test_chunks_and_decode_rows_launch_their_own_kernels_only(models, monkeypatc
 
 
 KERNELS = {"_decode": ("_partials", "_reduce"), "_chunk": ("_chunk",), "_write": ("_write",), "_observe": ("_observe",)}
-KERNELS |= {"_consolidate": ("_consolidate",), "_consolidate_layers": ("_consolidate_layers",)}
+KERNELS |= {"_consolidate": ("_consolidate", "_fill_tiles"), "_consolidate_layers": ("_consolidate_layers",)}
 
 
 @pytest.fixture
@@ -190,7 +191,7 @@ EVENT = ["_chunk", "_observe", "_sums", "_terms", "_consolidate"]
 
 @pytest.mark.parametrize(("grain", "events"), [(None, 225), (512, 15)])
 def test_launches_of_a_prompt_of_8192_tokens_in_a_layer(models, seen, grain, events):
-    """Five an event, and attention before the first and after the last."""
+    """Five an event, and attention before the first, which nobody observes, and after the last."""
     options = {"budget_tokens": 1024, "retire_tokens": 32, "store_dtype": "model", "prefill_retire_tokens": grain}
     side, columns = side_of(models, **options), 8192 // PAGE + 2
     side.cache = torch.zeros(columns + 1, HEADS, PAGE, 2 * D)
@@ -203,8 +204,7 @@ def test_launches_of_a_prompt_of_8192_tokens_in_a_layer(models, seen, grain, eve
     assert len(list(side.builder.planner.schedules[0].events(0, 8200, 8200))) == events
     rest = Counter(seen)["_chunk"] - events  # queries of the prompt's head and end, at most 512 at a time
     assert rest <= 3
-    attends = dict.fromkeys(EVENT[:2], events + rest)
-    assert Counter(seen) == {"_write": 1} | attends | dict.fromkeys(EVENT[2:], events)
+    assert Counter(seen) == {"_write": 1, "_chunk": events + rest} | dict.fromkeys(EVENT[1:], events)
 
 
 def test_a_decode_step_launches_three_kernels_a_layer_and_three_a_step(models, seen):
@@ -225,6 +225,22 @@ def test_a_decode_step_launches_three_kernels_a_layer_and_three_a_step(models, s
                 side.impl.forward(LAYER, *tokens, side.cache, metadata, torch.empty_like(tokens[0]))
         assert seen == ["_plan", "_due", *["_write", "_partials", "_reduce"] * layers, "_consolidate_layers"]
         assert copies.count == 0
+
+
+def test_layers_of_which_only_some_feed_errors_back_retire_one_by_one(models, seen):
+    """A launch for all of them knows one way to round."""
+    side, family = side_of(models), triton.Triton()
+    work = side.builder.build(0, common_of([97, 96], [1, 1])).at_end.work
+    caches = [side.impl.view_of(new_cache(TABLE)) for _ in range(2)]
+    layers = LayersOf(caches, [side.impl.observing(cache) for cache in caches], torch.zeros(2, 3, dtype=torch.int64))
+    for feedback, launched in (
+        (None, ["_consolidate_layers"]),
+        (torch.zeros(HEADS, D, D), [*EVENT[2:], "_fill_tiles", *EVENT[2:]]),
+    ):
+        seen.clear()
+        caches[0].feedback = feedback
+        family.consolidate_layers(layers, work, side.impl.policy, 4, 1.0)
+        assert seen == launched
 
 
 @pytest.mark.parametrize("impl", [MomentKVImpl, CudaMomentKVImpl])

@@ -32,8 +32,8 @@ SECOND_PROOFS = [
     *("80-float32-h2o", "32-bfloat16-h2o", "64-int8-h2o"),
     # The cap is one of logits, whatever the store's type and the correction: int4 and the first batch stay.
     *("capped_too and int8", "capped_attend and batch1", "on_the_way and int4-0.0"),
-    # Either store and either score in one launch: of the four pairs, two have both.
-    *("together and model-momentkv", "together and int4-keydiff"),
+    # Every store and either score in one launch: of the six pairs, two have both; that of fed back keys is of int4.
+    *("together and model-momentkv", "together and int4-", "together and fed_back-keydiff"),
 ]
 """Cases that `make test` leaves to `make test-all`."""
 
@@ -47,12 +47,7 @@ def test_triton_kernels_and_what_stands_on_them(cases):
     chosen = f"(triton and (same_bytes or not ({' or '.join(left_out)}))) or test_decode_plan or answers or reuse or together or on_the_way"
     if cases == "most":
         chosen = f"({chosen}) and not ({' or '.join(f'({case})' for case in SECOND_PROOFS)})"
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", "-k", chosen]
-    env = os.environ | {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *(HERE / f for f in FILES)], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    passed = [line for line in done.stdout.splitlines() if line.startswith("PASSED")]
-    assert "SKIPPED" not in done.stdout
+    passed = passed_of(chosen, [HERE / f for f in FILES])
     # A filter that matches nothing would pass too.
     for word, least in (
         ("attend", 14),
@@ -69,3 +64,19 @@ def test_triton_kernels_and_what_stands_on_them(cases):
         ("capped", 4),
     ):
         assert sum(word in line for line in passed) >= least, (word, passed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_an_engine_whose_keys_are_measured():
+    assert len(passed_of("triton_and_of", [HERE.parent / "engine/test_key_rounding.py"])) == 1
+
+
+def passed_of(chosen: str, files: list[Path]) -> list[str]:
+    """What the interpreter's process says of tests that passed. Raises AssertionError where one fails or is skipped."""
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", "-k", chosen]
+    env = os.environ | {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *files], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert "SKIPPED" not in done.stdout
+    return [line for line in done.stdout.splitlines() if line.startswith("PASSED")]

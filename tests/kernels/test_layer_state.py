@@ -27,13 +27,14 @@ def plugin(monkeypatch):
 
 
 def live(side, steps):
-    """Outputs of the steps of a life, and the observed mass after each, copied."""
+    """Outputs of the steps of a life, and the observed mass after each, copied; of no page before the first time."""
     generator = torch.Generator().manual_seed(3)
     lens, seen = [0] * len(steps[0]), []
     for new in steps:
         lens = [a + b for a, b in zip(lens, new)]
         output = side.step(common_of(lens, new), *new_tokens(sum(new), generator))
-        seen.append((output, side.impl.observed.data.clone()))
+        observed = side.impl.observed
+        seen.append((output, observed.data.clone() if observed else torch.zeros(0)))
     return seen
 
 
@@ -46,6 +47,7 @@ def check_a_cache_replaced(config, classes, first, steps):
     side.cache = large
     for number, (got, want) in enumerate(zip(live(side, steps), live(fresh, steps), strict=True)):
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]), number
+    assert len(want[1]) == len(large), "something was observed"
     assert fresh.builder.planner.schedules[0].boundary_column(sum(new[0] for new in steps)) > 0
 
 

@@ -11,6 +11,7 @@ from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.layer_table import LayerTable
 from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.worklists import LayersOf, RetireWork
+from momentkv_vllm.key_rounding import feedback_of
 from momentkv_vllm.packed_store import PackedLayout
 from momentkv_vllm.page_layout import RecordLayout
 from momentkv_vllm.policies import find
@@ -45,15 +46,24 @@ def event(packed: PackedLayout | None, capacity: int, stored: int, evicted: int)
     )  # fmt: skip
 
 
+def feedbacks(layers: int) -> list[torch.Tensor]:
+    """Every layer's own."""
+    queries = torch.randn(layers, HEADS, 4, D, generator=torch.Generator().manual_seed(7))
+    return [feedback_of(q.transpose(1, 2) @ q, D) for q in queries]
+
+
 @pytest.mark.parametrize("policy", ["momentkv", "keydiff"])
-@pytest.mark.parametrize("store", ["model", "int4"])
+@pytest.mark.parametrize("store", ["model", "int4", "int4_fed_back"])
 def test_layers_together_are_layers_one_by_one(monkeypatch, policy, store):
     """A program's rows take turns here."""
     monkeypatch.setattr("momentkv_vllm.triton_kernels.consolidate_layers.ROWS_AT_ONCE", 1)
-    packed = PackedLayout(store, D) if store == "int4" else None
+    packed = PackedLayout("int4", D) if store != "model" else None
     record = RecordLayout(D, has_covariance=packed is None, has_centres=packed is not None)
     policy, family = find(policy)(), select("triton", "cpu")
     one_by_one, together = ([cache_of(i, packed, record) for i in range(LAYERS)] for _ in range(2))
+    for layers in (one_by_one, together) if store == "int4_fed_back" else ():
+        for (cache, _), feedback in zip(layers, feedbacks(LAYERS), strict=True):
+            cache.feedback = feedback
     capacity = 56
     # The first event, and one over a full store and a record.
     for stored, evicted in ((0, 0), (capacity, 24)):
@@ -76,5 +86,8 @@ def test_a_layer_table_is_made_anew_where_layers_lie_elsewhere():
     caches, observed = map(list, zip(*pairs, strict=True))
     first = table.of(caches[:2], observed[:2])
     assert table.of(caches[:2], observed[:2]) is first
-    assert first[0].tolist() == [0, 0] and int(first[1, 0]) == caches[1].kv.data_ptr() - caches[0].kv.data_ptr()
-    assert table.of(caches[::2], [None, None])[1].tolist() == [caches[2].kv.data_ptr() - caches[0].kv.data_ptr(), 0]
+    assert first[0].tolist() == [0, 0, 0] and int(first[1, 0]) == caches[1].kv.data_ptr() - caches[0].kv.data_ptr()
+    assert table.of(caches[::2], [None, None])[1].tolist() == [caches[2].kv.data_ptr() - caches[0].kv.data_ptr(), 0, 0]
+    for cache, feedback in zip(caches, feedbacks(3), strict=True):
+        cache.feedback = feedback
+    assert int(table.of(caches, observed)[2, 2]) == caches[2].feedback.data_ptr() - caches[0].feedback.data_ptr()

@@ -79,7 +79,7 @@ def ask(kernels, cache, observed, work, head_dim, first):
 
 def play(
     family, dtype, run, policy, store_pages, head_dim, page_size, cache_dtype=torch.bfloat16, outliers=False, total=0,
-    every=1, scales=(1.0, 1.0), sinks=4, feedback=None,
+    every=1, scales=(1.0, 1.0), sinks=4, feedback=None, odd=False,
 ):  # fmt: skip
     """A sequence of `total` tokens, or of 25 pages, of which every `every`-th one asks, written as many at a time (within a
     page): (outputs, logsumexps; bytes of the store after every event; the moments; how many)."""
@@ -99,6 +99,8 @@ def play(
     keys, values = torch.randn(2, total, HEADS, head_dim)
     if outliers:
         given_outliers(keys)
+    if odd:
+        keys[5], keys[9, :, 3], keys[20, 0, 70], keys[30] = math.nan, math.inf, -math.inf, 0
     keys, values = beside(cache, keys), beside(cache, values)
     observed = Observed.of(cache, "mass") if policy.observes else None
     outputs, stores, stored, boundary, evicted = [], [], 0, 0, 0
@@ -175,23 +177,40 @@ def test_kernels_store_the_same_bytes_and_answer_alike(family, case, total, ever
     answer_alike(*(play(one, *case, total=total, every=every) for one in ("reference", family)))
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        ("int4", 8, "momentkv", 3, 64, 16),
-        ("int4", 16, "keydiff", 2, 80, 32),
-        ("int4", 8, "keydiff", 2, 512, 32),
-        ("int8", 8, "keydiff", 2, 128, 16),
-    ],
-    ids=str,
-)
-def test_errors_of_keys_that_are_fed_back_are_the_same_in_every_bit(case):
+FED_BACK = [
+    ("cpu", ("int4", 8, "momentkv", 3, 64, 16), 0),
+    ("cpu", ("int4", 16, "keydiff", 2, 80, 32), 0),
+    ("cpu", ("int4", 8, "keydiff", 2, 512, 32), 0),
+    ("cpu", ("int8", 8, "keydiff", 2, 128, 16), 0),
+]
+FED_BACK += [
+    ("triton", ("int4", 8, "momentkv", 2, 80, 16), 160),
+    ("triton", ("int8", 8, "h2o", 2, 64, 16), 160),
+] * INTERPRETED
+
+
+@pytest.mark.parametrize(("family", "case", "total"), FED_BACK, ids=str)
+def test_errors_of_keys_that_are_fed_back_are_the_same_bytes(family, case, total):
     dtype, *_, head_dim, _ = case
     feedback = feedback_of(skewed_moment(head_dim), PackedLayout(dtype, head_dim).width)
-    want, got = (play(one, *case, feedback=feedback, every=16) for one in ("reference", "cpu"))
+    want, got = (play(one, *case, feedback=feedback, total=total, every=16) for one in ("reference", family))
     answer_alike(want, got)
-    alone = play("cpu", *case, every=16)
+    alone = play("cpu", *case, total=total, every=16)
     assert any(not torch.equal(a, b) for a, b in zip(got[1], alone[1], strict=True)), "feedback must matter"
+
+
+@pytest.mark.parametrize("family", ["cpu", *["triton"] * INTERPRETED])
+def test_keys_that_are_not_finite_feed_nothing_back_in_the_same_bytes(family):
+    """A store's first event, where there is room for all of them. The first key is its own centre: a zero."""
+    case, layout = ("int4", 8, "momentkv", 2, 80, 16), PackedLayout("int4", 80)
+    given = {"feedback": feedback_of(skewed_moment(80), layout.width), "total": 96, "every": 96, "odd": True}
+    want, got = (
+        Packed.from_tiles(play(one, *case, **given)[1][0].unflatten(2, (-1, layout.tile_bytes)), layout)
+        for one in ("reference", family)
+    )
+    assert want.key_scales[0, :, 5].isnan().all() and not want.key_scales[0, :, 0].any()
+    for f in fields(Packed):  # a scale that is NaN is one of many
+        torch.testing.assert_close(*(getattr(x, f.name) for x in (got, want)), rtol=0, atol=0, equal_nan=True)
 
 
 def skewed_moment(head_dim):

@@ -96,6 +96,7 @@ def main(capability: int, shapes: list[tuple[Shape, str, int, float]]) -> None:
             row = {"kernel": self.fn.__name__, "arch": made.metadata.target.arch, "shared_bytes": made.metadata.shared}
             row |= {
                 "store_bits": options["STORE"].bits if "STORE" in options else 0,
+                "fed_back": dict(zip(self.arg_names, args, strict=False)).get("feedback") is not None,
                 "cubin_bytes": len(made.asm["cubin"]),
             }
             print(json.dumps(row | resources(made)), flush=True)
@@ -114,12 +115,15 @@ def main(capability: int, shapes: list[tuple[Shape, str, int, float]]) -> None:
         retire = case.retire_work(1)
         if dtype:
             retire.stored, retire.run_tokens, retire.store_tokens = case.work.stored, run, STORED
-        family.consolidate(case.cache, case.mass, retire, policy(), SINKS, case.scale)
         family.attend_and_observe(case.cache, case.mass, case.query, case.output, case.work, case.scale, True)
-        retire.due = torch.zeros(1 + shape.rows, dtype=torch.int64)
-        layers = LayersOf([case.cache] * 2, [case.mass] * 2, torch.zeros(2, 2, dtype=torch.int64))
-        family.consolidate_layers(layers, retire, policy(), SINKS, case.scale)
         family.write(case.cache, case.key, case.value, torch.tensor([20]), case.mass)
+        retire.due = torch.zeros(1 + shape.rows, dtype=torch.int64)
+        layers = LayersOf([case.cache] * 2, [case.mass] * 2, torch.zeros(2, 3, dtype=torch.int64))
+        width = case.cache.packed_layout.width if dtype else 0
+        for feedback in (None, torch.zeros(shape.kv_heads, width, width))[: 1 + bool(dtype)]:
+            case.cache.feedback = feedback
+            family.consolidate(case.cache, case.mass, retire, policy(), SINKS, case.scale)
+            family.consolidate_layers(layers, retire, policy(), SINKS, case.scale)
     config = EvictionConfig(policy="momentkv", budget_tokens=256)
     planner = DecodePlanner(build_schedule(config, 16, 1, False), config, policy, 2, "cpu")
     table = torch.ones(2, 40, dtype=torch.int32)

@@ -11,7 +11,7 @@ sys.path.append(str(Path(__file__).parent))  # -P leaves it out
 import torch
 import triton
 from compile_triton import Target
-from layer_sides import Side, common_of, config_of, new_cache, new_tokens
+from layer_sides import HEADS, Side, common_of, config_of, new_cache, new_tokens
 from triton.runtime.jit import JITFunction
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 
@@ -52,6 +52,8 @@ def serve(model: str, grain: int | None) -> None:
     fresh.clear()
     config = config_of(model, budget_tokens=512, prefill_retire_tokens=grain)
     side = Side(config, CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder)
+    width = side.impl.layout.packed.width
+    side.impl.feedback = torch.zeros(HEADS, width, width)
     table = torch.arange(1, 3 * 64 + 1).view(3, 64)
     side.cache = new_cache(table)
     warm_up(side.impl, side.builder.planner, side.cache)
