@@ -23,6 +23,7 @@ from .arguments import (
 from .common import program_head
 from .consolidate import BLOCK_L, settle
 from .event import event_of
+from .lent import move_lent, room_for, room_of
 from .score import BLOCK_N, record_mean, tile_sums, tile_terms, unit
 
 ROWS_AT_ONCE = 2
@@ -40,13 +41,13 @@ def _moved(pointer, by):
 
 @triton.jit
 def _score(
-    terms, t_term, mass, m_page, event, pages, before, tokens, tiles, records, head,
+    terms, t_term, mass, m_page, m_head, event, pages, tokens, tiles, records, head,
     BLOCK_N: tl.constexpr, HAS_ATTENTION: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr, RECORD: tl.constexpr,
 ):  # fmt: skip
     """Writes the terms of all candidates."""
     anchor = tl.zeros((SIZES.block_d,), tl.float32)
     mean = tl.zeros((SIZES.block_d,), tl.float32)
-    asks = HAS_ATTENTION and before == 0
+    asks = HAS_ATTENTION and event.before == 0
     for first in range(0, event.candidates, BLOCK_N):
         i = first + tl.arange(0, BLOCK_N)
         of_keys, of_values = tile_sums(tokens, tiles, head, event, i, i < event.candidates, asks, SIZES, STORE)
@@ -61,28 +62,36 @@ def _score(
     for first in range(0, event.candidates, BLOCK_N):
         i = first + tl.arange(0, BLOCK_N)
         tile_terms(
-            terms + i, t_term, mass, m_page, tokens, tiles, head, event, i, i < event.candidates, anchor, mean,
+            terms + i, t_term, mass, m_page, m_head, tokens, tiles, head, event, i, i < event.candidates, anchor, mean,
             HAS_ATTENTION, SIZES, STORE,
         )  # fmt: skip
 
 
 @triton.jit
 def _consolidate_layers(
-    layers, due, terms, mass, loser_list, winner_list, lists, moment_pages, num_evicted, tokens, tiles, records,
+    layers, due, terms, mass, loser_list, winner_list, lists, lent, moment_pages, num_evicted, tokens, tiles, records,
     t_term, most_losers, most_winners, m_page, m_head, row_moments, sink_tokens, attention_weight,
     RUNS: tl.constexpr, RUN: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
-    TERMS: tl.constexpr, HAS_MASS: tl.constexpr, HAS_MEANS: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
-    RECORD: tl.constexpr,
+    TERMS: tl.constexpr, HAS_MASS: tl.constexpr, HAS_MEANS: tl.constexpr, LENDS: tl.constexpr, SIZES: tl.constexpr,
+    STORE: tl.constexpr, RECORD: tl.constexpr,
 ):  # fmt: skip
-    """Program (turn, KV head, layer). layers: [layers, 2] bytes from the first layer's cache and mass to the layer's."""
+    """Program (turn, KV head, layer). layers: [layers, 4] bytes from the first layer's cache, mass, places and capacity of heads
+    to the layer's."""
     head, layer = program_head(), tl.program_id(2)
     count = tl.load(due)
-    by, mass_by = tl.load(layers + 2 * layer), tl.load(layers + 2 * layer + 1)
+    layers += 4 * layer
+    by, mass_by = tl.load(layers), tl.load(layers + 1)
     tokens = Tokens(
         _moved(tokens.k, by), _moved(tokens.v, by), tokens.k_page, tokens.k_head, tokens.k_slot, tokens.k_dim,
         tokens.v_page, tokens.v_head, tokens.v_slot, tokens.v_dim,
     )  # fmt: skip
-    tiles = Tiles(_moved(tiles.codes, by), _moved(tiles.scales, by), tiles.page, tiles.head)
+    places, capacity = tiles.places, tiles.capacity
+    if STORE.own_budgets:
+        places, capacity = _moved(places, tl.load(layers + 2)), _moved(capacity, tl.load(layers + 3))
+    tiles = Tiles(
+        _moved(tiles.codes, by), _moved(tiles.scales, by), tiles.page, tiles.head, places, capacity, tiles.most_tiles,
+        tiles.equal_tokens,
+    )  # fmt: skip
     records = Records(
         _moved(records.floats, by), _moved(records.covariance, by), records.f_page, records.f_head, records.c_page,
         records.c_head,
@@ -94,18 +103,22 @@ def _consolidate_layers(
     winner_list += place * most_winners
     for j in range(tl.program_id(0), count, tl.num_programs(0)):
         row = tl.load(due + 1 + j)
-        pages, before = moment_pages + row * row_moments, tl.load(num_evicted + row)
-        event = event_of(lists, row, records, head, pages, BLOCK_K, SIZES, STORE, RECORD)
+        pages = moment_pages + row * row_moments
+        event = event_of(lists, row, num_evicted, tiles, records, head, pages, BLOCK_K, SIZES, STORE, RECORD)
         if event.losers > 0:
             _score(
-                terms, t_term, mass + head * m_head, m_page, event, pages, before, tokens, tiles, records, head,
+                terms, t_term, mass + head * m_head, m_page, m_head, event, pages, tokens, tiles, records, head,
                 BLOCK_N, TERMS > 1, SIZES, STORE, RECORD,
             )  # fmt: skip
         tl.debug_barrier()
+        room = lent
+        if LENDS:
+            mine = layer * tl.num_programs(1) + head
+            room = room_of(lent, row, mine, by, mass_by // 4 + head * m_head, STORE)
         settle(
-            terms, t_term, mass, loser_list, winner_list, event, pages, before, tokens, tiles, records, head, m_page, m_head,
+            terms, t_term, mass, loser_list, winner_list, event, pages, tokens, tiles, records, head, m_page, m_head, room,
             sink_tokens, attention_weight,
-            RUNS, RUN, BLOCK_L, BLOCK_L, TERMS, HAS_MASS, HAS_MEANS, SIZES, STORE, RECORD,
+            RUNS, RUN, BLOCK_L, BLOCK_L, TERMS, HAS_MASS, HAS_MEANS, LENDS, SIZES, STORE, RECORD,
         )  # fmt: skip
         tl.debug_barrier()
 
@@ -115,25 +128,26 @@ def consolidate_layers(cache, mass, layers: torch.Tensor, work, sink_tokens: int
 
     Args:
         cache, mass: of the first layer; those of the others are of the same shape and strides.
-        layers: [layers, 2] int64 on the device, bytes from the first layer's cache and mass to each layer's; multiples of
-            ALIGNMENT. Of mass that is None: anything.
+        layers: [layers, 4] int64 on the device, LayersOf.offsets of kernels/worklists.py; multiples of ALIGNMENT.
         attention_weight: as consolidate.
     """
     heads, lists, device = cache.keys.shape[1], event_lists(cache, work), cache.keys.device
-    most, num_terms = lists.most_candidates(cache.page_size), 2 if attention_weight else 1
-    most_losers = most - lists.capacity
-    most_winners = lists.capacity if work.stored is not None else lists.retiring_pages * cache.page_size
+    most, num_terms = lists.most_candidates(cache), 2 if attention_weight else 1
+    most_losers, (lent, room) = lists.most_losers(cache), room_for(cache, mass, work, lists, len(layers))
+    most_winners = lists.most_held(cache) if work.stored is not None else lists.retiring_pages * cache.page_size
     turns = min(ROWS_AT_ONCE, len(work.num_evicted))
     places = len(layers) * heads * turns
     terms = torch.empty(places, num_terms, most, dtype=torch.float32, device=device)
     losers, winners = (torch.empty(places, n, dtype=torch.int32, device=device) for n in (most_losers, most_winners))
     moved = mass if mass is not None else terms
     _consolidate_layers[(turns, heads, len(layers))](
-        layers, work.due, terms, moved, losers, winners, lists, work.moment_pages, work.num_evicted, tokens_of(cache),
+        layers, work.due, terms, moved, losers, winners, lists, lent, work.moment_pages, work.num_evicted, tokens_of(cache),
         tiles_of(cache), records_of(cache), most, most_losers, most_winners, *moved.stride()[:2], work.moment_pages.stride(0),
         sink_tokens, attention_weight,
         RUNS=triton.next_power_of_2(triton.cdiv(most, work.run_tokens)), RUN=work.run_tokens,
         BLOCK_K=triton.next_power_of_2(lists.retiring_pages), BLOCK_L=BLOCK_L, BLOCK_N=BLOCK_N, TERMS=num_terms,
-        HAS_MASS=mass is not None, HAS_MEANS=cache.record_layout.has_means, SIZES=sizes(cache), STORE=store_sizes(cache, work),
-        RECORD=record_sizes(cache), num_warps=8,
+        HAS_MASS=mass is not None, HAS_MEANS=cache.record_layout.has_means, LENDS=lent is not None, SIZES=sizes(cache),
+        STORE=store_sizes(cache, work), RECORD=record_sizes(cache), num_warps=8,
     )  # fmt: skip
+    if room:
+        move_lent(cache, mass, work, lists, lent, layers)

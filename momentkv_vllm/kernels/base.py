@@ -30,6 +30,7 @@ class KernelFamily(ABC):
         devices: types of device that its tensors may lie on.
         limits: the caches that it can serve.
         native_scores: scores that `_consolidate` computes in place.
+        own_budgets: serves heads with budgets of their own (head_budgets.py).
         by_name_only: "auto" never takes it.
     """
 
@@ -37,6 +38,7 @@ class KernelFamily(ABC):
     devices: ClassVar[tuple[str, ...]]
     limits: Limits = Limits()
     native_scores: ClassVar[tuple[str, ...]] = ()
+    own_budgets: ClassVar[bool] = False
     by_name_only: ClassVar[bool] = False
 
     @abstractmethod

@@ -33,6 +33,7 @@ class Cpu(KernelFamily):
         range(16, 513, 16), page_step=16, dtypes=(torch.float32, torch.bfloat16, torch.float16, *set(KINDS.values()))
     )
     native_scores = ("key_direction",)
+    own_budgets = True
 
     def objections(self) -> list[str]:
         if _why_missing:

@@ -11,13 +11,12 @@ class LayerTable:
 
     def __init__(self, device: torch.device | str) -> None:
         self.device = torch.device(device)
-        self.host = self.there = torch.zeros(0, 2, dtype=torch.int64)
+        self.host = self.there = torch.zeros(0, 4, dtype=torch.int64)
         self.captured: list[torch.Tensor] = []
 
     def of(self, caches: list[CacheView], observed: list[Observed | None]) -> torch.Tensor:
-        """[layers, 2] int64 on the device: bytes from the first layer's cache and observations to each layer's."""
-        kept = [x.data.data_ptr() if x else 0 for x in observed]
-        places = torch.tensor([[c.kv.data_ptr(), at] for c, at in zip(caches, kept, strict=True)])
+        """[layers, 4] int64 on the device, LayersOf.offsets of worklists.py."""
+        places = torch.tensor([_addresses(cache, seen) for cache, seen in zip(caches, observed, strict=True)])
         host = places - places[0]
         if torch.equal(host, self.host):
             return self.there
@@ -30,3 +29,9 @@ class LayerTable:
             return there
         self.host, self.there = host, there
         return there
+
+
+def _addresses(cache: CacheView, observed: Observed | None) -> list[int]:
+    heads = (cache.heads.places, cache.heads.capacity) if cache.heads else ()
+    at = [cache.kv.data_ptr(), observed.data.data_ptr() if observed else 0, *(x.data_ptr() for x in heads)]
+    return at + [0] * (4 - len(at))

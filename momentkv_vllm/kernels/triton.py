@@ -34,6 +34,7 @@ class Triton(KernelFamily):
     devices = ("cuda",)
     limits = Limits(range(1, 257), page_step=16, dtypes=(torch.float32, torch.bfloat16, torch.float16))
     native_scores = ("key_direction",)
+    own_budgets = True
 
     def objections(self) -> list[str]:
         if _why_missing:

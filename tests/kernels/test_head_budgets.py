@@ -4,7 +4,7 @@ import ctypes
 
 import pytest
 import torch
-from kernel_cases import run_both
+from kernel_cases import INTERPRETED, run_both
 
 from momentkv_vllm.head_budgets import Sizes, budgets, equal_until, shared, tiles_of
 from momentkv_vllm.kernels import select
@@ -86,6 +86,7 @@ def tiles_held(cache: CacheView, head: int, tiles: int) -> list[torch.Tensor]:
     return [torch.frombuffer(bytearray(ctypes.string_at(at, size)), dtype=torch.uint8) for at in addresses]
 
 
+@pytest.mark.parametrize("family", ["triton" if INTERPRETED else "cpu"])
 @pytest.mark.parametrize(
     ("dtype", "policy", "first", "softcap"),
     [
@@ -98,10 +99,10 @@ def tiles_held(cache: CacheView, head: int, tiles: int) -> list[torch.Tensor]:
         ("int8", "momentkv", 12, 2.0),
     ],
 )
-def test_every_head_is_what_the_reference_makes_of_it_alone(dtype, policy, first, softcap):
+def test_every_head_is_what_the_reference_makes_of_it_alone(family, dtype, policy, first, softcap):
     """first: pages after which the first event comes, which then retires all but one of them; 0: as soon as it can."""
     reach = torch.tensor([[0.1, 0.9, 0.2], [0.9, 0.05, 1.0]])
-    ours = Sequence("cpu", policy, dtype, LAYERS, HEADS, softcap=softcap)
+    ours = Sequence(family, policy, dtype, LAYERS, HEADS, softcap=softcap)
     packed = ours.caches[0].packed
     store_tokens = STORE_PAGES * packed.page_tokens
     capacity = shared(reach, store_tokens, 8, longest=10_000)

@@ -76,5 +76,10 @@ def test_a_layer_table_is_made_anew_where_layers_lie_elsewhere():
     caches, observed = map(list, zip(*pairs, strict=True))
     first = table.of(caches[:2], observed[:2])
     assert table.of(caches[:2], observed[:2]) is first
-    assert first[0].tolist() == [0, 0] and int(first[1, 0]) == caches[1].kv.data_ptr() - caches[0].kv.data_ptr()
-    assert table.of(caches[::2], [None, None])[1].tolist() == [caches[2].kv.data_ptr() - caches[0].kv.data_ptr(), 0]
+    assert first[0].tolist() == [0, 0, 0, 0] and int(first[1, 0]) == caches[1].kv.data_ptr() - caches[0].kv.data_ptr()
+    assert table.of(caches[::2], [None, None])[1].tolist() == [
+        caches[2].kv.data_ptr() - caches[0].kv.data_ptr(),
+        0,
+        0,
+        0,
+    ]

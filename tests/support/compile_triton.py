@@ -117,7 +117,7 @@ def main(capability: int, shapes: list[tuple[Shape, str, int, float]]) -> None:
         family.consolidate(case.cache, case.mass, retire, policy(), SINKS, case.scale)
         family.attend_and_observe(case.cache, case.mass, case.query, case.output, case.work, case.scale, True)
         retire.due = torch.zeros(1 + shape.rows, dtype=torch.int64)
-        layers = LayersOf([case.cache] * 2, [case.mass] * 2, torch.zeros(2, 2, dtype=torch.int64))
+        layers = LayersOf([case.cache] * 2, [case.mass] * 2, torch.zeros(2, 4, dtype=torch.int64))
         family.consolidate_layers(layers, retire, policy(), SINKS, case.scale)
         family.write(case.cache, case.key, case.value, torch.tensor([20]), case.mass)
     config = EvictionConfig(policy="momentkv", budget_tokens=256)
