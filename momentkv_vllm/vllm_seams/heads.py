@@ -4,29 +4,36 @@ keys by it (key_rounding.py)."""
 import logging
 
 from momentkv_vllm.config import AUTO, EvictionConfig
+from momentkv_vllm.kernels import FAMILIES, KernelFamily
 from momentkv_vllm.kv_spec import StateLayout
 from momentkv_vllm.refuse import Unsupported, refuse_first
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
 
-def settled_head_budgets(config: EvictionConfig, layout: StateLayout, kernels: str) -> str:
+MEASURED_ON = ("cpu",)
+"""Types of device whose model runner measures heads (cpu_runner.py)."""
+
+
+def settled_head_budgets(config: EvictionConfig, layout: StateLayout, kernels: KernelFamily, device: str) -> str:
     """ "measured" or "equal". Raises ValueError if "measured" is asked for and cannot be.
 
     Args:
-        kernels: name of the family that serves.
+        kernels: the family that serves tensors on `device`.
     """
+    able = ", ".join(repr(family.name) for family in FAMILIES if family.own_budgets)
     rows = [
         _exact_store(config, layout),
         Unsupported(f"policy {config.policy!r}, whose score no kernel has", config.policy_class.native is None),
-        Unsupported(f"kernels {kernels!r} (only 'cpu')", kernels != "cpu"),
+        Unsupported(f"kernels {kernels.name!r} (only {able})", not kernels.own_budgets),
+        Unsupported(f"the device {device!r}, on which nothing measures heads", device not in MEASURED_ON),
         Unsupported(f"run_tokens {config.run_tokens} (only 8, 16)", config.run_tokens == 1),
     ]
     return _settled("head_budgets", config.head_budgets, "equal", rows)
 
 
 def settled_key_rounding(config: EvictionConfig, layout: StateLayout, kernels: str) -> str:
-    """ "measured" or "nearest", likewise."""
+    """ "measured" or "nearest", likewise. kernels: name of the family that serves."""
     rows = [
         _exact_store(config, layout),
         Unsupported(f"kernels {kernels!r} (only 'cpu', 'reference')", kernels not in ("cpu", "reference")),
