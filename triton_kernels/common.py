@@ -54,6 +54,13 @@ def program_head():
 
 
 @triton.jit
+def moved(pointer, by):
+    """A pointer moved by bytes, a multiple of 16."""
+    ITEM: tl.constexpr = pointer.dtype.element_ty.primitive_bitwidth // 8
+    return pointer + tl.multiple_of(by // ITEM, 16 // ITEM)
+
+
+@triton.jit
 def narrow(x, TYPE: tl.constexpr):
     """float32 to TYPE, to nearest even; the interpreter would cut bfloat16 off."""
     if INTERPRET and tl.bfloat16 == TYPE:

@@ -10,7 +10,6 @@ import triton.language as tl
 
 from .arguments import (
     Records,
-    Tiles,
     Tokens,
     event_lists,
     record_sizes,
@@ -20,23 +19,17 @@ from .arguments import (
     tiles_of,
     tokens_of,
 )
-from .common import program_head
+from .common import moved, program_head
 from .consolidate import BLOCK_L, settle
 from .event import event_of
 from .lent import move_lent, room_for, room_of
 from .score import BLOCK_N, record_mean, tile_sums, tile_terms, unit
+from .store import tiles_of_layer
 
 ROWS_AT_ONCE = 2
 """Due rows that have programs of their own; more take turns. Few are due at once, unless they came together."""
 ALIGNMENT = 16
 """Bytes that layers lie apart by multiples of."""
-
-
-@triton.jit
-def _moved(pointer, by):
-    """A pointer moved by bytes."""
-    ITEM: tl.constexpr = pointer.dtype.element_ty.primitive_bitwidth // 8
-    return pointer + tl.multiple_of(by // ITEM, 16 // ITEM)
 
 
 @triton.jit
@@ -82,21 +75,15 @@ def _consolidate_layers(
     layers += 4 * layer
     by, mass_by = tl.load(layers), tl.load(layers + 1)
     tokens = Tokens(
-        _moved(tokens.k, by), _moved(tokens.v, by), tokens.k_page, tokens.k_head, tokens.k_slot, tokens.k_dim,
+        moved(tokens.k, by), moved(tokens.v, by), tokens.k_page, tokens.k_head, tokens.k_slot, tokens.k_dim,
         tokens.v_page, tokens.v_head, tokens.v_slot, tokens.v_dim,
     )  # fmt: skip
-    places, capacity = tiles.places, tiles.capacity
-    if STORE.own_budgets:
-        places, capacity = _moved(places, tl.load(layers + 2)), _moved(capacity, tl.load(layers + 3))
-    tiles = Tiles(
-        _moved(tiles.codes, by), _moved(tiles.scales, by), tiles.page, tiles.head, places, capacity, tiles.most_tiles,
-        tiles.equal_tokens,
-    )  # fmt: skip
+    tiles = tiles_of_layer(tiles, layers, STORE)
     records = Records(
-        _moved(records.floats, by), _moved(records.covariance, by), records.f_page, records.f_head, records.c_page,
+        moved(records.floats, by), moved(records.covariance, by), records.f_page, records.f_head, records.c_page,
         records.c_head,
     )  # fmt: skip
-    mass = _moved(mass, mass_by) if HAS_MASS else mass
+    mass = moved(mass, mass_by) if HAS_MASS else mass
     place = (layer * tl.num_programs(1) + head) * tl.num_programs(0) + tl.program_id(0)
     terms += place * TERMS * t_term
     loser_list += place * most_losers
@@ -139,10 +126,10 @@ def consolidate_layers(cache, mass, layers: torch.Tensor, work, sink_tokens: int
     places = len(layers) * heads * turns
     terms = torch.empty(places, num_terms, most, dtype=torch.float32, device=device)
     losers, winners = (torch.empty(places, n, dtype=torch.int32, device=device) for n in (most_losers, most_winners))
-    moved = mass if mass is not None else terms
+    seen = mass if mass is not None else terms
     _consolidate_layers[(turns, heads, len(layers))](
-        layers, work.due, terms, moved, losers, winners, lists, lent, work.moment_pages, work.num_evicted, tokens_of(cache),
-        tiles_of(cache), records_of(cache), most, most_losers, most_winners, *moved.stride()[:2], work.moment_pages.stride(0),
+        layers, work.due, terms, seen, losers, winners, lists, lent, work.moment_pages, work.num_evicted, tokens_of(cache),
+        tiles_of(cache), records_of(cache), most, most_losers, most_winners, *seen.stride()[:2], work.moment_pages.stride(0),
         sink_tokens, attention_weight,
         RUNS=triton.next_power_of_2(triton.cdiv(most, work.run_tokens)), RUN=work.run_tokens,
         BLOCK_K=triton.next_power_of_2(lists.retiring_pages), BLOCK_L=BLOCK_L, BLOCK_N=BLOCK_N, TERMS=num_terms,

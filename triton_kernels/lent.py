@@ -14,7 +14,7 @@ from .arguments import record_sizes, records_of, store_sizes, tiles_of
 from .arguments import sizes as sizes_of
 from .common import program_head
 from .event import event_of
-from .store import TILE, observed_at, tiles_at
+from .store import TILE, observed_at, tiles_at, tiles_of_layer
 
 TILE_TOKENS = TILE.value
 
@@ -54,6 +54,8 @@ def _move_lent(
 ):  # fmt: skip
     """Program (row, KV head, layer): all that waits to its places. layers: as in consolidate_layers.py."""
     row, head, layer = tl.program_id(0), program_head(), tl.program_id(2)
+    layers += 4 * layer
+    tiles = tiles_of_layer(tiles, layers, STORE)
     # Nothing here reads a record.
     event = event_of(
         lists, row, num_evicted, tiles, records, head, moment_pages + row * row_moments, BLOCK_K, SIZES, STORE, RECORD
@@ -61,17 +63,18 @@ def _move_lent(
     stay = event.candidates - event.losers
     if (event.packed > 0) | (stay <= lent.own):
         return
-    by, mass_by = tl.load(layers + 4 * layer), tl.load(layers + 4 * layer + 1) // 4 + head * m_head
-    lent = room_of(lent, row, layer * tl.num_programs(1) + head, by, mass_by, STORE)
-    codes, mass = tiles.codes + by, mass + mass_by
+    mass_by = tl.load(layers + 1) // 4 + head * m_head
+    lent = room_of(lent, row, layer * tl.num_programs(1) + head, tl.load(layers), mass_by, STORE)
+    mass += mass_by
     b, token = tl.arange(0, BYTES), tl.arange(0, 8)
     for first in range(lent.own, stay, TILE):
-        _, source, seen_at = waiting(lent, event, first, STORE)
-        to = tiles_at(tiles, head, event.store, first, True, STORE)
-        tile = tl.load(codes + source + b, mask=b < STORE.tile_bytes)
-        tl.store(codes + to + b, tile, mask=b < STORE.tile_bytes)
+        slot = tl.full((), 0, tl.int32) + first
+        _, source, seen_at = waiting(lent, event, slot, STORE)
+        to = tiles_at(tiles, head, event.store, slot, True, STORE)
+        tile = tl.load(tiles.codes + source + b, mask=b < STORE.tile_bytes)
+        tl.store(tiles.codes + to + b, tile, mask=b < STORE.tile_bytes)
         if HAS_MASS:
-            column, within = observed_at(tiles, head, m_head, first, True, STORE)
+            column, within = observed_at(tiles, head, m_head, slot, True, STORE)
             seen = tl.load(mass + seen_at + token)
             tl.store(mass + tl.load(event.store + column).to(tl.int64) * m_page + within + token, seen)
 

@@ -43,8 +43,8 @@ def _plan(
     observe_from, restart, store_pages, retiring_pages, table_row, num_columns,
     PAGE: tl.constexpr, S: tl.constexpr, M: tl.constexpr, RECORD: tl.constexpr, RECORD_PAGES: tl.constexpr,
     CAPACITY: tl.constexpr, EQUAL: tl.constexpr, IS_PACKED: tl.constexpr, FIRST: tl.constexpr, RETIRE_PAGES: tl.constexpr,
-    READ_PAGES: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr, OBSERVED: tl.constexpr, OBSERVE_ALL: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    READ_PAGES: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr, OBSERVED: tl.constexpr, OBSERVE_ALL: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Program row. RECORD: first column of the moment record's pages; CAPACITY: tokens of a full store; EQUAL: that have left the
     window until when no head evicts; OBSERVED: queries before an event that the policy observes, 0 if none; READ_PAGES: pages

@@ -7,6 +7,9 @@ in registers.
 import triton
 import triton.language as tl
 
+from .arguments import Tiles
+from .common import moved
+
 TILE = tl.constexpr(8)
 """Tokens of a tile."""
 GROUP = tl.constexpr(32)
@@ -40,6 +43,18 @@ def kept_tokens(stored, num_evicted, row, tiles, head, STORE: tl.constexpr):
         return held, evicted
     else:
         return tl.full((), 0, tl.int32), evicted
+
+
+@triton.jit
+def tiles_of_layer(tiles, layers, STORE: tl.constexpr):
+    """Of the layer whose offsets (LayersOf.offsets of kernels/worklists.py) begin at `layers`; `tiles`: of the first layer."""
+    by, places, capacity = tl.load(layers), tiles.places, tiles.capacity
+    if STORE.own_budgets:
+        places, capacity = moved(places, tl.load(layers + 2)), moved(capacity, tl.load(layers + 3))
+    return Tiles(
+        moved(tiles.codes, by), moved(tiles.scales, by), tiles.page, tiles.head, places, capacity, tiles.most_tiles,
+        tiles.equal_tokens,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -198,6 +213,6 @@ def stored_bytes(tiles, at, slots, real, D: tl.constexpr, STORE: tl.constexpr):
 
 
 @triton.jit
-def move_stored(tiles, at, slots, real, moved, STORE: tl.constexpr):
+def move_stored(tiles, at, slots, real, taken, STORE: tl.constexpr):
     """`stored_bytes` into other store slots [N], bit for bit."""
-    _write(tiles, at[:, None], (slots % TILE)[:, None], real[:, None], moved[0], moved[1], moved[2], moved[3], STORE)
+    _write(tiles, at[:, None], (slots % TILE)[:, None], real[:, None], taken[0], taken[1], taken[2], taken[3], STORE)

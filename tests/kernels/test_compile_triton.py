@@ -10,8 +10,10 @@ import pytest
 
 OVER_STORES = {"_partials", "_chunk", "_observe", "_sums", "_terms", "_consolidate", "_consolidate_layers"}
 OVER_STORES |= {"_reduce"}
-KERNELS = {(name, 0) for name in {"_write", "_plan", "_due"} | OVER_STORES}
-KERNELS |= {(name, 4) for name in OVER_STORES} | {(name, 8) for name in OVER_STORES - {"_chunk"}}
+KERNELS = {(name, 0, False) for name in {"_write", "_plan", "_due"} | OVER_STORES}
+KERNELS |= {(name, 4, own) for name in OVER_STORES for own in (False, True)}
+KERNELS |= {(name, 8, own) for name in OVER_STORES - {"_chunk"} for own in (False, True)}
+KERNELS |= {("_move_lent", bits, True) for bits in (4, 8)}
 MOST_SHARED_BYTES = 227 << 10  # what a block of an H100 can have
 
 
@@ -23,7 +25,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path):
     done = subprocess.run([sys.executable, "-P", str(script), "90"], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     made = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {(k["kernel"], k["store_bits"]) for k in made} == KERNELS
+    assert {(k["kernel"], k["store_bits"], k["own_budgets"]) for k in made} == KERNELS
     for kernel in made:
         assert kernel["arch"] == 90 and kernel["cubin_bytes"] > 1000 and kernel["shared_bytes"] <= MOST_SHARED_BYTES, (
             kernel
