@@ -4,6 +4,7 @@ from typing import Any
 
 import baselines
 import graph
+import heads as heads_of_their_own
 from cases import Case, Shape
 from check import POLICY, ROUNDING, close, reference
 from machine import Timer
@@ -99,13 +100,23 @@ def variant(timer: Timer, shape: Shape, tuning, store: str, device: str, tiny: b
 
 
 def step(
-    family, timer: Timer, bandwidth: float, store: str, rows: int, layers: int, device: str, tiny: bool
+    family,
+    timer: Timer,
+    bandwidth: float,
+    store: str,
+    rows: int,
+    layers: int,
+    device: str,
+    tiny: bool,
+    own: bool = False,
 ) -> dict[str, Any]:
     """A step's attention of some layers in one graph: write, attend, observe, consolidate; stores are full. The floor: the time
-    to copy a budget's bytes."""
+    to copy a budget's bytes. own: heads have budgets of their own."""
     _, heads, groups, d, budget = graph.sizes_of(tiny)
     made = [graph.Layer(family, device, store, rows, heads, groups, d, budget, full=not tiny) for _ in range(layers)]
-    row = {"family": family.name, "store": store, "rows": rows, "layers": layers}
+    if own:
+        heads_of_their_own.share_out(made)
+    row = {"family": family.name, "store": store, "rows": rows, "layers": layers, "own_budgets": own}
     held = Shape(head_dim=d, kv_heads=heads, groups=groups, slots=budget, rows=rows).kv_bytes
     row["floor_us"] = layers * held / bandwidth * 1e6
     layers = made
@@ -115,14 +126,6 @@ def step(
     for name, number in (("idle", 5 if tiny else 20), ("due", layers[0].schedule.retire_tokens + 4)):
         for layer in layers:
             layer.prepare(number)
-        seconds = timer(lambda: forward(layers, together))
+        seconds = timer(lambda: heads_of_their_own.forward(layers, together))
         row |= {f"{name}_us": seconds * 1e6, f"{name}_rows_due": layers[0].retired()}
     return row
-
-
-def forward(layers: list[graph.Layer], together: LayersOf) -> None:
-    """As attention/cuda_backend.py: every layer attends, then all retire."""
-    first = layers[0]
-    for layer in layers:
-        layer.attend()
-    first.family.consolidate_layers(together, first.work.retires[0], first.policy, SINKS, first.scale)

@@ -36,7 +36,7 @@ def test_the_runs_without_a_gpu(tmp_path):
         len(r["done"]) for r in found.values()
     )
     assert len(list(tmp_path.glob("gpu*"))) <= 8, "no more files come back"
-    assert kinds["A"] == {"life", "plan", "reads", "replay", "check"} and kinds["C"] == {"prefill"}
+    assert kinds["A"] == {"life", "plan", "reads", "replay", "heads", "check"} and kinds["C"] == {"prefill"}
     assert kinds["B"] == {"copy", "decode", "context", "retire", "variant", "step"}
     for line in found["A"]["done"]:
         result = line["result"]
