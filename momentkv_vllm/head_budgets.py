@@ -59,6 +59,10 @@ class HeadBudgets:
         """For kernels that read them there."""
         return replace(self, capacity=self.capacity.to(device), places=self.places.to(device))
 
+    def on_trial(self) -> "HeadBudgets":
+        """As large, for kernels that run for nothing in any cache: every tile is its first."""
+        return replace(self, places=torch.zeros_like(self.places))
+
     @cached_property
     def pages(self) -> int:
         """Pages that a store must have, found once: kernels are told at every call. Raises ValueError on a page below 0."""

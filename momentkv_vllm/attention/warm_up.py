@@ -24,6 +24,7 @@ def warm_up(impl: EvictingImpl, planner: StepPlanner, spec: MomentKVSpec, device
     pages = torch.arange(2 * columns + 1)
     table, shape = pages[1:].view(2, columns), (len(pages), spec.num_kv_heads, page_size, 2 * spec.head_size)
     cache = torch.zeros(shape, dtype=spec.dtype, device=device)
+    served, impl.heads = impl.heads, [heads and heads.on_trial() for heads in impl.heads]
     lens = [0, 0]
     for new in ([prompt, first - 1], [2, 1], [1, 1]):
         lens = [a + b for a, b in zip(lens, new, strict=True)]
@@ -34,7 +35,7 @@ def warm_up(impl: EvictingImpl, planner: StepPlanner, spec: MomentKVSpec, device
         impl.do_kv_cache_update(None, key, key, cache, _slots(table, lens, new, page_size).to(device))
         metadata = SimpleNamespace(eviction=step, stock_part=None)
         impl.forward(None, query, key, key, cache, metadata, torch.empty_like(query))
-    impl.observed = None
+    impl.observed, impl.heads = None, served
 
 
 def _slots(table: Tensor, lens: list[int], new: list[int], page_size: int) -> Tensor:

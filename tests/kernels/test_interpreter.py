@@ -36,7 +36,7 @@ SECOND_PROOFS = [
     # Either store and either score in one launch: of the four pairs, two have both.
     *("together and model-momentkv", "together and int4-keydiff"),
     # Of heads with budgets of their own: a usual and a large first event of an int4 store, and a large one of all layers, stay.
-    *("of_it_alone and (int8 or 0-2.0)", "heads_of_their_own and 112-False"),
+    *("of_it_alone and (int8 or 0-2.0)", "heads_of_their_own and 112-False", "budgets_of_their_own"),
 ]
 """Cases that `make test` leaves to `make test-all`."""
 

@@ -14,12 +14,9 @@ from measured_heads import capacities
 from momentkv_vllm.attention import measuring
 
 OURS = {
-    "policy": "momentkv",
-    "budget_tokens": 64,
-    "store_dtype": "int8",
-    "block_size": 16,
+    "policy": "momentkv", "budget_tokens": 64, "store_dtype": "int8", "prefill": "auto", "block_size": 16,
     "max_num_batched_tokens": 128,
-}
+}  # fmt: skip
 REACH = [[0.05, 0.6], [0.1, 1.0]]
 """Heads of random weights look alike."""
 
