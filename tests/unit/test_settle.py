@@ -41,11 +41,15 @@ def test_kernels_without_a_quantised_store_keep_the_models(models, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    ("kernels", "serves", "want"),
-    [("auto", "triton", ("int4", 8, "equal")), ("cuda", "cuda", ("model", 1, "equal"))],
+    ("kernels", "serves", "want", "unmeasured"),
+    [
+        ("auto", "triton", ("int4", 8, "equal"), "the device 'cuda', on which nothing measures heads"),
+        ("cuda", "cuda", ("model", 1, "equal"), "store_dtype 'model'"),
+    ],
 )
-def test_on_a_gpu(models, monkeypatch, kernels, serves, want):
-    """The default is served by the family that `auto` takes there; heads share equally. The CUDA C++ family keeps the model's."""
+def test_on_a_gpu(models, monkeypatch, kernels, serves, want, unmeasured):
+    """The default is served by the family that `auto` takes there; heads share equally, for nobody measures them, not for the
+    kernels. The CUDA C++ family keeps the model's."""
     from vllm.platforms import current_platform
 
     vllm_config = EngineArgs(model=str(models()), block_size=16).create_engine_config()
@@ -58,6 +62,8 @@ def test_on_a_gpu(models, monkeypatch, kernels, serves, want):
     assert (told.store_dtype, told.run_tokens, told.head_budgets) == want
     shape = StateLayout.of(told, 16, 64, torch.bfloat16).cache_shape(torch.bfloat16)
     assert select(kernels, "cuda", shape).name == serves
+    with pytest.raises(ValueError, match=unmeasured):
+        settled_config(vllm_config, EvictionConfig.from_dict(AUTO | {"kernels": kernels, "head_budgets": "measured"}))
 
 
 @pytest.mark.parametrize(
