@@ -18,7 +18,8 @@ from momentkv_vllm.page_schedule import cdiv
 
 STORE, LAYERS, LONGEST = "int4", 2, 1 << 20
 TINY_LONGEST = 120
-"""No head then holds so many tokens that attention counts more than in a head alone (policies/key_direction.py)."""
+"""All heads, and a head alone, then hold so few tokens that attention counts little (policies/key_direction.py); where this is no
+limit, even a sixth of an equal share is too much for that."""
 
 
 def share_out(layers: list[graph.Layer], longest: int = LONGEST) -> list[list[list[Tile]]]:
@@ -84,7 +85,7 @@ class Alone:
 
 def life(family, device: str, tiny: bool) -> dict[str, Any]:
     """Steps across events, on a GPU replayed from a graph; all layers retire in one launch."""
-    rows, heads, groups, d, budget = (2, 2, 2, 32, 64) if tiny else (4, 4, 4, 128, 256)
+    rows, heads, groups, d, budget = (2, 2, 2, 32, 64) if tiny else (4, 4, 4, 128, 512)
     layers = [graph.Layer(family, device, STORE, rows, heads, groups, d, budget, full=True) for _ in range(LAYERS)]
     layers[1].cache.kv.copy_(layers[1].cache.kv.flip(0))
     tiles = share_out(layers, TINY_LONGEST if tiny else LONGEST)
