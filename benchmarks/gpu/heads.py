@@ -23,7 +23,8 @@ limit, even a sixth of an equal share is too much for that."""
 
 
 def share_out(layers: list[graph.Layer], longest: int = LONGEST) -> list[list[list[Tile]]]:
-    """Gives `layers`, whose stores are quantised, heads that look differently far; the tiles of each."""
+    """Gives `layers`, whose stores are quantised, heads that look differently far; the tiles of each. Their sequences go on two
+    events later: with a full store heads may still hold as many."""
     first, tokens = layers[0].cache, layers[0].schedule.store_tokens
     reach = torch.rand(len(layers), first.keys.shape[1], generator=torch.Generator().manual_seed(1)) ** 3
     capacity = shared(reach, tokens, 8, longest)
@@ -33,6 +34,7 @@ def share_out(layers: list[graph.Layer], longest: int = LONGEST) -> list[list[li
     equal = equal_until(tokens, layers[0].schedule.prefill_retire_tokens)
     for layer, held in zip(layers, budgets(capacity, tiles, at, sizes, equal), strict=True):
         layer.cache.heads = held.to(layer.device)
+        layer.begin += 2 * layer.schedule.retire_tokens
     return tiles
 
 
@@ -65,6 +67,7 @@ class Alone:
         layer, own = self.layer, slice(self.head, self.head + 1)
         (round_work,), (retire,) = layer.work.attends, layer.work.retires
         gone = round_work.stored + round_work.num_evicted.long()
+        assert (gone > layer.cache.heads.equal_tokens).all(), "all heads hold as many"
         stored = gone.clamp(max=self.capacity)
         told = {"stored": stored, "num_evicted": (gone - stored).float(), "moment_pages": self.record}
         skipped = layer.schedule.store_pages
