@@ -43,12 +43,17 @@ class HeadBudgets:
               all of them (`equal_until`).
     places:   [heads, most tiles, 3] int64, of a head's tiles in order: page of the store; bytes from the beginning of that page
               in this layer's cache to the tile; float32 numbers from that page's observations to the tile's. Where a head has
-              fewer tiles than another its last one is repeated.
+              fewer tiles than another, of this layer or of one beside it, its last one is repeated.
     """
 
     capacity: Tensor
     places: Tensor
     equal_tokens: int
+
+    @property
+    def most_tokens(self) -> int:
+        """That any head may hold."""
+        return self.places.shape[1] * TILE_TOKENS
 
     @cached_property
     def pages(self) -> int:
@@ -58,7 +63,7 @@ class HeadBudgets:
             raise ValueError(f"a tile lies in page {first} of the store; the first page is 0")
         return last + 1
 
-    def to(self, device: torch.device) -> "HeadBudgets":
+    def to(self, device: torch.device | str) -> "HeadBudgets":
         """The same on another device, where nobody may wait for `pages` any more: CUDA graphs are captured there."""
         moved = replace(self, capacity=self.capacity.to(device), places=self.places.to(device))
         vars(moved)["pages"] = self.pages
@@ -76,8 +81,12 @@ def equal_until(store_tokens: int, most_retired: int) -> int:
     most; at least one.
 
     The next event makes room where heads do not look far. The one after it is the first in which others may take their tiles:
-    in one event a tile must not be both read and written. A sequence's first event may do both at once, whatever its size: its
-    pages are no tiles yet, and kernels write lent ones when all heads have read.
+    in one event no tile may be both read and written, because heads, and layers of a decode step, take their turns in any order.
+    And none is. A tile that is given up is read last in an event that begins with no more tokens gone than these, and so ends
+    with no more than an equal share gone; a lent tile is first written in an event that ends with more gone.
+
+    A sequence's first event alone may end with more: where a prompt is exact, or a budget so small that what it takes is
+    more than the store holds. It finds exact tokens where tiles will be, so kernels write lent ones when all heads have read.
     """
     return max(1, store_tokens - most_retired)
 
@@ -162,8 +171,8 @@ def budgets(
         data += tile.head * sizes.part_bytes + tile.number * sizes.tile_bytes
         return tile.page, data, observed // 4 + tile.head * sizes.part_slots + tile.number * TILE_TOKENS
 
+    most = max(len(held) for heads in tiles for held in heads)
     for layer, heads in enumerate(tiles):
-        most = max(map(len, heads))
         padded = ([*held, *[held[-1]] * (most - len(held))] for held in heads)
         places = torch.tensor([[place(layer, tile) for tile in held] for held in padded])
         found.append(HeadBudgets(capacity[layer].contiguous(), places, equal_tokens))
@@ -172,7 +181,8 @@ def budgets(
 
 @dataclass(frozen=True)
 class Sizes:
-    """part_bytes, part_slots: what a head owns of a page, and how many tokens of it are observed; tile_bytes: of a tile."""
+    """part_bytes, part_slots: from a head's part of a page to the next head's, in the cache and in what is observed; tile_bytes:
+    of a tile."""
 
     part_bytes: int
     part_slots: int

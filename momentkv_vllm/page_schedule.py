@@ -120,6 +120,12 @@ class PageSchedule(EventCounts):
         """Committed tokens at which the budget is full: below it the run is stock attention."""
         return self.budget_pages * self.page_size if self.evicts else NO_EVENT
 
+    @property
+    def first_retired_tokens(self) -> int:
+        """Tokens that a sequence's first event takes, with those in the pages of the store; 0: it depends on its prompt."""
+        first = self.boundary_column(self.first_event_tokens)
+        return 0 if self.exact_prompt_tokens else first * self.page_size
+
     def boundary_column(self, committed_tokens: int, prompt_tokens: int = 0) -> int:
         """First column still exact once `committed_tokens` are in; 0 while nothing was ever evicted.
 

@@ -37,12 +37,16 @@ class Records(NamedTuple):
 
 class Tiles(NamedTuple):
     """A cache's memory from page 0, head 0 on as quantised store pages: codes, and scales as bits of bfloat16; strides by page
-    and head in bytes."""
+    and head in bytes. Then momentkv_vllm.head_budgets.HeadBudgets, None each where all heads hold as much."""
 
     codes: torch.Tensor
     scales: torch.Tensor
     page: int
     head: int
+    places: torch.Tensor | None
+    capacity: torch.Tensor | None
+    most_tiles: int | None
+    equal_tokens: int | None
 
 
 class EventLists(NamedTuple):
@@ -58,9 +62,17 @@ class EventLists(NamedTuple):
     retiring_pages: int
     capacity: int
 
-    def most_candidates(self, page_size: int) -> int:
-        """Of a row."""
-        return max(self.store_pages * page_size, self.capacity) + self.retiring_pages * page_size
+    def most_candidates(self, cache: Any) -> int:
+        """Of a row and head."""
+        return max(self.store_pages * cache.page_size, self.most_held(cache)) + self.retiring_pages * cache.page_size
+
+    def most_losers(self, cache: Any) -> int:
+        """Of a row and head. A store that shrinks loses more than comes."""
+        return self.most_candidates(cache) - (self.capacity if cache.heads is None else 0)
+
+    def most_held(self, cache: Any) -> int:
+        """Tokens that a head holds at most."""
+        return self.capacity if cache.heads is None else cache.heads.most_tokens
 
 
 class Sizes(NamedTuple):
@@ -90,7 +102,8 @@ class RecordSizes(NamedTuple):
 
 class StoreSizes(NamedTuple):
     """Compile-time layout of quantised store pages (packed_store.py), in the order of CacheView.packed_arguments; 0 bits: there
-    are none. centres_at: byte of a record where those of the keys begin, -1: keys have none."""
+    are none. centres_at: byte of a record where those of the keys begin, -1: keys have none. own_budgets: of heads, which then
+    lie where Tiles.places says."""
 
     bits: int
     width: int
@@ -101,9 +114,10 @@ class StoreSizes(NamedTuple):
     tile_bytes: int
     page_tiles: int
     centres_at: int
+    own_budgets: bool
 
 
-NO_STORE = [*[0] * (len(StoreSizes._fields) - 1), -1]
+NO_STORE = StoreSizes(*[0] * (len(StoreSizes._fields) - 2), -1, False)
 
 
 def tokens_of(cache: Any) -> Tokens:
@@ -130,7 +144,9 @@ def record_sizes(cache: Any) -> RecordSizes:
 
 
 def tiles_of(cache: Any) -> Tiles:
-    return Tiles(cache.raw, cache.raw.view(torch.int16), *cache.raw.stride()[:2])
+    heads = cache.heads
+    told = [None] * 4 if heads is None else [heads.places, heads.capacity, heads.places.shape[1], heads.equal_tokens]
+    return Tiles(cache.raw, cache.raw.view(torch.int16), *cache.raw.stride()[:2], *told)
 
 
 def event_lists(cache: Any, work: Any) -> EventLists:
@@ -141,7 +157,7 @@ def event_lists(cache: Any, work: Any) -> EventLists:
 
 def store_sizes(cache: Any, work: Any) -> StoreSizes:
     """Of a work list's rows."""
-    return StoreSizes(*(cache.packed_arguments if work.stored is not None else NO_STORE))
+    return NO_STORE if work.stored is None else StoreSizes(*cache.packed_arguments, cache.heads is not None)
 
 
 def attending_warps(work: Any) -> int:

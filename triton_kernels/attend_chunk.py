@@ -5,7 +5,8 @@ import triton.language as tl
 
 from .arguments import attending_warps, record_sizes, records_of, sizes, store_sizes, tiles_of, tokens_of
 from .common import LN2, LOG2E, narrow, program_head, record_partial
-from .retained import attend_retained, stored_tokens
+from .retained import attend_retained
+from .store import kept_tokens
 from .tuning import CHUNK, Tuning
 
 
@@ -42,7 +43,7 @@ def _chunk(
     limit = tl.where(real, first_last + at, -1)
     end = first_last + tl.minimum(first + TILE, queries)
     pages += row * row_pages
-    in_store = stored_tokens(stored, row, STORE)
+    in_store, evicted = kept_tokens(stored, num_evicted, row, tiles, head, STORE)
     exact_pages = pages + tl.where(in_store > 0, store_pages, 0)
     acc, peak, total = attend_retained(
         q,
@@ -68,13 +69,11 @@ def _chunk(
         RECORD,
         False,
     )
-    if CORRECTED:
-        evicted = tl.load(num_evicted + row)
-        if evicted != 0:
-            out, log_mass = record_partial(
-                q, q_at, real, evicted, records, head, moment_pages + row * row_moments, scale, SIZES, RECORD
-            )
-            acc, peak, total = _with_partial(acc, peak, total, out, log_mass * LOG2E)
+    if CORRECTED and evicted != 0:
+        out, log_mass = record_partial(
+            q, q_at, real, evicted, records, head, moment_pages + row * row_moments, scale, SIZES, RECORD
+        )
+        acc, peak, total = _with_partial(acc, peak, total, out, log_mass * LOG2E)
     out_at = output + (token * out_token + query_head * out_head)[:, None] + d[None, :]
     safe = tl.where(real, total, 1.0)
     tl.store(out_at, narrow(acc / safe[:, None], output.dtype.element_ty), mask=tile)

@@ -11,7 +11,8 @@ import triton.language as tl
 
 from .arguments import attending_warps, record_sizes, records_of, sizes, store_sizes, tiles_of, tokens_of
 from .common import LN2, LOG2E, narrow, program_head, record_partial
-from .retained import attend_retained, stored_tokens
+from .retained import attend_retained
+from .store import kept_tokens, observed_at
 from .tuning import DECODE, Tuning
 
 OBSERVED_AT_ONCE = 128
@@ -35,9 +36,8 @@ def _partials(
         return
     m, d = tl.arange(0, BLOCK_M), tl.arange(0, SIZES.block_d)
     lse_at = part_lse + row * l_row + head * l_head + part * l_part + m
-    in_store = stored_tokens(stored, row, STORE)
+    in_store, evicted = kept_tokens(stored, num_evicted, row, tiles, head, STORE)
     visible = tl.load(last_slot + row).to(tl.int32) + 1
-    evicted = tl.load(num_evicted + row)
     store_from, exact_from = (part - RECORDS) * SPLIT, (part - RECORDS - store_splits) * SPLIT
     store_to = tl.minimum(store_from + SPLIT, in_store)
     # Before the first exact split this is nothing: no slot is negative.
@@ -75,23 +75,25 @@ def _partials(
 
 @triton.jit
 def _observe_left(
-    logits, lse, mass, pages, last_slot, in_store, keep, m_page, store_pages, store_slots, all_slots, first,
+    logits, lse, mass, pages, last_slot, in_store, keep, tiles, head, m_page, m_head, store_pages, store_slots, all_slots, first,
     GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
     """Adds what a query gives to slots [first, first + BLOCK_N) of `logits` [GROUPS, all slots], those of the store first; or
-    begins with it where not `keep`. lse [BLOCK_G] in base 2."""
-    PAGE: tl.constexpr = STORE.page_tiles * 8 if STORE.bits else SIZES.page
+    begins with it where not `keep`. lse [BLOCK_G] in base 2; mass: of the head."""
     s, g = first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_G)
     inside = s < store_slots
     slot = tl.where(inside, s, s - store_slots)
     skipped = tl.where(in_store > 0, store_pages, 0)
     exact = (all_slots - store_slots) - skipped * SIZES.page
     real = slot < tl.where(inside, in_store, last_slot + 1)
-    at = tl.where(inside, slot // PAGE, skipped + slot // SIZES.page)
+    at, within = skipped + slot // SIZES.page, slot % SIZES.page
     listed = slot < tl.where(inside, in_store, exact)
+    if STORE.bits:
+        column, of_store = observed_at(tiles, head, m_head, slot, inside & listed, STORE)
+        at, within = tl.where(inside, column, at), tl.where(inside, of_store, within)
     page = tl.load(pages + at, mask=listed & (s < all_slots), other=0).to(tl.int64)
     mine = page > 0  # page 0 is padding
-    mass_at = mass + page * m_page + tl.where(inside, slot % PAGE, slot % SIZES.page)
+    mass_at = mass + page * m_page + within
     wanted = (g < GROUPS)[:, None] & (mine & real)[None, :]
     x = tl.load(logits + g[:, None] * all_slots + s[None, :], mask=wanted, other=float("-inf"))
     seen = tl.sum(tl.where(wanted, tl.exp2(x - lse[:, None]), 0.0), 0)
@@ -100,9 +102,9 @@ def _observe_left(
 
 @triton.jit(do_not_specialize=["l_row", "l_head", "num_parts", "row_pages"])
 def _reduce(
-    part_out, part_lse, output, lse_out, logits, mass, first_token, num_queries, pages, last_slot, stored, observe_from, restart,
-    o_row, o_head, o_part, l_row, l_head, l_part, out_token, out_head, lse_token, m_page, m_head, row_pages, num_parts,
-    store_pages, store_slots, all_slots,
+    part_out, part_lse, output, lse_out, logits, mass, first_token, num_queries, pages, last_slot, stored, num_evicted,
+    observe_from, restart, tiles, o_row, o_head, o_part, l_row, l_head, l_part, out_token, out_head, lse_token, m_page, m_head,
+    row_pages, num_parts, store_pages, store_slots, all_slots,
     GROUPS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LSE: tl.constexpr, OBSERVES: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
@@ -138,11 +140,13 @@ def _reduce(
             base = tl.where(top == float("-inf"), 0.0, top)
             norm = (base + tl.log(tl.sum(tl.exp(every - base[None, :]), 0))) * LOG2E
             keep, last = tl.load(restart + row) == 0, tl.load(last_slot + row).to(tl.int32)
+            wide = head.to(tl.int64)
+            in_store, _ = kept_tokens(stored, num_evicted, row, tiles, wide, STORE)
             for at_slot in range(m * BLOCK_N, all_slots, GROUPS * BLOCK_N):
                 _observe_left(
                     logits + (row.to(tl.int64) * tl.num_programs(1) + head * GROUPS) * all_slots, norm,
-                    mass + head.to(tl.int64) * m_head, pages + row * row_pages, last, stored_tokens(stored, row, STORE), keep,
-                    m_page, store_pages, store_slots, all_slots, at_slot, GROUPS, BLOCK_G, BLOCK_N, SIZES, STORE,
+                    mass + wide * m_head, pages + row * row_pages, last, in_store, keep, tiles, wide, m_page, m_head,
+                    store_pages, store_slots, all_slots, at_slot, GROUPS, BLOCK_G, BLOCK_N, SIZES, STORE,
                 )  # fmt: skip
 
 
@@ -164,7 +168,7 @@ def attend_decode(
     """
     rows, (num_heads, head_dim), heads = len(work.last_slot), query.shape[1:], cache.keys.shape[1]
     groups, observes = num_heads // heads, mass is not None
-    store_slots = work.store_pages * cache.packed.page_tokens if work.stored is not None else 0
+    store_slots = cache.store_slots(work.store_pages) if work.stored is not None else 0
     slots = work.pages.shape[1] * cache.page_size
     # A split longer than any list is one as long as the longest: a number that compiled kernels share.
     split = min(tuning.split, triton.next_power_of_2(max(store_slots, slots)))
@@ -188,9 +192,9 @@ def attend_decode(
     )  # fmt: skip
     _reduce[(rows, num_heads)](
         part_out, part_lse, output, lse if lse is not None else part_lse, left, seen, work.first_token, work.num_queries,
-        work.pages, work.last_slot, work.stored, work.observe_from, restart, *part_out.stride()[:3], *part_lse.stride()[:3],
-        *output.stride()[:2], 0 if lse is None else lse.stride(0), *seen.stride()[:2], work.pages.stride(0), parts,
-        work.store_pages, store_slots, store_slots + slots,
+        work.pages, work.last_slot, work.stored, work.num_evicted, work.observe_from, restart, tiles_of(cache),
+        *part_out.stride()[:3], *part_lse.stride()[:3], *output.stride()[:2], 0 if lse is None else lse.stride(0),
+        *seen.stride()[:2], work.pages.stride(0), parts, work.store_pages, store_slots, store_slots + slots,
         GROUPS=groups, BLOCK_D=shape.block_d, BLOCK_P=max(LEAST_PARTS, triton.next_power_of_2(parts)),
         BLOCK_G=triton.next_power_of_2(groups), BLOCK_N=OBSERVED_AT_ONCE, HAS_LSE=lse is not None, OBSERVES=observes,
         SIZES=shape, STORE=store, num_warps=4,

@@ -8,6 +8,8 @@ import triton.language as tl
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LAYER_NUMBERS = tl.constexpr(5)
+"""Of a layer in LayersOf.offsets (momentkv_vllm/kernels/worklists.py)."""
 
 
 @triton.jit
@@ -51,6 +53,13 @@ def capped(logits, SIZES: tl.constexpr):
 def program_head():
     """This program's KV head, 64 bits wide: in vLLM's layout LHBNC a head is as far from the next as its part of the pool."""
     return tl.program_id(1).to(tl.int64)
+
+
+@triton.jit
+def moved(pointer, by):
+    """A pointer moved by bytes, a multiple of 16."""
+    ITEM: tl.constexpr = pointer.dtype.element_ty.primitive_bitwidth // 8
+    return pointer + tl.multiple_of(by // ITEM, 16 // ITEM)
 
 
 @triton.jit

@@ -11,15 +11,17 @@ import triton.language as tl
 
 from .centres import load_centres, of_slots
 from .retained import exact_keys, exact_values
-from .store import rotated, stored_keys, stored_values, tiles_at
+from .store import kept_tokens, observed_at, rotated, stored_keys, stored_values, tiles_at
 
 
 class Event(NamedTuple):
-    """One row's: its pages, and numbers of tokens.
+    """One row's in a head: its pages, and numbers of tokens.
 
     exact:      of the store that lie in exact pages.
-    filled:     in the store, each in the slot of its number.
+    filled:     in the store, each in the slot of its number, where it stays unless it goes; of a store that shrinks, those that
+                have a slot afterwards.
     candidates: 0 if the row retires nothing; losers: how many of them go.
+    before:     evicted before, float32.
     first_key, others: centres [D] of the keys of one head's quantised store.
     """
 
@@ -30,13 +32,14 @@ class Event(NamedTuple):
     filled: tl.tensor
     candidates: tl.tensor
     losers: tl.tensor
+    before: tl.tensor
     first_key: tl.tensor
     others: tl.tensor
 
 
 @triton.jit
 def event_of(
-    lists, row, records, head, record_pages,
+    lists, row, num_evicted, tiles, records, head, record_pages,
     BLOCK_K: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr, RECORD: tl.constexpr,
 ):  # fmt: skip
     """Of a row and head; the row's list of retiring pages ends in -1 where it retires fewer than others."""
@@ -44,16 +47,21 @@ def event_of(
     retiring = lists.retiring + row * lists.row_retiring
     due = tl.sum((tl.load(retiring + k, mask=k < lists.retiring_pages, other=-1) >= 0).to(tl.int32), 0)
     exact = tl.full((), 0, tl.int32) + lists.store_pages * SIZES.page
-    packed, filled = exact * 0, exact
+    filled, capacity = exact, lists.capacity
+    packed, before = kept_tokens(lists.stored, num_evicted, row, tiles, head, STORE)
     if STORE.bits:
-        packed = tl.load(lists.stored + row).to(tl.int32)
         exact = tl.where(packed > 0, 0, exact)
         filled = packed
     candidates = tl.where(due > 0, packed + exact + due * SIZES.page, 0)
-    losers = tl.maximum(candidates - lists.capacity, 0)
+    if STORE.own_budgets:
+        gone = candidates + before.to(tl.int32)
+        capacity = tl.where(gone > tiles.equal_tokens, tl.load(tiles.capacity + head).to(tl.int32), capacity)
+    losers = tl.maximum(candidates - capacity, 0)
+    if STORE.own_budgets:
+        filled = tl.minimum(filled, candidates - losers)
     first_key, others = load_centres(records, head, record_pages, SIZES, STORE, RECORD)
     store = lists.store + row * lists.row_store
-    return Event(store, retiring, packed, exact, filled, candidates, losers, first_key, others)
+    return Event(store, retiring, packed, exact, filled, candidates, losers, before, first_key, others)
 
 
 @triton.jit
@@ -67,19 +75,21 @@ def exact_slots(event, i, real, SIZES: tl.constexpr):
 
 
 @triton.jit
-def store_slots(event, i, real, SIZES: tl.constexpr, STORE: tl.constexpr):
-    """(pages, slots) [N] of the store's slots i as they are after the event."""
-    PAGE: tl.constexpr = STORE.page_tiles * 8 if STORE.bits else SIZES.page
-    return tl.load(event.store + i // PAGE, mask=real, other=0).to(tl.int64), i % PAGE
+def store_slots(event, tiles, head, m_head, i, real, SIZES: tl.constexpr, STORE: tl.constexpr):
+    """(pages, slots) [N] of the store's slots i as they are after the event; of a quantised one, where it is observed."""
+    column, slot = i // SIZES.page, i % SIZES.page
+    if STORE.bits:
+        column, slot = observed_at(tiles, head, m_head, i, real, STORE)
+    return tl.load(event.store + column, mask=real, other=0).to(tl.int64), slot
 
 
 @triton.jit
-def mass_at(mass, m_page, event, i, real, SIZES: tl.constexpr, STORE: tl.constexpr):
+def mass_at(mass, m_page, m_head, tiles, head, event, i, real, SIZES: tl.constexpr, STORE: tl.constexpr):
     """Pointers [N] to what was observed of candidates i; mass: of the head."""
     page, slot = exact_slots(event, i, real, SIZES)
     if STORE.bits:
         inside = i < event.packed
-        of_store, store_slot = store_slots(event, i, real & inside, SIZES, STORE)
+        of_store, store_slot = store_slots(event, tiles, head, m_head, i, real & inside, SIZES, STORE)
         page, slot = tl.where(inside, of_store, page), tl.where(inside, store_slot, slot)
     return mass + page * m_page + slot
 

@@ -7,8 +7,8 @@ import triton.language as tl
 from .arguments import record_sizes, records_of, sizes, store_sizes, tiles_of, tokens_of
 from .centres import added, load_centres, products
 from .common import capped, dot, dot_rotated, narrow, program_head
-from .retained import exact_keys, stored_tokens
-from .store import rotated, stored_keys, tiles_at
+from .retained import exact_keys
+from .store import kept_tokens, observed_at, rotated, stored_keys, tiles_at
 
 BLOCK_M, BLOCK_N = 32, 64
 
@@ -45,8 +45,9 @@ def _attention(
 
 @triton.jit(do_not_specialize=["row_pages"])
 def _observe(
-    query, lse, mass, first_token, num_queries, pages, last_slot, stored, moment_pages, observe_from, restart, tokens, tiles,
-    records, q_token, q_head, lse_token, m_page, m_head, row_pages, row_moments, store_pages, scale, num_slots, store_tiles,
+    query, lse, mass, first_token, num_queries, pages, last_slot, stored, moment_pages, num_evicted, observe_from, restart,
+    tokens, tiles, records, q_token, q_head, lse_token, m_page, m_head, row_pages, row_moments, store_pages, scale, num_slots,
+    store_tiles,
     GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
     RECORD: tl.constexpr,
 ):  # fmt: skip
@@ -60,13 +61,12 @@ def _observe(
     mass += head * m_head
     pages += row * row_pages
     token0 = tl.load(first_token + row).to(tl.int64)
-    in_store = stored_tokens(stored, row, STORE)
+    in_store, _ = kept_tokens(stored, num_evicted, row, tiles, head, STORE)
     if STORE.bits and tile < store_tiles:
         slots = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         mine = slots < in_store
-        PAGE: tl.constexpr = STORE.page_tiles * 8
-        page = tl.load(pages + slots // PAGE, mask=mine, other=0).to(tl.int64)
-        mass_at = mass + page * m_page + slots % PAGE
+        column, within = observed_at(tiles, head, m_head, slots, mine, STORE)
+        mass_at = mass + tl.load(pages + column, mask=mine, other=0).to(tl.int64) * m_page + within
         at = tiles_at(tiles, head, pages, slots, mine, STORE)
         k = narrow(stored_keys(tiles, at, slots, mine, SIZES.block_d, STORE), query.dtype.element_ty)
         first_key, others = load_centres(records, head, moment_pages + row * row_moments, SIZES, STORE, RECORD)
@@ -99,13 +99,13 @@ def observe(cache, mass, query, lse, work, scale: float) -> None:
     """As kernels/base.py, for attention mass [num_pages, num_kv_heads, slots of a page]."""
     rows, num_heads, heads = len(work.last_slot), query.shape[1], cache.keys.shape[1]
     groups, num_slots = num_heads // heads, work.pages.shape[1] * cache.page_size
-    store_slots = work.store_pages * cache.packed.page_tokens if work.stored is not None else 0
+    store_slots = cache.store_slots(work.store_pages) if work.stored is not None else 0
     # Codes that become numbers take registers.
     block_n = BLOCK_N if work.stored is None else BLOCK_N // 2
     store_tiles = triton.cdiv(store_slots, block_n)
     _observe[(rows, heads, store_tiles + triton.cdiv(num_slots, block_n))](
         query, lse, mass, work.first_token, work.num_queries, work.pages, work.last_slot, work.stored, work.moment_pages,
-        work.observe_from, work.restart.view(torch.uint8), tokens_of(cache), tiles_of(cache), records_of(cache),
+        work.num_evicted, work.observe_from, work.restart.view(torch.uint8), tokens_of(cache), tiles_of(cache), records_of(cache),
         *query.stride()[:2], lse.stride(0), *mass.stride()[:2], work.pages.stride(0), work.moment_pages.stride(0),
         work.store_pages, scale, num_slots, store_tiles,
         GROUPS=groups, BLOCK_M=max(BLOCK_M, triton.next_power_of_2(groups)), BLOCK_N=block_n, SIZES=sizes(cache),

@@ -42,12 +42,13 @@ def _plan(
     seq_lens, query_start, table, prompts, first_token, num_queries, pages, last_slot, stored, moment_pages, num_evicted,
     observe_from, restart, store_pages, retiring_pages, table_row, num_columns,
     PAGE: tl.constexpr, S: tl.constexpr, M: tl.constexpr, RECORD: tl.constexpr, RECORD_PAGES: tl.constexpr,
-    CAPACITY: tl.constexpr, IS_PACKED: tl.constexpr, FIRST: tl.constexpr, RETIRE_PAGES: tl.constexpr, READ_PAGES: tl.constexpr,
-    COLUMNS: tl.constexpr, K: tl.constexpr, OBSERVED: tl.constexpr, OBSERVE_ALL: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    CAPACITY: tl.constexpr, EQUAL: tl.constexpr, IS_PACKED: tl.constexpr, FIRST: tl.constexpr, RETIRE_PAGES: tl.constexpr,
+    READ_PAGES: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr, OBSERVED: tl.constexpr, OBSERVE_ALL: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Program row. RECORD: first column of the moment record's pages; CAPACITY: tokens of a full store; OBSERVED: queries before
-    an event that the policy observes, 0 if none; READ_PAGES: pages between events while a prompt is read."""
+    """Program row. RECORD: first column of the moment record's pages; CAPACITY: tokens of a full store; EQUAL: that have left the
+    window until when no head evicts; OBSERVED: queries before an event that the policy observes, 0 if none; READ_PAGES: pages
+    between events while a prompt is read."""
     RETIRE: tl.constexpr = RETIRE_PAGES * PAGE
     READ: tl.constexpr = READ_PAGES * PAGE
     row = tl.program_id(0)
@@ -97,7 +98,7 @@ def _plan(
             event = _next_event(start, caught_up, FIRST, RETIRE, READ)
             zone = tl.maximum(event - OBSERVED, earlier)
             # A quantised store that still has room evicts nothing: nobody competes.
-            evicts = _boundary(event, FIRST, RETIRE, RETIRE_PAGES, S + M) * PAGE > CAPACITY
+            evicts = _boundary(event, FIRST, RETIRE, RETIRE_PAGES, S + M) * PAGE > EQUAL
             zone = tl.where(evicts, zone, event)
         tl.store(observe_from + row, tl.minimum(tl.maximum(zone - start, 0), queries))
         tl.store(restart + row, (start <= zone) & (zone < end) & (queries > 0))
@@ -135,7 +136,8 @@ def plan(
         attend.stored, attend.moment_pages, attend.num_evicted, attend.observe_from, attend.restart, retire.store_pages,
         retire.retiring_pages, block_table.stride(0), block_table.shape[1],
         PAGE=schedule.page_size, S=s, M=m, RECORD=record.start, RECORD_PAGES=record_pages, CAPACITY=schedule.store_tokens,
-        IS_PACKED=schedule.is_packed, FIRST=schedule.first_event_tokens, RETIRE_PAGES=schedule.retire_pages,
+        EQUAL=schedule.equal_tokens or schedule.store_tokens, IS_PACKED=schedule.is_packed,
+        FIRST=schedule.first_event_tokens, RETIRE_PAGES=schedule.retire_pages,
         READ_PAGES=max(schedule.prefill_retire_pages, schedule.retire_pages), COLUMNS=columns, K=k, OBSERVED=observed,
         OBSERVE_ALL=observe_all, BLOCK=power(columns), BLOCK_S=power(s), BLOCK_M=power(max(1, record_pages)),
         BLOCK_K=power(k), num_warps=1,

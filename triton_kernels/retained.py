@@ -80,15 +80,6 @@ def _attend_stored(
 
 
 @triton.jit
-def stored_tokens(stored, row, STORE: tl.constexpr):
-    """Tokens in a row's quantised store; 0: all its pages are exact."""
-    if STORE.bits:
-        return tl.load(stored + row).to(tl.int32)
-    else:
-        return tl.full((), 0, tl.int32)
-
-
-@triton.jit
 def attend_retained(
     q, limit, store_from, store_to, exact_from, exact_to, tokens, tiles, head, pages, exact_pages, scale, left, left_exact,
     leaves, records, record_pages,

@@ -48,7 +48,7 @@ def record_mean(records, head, pages, SIZES: tl.constexpr, RECORD: tl.constexpr)
 
 @triton.jit
 def tile_terms(
-    at, t_term, mass, m_page, tokens, tiles, head, event, i, real, anchor, mean,
+    at, t_term, mass, m_page, m_head, tokens, tiles, head, event, i, real, anchor, mean,
     HAS_ATTENTION: tl.constexpr, SIZES: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
     """Writes the terms of candidates i: how far a key is turned from all others; attention times how far a value lies off."""
@@ -57,7 +57,7 @@ def tile_terms(
     tl.store(at, tl.where(turned < 0, 0.0, turned), mask=real)
     if HAS_ATTENTION:
         away = load_values(tokens, tiles, head, event, i, real, SIZES, STORE) - mean[None, :]
-        seen = tl.load(mass_at(mass, m_page, event, i, real, SIZES, STORE), mask=real, other=0.0)
+        seen = tl.load(mass_at(mass, m_page, m_head, tiles, head, event, i, real, SIZES, STORE), mask=real, other=0.0)
         tl.store(at + t_term, seen * tl.sqrt(tl.sum(away * away, 1)), mask=real)
 
 
@@ -69,12 +69,14 @@ def _sums(
 ):  # fmt: skip
     """Program (row, KV head, tile): the tile's sum of directions [D] and, where nothing is evicted yet, of values [D]."""
     row, head, tile = tl.program_id(0), program_head(), tl.program_id(2)
-    event = event_of(lists, row, records, head, moment_pages + row * row_moments, BLOCK_K, SIZES, STORE, RECORD)
+    event = event_of(
+        lists, row, num_evicted, tiles, records, head, moment_pages + row * row_moments, BLOCK_K, SIZES, STORE, RECORD
+    )
     i = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     if (event.losers == 0) | (tile * BLOCK_N >= event.candidates):
         return
     real = i < event.candidates
-    asks = HAS_ATTENTION and tl.load(num_evicted + row) == 0
+    asks = HAS_ATTENTION and event.before == 0
     of_keys, of_values = tile_sums(tokens, tiles, head, event, i, real, asks, SIZES, STORE)
     at = sums + row * s_row + head * s_head + tile * s_tile + tl.arange(0, SIZES.block_d)
     tl.store(at, of_keys)
@@ -99,7 +101,9 @@ def _terms(
 ):  # fmt: skip
     """Program (row, KV head, tile)."""
     row, head, tile = tl.program_id(0), program_head(), tl.program_id(2)
-    event = event_of(lists, row, records, head, moment_pages + row * row_moments, BLOCK_K, SIZES, STORE, RECORD)
+    event = event_of(
+        lists, row, num_evicted, tiles, records, head, moment_pages + row * row_moments, BLOCK_K, SIZES, STORE, RECORD
+    )
     i = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     if (event.losers == 0) | (tile * BLOCK_N >= event.candidates):
         return
@@ -109,7 +113,7 @@ def _terms(
     anchor = unit(_added(sums, s_tile, num_tiles, SIZES.block_d))
     mean = anchor
     if HAS_ATTENTION:
-        if tl.load(num_evicted + row) == 0:
+        if event.before == 0:
             mean = _added(sums + SIZES.block_d, s_tile, num_tiles, SIZES.block_d) / event.candidates
         else:
             mean = record_mean(records, head, moment_pages + row * row_moments, SIZES, RECORD)
@@ -119,6 +123,7 @@ def _terms(
         t_term,
         mass + head * m_head,
         m_page,
+        m_head,
         tokens,
         tiles,
         head,
@@ -139,7 +144,7 @@ def score_terms(cache, mass: torch.Tensor | None, work, lists: EventLists) -> to
     Rows that evict nothing are left as they are (uninitialised).
     """
     rows, heads, device = len(work.num_evicted), cache.keys.shape[1], cache.keys.device
-    shape, most = sizes(cache), lists.most_candidates(cache.page_size)
+    shape, most = sizes(cache), lists.most_candidates(cache)
     num_tiles, num_terms = triton.cdiv(most, BLOCK_N), 1 if mass is None else 2
     terms = torch.empty(rows, heads, num_terms, most, dtype=torch.float32, device=device)
     sums = torch.empty(rows, heads, num_tiles, num_terms * shape.block_d, dtype=torch.float32, device=device)

@@ -7,6 +7,9 @@ in registers.
 import triton
 import triton.language as tl
 
+from .arguments import Tiles
+from .common import moved
+
 TILE = tl.constexpr(8)
 """Tokens of a tile."""
 GROUP = tl.constexpr(32)
@@ -26,11 +29,63 @@ def rotated(x, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def kept_tokens(stored, num_evicted, row, tiles, head, STORE: tl.constexpr):
+    """(tokens of a head in a row's quantised store, 0: all its pages are exact; float32 number of those that it has evicted):
+    `held` of csrc/common/params.h."""
+    evicted = tl.load(num_evicted + row)
+    if STORE.bits:
+        held = tl.load(stored + row).to(tl.int32)
+        if STORE.own_budgets:
+            gone = held + evicted.to(tl.int32)
+            own = tl.minimum(gone, tl.load(tiles.capacity + head).to(tl.int32))
+            held = tl.where(gone > tiles.equal_tokens, own, held)
+            evicted = (gone - held).to(tl.float32)
+        return held, evicted
+    else:
+        return tl.full((), 0, tl.int32), evicted
+
+
+@triton.jit
+def tiles_of_layer(tiles, layers, STORE: tl.constexpr):
+    """Of the layer whose offsets (LayersOf.offsets of kernels/worklists.py) begin at `layers`; `tiles`: of the first layer."""
+    by, places, capacity = tl.load(layers), tiles.places, tiles.capacity
+    if STORE.own_budgets:
+        places, capacity = moved(places, tl.load(layers + 2)), moved(capacity, tl.load(layers + 3))
+    return Tiles(
+        moved(tiles.codes, by), moved(tiles.scales, by), tiles.page, tiles.head, places, capacity, tiles.most_tiles,
+        tiles.equal_tokens,
+    )  # fmt: skip
+
+
+@triton.jit
+def _place(tiles, head, slots):
+    """Pointers [N] to where the tiles of a head's store slots lie: column of the page, bytes, numbers of what is observed."""
+    return tiles.places + (head * tiles.most_tiles + slots // TILE) * 3
+
+
+@triton.jit
 def tiles_at(tiles, head, pages, slots, real, STORE: tl.constexpr):
     """Byte at which the tile of every store slot [N] begins. pages: those of the row's store."""
-    tile = slots // TILE
-    page = tl.load(pages + tile // STORE.page_tiles, mask=real, other=0).to(tl.int64)
-    return page * tiles.page + head * tiles.head + tile % STORE.page_tiles * STORE.tile_bytes
+    if STORE.own_budgets:
+        place = _place(tiles, head, slots)
+        page = tl.load(pages + tl.load(place, mask=real, other=0), mask=real, other=0).to(tl.int64)
+        return page * tiles.page + tl.multiple_of(tl.load(place + 1, mask=real, other=0), 16)
+    else:
+        tile = slots // TILE
+        page = tl.load(pages + tile // STORE.page_tiles, mask=real, other=0).to(tl.int64)
+        return page * tiles.page + head * tiles.head + tile % STORE.page_tiles * STORE.tile_bytes
+
+
+@triton.jit
+def observed_at(tiles, head, m_head, slots, real, STORE: tl.constexpr):
+    """(columns of pages, numbers from the head's part of such a page) [N] where that lies which was observed of store slots."""
+    if STORE.own_budgets:
+        place = _place(tiles, head, slots)
+        within = tl.load(place + 2, mask=real, other=0) - head * m_head + slots % TILE
+        return tl.load(place, mask=real, other=0), within
+    else:
+        PAGE: tl.constexpr = STORE.page_tiles * TILE
+        return slots // PAGE, slots % PAGE
 
 
 @triton.jit
@@ -202,11 +257,35 @@ def write_stored(tiles, at, slots, real, keys, values, feedback, STORE: tl.const
     values = tl.reshape(rotated(values, STORE.block), (N, 1, D))
     scale, by = _scales(values, STORE)
     value_bytes = _bytes_of(tl.reshape(_rounded(values, by[:, :, None], STORE), (N, D)), STORE)
-    byte, group = tl.arange(0, key_bytes.shape[1])[None, :], tl.arange(0, GROUPS)[None, :]
+    _write(tiles, at, token, real, key_bytes, value_bytes, _bits(scales), _bits(scale), STORE)
+
+
+@triton.jit
+def _write(tiles, at, token, real, key_bytes, value_bytes, scales, scale, STORE: tl.constexpr):
+    """Code bytes [N, bytes] and bits of scales [N, groups], [N, 1] into tokens [N, 1] of tiles."""
+    byte, group = tl.arange(0, key_bytes.shape[1])[None, :], tl.arange(0, scales.shape[1])[None, :]
     mask = real & (byte < STORE.code_bytes)
     tl.store(tiles.codes + at + _key_byte(byte, token), key_bytes, mask=mask)
     tl.store(tiles.codes + at + _value_byte(byte, token, STORE), value_bytes, mask=mask)
-    tl.store(
-        tiles.scales + _scale_at(at, group, token, STORE), _bits(scales), mask=real & (group < STORE.width // GROUP)
-    )
-    tl.store(tiles.scales + _scale_at(at, STORE.width // GROUP, token, STORE), _bits(scale), mask=real)
+    tl.store(tiles.scales + _scale_at(at, group, token, STORE), scales, mask=real & (group < STORE.width // GROUP))
+    tl.store(tiles.scales + _scale_at(at, STORE.width // GROUP, token, STORE), scale, mask=real)
+
+
+@triton.jit
+def stored_bytes(tiles, at, slots, real, D: tl.constexpr, STORE: tl.constexpr):
+    """What `move_stored` takes of store slots [N] whose tiles begin at `at`."""
+    at, token, real = at[:, None], (slots % TILE)[:, None], real[:, None]
+    byte, group = tl.arange(0, D * STORE.bits // 8)[None, :], tl.arange(0, D // GROUP)[None, :]
+    mask = real & (byte < STORE.code_bytes)
+    key_bytes = tl.load(tiles.codes + at + _key_byte(byte, token), mask=mask, other=0)
+    value_bytes = tl.load(tiles.codes + at + _value_byte(byte, token, STORE), mask=mask, other=0)
+    mask = real & (group < STORE.width // GROUP)
+    scales = tl.load(tiles.scales + _scale_at(at, group, token, STORE), mask=mask, other=0)
+    scale = tl.load(tiles.scales + _scale_at(at, STORE.width // GROUP, token, STORE), mask=real, other=0)
+    return key_bytes, value_bytes, scales, scale
+
+
+@triton.jit
+def move_stored(tiles, at, slots, real, taken, STORE: tl.constexpr):
+    """`stored_bytes` into other store slots [N], bit for bit."""
+    _write(tiles, at[:, None], (slots % TILE)[:, None], real[:, None], taken[0], taken[1], taken[2], taken[3], STORE)

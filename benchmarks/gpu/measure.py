@@ -4,6 +4,7 @@ from typing import Any
 
 import baselines
 import graph
+import heads as heads_of_their_own
 from cases import Case, Shape
 from check import POLICY, ROUNDING, close, reference
 from machine import Timer
@@ -99,13 +100,23 @@ def variant(timer: Timer, shape: Shape, tuning, store: str, device: str, tiny: b
 
 
 def step(
-    family, timer: Timer, bandwidth: float, store: str, rows: int, layers: int, device: str, tiny: bool
+    family,
+    timer: Timer,
+    bandwidth: float,
+    store: str,
+    rows: int,
+    layers: int,
+    device: str,
+    tiny: bool,
+    own: bool = False,
 ) -> dict[str, Any]:
     """A step's attention of some layers in one graph: write, attend, observe, consolidate; stores are full. The floor: the time
-    to copy a budget's bytes."""
+    to copy a budget's bytes. own: heads have budgets of their own."""
     _, heads, groups, d, budget = graph.sizes_of(tiny)
     made = full_layers(family, store, rows, layers, device, tiny)
-    row = {"family": family.name, "store": store, "rows": rows, "layers": layers}
+    if own:
+        heads_of_their_own.share_out(made)
+    row = {"family": family.name, "store": store, "rows": rows, "layers": layers, "own_budgets": own}
     held = Shape(head_dim=d, kv_heads=heads, groups=groups, slots=budget, rows=rows).kv_bytes
     row["floor_us"] = layers * held / bandwidth * 1e6
     layers = made
@@ -114,7 +125,7 @@ def step(
     for name, number in (("idle", 5 if tiny else 20), ("due", layers[0].schedule.retire_tokens + 4)):
         for layer in layers:
             layer.prepare(number)
-        seconds = timer(lambda: forward(layers, together))
+        seconds = timer(lambda: heads_of_their_own.forward(layers, together))
         row |= {f"{name}_us": seconds * 1e6, f"{name}_rows_due": layers[0].retired()}
     return row
 
@@ -129,7 +140,7 @@ def rounding(family, timer: Timer, rows: int, layers: int, device: str, tiny: bo
         for layer in made:
             layer.cache.feedback = None if feedback is None else feedback.clone()
         together = together_of(made, device)
-        row[f"{name}_us"] = timer(lambda of=together: retire_all(made, of)) * 1e6
+        row[f"{name}_us"] = timer(lambda of=together: heads_of_their_own.retire_all(made, of)) * 1e6
     return row
 
 
@@ -141,15 +152,3 @@ def full_layers(family, store: str, rows: int, layers: int, device: str, tiny: b
 def together_of(layers: list[graph.Layer], device: str) -> LayersOf:
     caches, observed = [layer.cache for layer in layers], [layer.mass for layer in layers]
     return LayersOf(caches, observed, LayerTable(device).of(caches, observed))
-
-
-def forward(layers: list[graph.Layer], together: LayersOf) -> None:
-    """As attention/cuda_backend.py: every layer attends, then all retire."""
-    for layer in layers:
-        layer.attend()
-    retire_all(layers, together)
-
-
-def retire_all(layers: list[graph.Layer], together: LayersOf) -> None:
-    first = layers[0]
-    first.family.consolidate_layers(together, first.work.retires[0], first.policy, SINKS, first.scale)

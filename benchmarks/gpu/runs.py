@@ -12,6 +12,7 @@ from typing import Any
 
 import check
 import graph
+import heads as heads_of_their_own
 import measure
 import plans
 import prompt as prompt_runs
@@ -43,7 +44,7 @@ def checks(tiny: bool) -> list[Task]:
         found += [{"what": "life", "store": store, **family}, {"what": "replay", "store": store, **family}]
         found += [{"what": "reads", "store": store, "grain": grain, **family}]
     kept = {"what": "stores", **family}
-    found += [kept | {"store": "int4", "fed_back": True}, {"what": "plan"}]
+    found += [kept | {"store": "int4", "fed_back": True}, {"what": "heads", **family}, {"what": "plan"}]
     if not tiny:
         found += [{"what": "sanitize", **family}, {"what": "life", "store": "int8", **family}]
         found += [kept | {"store": "int8", "fed_back": True}, kept | {"store": "int4", "fed_back": False}]
@@ -61,7 +62,8 @@ def decodes(tiny: bool) -> list[Task]:
         ]
         variant = {"what": "variant", "kernel": "decode", "rows": 1}
         one += [variant | {"number": n, "slots": s, "store": k} for n, s, k in ((0, 64, "model"), (11, 128, "int4"))]
-        return one + [{"what": "step", "store": s, "rows": 2, "layers": 2, **family} for s in STORES[:2]]
+        one += [{"what": "step", "store": s, "rows": 2, "layers": 2, **family} for s in STORES[:2]]
+        return one + [{"what": "step", "store": "int4", "rows": 2, "layers": 2, "own": True, **family}]
     found: list[Task] = [{"what": "copy"}]
 
     def steps(rows: int, layers: int = LAYERS) -> list[Task]:
@@ -80,8 +82,9 @@ def decodes(tiny: bool) -> list[Task]:
     def kernels(rows: int, slots: int, record: str = "zeroth") -> list[Task]:
         return [{"what": "decode", "rows": rows, "slots": slots, "record": record, **family}]
 
-    rounding = [{"what": "rounding", "rows": 32, "layers": LAYERS, **family}]
-    found += steps(32) + contexts(32, 8192) + variants("int4", 32) + steps(8) + retires(32) + rounding
+    found += steps(32) + [{"what": "step", "store": "int4", "rows": 32, "layers": LAYERS, "own": True, **family}]
+    found += contexts(32, 8192) + variants("int4", 32) + steps(8) + retires(32)
+    found += [{"what": "rounding", "rows": 32, "layers": LAYERS, **family}]
     found += kernels(32, 1024) + kernels(8, 1024) + variants("model", 32) + contexts(8, 32768) + steps(128, 16)
     found += kernels(32, 4096) + variants("int4", 8) + retires(8) + contexts(1, 32768) + contexts(8, 131072)
     return found + kernels(32, 1024, "bfloat16") + kernels(1, 1024) + kernels(128, 1024) + variants("model", 8)
@@ -133,7 +136,7 @@ def do(task: Task, device: str) -> dict[str, Any]:
         return _engine(**given)
     if "family" in task:
         given["family"] = _family(task["family"])
-    return {"copy": _copy, "life": _life, "plan": _plan, "replay": _replay, "reads": _reads, "stores": _stores,
+    return {"copy": _copy, "life": _life, "plan": _plan, "replay": _replay, "reads": _reads, "stores": _stores, "heads": _heads,
             "sanitize": _sanitize, "check": _check, "decode": _decode, "context": _context, "retire": _retire,
             "rounding": _rounding, "variant": _variant, "step": _step,
             "prefill": _prefill}[task["what"]](device=device, tiny=tiny, **given)  # fmt: skip
@@ -225,8 +228,12 @@ def _variant(device: str, tiny: bool, kernel: str, number: int, store: str, rows
     return measure.variant(_timer(device), shape, variants[number], store, device, tiny)
 
 
-def _step(device: str, tiny: bool, family, store: str, rows: int, layers: int) -> dict[str, Any]:
-    return measure.step(family, _timer(device), _bandwidth(device), store, rows, layers, device, tiny)
+def _step(device: str, tiny: bool, family, store: str, rows: int, layers: int, own: bool = False) -> dict[str, Any]:
+    return measure.step(family, _timer(device), _bandwidth(device), store, rows, layers, device, tiny, own)
+
+
+def _heads(device: str, tiny: bool, family) -> dict[str, Any]:
+    return heads_of_their_own.life(family, device, tiny)
 
 
 def _layer(tiny: bool) -> dict[str, int]:

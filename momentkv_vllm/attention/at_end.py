@@ -1,7 +1,10 @@
 """A decode step's events on a GPU: all layers retire together when the last of them has attended, in one launch.
 
-A layer's events touch its own cache only, which nobody reads again before the next step. Inside a captured graph, too.
+A layer's events touch its own cache, and tiles that an earlier one has lent (head_budgets.py); nobody reads these again before
+the next step, and no tile is read and written in one launch (`equal_until`). Inside a captured graph, too.
 """
+
+from dataclasses import replace
 
 from momentkv_vllm.attention.layer import EvictingImpl
 from momentkv_vllm.kernels.cache_view import CacheView
@@ -20,7 +23,7 @@ class RetireAtEnd:
 
     def attended(self, impl: EvictingImpl, cache: CacheView) -> None:
         """A layer has. With the last one, all retire."""
-        self.caches.append(cache)
+        self.caches.append(replace(cache, heads=impl.heads[self.work.budget_class] if impl.heads else None))
         self.observed.append(impl._observed_in(cache))
         if len(self.caches) < self.layers:
             return

@@ -228,14 +228,15 @@ def share_out(runner: Any, reach: dict[str, Tensor]) -> None:
     observed = [impl.observing(c).data.data_ptr() if watched else 0 for impl, c in zip(impls, caches, strict=True)]
     addresses = torch.tensor([[c.kv.data_ptr(), at] for c, at in zip(caches, observed, strict=True)])
     packed, far = caches[0].packed, torch.stack(list(reach.values())).cpu()
-    sizes = Sizes(packed.raw.shape[2], caches[0].page_slots, packed.layout.tile_bytes)
+    sizes = Sizes(packed.raw.stride(1), caches[0].page_slots, packed.layout.tile_bytes)
 
     def table(schedule: PageSchedule) -> list[HeadBudgets]:
         capacity = shared(far, schedule.store_tokens, grain_of(schedule.run_tokens), longest)
         tiles = tiles_of(capacity, schedule.store_tokens, packed.page_tiles)
-        return budgets(capacity, tiles, addresses, sizes, schedule.equal_tokens)
+        held = budgets(capacity, tiles, addresses, sizes, schedule.equal_tokens)
+        return [heads.to(cache.kv.device) for heads, cache in zip(held, caches, strict=True)]
 
     unshared = [None] * len(impls)
     tables = [table(s) if served.evicts else unshared for served, s in zip(config.classes, schedules, strict=True)]
     for impl, heads in zip(impls, zip(*tables, strict=True), strict=True):
-        impl.heads = [h and h.to(runner.device) for h in heads]
+        impl.heads = heads

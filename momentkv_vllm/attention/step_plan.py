@@ -257,6 +257,7 @@ class StepPlanner:
             run_tokens=schedule.run_tokens,
             stored=self._stored(segments),
             store_tokens=schedule.store_tokens,
+            first_tokens=schedule.first_retired_tokens,
             evicts=any(schedule.competes(s.retire_to) for s in segments),
             budget_class=segments[0].schedule,
         )

@@ -54,6 +54,7 @@ class DecodePlanner:
             run_tokens=schedule.run_tokens,
             stored=self.attend.stored,
             store_tokens=schedule.store_tokens,
+            first_tokens=schedule.first_retired_tokens,
             due=torch.zeros(1 + max_rows, dtype=torch.int64, device=device),
         )
 

@@ -31,6 +31,7 @@ class KernelFamily(ABC):
         limits: the caches that it can serve.
         native_scores: scores that `_consolidate` computes in place.
         feeds_back: `_consolidate` makes up for errors in keys (key_rounding.py) by a cache's `feedback`.
+        own_budgets: serves heads with budgets of their own (head_budgets.py).
         by_name_only: "auto" never takes it.
     """
 
@@ -39,6 +40,7 @@ class KernelFamily(ABC):
     limits: Limits = Limits()
     native_scores: ClassVar[tuple[str, ...]] = ()
     feeds_back: ClassVar[bool] = False
+    own_budgets: ClassVar[bool] = False
     by_name_only: ClassVar[bool] = False
 
     @abstractmethod

@@ -14,7 +14,7 @@ from momentkv_vllm.fp8 import is_fp8, truncated
 from momentkv_vllm.head_budgets import HeadBudgets
 from momentkv_vllm.key_centres import sinks
 from momentkv_vllm.moments import Moments
-from momentkv_vllm.packed_store import TILE_TOKENS, PackedLayout, PackedPages
+from momentkv_vllm.packed_store import PackedLayout, PackedPages
 from momentkv_vllm.page_layout import RecordLayout
 from momentkv_vllm.rotation import rotated_block
 
@@ -153,7 +153,7 @@ class CacheView:
 
     def store_slots(self, store_pages: int) -> int:
         """Most slots of a head in a quantised store of so many pages."""
-        return store_pages * self.packed.page_tokens if self.heads is None else self.heads.places.shape[1] * TILE_TOKENS
+        return store_pages * self.packed.page_tokens if self.heads is None else self.heads.most_tokens
 
     def read_tokens(self, pages: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens of `pages` [rows, n] as float32 (keys, values) [rows, heads, n * page_size, head_dim]."""

@@ -34,6 +34,7 @@ class Cpu(KernelFamily):
     )
     native_scores = ("key_direction",)
     feeds_back = True
+    own_budgets = True
 
     def objections(self) -> list[str]:
         if _why_missing:

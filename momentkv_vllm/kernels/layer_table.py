@@ -11,14 +11,12 @@ class LayerTable:
 
     def __init__(self, device: torch.device | str) -> None:
         self.device = torch.device(device)
-        self.host = self.there = torch.zeros(0, 3, dtype=torch.int64)
+        self.host = self.there = torch.zeros(0, 5, dtype=torch.int64)
         self.captured: list[torch.Tensor] = []
 
     def of(self, caches: list[CacheView], observed: list[Observed | None]) -> torch.Tensor:
-        """[layers, 3] int64 on the device: bytes from the first layer's cache, observations and feedback to each layer's; 0
-        where layers have none."""
-        kept = [(c.kv, x.data if x else None, c.feedback) for c, x in zip(caches, observed, strict=True)]
-        places = torch.tensor([[0 if x is None else x.data_ptr() for x in layer] for layer in kept])
+        """[layers, 5] int64 on the device, LayersOf.offsets of worklists.py."""
+        places = torch.tensor([_addresses(cache, seen) for cache, seen in zip(caches, observed, strict=True)])
         host = places - places[0]
         if torch.equal(host, self.host):
             return self.there
@@ -31,3 +29,9 @@ class LayerTable:
             return there
         self.host, self.there = host, there
         return there
+
+
+def _addresses(cache: CacheView, observed: Observed | None) -> list[int]:
+    places, capacity = (cache.heads.places, cache.heads.capacity) if cache.heads else (None, None)
+    found = cache.kv, observed.data if observed else None, places, capacity, cache.feedback
+    return [0 if x is None else x.data_ptr() for x in found]

@@ -35,6 +35,7 @@ class Triton(KernelFamily):
     limits = Limits(range(1, 257), page_step=16, dtypes=(torch.float32, torch.bfloat16, torch.float16))
     native_scores = ("key_direction",)
     feeds_back = True
+    own_budgets = True
 
     def objections(self) -> list[str]:
         if _why_missing:

@@ -85,8 +85,8 @@ class LayersOf:
     """Layers that share a step's work lists, all of one shape, for an operation on all of them.
 
     caches, observed: of each (kernels/cache_view.py, kernels/observed.py).
-    offsets:          [layers, 3] int64 on their device, bytes from the first layer's cache, observations and feedback
-                      (kernels/cache_view.py) to each layer's.
+    offsets:          [layers, 5] int64 on their device, bytes from the first layer's cache, observations, places and capacity of
+                      heads, and feedback (kernels/cache_view.py) to each layer's; of what there is none, 0.
     """
 
     caches: list[Any]
@@ -106,6 +106,7 @@ class RetireWork:
     stored:         [rows] int64 tokens in a quantised store before the event; 0: its pages are still exact. None: no store is
                     quantised, all are full from the first event on.
     store_tokens:   tokens that a quantised store holds when it is full.
+    first_tokens:   that a row's first event takes, those in the pages of the store among them; 0: nobody knows.
     evicts:         some row evicts; else there is room for all, and no score is asked for.
     due:            [1 + rows] int64, how many rows retire a page, and their numbers in order; None: nobody counted.
     budget_class:   number of the rows' budget class.
@@ -118,6 +119,7 @@ class RetireWork:
     run_tokens: int = 1
     stored: Tensor | None = None
     store_tokens: int = 0
+    first_tokens: int = 0
     evicts: bool = True
     due: Tensor | None = None
     budget_class: int = 0

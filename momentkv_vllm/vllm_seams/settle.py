@@ -33,6 +33,6 @@ def settled_config(vllm_config: "VllmConfig", config: EvictionConfig) -> Evictio
     config = settled(config, layout.schedule.page_size, layout.record.head_dim, numbers)
     return replace(
         config,
-        head_budgets=settled_head_budgets(config, layout, family.name),
+        head_budgets=settled_head_budgets(config, layout, family, device),
         key_rounding=settled_key_rounding(config, layout, family, device),
     )

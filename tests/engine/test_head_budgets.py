@@ -1,7 +1,12 @@
 """Heads with budgets of their own in a real vLLM engine: who gets them, what is refused, tokens independent of scheduling."""
 
+import json
 import logging
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,6 +65,20 @@ def test_events_of_many_tokens(engine, spread, options):
         assert many.generate(prompts, max_tokens=NEW) == alone
         equal = engine(**options, head_budgets="equal").generate(prompts, max_tokens=NEW)
         assert equal != alone, "what heads hold must matter here"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_triton_answers_as_the_cpu_does(spread):
+    """In its interpreter, which is chosen before Triton is imported."""
+    script = Path(__file__).parents[1] / "support/interpreted_engine.py"
+    command, env = [sys.executable, "-P", str(script), str(spread)], os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    cpu, triton, equal = (found[name] for name in ("cpu, measured", "triton, measured", "cpu, equal"))
+    assert triton == cpu and len({n for heads in cpu["held"] for n in heads}) > 2
+    assert equal["answers"] != cpu["answers"], "what heads hold must matter here"
 
 
 def test_a_cached_state_answers_as_the_prompt_does(engine, spread):

@@ -16,6 +16,7 @@ from momentkv_vllm.attention.cuda_backend import CudaMomentKVBackend, CudaMoment
 from momentkv_vllm.attention.cuda_choice import CudaChoice
 from momentkv_vllm.attention.step_plan import Round, StepPlan
 from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.head_budgets import Sizes, budgets, shared, tiles_of
 from momentkv_vllm.kernels import select, triton
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.worklists import AttendWork
@@ -67,6 +68,36 @@ def test_the_layer_answers_as_the_cpu_backend(models, monkeypatch, policy):
         cpu.builder.planner.schedules[0].boundary_column(lens[0]) > 0
         and cpu.builder.planner.schedules[0].boundary_column(lens[1]) == 0
     )
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="run by test_interpreter.py")
+def test_the_layer_answers_as_the_cpu_backend_where_heads_have_budgets_of_their_own(models, monkeypatch):
+    """Decode steps retire at their end, in one launch, by the layer's own table. A prompt, then steps of one query until heads
+    lend."""
+    register()
+    monkeypatch.setattr(TritonAttentionImpl, "forward", stock_attention)
+    options = {"budget_tokens": 64, "store_dtype": "int8", "correction": "zeroth", "head_budgets": "measured"}
+    config = config_of(models(), key_rounding="nearest", prefill="chunked", **options)
+    sides = Side(config, MomentKVBackend, MomentKVImpl, MomentKVMetadataBuilder), Side(config, *CUDA)
+    schedule = sides[0].builder.planner.schedules[0]
+    for side in sides:
+        cache = side.impl.view_of(side.cache)
+        packed, tokens = cache.packed, schedule.store_tokens
+        capacity = shared(torch.tensor([[0.05, 1.0]]), tokens, 8, longest=512)
+        at = torch.tensor([[cache.kv.data_ptr(), side.impl.observing(cache).data.data_ptr()]])
+        sizes = Sizes(packed.raw.stride(1), cache.page_slots, packed.layout.tile_bytes)
+        tiles = tiles_of(capacity, tokens, packed.page_tiles)
+        side.impl.heads = [budgets(capacity, tiles, at, sizes, schedule.equal_tokens)[0]]
+    generator, lens = torch.Generator().manual_seed(2), [0, 0]
+    grown = 0
+    for new in ([120, 30], *[[1, 1]] * 34):
+        lens = [a + b for a, b in zip(lens, new)]
+        tokens = new_tokens(sum(new), generator)
+        want, got = (side.step(common_of(lens, new), *tokens) for side in sides)
+        torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
+        column = schedule.boundary_column(lens[0])
+        grown += column > schedule.boundary_column(lens[0] - new[0]) and column * PAGE > schedule.store_tokens
+    assert grown, "an event of a decode step fills lent tiles"
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="run by test_interpreter.py")

@@ -25,20 +25,28 @@ def test_the_device_plans_what_the_host_plans(policy, budget, moment_pages, reti
 
 
 @needs_interpreter
-@pytest.mark.parametrize("policy", ["momentkv", "h2o"])
-@pytest.mark.parametrize(("correction", "run"), [("zeroth", 8), ("first", 1)])
-def test_the_device_plans_what_the_host_plans_for_quantised_stores(policy, correction, run):
-    """The record in the last store page, and in pages of its own; events that evict nothing, and such that do."""
+@pytest.mark.parametrize(
+    ("policy", "correction", "run", "heads"),
+    [
+        *((policy, *kind, "equal") for policy in ("momentkv", "h2o") for kind in (("zeroth", 8), ("first", 1))),
+        ("momentkv", "zeroth", 8, "measured"),
+    ],
+)
+def test_the_device_plans_what_the_host_plans_for_quantised_stores(policy, correction, run, heads):
+    """The record in the last store page, and in pages of its own; events that evict nothing, and such that do; heads that evict
+    before the store is full."""
     settings = {
         "policy": policy,
         "budget_tokens": 192,
         "correction": correction,
         "store_dtype": "int4",
         "run_tokens": run,
+        "head_budgets": heads,
     }
     config = EvictionConfig.from_dict(settings)
     schedule = StateLayout.of(config, 16, 64, torch.bfloat16).schedule
     assert schedule.is_packed and schedule.record_in_store == (correction == "zeroth")
+    assert (schedule.equal_tokens > 0) == (heads == "measured")
     check_schedule(config, schedule)
 
 

@@ -36,11 +36,12 @@ def test_the_runs_without_a_gpu(tmp_path):
         len(r["done"]) for r in found.values()
     )
     assert len(list(tmp_path.glob("gpu*"))) <= 8, "no more files come back"
-    assert kinds["A"] == {"life", "plan", "reads", "replay", "stores", "check"} and kinds["C"] == {"prefill"}
+    assert kinds["A"] == {"life", "plan", "reads", "replay", "stores", "heads", "check"} and kinds["C"] == {"prefill"}
     assert kinds["B"] == {"copy", "decode", "context", "retire", "rounding", "variant", "step"}
     for line in found["A"]["done"]:
-        result = line["result"]
-        assert result.get("worst_relative_difference", 0) < 2**-6 and result.get("retired_pages", 1) > 0, result
+        # Of one head the output may be short.
+        result, most = line["result"], 2**-5 if line["task"]["what"] == "heads" else 2**-6
+        assert result.get("worst_relative_difference", 0) < most and result.get("retired_pages", 1) > 0, result
     assert (tmp_path / "gpu.png").stat().st_size > 10_000
     assert "A: life" in done.stdout and "| triton |" in done.stdout
 

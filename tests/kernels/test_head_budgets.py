@@ -4,7 +4,7 @@ import ctypes
 
 import pytest
 import torch
-from kernel_cases import run_both
+from kernel_cases import INTERPRETED, run_both
 
 from momentkv_vllm.head_budgets import Sizes, budgets, equal_until, shared, tiles_of
 from momentkv_vllm.kernels import select
@@ -15,7 +15,8 @@ from momentkv_vllm.packed_store import PackedLayout
 from momentkv_vllm.page_layout import RecordLayout
 from momentkv_vllm.policies import find
 
-LAYERS, HEADS, PAGE, D, STORE_PAGES, PAGES, PAGES_READ = 2, 3, 16, 64, 2, 40, 22
+LAYERS, HEADS, PAGE, PAGES = 2, 3, 16, 40
+D, PAGES_READ, LARGE = (32, 8, 5) if INTERPRETED else (64, 22, 12)
 SCALE = D**-0.5
 MOMENT_PAGE = PAGES - 1
 
@@ -24,6 +25,10 @@ MOMENT_PAGE = PAGES - 1
 def attention_counts_alike(monkeypatch):
     """What it counts follows from an equal share of the store; a head alone has its own."""
     monkeypatch.setattr("momentkv_vllm.policies.key_direction.FEW_RUNS", 0)
+
+
+def store_pages_of(dtype: str) -> int:
+    return 1 if INTERPRETED and dtype == "int4" else 2
 
 
 class Sequence:
@@ -35,7 +40,7 @@ class Sequence:
     ) -> None:  # fmt: skip
         self.kernels, self.policy = select(family), find(policy)()
         # A large first event finds them among its own pages.
-        self.store_pages = STORE_PAGES + (extra_pages if first else 0)
+        self.store_pages = store_pages_of(dtype) + (extra_pages if first else 0)
         self.extra = [] if first else list(range(PAGES, PAGES + extra_pages))
         shape = (PAGES + extra_pages, heads, PAGE, 2 * D)
         record = RecordLayout(D, has_covariance=False, has_centres=True)
@@ -86,6 +91,7 @@ def tiles_held(cache: CacheView, head: int, tiles: int) -> list[torch.Tensor]:
     return [torch.frombuffer(bytearray(ctypes.string_at(at, size)), dtype=torch.uint8) for at in addresses]
 
 
+@pytest.mark.parametrize("family", ["triton" if INTERPRETED else "cpu"])
 @pytest.mark.parametrize(
     ("dtype", "policy", "first", "softcap"),
     [
@@ -93,17 +99,18 @@ def tiles_held(cache: CacheView, head: int, tiles: int) -> list[torch.Tensor]:
         pytest.param("int8", "momentkv", 0, 0.0, marks=pytest.mark.slow),
         ("int4", "keydiff", 0, 0.0),
         pytest.param("int4", "momentkv", 0, 2.0, marks=pytest.mark.slow),
-        ("int4", "momentkv", 12, 0.0),
-        ("int8", "keydiff", 12, 0.0),
-        ("int8", "momentkv", 12, 2.0),
+        ("int4", "momentkv", LARGE, 0.0),
+        ("int8", "keydiff", LARGE + 3 * INTERPRETED, 0.0),
+        ("int8", "momentkv", LARGE + 3 * INTERPRETED, 2.0),
     ],
 )
-def test_every_head_is_what_the_reference_makes_of_it_alone(dtype, policy, first, softcap):
+def test_every_head_is_what_the_reference_makes_of_it_alone(family, dtype, policy, first, softcap):
     """first: pages after which the first event comes, which then retires all but one of them; 0: as soon as it can."""
     reach = torch.tensor([[0.1, 0.9, 0.2], [0.9, 0.05, 1.0]])
-    ours = Sequence("cpu", policy, dtype, LAYERS, HEADS, softcap=softcap)
+    ours = Sequence(family, policy, dtype, LAYERS, HEADS, softcap=softcap)
     packed = ours.caches[0].packed
-    store_tokens = STORE_PAGES * packed.page_tokens
+    store_pages = store_pages_of(dtype)
+    store_tokens = store_pages * packed.page_tokens
     capacity = shared(reach, store_tokens, 8, longest=10_000)
     assert capacity.unique().numel() > 3 and (capacity[1].sum() > HEADS * store_tokens), "a layer lends to the next"
     addresses = torch.tensor(
@@ -124,11 +131,11 @@ def test_every_head_is_what_the_reference_makes_of_it_alone(dtype, policy, first
     # A seed that makes no two runs equally good: the closest differ by 2e-4.
     generator, equal = torch.Generator().manual_seed(4), equal_until(store_tokens, PAGE)
     boundary, evictions = 0, 0
-    for page in range(PAGES_READ):
+    for page in range(max(PAGES_READ, first + 3)):
         keys, values = torch.randn(2, LAYERS, PAGE, HEADS, D, generator=generator).bfloat16()
         queries = torch.randn(LAYERS, PAGE, 2 * HEADS, D, generator=generator).bfloat16()
-        at, after = page * PAGE, boundary + 1 if boundary else max(STORE_PAGES + 1, first)
-        retires = page >= max(STORE_PAGES + 1, first)
+        at, after = page * PAGE, boundary + 1 if boundary else max(store_pages + 1, first)
+        retires = page >= max(store_pages + 1, first)
         gone = boundary * PAGE
         uniform = min(store_tokens, gone)
         # One query per row now and then, as in decode: the kernels then leave their weights to be observed.
@@ -147,7 +154,7 @@ def test_every_head_is_what_the_reference_makes_of_it_alone(dtype, policy, first
                 group = slice(2 * head, 2 * head + 2)
                 want, want_lse = one.attend(0, asked[layer][:, group], at, boundary, stored, gone - stored)
                 torch.testing.assert_close(output[:, group], want, atol=1e-2, rtol=2e-2)
-                torch.testing.assert_close(lse[:, group], want_lse, atol=2e-3, rtol=0)
+                torch.testing.assert_close(lse[:, group], want_lse, atol=5e-3 if INTERPRETED else 2e-3, rtol=0)
                 if retires:
                     one.retire(
                         0, boundary, after, stored, gone - stored, store_tokens if after * PAGE <= equal else mine
@@ -164,7 +171,7 @@ def test_every_head_is_what_the_reference_makes_of_it_alone(dtype, policy, first
             got = tiles_held(ours.caches[layer], head, tiles)
             same = sum(torch.equal(a, b) for a, b in zip(got, want, strict=True))
             assert same == tiles, f"layer {layer}, head {head}, page {page}: {tiles - same} of {tiles} tiles differ"
-    assert evictions > 50
+    assert evictions > (5 if INTERPRETED else 50)
     gone, page = boundary * PAGE, torch.tensor([[MOMENT_PAGE]])
     uniform = torch.tensor([min(store_tokens, gone)])
     for (layer, head), one in alone.items():

@@ -17,6 +17,7 @@ FILES = [
     "test_attention_kernels.py",
     "test_consolidation_kernels.py",
     "test_packed_kernels.py",
+    "test_head_budgets.py",
     "test_softcap.py",
     "test_score_kernels.py",
     "test_decode_plan.py",
@@ -34,6 +35,8 @@ SECOND_PROOFS = [
     *("capped_too and int8", "capped_attend and batch1", "on_the_way and int4-0.0"),
     # Every store and either score in one launch: of the six pairs, two have both; that of fed back keys is of int4.
     *("together and model-momentkv", "together and int4-", "together and fed_back-keydiff"),
+    # Of heads with budgets of their own: usual events of an int4 store, large first ones of all layers at once, a backend's.
+    *("of_it_alone and (int8 or 0-2.0 or momentkv-5)", "heads_of_their_own and 112-False"),
 ]
 """Cases that `make test` leaves to `make test-all`."""
 
@@ -55,6 +58,7 @@ def test_triton_kernels_and_what_stands_on_them(cases):
         ("write", 3),
         ("observe", 1),
         ("same_bytes", 3),
+        ("of_it_alone", 1),
         ("several", 2),
         ("interpreted_kernels_keep", 2),
         ("plans", 8),

@@ -22,6 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from momentkv_vllm.attention.step_plan_on_device import DecodePlanner
 from momentkv_vllm.config import EvictionConfig
+from momentkv_vllm.head_budgets import HeadBudgets
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.triton import Triton
@@ -73,18 +74,25 @@ def resources(made) -> dict[str, int]:
 
 
 STORED = 32
+MOST_TILES = 1024
+"""Of a head with a budget of its own: 8,192 tokens."""
 
 
-def pack(case: Case, dtype: str) -> None:
+def pack(case: Case, dtype: str, own_budgets: bool) -> None:
     """The first two pages of every row become a quantised store."""
     case.cache = CacheView.of_vllm_gpu(case.cache.kv, case.shape.layout, PackedLayout(dtype, case.shape.head_dim))
     case.mass = Observed.of(case.cache, "mass")
+    if own_budgets:
+        heads = case.shape.kv_heads
+        places = torch.zeros(heads, MOST_TILES, 3, dtype=torch.int64)
+        case.cache.heads = HeadBudgets(torch.full((heads,), 8 * MOST_TILES), places, STORED)
     case.work.stored, case.work.store_pages = torch.full((case.shape.rows,), STORED), 2
     case.work.last_slot -= 2 * case.shape.page_size
 
 
-def main(capability: int, shapes: list[tuple[Shape, str, int, float]]) -> None:
-    """shapes: with the dtype of a quantised store, "" for none, its runs, and where logits are capped, 0 for nowhere."""
+def main(capability: int, shapes: list[tuple[Shape, str, int, float, bool]]) -> None:
+    """shapes: with the dtype of a quantised store, "" for none, its runs, where logits are capped, 0 for nowhere, and whether heads
+    have budgets of their own."""
     triton.runtime.driver.set_active(Target(capability))
     launch = JITFunction.run
     seen = set()
@@ -94,8 +102,10 @@ def main(capability: int, shapes: list[tuple[Shape, str, int, float]]) -> None:
         if made.hash not in seen:
             seen.add(made.hash)
             row = {"kernel": self.fn.__name__, "arch": made.metadata.target.arch, "shared_bytes": made.metadata.shared}
+            store = options.get("STORE")
             row |= {
-                "store_bits": options["STORE"].bits if "STORE" in options else 0,
+                "store_bits": store.bits if store else 0,
+                "own_budgets": bool(store and store.own_budgets),
                 "fed_back": dict(zip(self.arg_names, args, strict=False)).get("feedback") is not None,
                 "cubin_bytes": len(made.asm["cubin"]),
             }
@@ -103,10 +113,10 @@ def main(capability: int, shapes: list[tuple[Shape, str, int, float]]) -> None:
 
     JITFunction.run = compile_only
     policy, family = find("momentkv"), Triton()
-    for shape, dtype, run, softcap in shapes:
+    for shape, dtype, run, softcap, own_budgets in shapes:
         case = Case(shape, "cpu")
         if dtype:
-            pack(case, dtype)
+            pack(case, dtype, own_budgets)
         case.cache.softcap = softcap
         case.attend(family, True, lse=True)
         if shape.queries > 1:
@@ -118,7 +128,7 @@ def main(capability: int, shapes: list[tuple[Shape, str, int, float]]) -> None:
         family.attend_and_observe(case.cache, case.mass, case.query, case.output, case.work, case.scale, True)
         family.write(case.cache, case.key, case.value, torch.tensor([20]), case.mass)
         retire.due = torch.zeros(1 + shape.rows, dtype=torch.int64)
-        layers = LayersOf([case.cache] * 2, [case.mass] * 2, torch.zeros(2, 3, dtype=torch.int64))
+        layers = LayersOf([case.cache] * 2, [case.mass] * 2, torch.zeros(2, 5, dtype=torch.int64))
         width = case.cache.packed_layout.width if dtype else 0
         for feedback in (None, torch.zeros(shape.kv_heads, width, width))[: 1 + bool(dtype)]:
             case.cache.feedback = feedback
@@ -134,8 +144,9 @@ if __name__ == "__main__":
     small = {"head_dim": 64, "kv_heads": 1, "rows": 1, "slots": 64}
     served = small | {"head_dim": 128, "groups": 4}
     stores = [
-        (Shape(**served), "int4", 8, 0.0),
-        (Shape(**served, queries=3), "int4", 8, 0.0),
-        (Shape(**small), "int8", 1, 50.0),
+        *((Shape(**served, queries=n), "int4", 8, 0.0, own) for own in (False, True) for n in (1, 3)),
+        (Shape(**small), "int8", 1, 50.0, False),
+        (Shape(**small), "int8", 8, 0.0, True),
     ]
-    main(int(sys.argv[1]), [(Shape(**small), "", 1, 0.0), (Shape(**small, queries=3), "", 1, 50.0), *stores])
+    exact = [(Shape(**small), "", 1, 0.0, False), (Shape(**small, queries=3), "", 1, 50.0, False)]
+    main(int(sys.argv[1]), [*exact, *stores])

@@ -1,5 +1,5 @@
 """What Triton would compile, by launch: `triton_variants.py MODEL` prints how many kernels the warm-up asks for, and those that
-serving asks for after it; first without, then with a grain of their own for prompts.
+serving asks for after it; first without, then with a grain of their own for prompts, then with heads of their own budgets.
 
 No GPU and no compiler: Triton decides by types, alignment and constants whether it has compiled a launch before, and so does this.
 """
@@ -17,6 +17,7 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 
 from momentkv_vllm.attention.cuda_backend import CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder
 from momentkv_vllm.attention.warm_up import warm_up
+from momentkv_vllm.head_budgets import HeadBudgets
 from momentkv_vllm.kernels.triton import Triton
 from momentkv_vllm.plugin import register
 
@@ -42,18 +43,23 @@ def main(model: str) -> None:
     Triton.runs_on = lambda self, device: True
     TritonAttentionImpl.forward = lambda *given: given[7].zero_()
     register()
-    for grain in (None, 64):
-        serve(model, grain)
+    for grain, heads in ((None, "equal"), (64, "equal"), (None, "measured")):
+        serve(model, grain, heads)
 
 
-def serve(model: str, grain: int | None) -> None:
-    """As a server that has compiled nothing; `grain`: prefill_retire_tokens."""
+def serve(model: str, grain: int | None, heads: str) -> None:
+    """As a server that has compiled nothing; `grain`: prefill_retire_tokens, `heads`: head_budgets."""
     seen.clear()
     fresh.clear()
-    config = config_of(model, budget_tokens=512, prefill_retire_tokens=grain)
+    rounds = {"key_rounding": "nearest"} if heads == "measured" else {}
+    config = config_of(model, budget_tokens=512, prefill_retire_tokens=grain, head_budgets=heads, **rounds)
     side = Side(config, CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder)
     width = side.impl.layout.packed.width
     side.impl.feedback = torch.zeros(HEADS, width, width)
+    if heads == "measured":
+        schedule = side.builder.planner.schedules[0]
+        tiles = schedule.store_tokens // 8 + torch.tensor([-10, 10])
+        side.impl.heads = [HeadBudgets(8 * tiles, torch.zeros(2, int(tiles[1]), 3).long(), schedule.equal_tokens)]
     table = torch.arange(1, 3 * 64 + 1).view(3, 64)
     side.cache = new_cache(table)
     warm_up(side.impl, side.builder.planner, side.cache)

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.head_budgets import LEAST_SHARE, HeadBudgets, Sizes, Tile, budgets, least_tokens, shared, tiles_of
+from momentkv_vllm.kv_spec import StateLayout
+from momentkv_vllm.page_schedule import PageSchedule
 
 STORE, GRAIN, LONGEST = 96, 8, 4096
 
@@ -100,3 +103,55 @@ def test_kernels_are_told_bytes_and_observations():
     assert first.places.tolist() == [[[0, 0, 0]] * 2, [[0, 1000, 56], [1, 1200, 72]]]
     assert (first.pages, second.pages) == (2, 4)
     assert second.places.tolist() == [[[0, 0, 0], [3, 100 - 80_000, 8 - 20]], [[0, 1000, 56]] * 2]
+
+
+@pytest.mark.parametrize("prompt", [0, 300, 5000])
+@pytest.mark.parametrize(
+    ("options", "first_lends"),
+    [
+        ({"budget_tokens": 1024}, False),
+        ({"budget_tokens": 256, "store_dtype": "int8"}, False),
+        ({"budget_tokens": 1024, "prefill_retire_tokens": 512}, False),
+        # No event leaves all heads equal then.
+        ({"budget_tokens": 512, "prefill_retire_tokens": 4096}, False),
+        ({"budget_tokens": 512, "correction": "first"}, False),
+        ({"budget_tokens": 128, "window_tokens": 80, "retire_tokens": 16}, False),
+        ({"budget_tokens": 64, "store_dtype": "int8"}, True),
+    ],
+)
+def test_no_tile_is_read_and_written_in_one_event(options, first_lends, prompt):
+    """By different heads, of prompts that are read in steps; heads and layers may then do their event in any order. A first event
+    that takes more than an equal share is the exception that kernels know: `first_retired_tokens` tells them."""
+    settings = {
+        "policy": "momentkv",
+        "store_dtype": "int4",
+        "run_tokens": 8,
+        "head_budgets": "measured",
+        "prefill": "chunked",
+    }
+    schedule = StateLayout.of(EvictionConfig.from_dict(settings | options), 16, 64, torch.bfloat16).schedule
+    capacity = shared(reach_of(layers=3), schedule.store_tokens, GRAIN, LONGEST)
+    tiles = tiles_of(capacity, schedule.store_tokens, max(1, schedule.store_page_tokens // 8))
+    lent, before = 0, 0
+    for number, event in enumerate(schedule.events(0, 6000, prompt)):
+        after = schedule.boundary_column(event, prompt) * schedule.page_size
+        read, written = ({}, {})
+        for layer, heads in enumerate(tiles):
+            for head, held in enumerate(heads):
+                mine = int(capacity[layer, head])
+                had, has = (held_of(schedule, mine, gone) for gone in (before, after))
+                # A first event reads exact tokens, which lie in all that will be the head's own.
+                reads = held[: had // 8] if before else held[: schedule.store_tokens // 8]
+                read |= dict.fromkeys(reads, (layer, head))
+                written |= {tile: (layer, head) for tile in held[: has // 8]}
+                lent += sum((tile.layer, tile.head) != (layer, head) for tile in held[: has // 8])
+        both = [tile for tile in written if read.get(tile, written[tile]) != written[tile]]
+        assert bool(both) == (number == 0 and first_lends)
+        if number == 0:
+            assert schedule.first_retired_tokens == after and (after > schedule.store_tokens) == first_lends
+        before = after
+    assert lent
+
+
+def held_of(schedule: PageSchedule, capacity: int, gone: int) -> int:
+    return gone if gone <= schedule.equal_tokens else min(gone, capacity)

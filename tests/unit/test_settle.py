@@ -43,13 +43,13 @@ def test_kernels_without_a_quantised_store_keep_the_models(models, monkeypatch, 
 @pytest.mark.parametrize(
     ("kernels", "serves", "want", "why"),
     [
-        ("auto", "triton", ("int4", 8, "equal"), "the device 'cuda'"),
-        ("cuda", "cuda", ("model", 1, "equal"), "store_dtype 'model'"),
+        ("auto", "triton", ("int4", 8, "measured", "measured"), None),
+        ("cuda", "cuda", ("model", 1, "equal", "nearest"), "store_dtype 'model'"),
     ],
 )
 def test_on_a_gpu(models, monkeypatch, kernels, serves, want, why):
-    """The default is served by the family that `auto` takes there; heads share equally, and nobody measures keys. The CUDA C++
-    family keeps the model's."""
+    """The default is served by the family that `auto` takes there, as on a CPU. The CUDA C++ family keeps the model's numbers, of
+    which nothing is measured."""
     from vllm.platforms import current_platform
 
     vllm_config = EngineArgs(model=str(models()), block_size=16).create_engine_config()
@@ -59,11 +59,12 @@ def test_on_a_gpu(models, monkeypatch, kernels, serves, want, why):
         monkeypatch.setattr(family, "objections", lambda: [], raising=False)
         monkeypatch.setattr(family, "limits", replace(family.limits, head_sizes=None, dtypes=None))
     told = settled_config(vllm_config, EvictionConfig.from_dict(AUTO | {"kernels": kernels}))
-    assert (told.store_dtype, told.run_tokens, told.head_budgets) == want and told.key_rounding == "nearest"
-    with pytest.raises(ValueError, match=f"key_rounding='measured'.*{why}"):
-        settled_config(vllm_config, replace(told, key_rounding="measured"))
+    assert (told.store_dtype, told.run_tokens, told.head_budgets, told.key_rounding) == want
     shape = StateLayout.of(told, 16, 64, torch.bfloat16).cache_shape(torch.bfloat16)
     assert select(kernels, "cuda", shape).name == serves
+    for setting in ("head_budgets", "key_rounding") if why else ():
+        with pytest.raises(ValueError, match=f"{setting}='measured'.*{why}"):
+            settled_config(vllm_config, replace(told, **{setting: "measured"}))
 
 
 @pytest.mark.parametrize(
