@@ -37,7 +37,7 @@ ENGINES = {
     "v2-cpu": (1, cpu_backend.MomentKVBackend, MEASURED),
     "v1-cpu-plain": (0, cpu_backend.MomentKVBackend, {}),
     "v1-cuda-keys": (0, cuda_backend.CudaMomentKVBackend, KEYS),
-    "v2-cuda-plain": (1, cuda_backend.CudaMomentKVBackend, {"kernels": "triton"}),
+    "v2-cuda": (1, cuda_backend.CudaMomentKVBackend, MEASURED | {"kernels": "triton"}),
     "v2-flash-plain": (1, cuda_flash.FlashMomentKVBackend, {"kernels": "triton"}),
 }
 """By name: model runner, backend, settings."""
