@@ -15,13 +15,11 @@ import child
 import report
 import torch
 from benchmark import Benchmark
-from real_model import folder as real_model
 from serving import model
 from serving.model import POOL_NEW, POOL_PROMPT, POOL_TOKENS
 from tqdm import tqdm
 
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.kernels import select
 from momentkv_vllm.kv_spec import StateLayout
 
 BUDGET, POOL_BUDGET, STOCK_PAGE, OUR_PAGE = 1024, 512, 128, 16
@@ -100,40 +98,6 @@ def decode(folder: Path, head_dim: int, quick: bool, bar: tqdm) -> list[dict[str
     ]
 
 
-def first_token(folder: Path, quick: bool, bar: tqdm) -> list[dict[str, Any]]:
-    """Of the random-weight Llama, and of the real model where there is one, whose layers are so small that attention is most of
-    it. "momentkv, 512": with `prefill_retire_tokens` 512."""
-    models = {"random weights": (model.make(folder, 128), [2048] if quick else [2048, 8192])}
-    if (real := real_model.find()) is not None:
-        models["SmolLM2-135M"] = real, [2048] if quick else [512, 1024, 2048, 4096, 6000, 8000]
-    return [
-        {"model": name, "kernels": select("cpu").label(), "context": c, **ratios}
-        for name, (path, contexts) in models.items()
-        for c, ratios in zip(contexts, _first_tokens(path, contexts, 1 if quick else 3, bar), strict=True)
-    ]
-
-
-def _first_tokens(path: Path, contexts: list[int], repeats: int, bar: tqdm) -> list[dict[str, float]]:
-    """Seconds over stock's in the same repeat, the median of all."""
-    kinds = {"stock": None, "momentkv": EVICTION, "momentkv, 512": EVICTION | {"prefill_retire_tokens": 512}}
-    times: dict[str, list[list[float]]] = {name: [] for name in kinds}
-    for _ in range(repeats):
-        for name, eviction in kinds.items():
-            found = measure(path, eviction, "ttft", cells=[[c, 1] for c in contexts for _ in range(2)])
-            # The better of two: the first one of a length may wait for memory.
-            seconds = [r["seconds"] for r in found]
-            times[name].append([min(pair) for pair in zip(seconds[::2], seconds[1::2], strict=True)])
-            bar.update()
-    ours = [name for name in kinds if name != "stock"]
-    return [
-        {
-            name: statistics.median(a[i] / b[i] for a, b in zip(times[name], times["stock"], strict=True))
-            for name in ours
-        }
-        for i in range(len(contexts))
-    ]
-
-
 def overhead(folder: Path, quick: bool, bar: tqdm) -> dict[str, float]:
     """Decode speed relative to vLLM without this package: eviction off, and contexts below the budget."""
     path, cell = model.make(folder, 128), [[1024, 8]]
@@ -197,25 +161,7 @@ def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
         report.target("eviction off / stock", overheads["off_to_stock"], 0.99),
         report.target("context under the budget / stock", overheads["under_budget_to_stock"], 0.99),
         report.target("concurrency / page arithmetic", pools["of_arithmetic"], 0.95),
-        *_first_token_targets(results["ttft"]),
     ]
-
-
-def _first_token_targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """At most this share of stock's time: 0.5 for 8,192 tokens of the random-weight shape; of the real model 0.7 for 6,000, and
-    never more than stock's."""
-    by = {(r["model"], r["context"]): r["momentkv"] for r in rows}
-    real = [ratio for (name, _), ratio in by.items() if name != "random weights"]
-    found = []
-    for key, limit in ((("random weights", 8192), 0.5), (("SmolLM2-135M", 6000), 0.7)):
-        if key in by:
-            what = f"time to first token / stock, {key[0]}, {key[1]:,} tokens"
-            found.append(report.target(what, by[key], limit, at_least=False))
-    if real:
-        found.append(
-            report.target("time to first token / stock, SmolLM2-135M, the longest", max(real), 1.0, at_least=False)
-        )
-    return found
 
 
 def bare_step(folder: Path, bar: tqdm) -> list[dict[str, Any]]:
@@ -237,7 +183,6 @@ def bare_step(folder: Path, bar: tqdm) -> list[dict[str, Any]]:
 SECTIONS = {
     "decode": lambda folder, quick, bar: [r for d in (64, 128) for r in decode(folder, d, quick, bar)],
     "bare_step": lambda folder, quick, bar: bare_step(folder, bar),
-    "ttft": first_token,
     "overhead": overhead,
     "pool": lambda folder, quick, bar: pool(folder, bar),
 }
@@ -263,7 +208,7 @@ def tables(results: dict[str, Any]) -> list[list[list]]:
     figures = [*(pools[k] for k in ("ratio", "arithmetic", "of_arithmetic"))]
     return [
         report.rows_of(done, *(c for c in columns if c in done[0])),
-        *(report.rows_of(results[section]) for section in ("bare_step", "ttft")),
+        report.rows_of(results["bare_step"]),
         [heading, [*figures, *(pools[name]["preemptions"] for name in ("stock", "momentkv"))]],
     ]
 

@@ -203,9 +203,8 @@ def serving() -> str:
 
 def serving_rest() -> str:
     found = results("serving")
-    rows = [(f"time to first token over stock's, {r['context']:,} tokens", r["ttft_to_stock"]) for r in found["ttft"]]
     pool, overhead = found["pool"], found["overhead"]
-    rows += [
+    rows = [
         (f"sequences at a time in a pool of {pool['pool_tokens']:,} tokens, over stock's (budget 512)", pool["ratio"]),
         ("what the pages allow", pool["arithmetic"]),
         ("decode speed with eviction off, over vLLM without this package", f"{overhead['off_to_stock']:.3f}"),
@@ -213,6 +212,11 @@ def serving_rest() -> str:
         ("spread of stock's own repeats", f"{100 * overhead['spread_of_stock']:.1f} %"),
     ]
     return markdown(("figure", "measured"), rows)
+
+
+def first_token() -> str:
+    rows = [(r["model"], f"{r['context']:,}", r["momentkv"], r["coarse"]) for r in results("first_token")]
+    return markdown(("model", "tokens of the prompt", "momentkv", "`prefill_retire_tokens` 512"), rows)
 
 
 def kernels() -> str:
@@ -348,6 +352,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "resume": resume,
     "serving": serving,
     "serving-rest": serving_rest,
+    "first-token": first_token,
     "settings": settings,
     "speed-short": speed_short,
     "states": states,
