@@ -162,11 +162,20 @@ struct Items {
   std::vector<float> partials;
   int64_t rows_per_item = kRowsPerItem;
 
-  // Large items share more of what they read, but every thread shall have one.
+  // Query rows of an item. Without matrix units, or without chunks: kRowsPerItem. On them large items share more of what they
+  // read, but threads shall have alike: the cut whose busiest thread has least to do, a panel being worth kPanelRows rows.
   static int64_t rows_of_items(const Attend& a) {
-    int64_t rows = 0;
-    for (int64_t row = 0; row < a.rows; ++row) rows += a.num_queries[row] > 1 ? a.num_queries[row] * a.query_heads : 0;
-    return std::clamp<int64_t>(rows / at::get_num_threads(), kRowsPerItem, std::max(kRowsPerItem, kernels().most_rows(a)));
+    const int64_t most = kernels().most_rows(a), groups = a.query_heads / a.cache.heads, threads = at::get_num_threads();
+    int64_t longest = 0, heads = 0;
+    for (int64_t row = 0; row < a.rows; ++row)
+      if (a.num_queries[row] > 1) longest = std::max(longest, a.num_queries[row] * groups), heads += a.cache.heads;
+    if (most == kRowsPerItem || heads == 0) return kRowsPerItem;
+    int64_t found = most, least = INT64_MAX;
+    for (int64_t parts = (longest + most - 1) / most; parts <= (longest + kRowsPerItem - 1) / kRowsPerItem; ++parts) {
+      const int64_t rows = (longest + parts - 1) / parts, turns = (heads * parts + threads - 1) / threads;
+      if (turns * (rows + kPanelRows) < least) least = turns * (rows + kPanelRows), found = rows;
+    }
+    return std::min(most, (found + groups - 1) / groups * groups);
   }
 
   void build(const Attend& a) {

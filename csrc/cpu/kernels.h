@@ -127,6 +127,7 @@ constexpr int kTileSlots = 128;     // slots whose logits are computed before th
 constexpr int kSplitSlots = 512;    // slots of one decode item
 constexpr int kPackedSlots = 4;     // quantised slots that take as long as one exact one, rotating queries included
 constexpr int kRowsPerItem = 32;    // query rows of one item of a chunk, without matrix units
+constexpr int kPanelRows = 16;      // query rows that take as long as bringing what they read into the form that units take
 
 // The best set that this machine has; MOMENTKV_CPU_ISA=amx|avx512vnni|avx512|avx2|generic asks for another one.
 const Kernels& kernels();

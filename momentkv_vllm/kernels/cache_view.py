@@ -117,13 +117,13 @@ class CacheView:
         """What operators in C++ are told of the cache."""
         return self.kv, self.key_scale, self.value_scale
 
-    @property
+    @cached_property
     def record_arguments(self) -> tuple[bool | torch.dtype | int, ...]:
         """What operators in C++ and CUDA are told of records: the order of their arguments stands here."""
         layout = self.record_layout
         return layout.has_means, layout.has_covariance, records.covariance_dtype(layout), *layout.offsets
 
-    @property
+    @cached_property
     def packed_arguments(self) -> list[int]:
         """What operators in C++ are told of quantised store pages (csrc/common/params.h); empty if there are none."""
         layout = self.packed_layout

@@ -84,7 +84,7 @@ class Cpu(KernelFamily):
         store_slots = 0 if work.stored is None else cache.store_slots(work.store_pages)
         # A weight per slot, then what they are relative to for every eight.
         slots, heads = store_slots + work.pages.shape[1] * cache.page_size, cache.keys.shape[1]
-        shape = len(work.pages), heads, work.most_observed() * query.shape[1] // heads, slots + slots // 8
+        shape = len(work.pages), heads, work.most_observed * query.shape[1] // heads, slots + slots // 8
         if prod(shape) == 0 or (prod(shape) > MAX_LEFT and work.query_bound() > 1):
             work.weights = None
         elif work.weights is None or work.weights.shape != shape:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -67,6 +68,7 @@ class AttendWork:
         """No row has more queries. Waits for the device unless `most_queries` is given."""
         return self.most_queries or int(self.num_queries.max())
 
+    @cached_property
     def most_observed(self) -> int:
         """No row has more observed queries. Waits for the device unless every row has one query."""
         return 1 if self.most_queries == 1 else int((self.num_queries - self.observe_from).max().clamp(min=0))
