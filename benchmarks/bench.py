@@ -58,7 +58,9 @@ TRAIN = "--minutes 60 --out benchmarks/test_model/"
 
 BENCHMARKS = {
     "serving": one("stock vLLM against momentkv: decode tokens/s, KV bytes, concurrency", 20, "serving.run"),
-    "first_token": one("time to the first token over stock's, also of the real model", 12, "serving.first_token", real_model=True),
+    "first_token": one(
+        "time to the first token over stock's, also of the real model", 12, "serving.first_token", real_model=True
+    ),
     "load": one("vllm bench serve and GuideLLM at rising rates, both in one pool", 10, "load.run"),
     "prefix": one("prompt tokens saved under a shared system prompt", 5, "serving.prefix"),
     "resume": one("prompt tokens computed of conversations and documents that come again", 10, "serving.resume"),

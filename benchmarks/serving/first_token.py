@@ -1,7 +1,7 @@
-"""`make bench NAME=first_token`: time to the first token of one prompt over stock's, each engine in a process of its own, in turn.
+"""`make bench NAME=first_token`: time to the first token of one prompt over stock's, each engine in a process of its own.
 
-Of the random-weight Llama, and of the real model where there is one: its layers are so small that attention takes most of the time.
-What stock takes depends on the CPU: where there is AMX, its attention does.
+Of the random-weight Llama, and of the real model where there is one: attention takes most of the time in layers as small as its
+own. What stock takes depends on the CPU: where there is AMX, its attention is on it.
 """
 
 import statistics
