@@ -16,7 +16,7 @@ def test_a_benchmark_s_programs_exist(name):
 
 def test_an_unknown_name_lists_the_known_ones(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench", "speed"])
-    with pytest.raises(SystemExit, match="NAME='speed' is no benchmark: one of serving, load"):
+    with pytest.raises(SystemExit, match="NAME='speed' is no benchmark: one of serving, first_token, load"):
         bench.main()
 
 
