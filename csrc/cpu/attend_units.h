@@ -19,9 +19,9 @@ constexpr int64_t whole_tiles(int64_t rows) { return (rows + kUnitRows - 1) / kU
 // Room of an item.
 struct UnitRoom {
   int64_t d, rows;
-  float *out, *products, *step;            // [rows][d]; [d / 32][rows][kTileSlots], of stored slots by group of numbers; of the record
-  uint16_t *query, *turned, *weights;      // [rows][d]; rotated, in two parts [rows][2][d]; [rows][kTileSlots]
-  uint8_t *keys, *values;                  // tiles [d / 32][slots / 16] and [slots / 32][d / 16]
+  float *out, *products, *step;        // [rows][d]; [d / 32][rows][kTileSlots], of stored slots by group of numbers; of a record
+  uint16_t *query, *turned, *weights;  // [rows][d]; rotated, in two parts [rows][2][d]; [rows][kTileSlots]
+  uint8_t *keys, *values;              // tiles [d / 32][slots / 16] and [slots / 32][d / 16]
 
   UnitRoom(const Attend& a, int64_t item_rows, float* scratch) : d(a.cache.head_dim), rows(whole_tiles(item_rows)) {
     auto* next = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(scratch) + 63) & ~uintptr_t(63));
@@ -40,14 +40,14 @@ struct UnitRoom {
 inline void fill_panel(const Tile<BFloat16>& tile, int64_t d, int64_t page_size, const UnitRoom& room) {
   static const BFloat16 nothing[kMaxHeadDim] = {};
   const int64_t wide = d / kUnitColumns;
+  auto value_of = [&](int s) { return s < tile.slots ? tile.values[s / kLanes] + s % kLanes * d : nothing; };
   for (int v = 0; v < tile.vectors(); ++v)
     for (int64_t pair = 0; pair < d / 2; ++pair) {
       const BFloat16* key = tile.keys[v] + 2 * pair * page_size;
       store_line(room.keys + (pair / 16 * kPanelColumns + v) * kUnitBytes + pair % 16 * 64, key, key + page_size);
     }
   for (int s = 0; s < (tile.slots + 31) / 32 * 32; s += 2) {
-    const BFloat16* value = tile.values[s / kLanes] + s % kLanes * d;
-    const BFloat16 *even = s < tile.slots ? value : nothing, *odd = s + 1 < tile.slots ? value + d : nothing;
+    const BFloat16 *even = value_of(s), *odd = value_of(s + 1);
     uint8_t* line = room.values + s / 32 * wide * kUnitBytes + s % 32 / 2 * 64;
     for (int64_t i = 0; i < wide; ++i) store_line(line + i * kUnitBytes, even + i * 16, odd + i * 16);
   }
@@ -142,9 +142,9 @@ struct UnitQueries {
   int rows;
   float common[kItemRows], first[kItemRows];  // what keys' centre adds to a dot product, and what the first tile's adds to that
 
-  UnitQueries(const Attend& a, const AttendItem& item, bool stored, const UnitRoom& room) : rows(0) {
+  UnitQueries(const Attend& a, const AttendItem& item, bool stored, const UnitRoom& room)
+      : rows(int(item.num_queries * (a.query_heads / a.cache.heads))) {
     const int64_t d = room.d, groups = a.query_heads / a.cache.heads;
-    rows = int(item.num_queries * groups);
     std::memset(room.query, 0, room.rows * d * 2);
     if (stored) std::memset(room.turned, 0, room.rows * d * 4);
     const Centres centres = stored ? Centres(a.packed, record_of(a, item)) : Centres();
@@ -173,7 +173,8 @@ struct Panel {
 // The softmax of a row, as `soften`, in two passes: logits and their maximum, then weights, as numbers and rounded.
 // logit(v): the logits of 16 slots. A weight of zero stays one, whatever its value.
 template <class Logit>
-inline float weigh(const Attend& a, const Panel& panel, Logit logit, int visible, float* weights, uint16_t* rounded, float& top, float& mass) {
+inline float weigh(const Attend& a, const Panel& panel, Logit logit, int visible, float* weights, uint16_t* rounded, float& top,
+                   float& mass) {
   Vec highest = splat(-INFINITY);
   for (int v = 0; v < panel.vectors; ++v) {
     Vec x = logit(v);

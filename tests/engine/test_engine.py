@@ -1,9 +1,12 @@
 """Eviction in a real vLLM engine: budgets held, pages freed, tokens independent of scheduling."""
 
 import pytest
+import torch
 from engine import random_prompt
+from measured_heads import runner_of
 from quick import quick
 
+from momentkv_vllm.kernels.cpu import Cpu
 from momentkv_vllm.policies import names
 
 EVICT = {"policy": "momentkv", "budget_tokens": 256}
@@ -124,6 +127,18 @@ def test_kernel_families_give_the_same_tokens(engine, policy):
         e = engine(policy=policy, budget_tokens=128, block_size=16, kernels=kernels)
         runs[kernels] = e.generate(prompts, 40)
     assert runs["cpu"] == runs["reference"]
+
+
+def test_prompts_below_the_budget_that_are_ours(engine, monkeypatch):
+    """As on AMX, in float32: stock's tokens, in chunks, beside rows that decode and one that is evicted from."""
+    prompts = [random_prompt(n) for n in (20, 150, 700, 900)]
+    stock = engine().generate(prompts[:3], 12)
+    monkeypatch.setattr(Cpu, "attends_prompts", lambda self, shape: True)
+    e = engine(policy="momentkv", budget_tokens=768, max_num_batched_tokens=256)
+    assert e.generate(prompts, 12)[:3] == stock
+    (builder,) = (g.get_metadata_builder() for groups in runner_of(e).attn_groups for g in groups)
+    step = builder.planner.build([0, 1, 31], [20, 50], [10, 50], torch.arange(8).view(2, 4))
+    assert step.stock_rows == [0] and [w.num_queries.tolist() for r in step.rounds for w in r.attends] == [[30]]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
