@@ -70,6 +70,10 @@ class EventLists(NamedTuple):
         """Of a row and head. A store that shrinks loses more than comes."""
         return self.most_candidates(cache) - (self.capacity if cache.heads is None else 0)
 
+    def most_winners(self, cache: Any) -> int:
+        """Of a row and head. At a quantised store's first event all that stay are moved."""
+        return self.retiring_pages * cache.page_size if self.stored is None else self.most_held(cache)
+
     def most_held(self, cache: Any) -> int:
         """Tokens that a head holds at most."""
         return self.capacity if cache.heads is None else cache.heads.most_tokens

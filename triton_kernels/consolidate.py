@@ -208,17 +208,15 @@ def consolidate(cache, mass, work, score, sink_tokens: int, attention_weight: fl
     lists = event_lists(cache, work)
     if lists.retiring_pages == 0:
         return
-    most, most_held = lists.most_candidates(cache), lists.most_held(cache)
+    most = lists.most_candidates(cache)
     is_native = score is None and work.evicts
     if is_native:
         terms = score_terms(cache, mass if attention_weight else None, work, lists)
     else:
         terms = torch.zeros(rows, heads, 1, most, device=cache.keys.device) if score is None else score.unsqueeze(2)
-    # At a quantised store's first event all that stay are moved.
-    most_winners = most_held if work.stored is not None else lists.retiring_pages * cache.page_size
     losers, winners = (
         torch.empty(rows, heads, n, dtype=torch.int32, device=cache.keys.device)
-        for n in (lists.most_losers(cache), most_winners)
+        for n in (lists.most_losers(cache), lists.most_winners(cache))
     )
     moved, (lent, room) = mass if mass is not None else terms, room_for(cache, mass, work, lists, 1)
     # Feeding errors back takes several times as long as all else that a tile of tokens needs: each has a program of its own.
@@ -244,14 +242,8 @@ def consolidate(cache, mass, work, score, sink_tokens: int, attention_weight: fl
             counts, moved, cache.feedback, losers, winners, *given, *strides, num_warps=8, **known
         )
     if room:
-        move_lent(
-            cache,
-            mass,
-            work,
-            lists,
-            lent,
-            torch.zeros(1, LAYER_NUMBERS.value, dtype=torch.int64, device=cache.keys.device),
-        )
+        only = torch.zeros(1, LAYER_NUMBERS.value, dtype=torch.int64, device=cache.keys.device)
+        move_lent(cache, mass, work, lists, lent, only)
 
 
 def _moved_together(cache) -> int:

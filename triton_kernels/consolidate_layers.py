@@ -122,7 +122,7 @@ def consolidate_layers(cache, mass, layers: torch.Tensor, work, sink_tokens: int
     heads, lists, device = cache.keys.shape[1], event_lists(cache, work), cache.keys.device
     most, num_terms = lists.most_candidates(cache), 2 if attention_weight else 1
     most_losers, (lent, room) = lists.most_losers(cache), room_for(cache, mass, work, lists, len(layers))
-    most_winners = lists.most_held(cache) if work.stored is not None else lists.retiring_pages * cache.page_size
+    most_winners = lists.most_winners(cache)
     turns = min(ROWS_AT_ONCE, len(work.num_evicted))
     places = len(layers) * heads * turns
     terms = torch.empty(places, num_terms, most, dtype=torch.float32, device=device)

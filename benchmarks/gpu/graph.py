@@ -10,8 +10,9 @@ from momentkv_vllm.attention.step_plan_on_device import DecodePlanner
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.layer_table import LayerTable
 from momentkv_vllm.kernels.observed import Observed
-from momentkv_vllm.kernels.worklists import RetireWork, mapped
+from momentkv_vllm.kernels.worklists import LayersOf, RetireWork, mapped
 from momentkv_vllm.key_rounding import feedback_of
 from momentkv_vllm.packed_store import TILE_TOKENS, PackedLayout
 from momentkv_vllm.page_layout import RecordLayout
@@ -120,6 +121,23 @@ class ReferenceLayer(Layer):
         due = (work.retiring_pages >= 0).any(1)
         if due.any():
             super().retire(mapped(replace(work, due=None), lambda _, x: x[due]))
+
+
+def together_of(layers: list[Layer], device: str) -> LayersOf:
+    caches, observed = [layer.cache for layer in layers], [layer.mass for layer in layers]
+    return LayersOf(caches, observed, LayerTable(device).of(caches, observed))
+
+
+def forward(layers: list[Layer], together: LayersOf) -> None:
+    """As attention/cuda_backend.py: every layer attends, then all retire."""
+    for layer in layers:
+        layer.attend()
+    retire_all(layers, together)
+
+
+def retire_all(layers: list[Layer], together: LayersOf) -> None:
+    first = layers[0]
+    first.family.consolidate_layers(together, first.work.retires[0], first.policy, SINKS, first.scale)
 
 
 def feedback_for(cache: CacheView) -> torch.Tensor:

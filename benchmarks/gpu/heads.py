@@ -11,7 +11,6 @@ from shape import SINKS
 from momentkv_vllm.head_budgets import Sizes, Tile, budgets, equal_until, shared, tiles_of
 from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
-from momentkv_vllm.kernels.layer_table import LayerTable
 from momentkv_vllm.kernels.observed import Observed
 from momentkv_vllm.kernels.worklists import LayersOf, mapped
 from momentkv_vllm.page_schedule import cdiv
@@ -92,12 +91,11 @@ def life(family, device: str, tiny: bool) -> dict[str, Any]:
     layers = [graph.Layer(family, device, STORE, rows, heads, groups, d, budget, full=True) for _ in range(LAYERS)]
     layers[1].cache.kv.copy_(layers[1].cache.kv.flip(0))
     tiles = share_out(layers, TINY_LONGEST if tiny else LONGEST)
-    caches, observed = [layer.cache for layer in layers], [layer.mass for layer in layers]
-    together = LayersOf(caches, observed, LayerTable(device).of(caches, observed))
+    together = graph.together_of(layers, device)
     for layer in layers:
         layer.prepare(0)
     alone = [Alone(layers, n, head, tiles[n][head]) for n in range(LAYERS) for head in range(heads)]
-    go = _replayed(layers, together) if device == "cuda" else lambda: forward(layers, together)
+    go = _replayed(layers, together) if device == "cuda" else lambda: graph.forward(layers, together)
     worst, retired, steps = 0.0, 0, 6 if tiny else layers[0].schedule.retire_tokens + 20
     for step in range(steps):
         for layer in layers:
@@ -111,31 +109,19 @@ def life(family, device: str, tiny: bool) -> dict[str, Any]:
             assert error <= graph.STORES[STORE][2], f"{family.name}, head {one.head}, step {step}: {error:.2e}"
             worst = max(worst, error)
     assert retired > 0, "nothing retired"
-    held = sorted(int(x) for cache in caches for x in cache.heads.capacity)
+    held = sorted(int(x) for cache in together.caches for x in cache.heads.capacity)
     assert held[0] < held[-1], "all heads hold as much"
     return {"heads": held, "steps": steps, "retired_pages": retired, "worst_relative_difference": worst}
-
-
-def forward(layers: list[graph.Layer], together: LayersOf) -> None:
-    """As attention/cuda_backend.py: every layer attends, then all retire."""
-    for layer in layers:
-        layer.attend()
-    retire_all(layers, together)
-
-
-def retire_all(layers: list[graph.Layer], together: LayersOf) -> None:
-    first = layers[0]
-    first.family.consolidate_layers(together, first.work.retires[0], first.policy, SINKS, first.scale)
 
 
 def _replayed(layers: list[graph.Layer], together: LayersOf):
     """A step as a captured graph; what was tried leaves nothing behind."""
     before = [(layer.cache.kv.clone(), layer.mass.data.clone()) for layer in layers]
-    forward(layers, together)  # compiles
+    graph.forward(layers, together)  # compiles
     torch.cuda.synchronize()
     captured = torch.cuda.CUDAGraph()
     with torch.cuda.graph(captured):
-        forward(layers, together)
+        graph.forward(layers, together)
     for layer, (kv, mass) in zip(layers, before, strict=True):
         layer.cache.kv.copy_(kv), layer.mass.data.copy_(mass)
     return captured.replay

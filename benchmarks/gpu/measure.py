@@ -10,8 +10,6 @@ from check import POLICY, ROUNDING, close, reference
 from machine import Timer
 from shape import SINKS
 
-from momentkv_vllm.kernels.layer_table import LayerTable
-from momentkv_vllm.kernels.worklists import LayersOf
 from momentkv_vllm.page_schedule import DEFAULT_RETIRE_SHARE
 
 
@@ -120,12 +118,12 @@ def step(
     held = Shape(head_dim=d, kv_heads=heads, groups=groups, slots=budget, rows=rows).kv_bytes
     row["floor_us"] = layers * held / bandwidth * 1e6
     layers = made
-    together = together_of(layers, device)
+    together = graph.together_of(layers, device)
     # Row i is i tokens ahead: in one step none of the first rows is near its event, in the other one of them retires.
     for name, number in (("idle", 5 if tiny else 20), ("due", layers[0].schedule.retire_tokens + 4)):
         for layer in layers:
             layer.prepare(number)
-        seconds = timer(lambda: heads_of_their_own.forward(layers, together))
+        seconds = timer(lambda: graph.forward(layers, together))
         row |= {f"{name}_us": seconds * 1e6, f"{name}_rows_due": layers[0].retired()}
     return row
 
@@ -139,16 +137,11 @@ def rounding(family, timer: Timer, rows: int, layers: int, device: str, tiny: bo
     for name, feedback in (("nearest", None), ("fed_back", graph.feedback_for(made[0].cache))):
         for layer in made:
             layer.cache.feedback = None if feedback is None else feedback.clone()
-        together = together_of(made, device)
-        row[f"{name}_us"] = timer(lambda of=together: heads_of_their_own.retire_all(made, of)) * 1e6
+        together = graph.together_of(made, device)
+        row[f"{name}_us"] = timer(lambda of=together: graph.retire_all(made, of)) * 1e6
     return row
 
 
 def full_layers(family, store: str, rows: int, layers: int, device: str, tiny: bool) -> list[graph.Layer]:
     _, heads, groups, d, budget = graph.sizes_of(tiny)
     return [graph.Layer(family, device, store, rows, heads, groups, d, budget, full=not tiny) for _ in range(layers)]
-
-
-def together_of(layers: list[graph.Layer], device: str) -> LayersOf:
-    caches, observed = [layer.cache for layer in layers], [layer.mass for layer in layers]
-    return LayersOf(caches, observed, LayerTable(device).of(caches, observed))

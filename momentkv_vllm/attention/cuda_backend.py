@@ -68,14 +68,27 @@ class CudaEviction:
 
 class CudaEvictingBackend(EvictingBackend):
     """For an AttentionBackend; stands before vLLM's class in the bases. Names the KV cache spec and the layouts that our kernels
-    read."""
+    read.
 
+    impl, builder: that stand on the same class of vLLM's.
+    """
+
+    impl: ClassVar[type["CudaEvictingImpl"]]
+    builder: ClassVar[type["CudaEvictingBuilder"]]
     supports_kv_cache_update_bypass = False
     """Of vLLM 0.33: whether a model may write its keys and values itself, past ours."""
 
     @staticmethod
     def get_name() -> str:
         return "CUSTOM"
+
+    @classmethod
+    def get_impl_cls(cls) -> type["CudaEvictingImpl"]:
+        return cls.impl
+
+    @classmethod
+    def get_builder_cls(cls) -> type["CudaEvictingBuilder"]:
+        return cls.builder
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -223,10 +236,4 @@ class CudaMomentKVImpl(CudaEvictingImpl, TritonAttentionImpl):
 class CudaMomentKVBackend(CudaEvictingBackend, TritonAttentionBackend):
     """Likewise."""
 
-    @staticmethod
-    def get_impl_cls() -> type[CudaMomentKVImpl]:
-        return CudaMomentKVImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[CudaMomentKVMetadataBuilder]:
-        return CudaMomentKVMetadataBuilder
+    impl, builder = CudaMomentKVImpl, CudaMomentKVMetadataBuilder

@@ -39,6 +39,8 @@ class FlashMomentKVImpl(CudaEvictingImpl, FlashAttentionImpl):
 class FlashMomentKVBackend(CudaEvictingBackend, FlashAttentionBackend):
     """Names the two above."""
 
+    impl, builder = FlashMomentKVImpl, FlashMomentKVMetadataBuilder
+
     @classmethod
     def validate_configuration(cls, head_size: int, dtype: torch.dtype, kv_cache_dtype, *args, **kwargs) -> list[str]:
         """vLLM's reasons, and ours, why FlashAttention cannot serve a layer in the pages that we choose."""
@@ -48,11 +50,3 @@ class FlashMomentKVBackend(CudaEvictingBackend, FlashAttentionBackend):
         if uses_fa4_hd256_kernel(head_size):
             reasons.append(f"FlashAttention 4 wants pages of 128 tokens for head_size {head_size} on this device")
         return reasons
-
-    @staticmethod
-    def get_impl_cls() -> type[FlashMomentKVImpl]:
-        return FlashMomentKVImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[FlashMomentKVMetadataBuilder]:
-        return FlashMomentKVMetadataBuilder

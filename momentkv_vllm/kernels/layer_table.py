@@ -11,7 +11,7 @@ class LayerTable:
 
     def __init__(self, device: torch.device | str) -> None:
         self.device = torch.device(device)
-        self.host = self.there = torch.zeros(0, 5, dtype=torch.int64)
+        self.host = self.there = torch.zeros(0, dtype=torch.int64)
         self.captured: list[torch.Tensor] = []
 
     def of(self, caches: list[CacheView], observed: list[Observed | None]) -> torch.Tensor:
