@@ -190,7 +190,7 @@ class StepPlanner:
         groups: dict[tuple[int, bool, bool], list[Segment]] = {}
         for s in segments:
             groups.setdefault((s.schedule, s.observe_only, s.end - s.start > 1), []).append(s)
-        return [self._attend(part, table) for group in groups.values() for part in self._split(group)]
+        return [_asked(self._attend(part, table)) for group in groups.values() for part in self._split(group)]
 
     def _retires(self, segments: list[Segment], table: np.ndarray) -> list[RetireWork]:
         # A first event retires more pages than later ones: grouping by their number avoids padding.
@@ -224,11 +224,8 @@ class StepPlanner:
         observe_from = restart = None
         if self.observe:
             zone = _column(segments, "observe_from")
-            first = np.clip(zone - start, 0, queries)
-            # Where none is observed no policy asks: nothing is launched for that.
-            if (first < queries).any():
-                observe_from = torch.from_numpy(first)
-                restart = torch.from_numpy((start <= zone) & (zone < start + queries))
+            observe_from = torch.from_numpy(np.clip(zone - start, 0, queries))
+            restart = torch.from_numpy((start <= zone) & (zone < start + queries))
         return AttendWork(
             first_token=torch.from_numpy(_column(segments, "first_token")),
             num_queries=torch.from_numpy(queries),
@@ -289,6 +286,14 @@ class StepPlanner:
     def _count(self, segments: list[Segment]) -> torch.Tensor:
         schedule = self.schedules[segments[0].schedule]
         return torch.tensor([schedule.evicted_tokens(s.boundary_column) for s in segments], dtype=torch.float32)
+
+
+def _asked(work: AttendWork) -> AttendWork:
+    """The same, but where none of the queries is observed no policy asks: nothing is launched for that. Apart from `_attend`, which
+    makes the lists that the device makes, too (step_plan_on_device.py): they cannot leave it out."""
+    if work.observe_from is None or bool((work.observe_from < work.num_queries).any()):
+        return work
+    return replace(work, observe_from=None, restart=None)
 
 
 def _column(segments: list[Segment], name: str) -> np.ndarray:
