@@ -289,8 +289,10 @@ class StepPlanner:
 
 
 def _asked(work: AttendWork) -> AttendWork:
-    """The same, but where none of the queries is observed no policy asks: nothing is launched for that. Apart from `_attend`, which
-    makes the lists that the device makes, too (step_plan_on_device.py): they cannot leave it out."""
+    """The same, but where none of the queries is observed no policy asks: nothing is launched for that.
+
+    It is apart from `_attend`: the device makes that one's lists, too (step_plan_on_device.py), and cannot leave any out.
+    """
     if work.observe_from is None or bool((work.observe_from < work.num_queries).any()):
         return work
     return replace(work, observe_from=None, restart=None)
