@@ -9,11 +9,11 @@ import torch
 from graph import PAGE, POLICY, STORES
 from shape import SINKS, Shape
 
-from momentkv_vllm.attention.step_plan import Round, StepPlanner
+from momentkv_vllm.attention.step_plan import StepPlanner
 from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.observed import Observed
-from momentkv_vllm.kernels.worklists import mapped
+from momentkv_vllm.kernels.worklists import Round, mapped
 from momentkv_vllm.page_schedule import cdiv
 
 STEP, REPEATS = 8192, 3

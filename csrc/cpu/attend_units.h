@@ -1,10 +1,10 @@
 // attend of rows with several queries on matrix units: panels of kTileSlots slots as bfloat16, which all query rows of an item
 // share. Included by the instruction set that has units, after attend.h.
 //
-// Logits lose nothing to bfloat16: keys and queries of the cache are of it, so are codes of quantised keys, and a rotated query is
-// the sum of two numbers of it. Weights are rounded to it before values are multiplied by them, as vLLM's own attention does
-// (csrc/cpu/cpu_attn_amx.hpp). A row's result does not depend on the others of its item: units sum every line by itself, in one
-// order.
+// Keys and queries of the cache are bfloat16. Those of a quantised store are rounded to it, as is a rotated query: that adds to the
+// squared error of logits about a sixteenth of what 8 bits lose. Weights are rounded before values are multiplied by them, as in
+// vLLM's own attention (csrc/cpu/cpu_attn_amx.hpp). A row's result does not depend on the others of its item: units sum every line
+// by itself, in one order.
 
 constexpr int kItemRows = 128;  // query rows of an item at most: what a panel costs is shared, their logits stay in a cache
 constexpr int kPanelColumns = kTileSlots / kUnitColumns;
@@ -19,8 +19,8 @@ constexpr int64_t whole_tiles(int64_t rows) { return (rows + kUnitRows - 1) / kU
 // Room of an item.
 struct UnitRoom {
   int64_t d, rows;
-  float *out, *products, *step;        // [rows][d]; [d / 32][rows][kTileSlots], of stored slots by group of numbers; of a record
-  uint16_t *query, *turned, *weights;  // [rows][d]; rotated, in two parts [rows][2][d]; [rows][kTileSlots]
+  float *out, *products, *step;        // [rows][d]; [rows][kTileSlots]; of a record
+  uint16_t *query, *turned, *weights;  // [rows][d]; rotated, likewise; [rows][kTileSlots]
   uint8_t *keys, *values;              // tiles [d / 32][slots / 16] and [slots / 32][d / 16]
 
   UnitRoom(const Attend& a, int64_t item_rows, float* scratch) : d(a.cache.head_dim), rows(whole_tiles(item_rows)) {
@@ -29,11 +29,11 @@ struct UnitRoom {
       to = reinterpret_cast<std::remove_reference_t<decltype(to)>>(next);
       next += count * int64_t(sizeof *to);
     };
-    take(out, rows * d), take(products, d / kGroup * rows * kTileSlots), take(step, 16 * d);
-    take(query, rows * d), take(turned, rows * 2 * d), take(weights, rows * kTileSlots);
+    take(out, rows * d), take(products, rows * kTileSlots), take(step, 16 * d);
+    take(query, rows * d), take(turned, rows * d), take(weights, rows * kTileSlots);
     take(keys, 2 * d * kTileSlots), take(values, 2 * d * kTileSlots);
   }
-  static size_t floats(int64_t d) { return kItemRows * (d * 5 / 2 + (d / kGroup * 2 + 1) * kTileSlots / 2) + 16 * d + d * kTileSlots + 16; }
+  static size_t floats(int64_t d) { return kItemRows * (2 * d + kTileSlots * 3 / 2) + 16 * d + d * kTileSlots + 16; }
 };
 
 // Exact slots of a tile; those beyond the last one have values of zero.
@@ -64,7 +64,7 @@ inline __m512i numbers_of_codes() {
 inline Vec low_numbers(IntVec words) { return to_floats(words & 0xff) - Code<8>::kMiddle; }
 inline Vec high_numbers(IntVec words) { return to_floats(words >> 16 & 0xff) - Code<8>::kMiddle; }
 
-// Rotated keys of a tile of slots over their scales; numbers come in the order of split_query.
+// Rotated keys of a tile of slots; numbers come in the order of turn_query.
 template <int Bits>
 inline void fill_stored_keys(const PackedSlots& t, const PackedLayout& p, const UnitRoom& room) {
   constexpr int kPlanes = Code<Bits>::kPlanes, kWords = Code<Bits>::kGroupBytes / 4;
@@ -72,16 +72,19 @@ inline void fill_stored_keys(const PackedSlots& t, const PackedLayout& p, const 
   for (int v = 0; v < t.vectors(); ++v)
     for (int64_t g = 0; g < p.width / kGroup; ++g) {
       uint8_t* line = room.keys + (g * kPanelColumns + v) * kUnitBytes;
+      const Vec scales = t.scales(v, p.scales_offset + g * 2 * kTileTokens);
       for (int w = 0; w < kWords; ++w) {
         const UnsignedWordVec words = t.key_words(v, g * kWords + w);
         for (int k = 0; k < kPlanes; ++k, line += 64) {
+          Vec low, high;
           if constexpr (Bits == 4) {
             const __m512i found = _mm512_permutexvar_epi16((__m512i)(words >> uint16_t(4 * k)), numbers);
-            std::memcpy(line, &found, 64);
+            low = (Vec)_mm512_slli_epi32(found, 16), high = (Vec)_mm512_and_si512(found, _mm512_set1_epi32(int(0xffff0000)));
           } else {
             const IntVec codes = bits_as<IntVec>(words >> uint16_t(8 * k));
-            store_line(line, low_numbers(codes), high_numbers(codes));
+            low = low_numbers(codes), high = high_numbers(codes);
           }
+          store_line(line, low * scales, high * scales);
         }
       }
     }
@@ -114,26 +117,19 @@ inline void fill_stored_values(const PackedSlots& t, const PackedLayout& p, cons
   }
 }
 
-// Numbers as sums of two of bfloat16.
-inline void split(Vec first, Vec second, uint16_t* high, uint16_t* low) {
-  store_bfloat16(high, first, second);
-  const auto* kept = reinterpret_cast<const BFloat16*>(high);
-  store_bfloat16(low, first - load(kept), second - load(kept + kLanes));
-}
-
-// A query [d] rotated, in the order of the key codes: [2][d].
+// A query [d] rotated, in the order of the key codes.
 template <int Bits>
-inline void split_query(const PackedLayout& p, const float* query, uint16_t* parts) {
+inline void turn_query(const PackedLayout& p, const float* query, uint16_t* turned) {
   constexpr int kWords = Code<Bits>::kGroupBytes / 4, kPlanes = Code<Bits>::kPlanes;
-  alignas(64) float turned[kMaxHeadDim], ordered[kGroup];
-  std::copy_n(query, p.width, turned);
-  rotate(turned, p.width, p.block);
+  alignas(64) float numbers[kMaxHeadDim], ordered[kGroup];
+  std::copy_n(query, p.width, numbers);
+  rotate(numbers, p.width, p.block);
   for (int64_t g = 0; g < p.width; g += kGroup) {
     float* next = ordered;
     for (int w = 0; w < kWords; ++w)
       for (int k = 0; k < kPlanes; ++k)
-        for (int h = 0; h < 2; ++h) *next++ = turned[g + Code<Bits>::dimension(w, h, k)];
-    split(load(ordered), load(ordered + kLanes), parts + g, parts + p.width + g);
+        for (int h = 0; h < 2; ++h) *next++ = numbers[g + Code<Bits>::dimension(w, h, k)];
+    store_bfloat16(turned + g, load(ordered), load(ordered + kLanes));
   }
 }
 
@@ -146,7 +142,7 @@ struct UnitQueries {
       : rows(int(item.num_queries * (a.query_heads / a.cache.heads))) {
     const int64_t d = room.d, groups = a.query_heads / a.cache.heads;
     std::memset(room.query, 0, room.rows * d * 2);
-    if (stored) std::memset(room.turned, 0, room.rows * d * 4);
+    if (stored) std::memset(room.turned, 0, room.rows * d * 2);
     const Centres centres = stored ? Centres(a.packed, record_of(a, item)) : Centres();
     for (int r = 0; r < rows; ++r) {
       const int64_t token = a.first_token[item.row] + item.first_query + r / groups;
@@ -157,7 +153,7 @@ struct UnitQueries {
       for (int64_t i = 0; i < d; i += kLanes) store(query + i, load(reinterpret_cast<const BFloat16*>(from) + i));
       common[r] = centres ? dot(query, centres.others, d) : 0;
       first[r] = centres ? dot(query, centres.first, d) - common[r] : 0;
-      (a.packed.bits == 8 ? split_query<8> : split_query<4>)(a.packed, query, room.turned + r * 2 * d);
+      (a.packed.bits == 8 ? turn_query<8> : turn_query<4>)(a.packed, query, room.turned + r * d);
     }
   }
 };
@@ -170,85 +166,114 @@ struct Panel {
   int left_slots;  // so many
 };
 
-// The softmax of a row, as `soften`, in two passes: logits and their maximum, then weights, as numbers and rounded.
-// logit(v): the logits of 16 slots. A weight of zero stays one, whatever its value.
-template <class Logit>
-inline float weigh(const Attend& a, const Panel& panel, Logit logit, int visible, float* weights, uint16_t* rounded, float& top,
-                   float& mass) {
-  Vec highest = splat(-INFINITY);
-  for (int v = 0; v < panel.vectors; ++v) {
-    Vec x = logit(v);
-    if (a.softcap != 0) store(weights + v * kLanes, x), cap<1>(a, 1, weights + v * kLanes), x = load(weights + v * kLanes);
-    if (const int seen = visible - v * kLanes; seen < kLanes)
-      x = (Vec)_mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), seen > 0 ? __mmask16((1 << seen) - 1) : 0, (__m512)x);
-    store(weights + v * kLanes, x);
-    highest = x > highest ? x : highest;
-  }
-  const float panel_top = largest(highest), new_top = panel_top > top ? panel_top : top;
-  const float keep = top == new_top ? 1.0f : expf(top - new_top);
-  top = new_top;
-  const float base = top == -INFINITY ? 0 : top;  // nothing visible yet: every weight is 0
-  Vec total = {};
-  auto weight = [&](int v) {
-    const Vec w = exp_negative(load(weights + v * kLanes) - base);
-    total += w;
-    store(weights + v * kLanes, w);
-    if (panel.scales == nullptr) return w;
-    return (Vec)_mm512_maskz_mul_ps(_mm512_cmp_ps_mask((__m512)w, _mm512_setzero_ps(), _CMP_GT_OQ), (__m512)w, (__m512)panel.scales[v]);
-  };
-  for (int v = 0; v < panel.vectors; v += 2) {
-    const Vec first = weight(v), second = v + 1 < panel.vectors ? weight(v + 1) : Vec{};
-    store_bfloat16(rounded + v * kLanes, first, second);
-  }
-  mass = mass * keep + sum(total);
-  return keep;
+// Running softmax of the rows of an item. Weights are powers of two of logits over ln 2, relative to `top`.
+struct UnitRunning {
+  float *out, *top;
+  Vec* mass;  // by lane
+};
+
+// 2^x for x up to 127; 0 for large negative ones, not for infinite ones. Relative error < 3e-6 (minimax): weights are rounded to
+// bfloat16.
+inline Vec power_of_two(Vec x) {
+  const Vec n = (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = x - n;
+  Vec poly = splat(9.5701000e-3f);
+  poly = poly * r + 5.5917860e-2f;
+  poly = poly * r + 2.4024745e-1f;
+  poly = poly * r + 6.9312181e-1f;
+  poly = poly * r + 9.9999926e-1f;
+  return (Vec)_mm512_scalef_ps((__m512)poly, (__m512)n);
 }
 
-// The softmax of all rows, and the weighted values onto `out`. visible(r): slots that a row sees. logits_of(r): what `weigh` asks.
-template <class Visible, class Logits>
-inline void attend_panel(const Attend& a, const UnitRoom& room, int rows, const Panel& panel, Visible visible, Logits logits_of,
-                         const Left& left, Running run) {
-  const int64_t d = room.d;
-  for (int r = 0; r < rows; ++r) {
-    float* weights = room.products + r * kTileSlots;
-    const float keep = weigh(a, panel, logits_of(r), visible(r), weights, room.weights + r * kTileSlots, run.top[r], run.mass[r]);
-    if (r >= left.first) leave(a, left.row(a, r), panel.slot, weights, panel.left_slots, run.top[r]);
-    if (keep != 1) multiply(run.out + r * d, int(d), keep);
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+// What a logit over ln 2 may lie above `top` before that is raised: sums are far from float32's end, and few panels raise it.
+constexpr float kSlack = 12;
+
+// The softmax of a row over a panel: weights, rounded; as numbers too where `left` is not null.
+// logit(v): of 16 slots. vectors: as panel.vectors, a constant where the panel is full.
+template <class Logit, class Count>
+inline void weigh(const Attend& a, const Panel& panel, Logit logit, int visible, Count vectors, int r, int64_t d, uint16_t* rounded,
+                  float* left, const UnitRunning& run) {
+  constexpr float kUnseen = -1e30f;
+  const float factor = a.softcap != 0 ? kLog2E : a.scale * kLog2E;
+  Vec x[kTileSlots / kLanes], highest = splat(-INFINITY);
+  for (int v = 0; v < vectors; ++v) x[v] = logit(v);
+  if (a.softcap != 0)
+    for (int v = 0; v < vectors; ++v) x[v] = hyperbolic_tangent(x[v] * (a.scale / a.softcap)) * a.softcap;
+  if (visible < vectors * kLanes)
+    for (int v = 0; v < vectors; ++v) {
+      const int seen = visible - v * kLanes;
+      if (seen < kLanes) x[v] = (Vec)_mm512_mask_mov_ps(_mm512_set1_ps(kUnseen), seen > 0 ? (1 << seen) - 1 : 0, (__m512)x[v]);
+    }
+  for (int v = 0; v < vectors; ++v) highest = x[v] > highest ? x[v] : highest;
+  if (_mm512_cmp_ps_mask((__m512)(highest * factor), _mm512_set1_ps(run.top[r] + kSlack), _CMP_GT_OQ)) {
+    const float top = largest(highest) * factor, keep = exp2f(run.top[r] - top);
+    run.top[r] = top;
+    run.mass[r] *= keep;
+    multiply(run.out + r * d, int(d), keep);
   }
+  const float top = run.top[r];
+  Vec total = {};
+  auto weight = [&](int v) {
+    const Vec w = power_of_two(x[v] * factor - top);
+    total += w;
+    if (left != nullptr) store(left + v * kLanes, w);
+    return panel.scales == nullptr ? w : w * panel.scales[v];
+  };
+  for (int v = 0; v < vectors; v += 2) {
+    const Vec first = weight(v), second = v + 1 < vectors ? weight(v + 1) : Vec{};
+    store_bfloat16(rounded + v * kLanes, first, second);
+  }
+  run.mass[r] += total;
+}
+
+// Logits of a panel, the softmax of all rows, the weighted values onto `out`. query: [rows][d]; visible(r): slots that a row sees;
+// logits_of(r): what `weigh` asks, of `products`.
+template <class Visible, class Logits>
+inline void attend_panel(const Attend& a, const UnitRoom& room, const uint16_t* query, int rows, const Panel& panel, Visible visible,
+                         Logits logits_of, const Left& left, const UnitRunning& run) {
+  const int64_t d = room.d;
   const int tiles = int(room.rows / kUnitRows), wide = int(d / kUnitColumns), depth = (panel.vectors + 1) / 2 * kUnitDepth;
-  multiply_tiles<1, true>(tiles, wide, room.weights, kTileSlots, 0, room.values, depth, wide, run.out, d);
+  multiply_tiles<false>(tiles, panel.vectors, query, d, room.keys, d, kPanelColumns, room.products, kTileSlots);
+  alignas(64) float weights[kTileSlots];
+  for (int r = 0; r < rows; ++r) {
+    uint16_t* rounded = room.weights + r * kTileSlots;
+    float* kept = r >= left.first ? weights : nullptr;
+    if (visible(r) <= 0) {
+      std::memset(rounded, 0, kTileSlots * 2);
+      std::fill_n(weights, kTileSlots, 0.0f);
+    } else if (panel.vectors == kTileSlots / kLanes) {
+      constexpr std::integral_constant<int, kTileSlots / kLanes> kAll;
+      weigh(a, panel, logits_of(r), visible(r), kAll, r, d, rounded, kept, run);
+    } else {
+      weigh(a, panel, logits_of(r), visible(r), panel.vectors, r, d, rounded, kept, run);
+    }
+    if (kept) leave(a, left.row(a, r), panel.slot, kept, panel.left_slots, run.top[r] * kLn2);
+  }
+  multiply_tiles<true>(tiles, wide, room.weights, kTileSlots, room.values, depth, wide, run.out, d);
 }
 
 template <int Bits>
 void attend_stored_units(const Attend& a, const AttendItem& item, const UnitQueries& q, const UnitRoom& room, int64_t end,
-                         const Left& left, Running run) {
+                         const Left& left, const UnitRunning& run) {
   const PackedLayout& p = a.packed;
-  const int tiles = int(room.rows / kUnitRows);
-  const int64_t groups = p.width / kGroup;
   int64_t first = 0;
   for (PackedSlots slots(a.cache, p, item.head, a.pages + item.row * a.max_pages, 0, end); slots.slots > 0;
        slots.advance(), first += kTileSlots) {
-    const int vectors = slots.vectors();
+    const int vectors = slots.vectors(), seen = slots.slots;
     fill_stored_keys<Bits>(slots, p, room);
     fill_stored_values<Bits>(slots, p, room);
     Vec scales[kTileSlots / kLanes];
     value_scales(slots, p, scales);
-    Vec key_scales[kMaxHeadDim / kGroup][kTileSlots / kLanes];
-    for (int64_t g = 0; g < groups; ++g)
-      for (int v = 0; v < vectors; ++v) key_scales[g][v] = slots.scales(v, p.scales_offset + g * 2 * kTileTokens);
-    for (int64_t g = 0; g < groups; ++g)
-      multiply_tiles<2, false>(tiles, vectors, room.turned + g * kGroup, 2 * room.d, room.d, room.keys + g * kPanelColumns * kUnitBytes,
-                               kGroup, kPanelColumns, room.products + g * room.rows * kTileSlots, kTileSlots);
+    if (const int rest = seen % kLanes) scales[vectors - 1] = (Vec)_mm512_maskz_mov_ps((1 << rest) - 1, (__m512)scales[vectors - 1]);
+    const bool starts = slots.starts();
     auto logits_of = [&](int r) {
-      return [&, r](int v) {
-        Vec sum = splat(q.common[r]);
-        for (int64_t g = 0; g < groups; ++g)
-          sum += load(room.products + (g * room.rows + r) * kTileSlots + v * kLanes) * key_scales[g][v];
-        if (v == 0 && slots.starts()) sum += (Vec)_mm512_maskz_mov_ps(0xff, _mm512_set1_ps(q.first[r]));
-        return sum * a.scale;
+      const float *products = room.products + r * kTileSlots, common = q.common[r], first = starts ? q.first[r] : 0;
+      return [=](int v) {
+        const Vec sum = load(products + v * kLanes) + common;
+        return v > 0 || first == 0 ? sum : sum + (Vec)_mm512_maskz_mov_ps(0xff, _mm512_set1_ps(first));
       };
     };
-    attend_panel(a, room, q.rows, {vectors, scales, first, slots.slots}, [&](int) { return slots.slots; }, logits_of, left, run);
+    attend_panel(a, room, room.turned, q.rows, {vectors, scales, first, seen}, [&](int) { return seen; }, logits_of, left, run);
   }
   for (int r = 0; r < q.rows; ++r) rotate(run.out + r * room.d, p.width, p.block);
 }
@@ -273,8 +298,9 @@ void attend_units(const Attend& a, const AttendItem& item, float* scratch) {
   const UnitQueries queries(a, item, stored > 0, room);
   const int rows = queries.rows;
   float top[kItemRows], mass[kItemRows];
-  const Running run = {room.out, top, mass};
-  std::fill_n(top, rows, -INFINITY), std::fill_n(mass, rows, 0.0f);
+  Vec masses[kItemRows];
+  const UnitRunning run = {room.out, top, masses};
+  std::fill_n(top, rows, -INFINITY), std::fill_n(masses, rows, Vec{});
   std::fill_n(room.out, room.rows * d, 0.0f);
   std::memset(room.weights, 0, room.rows * kTileSlots * 2);
   const Left left(a, item, 0);
@@ -284,16 +310,21 @@ void attend_units(const Attend& a, const AttendItem& item, float* scratch) {
   const int64_t end = sees(rows - 1);
   for (int64_t first = 0; first < end; first += kTileSlots) {
     const Tile<BFloat16> tile(a.cache, item.head, a.exact_pages(item.row), first, end);
-    const int vectors = tile.vectors(), tiles = int(room.rows / kUnitRows);
+    const int vectors = tile.vectors();
     fill_panel(tile, d, a.cache.page_size, room);
-    multiply_tiles<1, false>(tiles, vectors, room.query, d, 0, room.keys, d, kPanelColumns, room.products, kTileSlots);
-    auto visible = [&](int r) { return int(sees(r) - first > 0 ? sees(r) - first : 0); };
-    auto logits_of = [&](int r) { return [&, r](int v) { return load(room.products + r * kTileSlots + v * kLanes) * a.scale; }; };
-    attend_panel(a, room, rows, {vectors, nullptr, a.store_slots() + first, vectors * kLanes}, visible, logits_of, left, run);
+    auto logits_of = [&](int r) {
+      const float* products = room.products + r * kTileSlots;
+      return [=](int v) { return load(products + v * kLanes); };
+    };
+    auto visible = [&](int r) { return int(sees(r) - first); };
+    const Panel panel{vectors, nullptr, a.store_slots() + first, vectors * kLanes};
+    attend_panel(a, room, room.query, rows, panel, visible, logits_of, left, run);
   }
+  for (int r = 0; r < rows; ++r) top[r] *= kLn2, mass[r] = sum(masses[r]);
   for (int r = left.first; r < rows; ++r) leave_nothing(a, item, left.row(a, r), end);
+  const Running total = {room.out, top, mass};
   int row = 0;
   while (item.with_record && row < rows)
-    row = rows - row >= 8 ? attend_record_rows<8>(a, item, row, room, run) : attend_record_rows<1>(a, item, row, room, run);
-  finish<BFloat16>(a, item, 0, rows, run);
+    row = rows - row >= 8 ? attend_record_rows<8>(a, item, row, room, total) : attend_record_rows<1>(a, item, row, room, total);
+  finish<BFloat16>(a, item, 0, rows, total);
 }

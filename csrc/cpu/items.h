@@ -43,18 +43,31 @@ struct Items {
 
   void build(const Attend& a, int64_t threads) {
     rows_per_item = rows_of_items(a, threads);
-    parts.clear();
-    merges.clear();
-    in_parts.clear();
+    begin();
     size_t floats = 0;
     for (int64_t row = 0; row < a.rows; ++row)
-      for (int64_t head = 0; a.num_queries[row] == 1 && head < a.cache.heads; ++head)
-        floats += splits(a, row, head) * (a.query_heads / a.cache.heads) * (a.cache.head_dim + 1);
+      for (int64_t head = 0; head < a.cache.heads; ++head) floats += partial_floats(a, row, head);
     if (partials.size() < floats) partials.resize(floats);
     float* next = partials.data();
     for (int32_t row = 0; row < a.rows; ++row)
-      for (int32_t head = 0; head < a.cache.heads; ++head)
-        a.num_queries[row] == 1 ? add_decode(a, row, head, next) : add_chunk(a, row, head);
+      for (int32_t head = 0; head < a.cache.heads; ++head) add(a, row, head, next);
+  }
+
+  // Of one row and head, for one thread.
+  void build_alone(const Attend& a, int64_t row, int64_t head) {
+    rows_per_item = kernels().most_rows(a);
+    begin();
+    if (const size_t floats = partial_floats(a, row, head); partials.size() < floats) partials.resize(floats);
+    float* next = partials.data();
+    add(a, int32_t(row), int32_t(head), next);
+  }
+
+  void begin() { parts.clear(), merges.clear(), in_parts.clear(); }
+  static size_t partial_floats(const Attend& a, int64_t row, int64_t head) {
+    return a.num_queries[row] > 1 ? 0 : splits(a, row, head) * (a.query_heads / a.cache.heads) * (a.cache.head_dim + 1);
+  }
+  void add(const Attend& a, int32_t row, int32_t head, float*& next) {
+    a.num_queries[row] == 1 ? add_decode(a, row, head, next) : add_chunk(a, row, head);
   }
 
   static int64_t slots(const Attend& a, int64_t row, int64_t head) {

@@ -48,12 +48,11 @@ inline void tile_multiply() {
 }
 
 // sums[0 .. 16 * RowTiles)[0 .. 16 * ColumnTiles) (+)= rows * columns, `depth` / 32 tiles deep. Adds: to what is there.
-// rows: lines of bfloat16, `row_stride` numbers apart; Parts of them, `part_stride` apart, are multiplied by the same columns.
-// columns: tiles of one depth `column_stride` tiles apart, neighbouring ones next to each other. sums: lines of float32,
+// rows: lines of bfloat16, `row_stride` numbers apart. columns: tiles of one depth `column_stride` tiles apart, neighbouring ones next to each other. sums: lines of float32,
 // `sum_stride` numbers apart.
-template <int RowTiles, int ColumnTiles, int Parts, bool Adds>
-inline void multiply_block(const uint16_t* rows, int64_t row_stride, int64_t part_stride, const uint8_t* columns, int64_t depth,
-                           int64_t column_stride, float* sums, int64_t sum_stride) {
+template <int RowTiles, int ColumnTiles, bool Adds>
+inline void multiply_block(const uint16_t* rows, int64_t row_stride, const uint8_t* columns, int64_t depth, int64_t column_stride,
+                           float* sums, int64_t sum_stride) {
   static_assert(RowTiles <= 2 && ColumnTiles <= 2);
   float* lower = sums + kUnitRows * sum_stride;
   const int64_t bytes = sum_stride * int64_t(sizeof(float));
@@ -72,33 +71,30 @@ inline void multiply_block(const uint16_t* rows, int64_t row_stride, int64_t par
   for (int64_t k = 0; k < depth; k += kUnitDepth, columns += column_stride * kUnitBytes) {
     tile_load<6>(columns, 64);
     if constexpr (ColumnTiles > 1) tile_load<7>(columns + kUnitBytes, 64);
-    for (int part = 0; part < Parts; ++part) {
-      const uint16_t* from = rows + part * part_stride + k;
-      tile_load<4>(from, row_stride * 2);
-      tile_multiply<0, 4, 6>();
-      if constexpr (ColumnTiles > 1) tile_multiply<1, 4, 7>();
-      if constexpr (RowTiles > 1) {
-        tile_load<5>(from + kUnitRows * row_stride, row_stride * 2);
-        tile_multiply<2, 5, 6>();
-        if constexpr (ColumnTiles > 1) tile_multiply<3, 5, 7>();
-      }
+    tile_load<4>(rows + k, row_stride * 2);
+    tile_multiply<0, 4, 6>();
+    if constexpr (ColumnTiles > 1) tile_multiply<1, 4, 7>();
+    if constexpr (RowTiles > 1) {
+      tile_load<5>(rows + k + kUnitRows * row_stride, row_stride * 2);
+      tile_multiply<2, 5, 6>();
+      if constexpr (ColumnTiles > 1) tile_multiply<3, 5, 7>();
     }
   }
   each_sum([&](auto tile, float* at) { tile_store<tile>(at, bytes); });
 }
 
 // The same of any number of tiles: rows [row_tiles * 16], columns [depth / 32][column_tiles].
-template <int Parts, bool Adds>
-inline void multiply_tiles(int row_tiles, int column_tiles, const uint16_t* rows, int64_t row_stride, int64_t part_stride,
-                           const uint8_t* columns, int64_t depth, int64_t column_stride, float* sums, int64_t sum_stride) {
+template <bool Adds>
+inline void multiply_tiles(int row_tiles, int column_tiles, const uint16_t* rows, int64_t row_stride, const uint8_t* columns,
+                           int64_t depth, int64_t column_stride, float* sums, int64_t sum_stride) {
   for (int c = 0; c < column_tiles; c += 2)
     for (int r = 0; r < row_tiles; r += 2) {
       const uint16_t* from = rows + r * kUnitRows * row_stride;
       float* to = sums + r * kUnitRows * sum_stride + c * kUnitColumns;
       const bool tall = r + 1 < row_tiles, wide = c + 1 < column_tiles;
-      const auto block = tall ? (wide ? multiply_block<2, 2, Parts, Adds> : multiply_block<2, 1, Parts, Adds>)
-                              : (wide ? multiply_block<1, 2, Parts, Adds> : multiply_block<1, 1, Parts, Adds>);
-      block(from, row_stride, part_stride, columns + c * kUnitBytes, depth, column_stride, to, sum_stride);
+      const auto block = tall ? (wide ? multiply_block<2, 2, Adds> : multiply_block<2, 1, Adds>)
+                              : (wide ? multiply_block<1, 2, Adds> : multiply_block<1, 1, Adds>);
+      block(from, row_stride, columns + c * kUnitBytes, depth, column_stride, to, sum_stride);
     }
 }
 

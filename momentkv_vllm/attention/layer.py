@@ -5,7 +5,6 @@ specification).
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import ClassVar
 
@@ -13,7 +12,7 @@ import torch
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
-from momentkv_vllm.attention.monitor import Attended, Monitor
+from momentkv_vllm.attention.monitor import Attended, Monitor, apart
 from momentkv_vllm.attention.sharing import SharedCache
 from momentkv_vllm.attention.sinks import add_sinks
 from momentkv_vllm.attention.spec_hook import EvictingBackend
@@ -24,7 +23,7 @@ from momentkv_vllm.head_budgets import HeadBudgets
 from momentkv_vllm.kernels import KernelFamily, select
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.observed import Observed
-from momentkv_vllm.kernels.worklists import AttendWork, fresh_pages
+from momentkv_vllm.kernels.worklists import AttendWork, Round, Rounds, fresh_pages
 from momentkv_vllm.kv_spec import StateLayout, page_tokens
 from momentkv_vllm.model_layers import hides_tokens, keeps_states
 from momentkv_vllm.refuse import Unsupported, refuse_first
@@ -116,33 +115,32 @@ class EvictingImpl:
         cache, monitor = self.view_of(kv_cache), getattr(attn_metadata, "monitor", None)
         # By budget class, where its heads do not all hold as much.
         of_class = {n: replace(cache, heads=h) for n, h in enumerate(self.shared.target.heads if step.rounds else ())}
-        for round_ in self.shared.rounds(step):
-            sampling = monitor if monitor and monitor.due(round_) else None
-            for attend in round_.attends:
-                self._attend(of_class.get(attend.budget_class, cache), query, output, attend, sampling)
-            for retire in round_.retires:
-                with monitor.timed() if monitor else nullcontext():
-                    observed, sinks = self.shared.target._observed_in(cache), self.config.sink_tokens
-                    seen = of_class.get(retire.budget_class, cache)
-                    self.kernels.consolidate(seen, observed, retire, self.policy, sinks, self.scale)
+        for rounds, sampling in apart(self.shared.rounds(step), monitor, each=self.sinks is not None):
+            work = Rounds(rounds, lambda n: of_class.get(n, cache), self.config.correction)
+            if sampling or self.sinks is not None:
+                for attend in work.attends:
+                    self._attend(work, query, output, attend, sampling)
+                work = replace(work, rounds=[Round(retires=work.retires)])
+            observed = self.observing(cache) if work.observes else self.shared.target._observed_in(cache)
+            given = query, output, self.policy, self.config.sink_tokens, self.scale
+            seconds = self.kernels.run(work, observed, *given)
+            if monitor:
+                monitor.consolidated(seconds)
         return output
 
     def _attend(
-        self, cache: CacheView, query: torch.Tensor, output: torch.Tensor, attend: AttendWork, sampling: Monitor | None
+        self, work: Rounds, query: torch.Tensor, output: torch.Tensor, attend: AttendWork, sampling: Monitor | None
     ) -> None:
-        observed, corrected = attend.observe_from is not None, self.config.correction != "off"
+        """With what is looked at on the way, or added to it."""
+        cache, given = work.attended(attend.budget_class), (attend, self.scale, work.corrected)
         target = torch.empty_like(query) if attend.observe_only else output
-        seen, given = cache.corrected_by(self.config.correction), (attend, self.scale, corrected)
-        if observed and not sampling and self.sinks is None:
-            return self.kernels.attend_and_observe(seen, self.observing(cache), query, target, *given)
-        wanted = observed or sampling or self.sinks is not None
-        lse = query.new_empty(query.shape[:2], dtype=torch.float32) if wanted else None
-        self.kernels.attend(seen, query, target, lse, *given)
+        lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+        self.kernels.attend(cache, query, target, lse, *given)
         if sampling:
-            sampling.sample(Attended(seen, query, target, lse, *given))
+            sampling.sample(Attended(cache, query, target, lse, *given))
         if self.sinks is not None:
             add_sinks(target, lse, attend, self.sinks)
-        if observed:
+        if attend.observe_from is not None:
             self._observe(cache, query, lse, attend)
 
     def _observe(self, cache: CacheView, query: torch.Tensor, lse: torch.Tensor, attend: AttendWork) -> None:

@@ -1,16 +1,13 @@
 """What only a worker sees: how long a consolidation takes, and how much attention the moments carry."""
 
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from momentkv_vllm import moments as mo
-from momentkv_vllm.attention.step_plan import Round
 from momentkv_vllm.kernels.cache_view import CacheView
-from momentkv_vllm.kernels.worklists import AttendWork
+from momentkv_vllm.kernels.worklists import AttendWork, Round
 from momentkv_vllm.kv_spec import MomentKVSpec
 from momentkv_vllm.metrics import CONSOLIDATE_SECONDS, CORRECTION, EVICTED_MASS, WORKER_METRICS, MetricWriter
 
@@ -51,12 +48,10 @@ class Monitor:
         self._visits += 1
         return self._visits % SAMPLE_EVERY == 0
 
-    @contextmanager
-    def timed(self) -> Iterator[None]:
-        """Around a consolidation that has ended when the call returns, as on a CPU."""
-        start = time.perf_counter()
-        yield
-        self.metrics.observe(CONSOLIDATE_SECONDS, time.perf_counter() - start)
+    def consolidated(self, seconds: list[float]) -> None:
+        """Consolidations took so long, each."""
+        for value in seconds:
+            self.metrics.observe(CONSOLIDATE_SECONDS, value)
 
     def sample(self, seen: Attended) -> None:
         """Look at the last query of the first rows that have evicted."""
@@ -69,6 +64,25 @@ class Monitor:
             self.metrics.observe(EVICTED_MASS, value)
         for value in change.tolist() if seen.corrected else ():
             self.metrics.observe(CORRECTION, value)
+
+
+def apart(rounds: list[Round], monitor: Monitor | None, each: bool) -> Iterator[tuple[list[Round], Monitor | None]]:
+    """Rounds in order, those together that one call may run; a monitor where it is to sample the round that it comes with.
+
+    each: every round by itself.
+    """
+    together: list[Round] = []
+    for round_ in rounds:
+        sampling = monitor if monitor and monitor.due(round_) else None
+        if not sampling and not each:
+            together.append(round_)
+            continue
+        if together:
+            yield together, None
+            together = []
+        yield [round_], sampling
+    if together:
+        yield together, None
 
 
 def measure(seen: Attended, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

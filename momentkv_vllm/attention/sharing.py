@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from momentkv_vllm.attention.step_plan import Round, Segment, StepPlan, StepPlanner
+from momentkv_vllm.attention.step_plan import Segment, StepPlan, StepPlanner
+from momentkv_vllm.kernels.worklists import Round
 
 
 @dataclass

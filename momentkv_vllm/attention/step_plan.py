@@ -6,14 +6,14 @@ is one round, and the result never depends on how the scheduler cut the prompt.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
+from momentkv_vllm.kernels.worklists import AttendWork, RetireWork, Round
 from momentkv_vllm.page_schedule import PageSchedule, cdiv
 from momentkv_vllm.policies import Policy
 
@@ -52,14 +52,6 @@ class Segment:
     observe_from: int
     observe_only: bool = False
     schedule: int = 0
-
-
-@dataclass
-class Round:
-    """Segments that run together: first all attend (`attends`), then those with an event retire (`retires`)."""
-
-    attends: list[AttendWork] = field(default_factory=list)
-    retires: list[RetireWork] = field(default_factory=list)
 
 
 @dataclass

@@ -2,9 +2,9 @@
 
 import torch
 
-from momentkv_vllm.attention.step_plan import Round, StepPlan
+from momentkv_vllm.attention.step_plan import StepPlan
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.kernels.worklists import AttendWork, RetireWork, mapped
+from momentkv_vllm.kernels.worklists import AttendWork, RetireWork, Round, mapped
 from momentkv_vllm.page_schedule import PageSchedule
 from momentkv_vllm.policies import Policy
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from vllm.utils.platform_utils import is_pin_memory_available
 
-from momentkv_vllm.attention.step_plan import Round, StepPlan
-from momentkv_vllm.kernels.worklists import mapped
+from momentkv_vllm.attention.step_plan import StepPlan
+from momentkv_vllm.kernels.worklists import Round, mapped
 
 PAGE_FIELDS = {"pages", "moment_pages", "store_pages", "retiring_pages"}
 """Fields of work lists that hold pages: only the device knows their numbers, so the host gives places in a table of them."""

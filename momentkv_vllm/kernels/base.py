@@ -4,6 +4,7 @@ write -> attend -> observe -> consolidate, each batched over requests and heads.
 of page numbers index vLLM's block pool. reference.py is the specification that every other family is checked against.
 """
 
+import time
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -14,7 +15,7 @@ from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.in_torch import add_logits, candidates, read_store
 from momentkv_vllm.kernels.limits import CacheShape, Limits
 from momentkv_vllm.kernels.observed import Observed
-from momentkv_vllm.kernels.worklists import AttendWork, LayersOf, RetireWork, fresh_pages
+from momentkv_vllm.kernels.worklists import AttendWork, LayersOf, RetireWork, Rounds, fresh_pages
 from momentkv_vllm.policies.base import Policy
 from momentkv_vllm.policies.key_direction import attention_weight
 
@@ -142,6 +143,32 @@ class KernelFamily(ABC):
         mass = observed.mass if observed else None
         weight = attention_weight(policy, work.capacity(cache.page_size), work.run_tokens)
         self._consolidate(cache, mass, work, score, cache.sinks(sink_tokens), weight)
+
+    def run(
+        self, work: Rounds, observed: Observed | None, query: Tensor, output: Tensor, policy: Policy, sink_tokens: int,
+        scale: float,
+    ) -> list[float]:  # fmt: skip
+        """Rounds, one after the other; a family may do them in one call.
+
+        Args: as of `attend`, `observe` and `consolidate`.
+
+        Returns:
+            Seconds of each consolidation, as far as the call waits for it.
+        """
+        seconds = []
+        for round_ in work.rounds:
+            for attend in round_.attends:
+                target = torch.empty_like(query) if attend.observe_only else output
+                cache, given = work.attended(attend.budget_class), (attend, scale, work.corrected)
+                if attend.observe_from is None:
+                    self.attend(cache, query, target, None, *given)
+                else:
+                    self.attend_and_observe(cache, observed, query, target, *given)
+            for retire in round_.retires:
+                start = time.perf_counter()
+                self.consolidate(work.caches(retire.budget_class), observed, retire, policy, sink_tokens, scale)
+                seconds.append(time.perf_counter() - start)
+        return seconds
 
     def consolidate_layers(
         self, layers: LayersOf, work: RetireWork, policy: Policy, sink_tokens: int, scale: float

@@ -8,7 +8,9 @@ from momentkv_vllm.fp8 import KINDS
 from momentkv_vllm.kernels.base import KernelFamily
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.limits import CacheShape, Limits
-from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
+from momentkv_vllm.kernels.worklists import AttendWork, RetireWork, Rounds
+from momentkv_vllm.policies.base import Policy
+from momentkv_vllm.policies.key_direction import attention_weight
 
 try:
     from momentkv_vllm import _cpu  # type: ignore[attr-defined]  # noqa: F401  registers torch.ops.momentkv_cpu
@@ -77,6 +79,37 @@ class Cpu(KernelFamily):
         given = *cache.cache_arguments, query, output, lse, *work.arguments(), scale, cache.softcap, corrected
         store = work.stored, work.store_pages, cache.packed_arguments, *cache.head_arguments
         _ops.attend(*given, *cache.record_arguments, *store, work.weights, mass)
+
+    def run(self, work: Rounds, observed, query, output, policy: Policy, sink_tokens: int, scale: float) -> list[float]:
+        if not self._in_one_call(work, observed, policy):
+            return super().run(work, observed, query, output, policy, sink_tokens, scale)
+        attends, retires = work.attends, work.retires
+        cache, seen = work.caches(attends[0].budget_class), work.attended(attends[0].budget_class)
+        lse = query.new_empty(query.shape[:2], dtype=torch.float32) if work.observes else None
+        order = [w for r in work.rounds for w in (*r.attends, *r.retires)]
+        common, weight = (1, 0), 0.0
+        if retires:
+            common, capacity = (retires[0].run_tokens, retires[0].store_tokens), retires[0].capacity(cache.page_size)
+            weight = attention_weight(policy, capacity, retires[0].run_tokens)
+        return _ops.rounds(
+            *cache.cache_arguments, query, output, lse,
+            [x for w in attends for x in (*w.arguments(), w.stored)],
+            [x for w in retires for x in (*w.arguments(), w.stored)],
+            [i for i, w in enumerate(order) if isinstance(w, RetireWork)],
+            scale, cache.softcap, work.corrected, seen.record_layout.has_covariance, *cache.record_arguments,
+            observed and observed.mass, cache.sinks(sink_tokens), weight, attends[0].store_pages, *common,
+            cache.packed_arguments, *cache.head_arguments, cache.feedback,
+        )  # fmt: skip
+
+    def _in_one_call(self, work: Rounds, observed, policy: Policy) -> bool:
+        """Several rounds of one budget class that kernels compute from end to end."""
+        return (
+            len(work.rounds) > 1
+            and len({w.budget_class for w in (*work.attends, *work.retires)}) == 1
+            and not any(w.observe_only for w in work.attends)
+            and (observed is None or observed.mass is not None)
+            and (policy.native in self.native_scores or not any(w.evicts for w in work.retires))
+        )
 
     def _make_room(self, cache: CacheView, query, work: AttendWork) -> None:
         """Room for the weights of observed queries: observing is then one pass over what attention has computed, not another one

@@ -1,7 +1,7 @@
 """What a kernel call works on: plain index tensors, built once a step and shared by all layers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -133,3 +133,44 @@ class RetireWork:
     def arguments(self) -> list[Tensor | None]:
         """The tensors that operators in C++ and CUDA take, in their order."""
         return [self.store_pages, self.retiring_pages, self.moment_pages, self.num_evicted]
+
+
+@dataclass
+class Round:
+    """Work lists that run together: first all attend (`attends`), then those with an event retire (`retires`)."""
+
+    attends: list[AttendWork] = field(default_factory=list)
+    retires: list[RetireWork] = field(default_factory=list)
+
+
+@dataclass
+class Rounds:
+    """Rounds of one layer, one after the other.
+
+    caches:     the layer's cache as a budget class sees it, by its number.
+    correction: how the evicted mass is added back, as the setting has it.
+    """
+
+    rounds: list[Round]
+    caches: Callable[[int], Any]
+    correction: str
+
+    @property
+    def corrected(self) -> bool:
+        return self.correction != "off"
+
+    @cached_property
+    def attends(self) -> list[AttendWork]:
+        return [work for r in self.rounds for work in r.attends]
+
+    @cached_property
+    def retires(self) -> list[RetireWork]:
+        return [work for r in self.rounds for work in r.retires]
+
+    @property
+    def observes(self) -> bool:
+        return any(work.observe_from is not None for work in self.attends)
+
+    def attended(self, budget_class: int) -> Any:
+        """The cache as attention reads it."""
+        return self.caches(budget_class).corrected_by(self.correction)

@@ -14,12 +14,12 @@ from momentkv_vllm.attention import cpu_backend
 from momentkv_vllm.attention.cpu_backend import MomentKVBackend, MomentKVImpl, MomentKVMetadataBuilder
 from momentkv_vllm.attention.cuda_backend import CudaMomentKVBackend, CudaMomentKVImpl, CudaMomentKVMetadataBuilder
 from momentkv_vllm.attention.cuda_choice import CudaChoice
-from momentkv_vllm.attention.step_plan import Round, StepPlan
+from momentkv_vllm.attention.step_plan import StepPlan
 from momentkv_vllm.config import EvictionConfig
 from momentkv_vllm.head_budgets import Sizes, budgets, shared, tiles_of
 from momentkv_vllm.kernels import select, triton
 from momentkv_vllm.kernels.cache_view import CacheView
-from momentkv_vllm.kernels.worklists import AttendWork
+from momentkv_vllm.kernels.worklists import AttendWork, Round
 from momentkv_vllm.plugin import register
 from momentkv_vllm.vllm_seams import gpu
 

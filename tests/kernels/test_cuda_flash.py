@@ -22,8 +22,9 @@ from momentkv_vllm.attention.cuda_flash import (
     FlashMomentKVMetadata,
     FlashMomentKVMetadataBuilder,
 )
-from momentkv_vllm.attention.step_plan import Round, StepPlan
+from momentkv_vllm.attention.step_plan import StepPlan
 from momentkv_vllm.kernels import triton
+from momentkv_vllm.kernels.worklists import Round
 from momentkv_vllm.plugin import register
 
 FLASH = (FlashMomentKVBackend, FlashMomentKVImpl, FlashMomentKVMetadataBuilder)

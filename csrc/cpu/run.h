@@ -1,0 +1,208 @@
+// Params of kernels on torch's threads: an operation alone, or rounds of them. Included once, by bindings.cpp.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <mutex>
+#include <variant>
+#include <vector>
+
+#include "items.h"
+#include "kernels.h"
+
+namespace momentkv {
+namespace {
+
+// Floats that live as long as their thread, so that the decode path allocates nothing.
+float* scratch(size_t floats) {
+  thread_local std::vector<float> room;
+  if (room.size() < floats) room.resize(floats);
+  return room.data();
+}
+
+template <class F>
+void in_parallel(int64_t items, F f) {
+  at::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
+}
+
+// The same where items take unlike times: a thread takes the next one when it is free.
+template <class F>
+void in_turn(int64_t items, F f) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), items), 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next++) < items;) f(i);
+  });
+}
+
+// Both for a part that is the whole of its row and head: what it leaves is observed while it lies in a cache.
+void attend_and_observe(const Attend& a, AttendItem part) {
+  const Kernels& k = kernels();
+  const int64_t counted = std::max<int64_t>(0, part.num_queries - a.observe_from[part.row]) * (a.query_heads / a.cache.heads);
+  const size_t left = counted * a.row_weights();
+  float* room = scratch(left + std::max(k.attend_scratch(a), k.observe_scratch(a)));
+  part.left = room;
+  k.attend(a, part, room + left);
+  k.observe(a, part, room + left);
+}
+
+void run(const Attend& a) {
+  thread_local Items items;
+  items.build(a, at::get_num_threads());
+  const Kernels& k = kernels();
+  // Not `items` in the lambda: another thread would see its own thread_local.
+  const AttendItem* parts = items.parts.data();
+  const MergeItem* merges = items.merges.data();
+  const AttendItem* in_parts = items.in_parts.data();
+  in_turn(items.parts.size(), [&](int64_t i) {
+    const bool whole = parts[i].partial == nullptr && parts[i].num_queries == a.num_queries[parts[i].row];
+    if (whole && a.observed != nullptr) return attend_and_observe(a, parts[i]);
+    k.attend(a, parts[i], scratch(k.attend_scratch(a)));
+  });
+  in_parallel(items.merges.size(), [&](int64_t i) { k.merge(a, merges[i]); });
+  if (a.observed == nullptr) return;
+  in_parallel(items.in_parts.size(), [&](int64_t i) { k.observe(a, in_parts[i], scratch(k.observe_scratch(a))); });
+}
+
+// Whether a first event retires more than a head's own tiles hold.
+bool fills_lent_tiles(const Consolidate& c) {
+  if (c.lent_tiles() == 0 || (c.store_pages + c.retiring_pages) * c.cache.page_size <= c.store_tokens) return false;
+  return std::find(c.stored, c.stored + c.rows, 0) != c.stored + c.rows;
+}
+
+void run(Consolidate& c) {
+  const Kernels& k = kernels();
+  const int64_t items = c.rows * c.cache.heads;
+  at::Tensor lent;
+  if (fills_lent_tiles(c)) {
+    lent = at::empty({items, c.lent_bytes()}, at::kByte);
+    c.lent = lent.data_ptr<uint8_t>();
+  }
+  in_parallel(items, [&](int64_t i) { k.consolidate(c, i, scratch(k.consolidate_scratch(c))); });
+  if (c.lent != nullptr) in_parallel(items, [&](int64_t i) { k.move_lent(c, i); });
+}
+
+// All that `run` does for a row and head, here: the same bits.
+void run_alone(const Attend& a, int64_t row, int64_t head) {
+  constexpr size_t kMostLeft = size_t(1) << 23;  // floats; of more, observe computes them again
+  thread_local Items items;
+  items.build_alone(a, row, head);
+  const Kernels& k = kernels();
+  size_t left = 0;
+  if (a.observed != nullptr) {
+    const int64_t counted = std::max<int64_t>(0, a.num_queries[row] - a.observe_from[row]) * (a.query_heads / a.cache.heads);
+    left = counted * a.row_weights();
+    if (left > kMostLeft) left = 0;
+  }
+  float* room = scratch(left + std::max(k.attend_scratch(a), a.observed != nullptr ? k.observe_scratch(a) : 0));
+  for (AttendItem& part : items.parts) {
+    part.left = left > 0 ? room : nullptr;
+    k.attend(a, part, room + left);
+  }
+  for (const MergeItem& merge : items.merges) k.merge(a, merge);
+  if (a.observed == nullptr) return;
+  AttendItem whole = item_of(a, row, head);
+  whole.left = left > 0 ? room : nullptr;
+  k.observe(a, whole, room + left);
+}
+
+void run_alone(const Consolidate& c, int64_t row, int64_t head) {
+  const Kernels& k = kernels();
+  k.consolidate(c, row * c.cache.heads + head, scratch(k.consolidate_scratch(c)));
+}
+
+// Chains of steps, each in order. A thread takes a chain that is behind, does a few steps of it and gives it back: chains end
+// together, whatever their number.
+template <class F>
+void in_chains(int64_t chains, int64_t steps, F f) {
+  constexpr int64_t kTurns = 16;  // of a chain
+  const int64_t turn = (steps + kTurns - 1) / kTurns;
+  std::vector<int64_t> next(chains, 0);
+  std::vector<char> taken(chains, 0);
+  std::mutex mutex;
+  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), chains), 1, [&](int64_t, int64_t) {
+    for (;;) {
+      int64_t chain = -1;
+      {
+        const std::lock_guard<std::mutex> lock(mutex);
+        for (int64_t i = 0; i < chains; ++i)
+          if (!taken[i] && next[i] < steps && (chain < 0 || next[i] < next[chain])) chain = i;
+        if (chain < 0) return;  // whoever has the others ends them
+        taken[chain] = 1;
+      }
+      const int64_t end = std::min(next[chain] + turn, steps);
+      for (int64_t step = next[chain]; step < end; ++step) f(chain, step);
+      const std::lock_guard<std::mutex> lock(mutex);
+      next[chain] = end;
+      taken[chain] = 0;
+    }
+  });
+}
+
+using Seconds = std::chrono::duration<double>;
+using Clock = std::chrono::steady_clock;
+
+// One operation of several rounds.
+struct Step {
+  std::variant<Attend, Consolidate> params;
+  std::atomic<double>* seconds = nullptr;  // of an event
+};
+
+// With room for what attend leaves to observe where several threads serve a row's head, unless that is very much.
+void run_in_room(Attend& a) {
+  constexpr size_t kMostRoom = size_t(1) << 25;  // floats
+  thread_local std::vector<float> room;
+  if (a.observed != nullptr && a.weights == nullptr) {
+    int64_t counted = 0;
+    for (int64_t row = 0; row < a.rows; ++row) counted = std::max(counted, a.num_queries[row] - a.observe_from[row]);
+    a.left_rows = counted * (a.query_heads / a.cache.heads);
+    const size_t floats = a.rows * a.cache.heads * a.left_rows * a.row_weights();
+    if (floats > 0 && floats <= kMostRoom) {
+      if (room.size() < floats) room.resize(floats);
+      a.weights = room.data();
+    }
+  }
+  run(a);
+}
+void run_in_room(Consolidate& c) { run(c); }
+
+// Operations one after the other. Heads do not read each other's, so where there are enough of them each goes its own way: no
+// thread waits between operations, and a head's store stays in its thread's cache. But a first event that fills lent tiles waits
+// until all heads have read what lies there.
+void run(std::vector<Step>& steps) {
+  auto alone = [](const Step& step) {
+    const auto* c = std::get_if<Consolidate>(&step.params);
+    return c != nullptr && fills_lent_tiles(*c);
+  };
+  auto timed = [](Step& step, int64_t threads, auto f) {
+    if (step.seconds == nullptr) return f();
+    const auto start = Clock::now();
+    f();
+    step.seconds->fetch_add(Seconds(Clock::now() - start).count() / double(threads));
+  };
+  const int64_t threads = at::get_num_threads();
+  for (size_t first = 0; first < steps.size();) {
+    size_t end = first;
+    const int64_t heads = std::visit([](const auto& p) { return p.cache.heads; }, steps[first].params);
+    while (heads >= threads && end < steps.size() && !alone(steps[end])) ++end;
+    if (end <= first + 1) {
+      timed(steps[first], 1, [&] { std::visit([](auto& p) { run_in_room(p); }, steps[first].params); });
+      ++first;
+      continue;
+    }
+    in_chains(heads, end - first, [&](int64_t head, int64_t i) {
+      timed(steps[first + i], threads, [&] {
+        std::visit([&](const auto& p) { for (int64_t row = 0; row < p.rows; ++row) run_alone(p, row, head); }, steps[first + i].params);
+      });
+    });
+    first = end;
+  }
+}
+
+}  // namespace
+}  // namespace momentkv
