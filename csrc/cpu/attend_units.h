@@ -158,96 +158,118 @@ struct UnitQueries {
   }
 };
 
-// Slots of a panel. scales: of values that lack theirs, which weights are multiplied by; null: none do.
-struct Panel {
-  int vectors;
-  const Vec* scales;
-  int64_t slot;    // where weights are left,
-  int left_slots;  // so many
-};
-
 // Running softmax of the rows of an item. Weights are powers of two of logits over ln 2, relative to `top`.
 struct UnitRunning {
   float *out, *top;
   Vec* mass;  // by lane
 };
 
-// 2^x for x up to 127; 0 for large negative ones, not for infinite ones. Relative error < 3e-6 (minimax): weights are rounded to
-// bfloat16.
+// 2^x for x up to 127; 0 for large negative ones, not for infinite ones. Relative error < 4e-6 (minimax on [0, 1)): weights are
+// rounded to bfloat16.
 inline Vec power_of_two(Vec x) {
-  const Vec n = (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = x - n;
-  Vec poly = splat(9.5701000e-3f);
-  poly = poly * r + 5.5917860e-2f;
-  poly = poly * r + 2.4024745e-1f;
-  poly = poly * r + 6.9312181e-1f;
-  poly = poly * r + 9.9999926e-1f;
-  return (Vec)_mm512_scalef_ps((__m512)poly, (__m512)n);
+  const Vec rest = (Vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  Vec poly = splat(0.0135341679f);
+  poly = poly * rest + 0.0520114606f;
+  poly = poly * rest + 0.241442757f;
+  poly = poly * rest + 0.693003834f;
+  poly = poly * rest + 1.00000259f;
+  return (Vec)_mm512_scalef_ps((__m512)poly, (__m512)x);
 }
 
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 // What a logit over ln 2 may lie above `top` before that is raised: sums are far from float32's end, and few panels raise it.
 constexpr float kSlack = 12;
+constexpr float kUnseen = -1e30f;
 
-// The softmax of a row over a panel: weights, rounded; as numbers too where `left` is not null.
-// logit(v): of 16 slots. vectors: as panel.vectors, a constant where the panel is full.
-template <class Logit, class Count>
-inline void weigh(const Attend& a, const Panel& panel, Logit logit, int visible, Count vectors, int r, int64_t d, uint16_t* rounded,
-                  float* left, const UnitRunning& run) {
-  constexpr float kUnseen = -1e30f;
-  const float factor = a.softcap != 0 ? kLog2E : a.scale * kLog2E;
-  Vec x[kTileSlots / kLanes], highest = splat(-INFINITY);
-  for (int v = 0; v < vectors; ++v) x[v] = logit(v);
-  if (a.softcap != 0)
-    for (int v = 0; v < vectors; ++v) x[v] = hyperbolic_tangent(x[v] * (a.scale / a.softcap)) * a.softcap;
-  if (visible < vectors * kLanes)
-    for (int v = 0; v < vectors; ++v) {
-      const int seen = visible - v * kLanes;
-      if (seen < kLanes) x[v] = (Vec)_mm512_mask_mov_ps(_mm512_set1_ps(kUnseen), seen > 0 ? (1 << seen) - 1 : 0, (__m512)x[v]);
-    }
-  for (int v = 0; v < vectors; ++v) highest = x[v] > highest ? x[v] : highest;
-  if (_mm512_cmp_ps_mask((__m512)(highest * factor), _mm512_set1_ps(run.top[r] + kSlack), _CMP_GT_OQ)) {
-    const float top = largest(highest) * factor, keep = exp2f(run.top[r] - top);
-    run.top[r] = top;
-    run.mass[r] *= keep;
-    multiply(run.out + r * d, int(d), keep);
+// A row's dot products over a panel as they were computed, and what is missing in them.
+struct Products {
+  float* at;
+  float common = 0, first = 0;  // to be added to all, and to those of the first tile
+};
+
+// Completes dot products in place where they are not all alike. Logits are `factor` times them then.
+inline void complete(const Attend& a, Products& p, int vectors, int visible, float& factor) {
+  if (p.first != 0) {
+    const Vec first = (Vec)_mm512_maskz_mov_ps((1 << kTileTokens) - 1, _mm512_set1_ps(p.first));
+    store(p.at, load(p.at) + first);
   }
-  const float top = run.top[r];
+  if (a.softcap != 0) {
+    for (int v = 0; v < vectors; ++v)
+      store(p.at + v * kLanes, hyperbolic_tangent((load(p.at + v * kLanes) + p.common) * (a.scale / a.softcap)) * a.softcap);
+    p.common = 0, factor = 1;
+  }
+  for (int v = visible / kLanes; v < vectors; ++v) {
+    const int seen = visible - v * kLanes;
+    store(p.at + v * kLanes, (Vec)_mm512_mask_mov_ps(_mm512_set1_ps(kUnseen), seen > 0 ? (1 << seen) - 1 : 0, (__m512)load(p.at + v * kLanes)));
+  }
+}
+
+// The softmax of a row over a panel: weights, rounded; as numbers too where `left` is given.
+// vectors: a constant where the panel is full. scaled(v, w): the weights of 16 slots times their values' scales.
+template <bool Leaves, class Count, class Scaled>
+inline void weigh(const Products& p, Count vectors, float factor, Scaled scaled, uint16_t* rounded, float* left, float* out, int64_t d,
+                  float& top, Vec& mass) {
+  Vec highest = load(p.at);
+  for (int v = 1; v < vectors; ++v) {
+    const Vec x = load(p.at + v * kLanes);
+    highest = x > highest ? x : highest;
+  }
+  if (_mm512_cmp_ps_mask((__m512)((highest + p.common) * factor), _mm512_set1_ps(top + kSlack), _CMP_GT_OQ)) {
+    const float now = (largest(highest) + p.common) * factor, keep = exp2f(top - now);
+    top = now;
+    mass *= keep;
+    multiply(out, int(d), keep);
+  }
+  const float base = top - p.common * factor;
   Vec total = {};
   auto weight = [&](int v) {
-    const Vec w = power_of_two(x[v] * factor - top);
+    const Vec w = power_of_two(load(p.at + v * kLanes) * factor - base);
     total += w;
-    if (left != nullptr) store(left + v * kLanes, w);
-    return panel.scales == nullptr ? w : w * panel.scales[v];
+    if constexpr (Leaves) store(left + v * kLanes, w);
+    return scaled(v, w);
   };
   for (int v = 0; v < vectors; v += 2) {
     const Vec first = weight(v), second = v + 1 < vectors ? weight(v + 1) : Vec{};
     store_bfloat16(rounded + v * kLanes, first, second);
   }
-  run.mass[r] += total;
+  mass += total;
 }
 
+// Slots of a panel.
+struct Panel {
+  int vectors;
+  int64_t slot;    // where weights are left,
+  int left_slots;  // so many
+};
+
 // Logits of a panel, the softmax of all rows, the weighted values onto `out`. query: [rows][d]; visible(r): slots that a row sees;
-// logits_of(r): what `weigh` asks, of `products`.
-template <class Visible, class Logits>
+// missing(r): Products; scaled: as `weigh`.
+template <class Visible, class Missing, class Scaled>
 inline void attend_panel(const Attend& a, const UnitRoom& room, const uint16_t* query, int rows, const Panel& panel, Visible visible,
-                         Logits logits_of, const Left& left, const UnitRunning& run) {
+                         Missing missing, Scaled scaled, const Left& left, const UnitRunning& run) {
+  constexpr std::integral_constant<int, kTileSlots / kLanes> kAll;
   const int64_t d = room.d;
   const int tiles = int(room.rows / kUnitRows), wide = int(d / kUnitColumns), depth = (panel.vectors + 1) / 2 * kUnitDepth;
   multiply_tiles<false>(tiles, panel.vectors, query, d, room.keys, d, kPanelColumns, room.products, kTileSlots);
   alignas(64) float weights[kTileSlots];
   for (int r = 0; r < rows; ++r) {
     uint16_t* rounded = room.weights + r * kTileSlots;
-    float* kept = r >= left.first ? weights : nullptr;
-    if (visible(r) <= 0) {
+    const bool leaves = r >= left.first;
+    if (const int seen = visible(r); seen > 0) {
+      float factor = a.scale;
+      Products p = missing(r);
+      if (seen < panel.vectors * kLanes || p.first != 0 || a.softcap != 0) complete(a, p, panel.vectors, seen, factor);
+      factor *= kLog2E;
+      auto weigh_row = [&](auto keeps, auto vectors) {
+        weigh<keeps>(p, vectors, factor, scaled, rounded, weights, run.out + r * d, d, run.top[r], run.mass[r]);
+      };
+      auto weigh_any = [&](auto keeps) { panel.vectors == kAll ? weigh_row(keeps, kAll) : weigh_row(keeps, panel.vectors); };
+      leaves ? weigh_any(std::true_type{}) : weigh_any(std::false_type{});
+    } else {
       std::memset(rounded, 0, kTileSlots * 2);
       std::fill_n(weights, kTileSlots, 0.0f);
-    } else if (panel.vectors == kTileSlots / kLanes) {
-      constexpr std::integral_constant<int, kTileSlots / kLanes> kAll;
-      weigh(a, panel, logits_of(r), visible(r), kAll, r, d, rounded, kept, run);
-    } else {
-      weigh(a, panel, logits_of(r), visible(r), panel.vectors, r, d, rounded, kept, run);
     }
-    if (kept) leave(a, left.row(a, r), panel.slot, kept, panel.left_slots, run.top[r] * kLn2);
+    if (leaves) leave(a, left.row(a, r), panel.slot, weights, panel.left_slots, run.top[r] * kLn2);
   }
   multiply_tiles<true>(tiles, wide, room.weights, kTileSlots, room.values, depth, wide, run.out, d);
 }
@@ -266,14 +288,9 @@ void attend_stored_units(const Attend& a, const AttendItem& item, const UnitQuer
     value_scales(slots, p, scales);
     if (const int rest = seen % kLanes) scales[vectors - 1] = (Vec)_mm512_maskz_mov_ps((1 << rest) - 1, (__m512)scales[vectors - 1]);
     const bool starts = slots.starts();
-    auto logits_of = [&](int r) {
-      const float *products = room.products + r * kTileSlots, common = q.common[r], first = starts ? q.first[r] : 0;
-      return [=](int v) {
-        const Vec sum = load(products + v * kLanes) + common;
-        return v > 0 || first == 0 ? sum : sum + (Vec)_mm512_maskz_mov_ps(0xff, _mm512_set1_ps(first));
-      };
-    };
-    attend_panel(a, room, room.turned, q.rows, {vectors, scales, first, seen}, [&](int) { return seen; }, logits_of, left, run);
+    auto missing = [&](int r) { return Products{room.products + r * kTileSlots, q.common[r], starts ? q.first[r] : 0}; };
+    auto scaled = [&](int v, Vec w) { return w * scales[v]; };
+    attend_panel(a, room, room.turned, q.rows, {vectors, first, seen}, [&](int) { return seen; }, missing, scaled, left, run);
   }
   for (int r = 0; r < q.rows; ++r) rotate(run.out + r * room.d, p.width, p.block);
 }
@@ -312,13 +329,10 @@ void attend_units(const Attend& a, const AttendItem& item, float* scratch) {
     const Tile<BFloat16> tile(a.cache, item.head, a.exact_pages(item.row), first, end);
     const int vectors = tile.vectors();
     fill_panel(tile, d, a.cache.page_size, room);
-    auto logits_of = [&](int r) {
-      const float* products = room.products + r * kTileSlots;
-      return [=](int v) { return load(products + v * kLanes); };
-    };
+    auto missing = [&](int r) { return Products{room.products + r * kTileSlots}; };
     auto visible = [&](int r) { return int(sees(r) - first); };
-    const Panel panel{vectors, nullptr, a.store_slots() + first, vectors * kLanes};
-    attend_panel(a, room, room.query, rows, panel, visible, logits_of, left, run);
+    const Panel panel{vectors, a.store_slots() + first, vectors * kLanes};
+    attend_panel(a, room, room.query, rows, panel, visible, missing, [](int, Vec w) { return w; }, left, run);
   }
   for (int r = 0; r < rows; ++r) top[r] *= kLn2, mass[r] = sum(masses[r]);
   for (int r = left.first; r < rows; ++r) leave_nothing(a, item, left.row(a, r), end);

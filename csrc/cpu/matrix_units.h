@@ -98,19 +98,23 @@ inline void multiply_tiles(int row_tiles, int column_tiles, const uint16_t* rows
     }
 }
 
-// 16 numbers of each as bfloat16, a line of a tile: those of `even` and `odd` side by side.
-inline void store_line(uint8_t* to, Vec even, Vec odd) {
-  const __m512i together = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+// Numbers of the lower and of the upper half, one of each after the other.
+inline __m512i side_by_side(__m512i halves) {
   UnsignedWordVec order;
   for (int i = 0; i < 32; ++i) order[i] = uint16_t(i / 2 + i % 2 * 16);
-  const __m512i line = _mm512_permutexvar_epi16((__m512i)order, together);
+  return _mm512_permutexvar_epi16((__m512i)order, halves);
+}
+
+// 16 numbers of each as bfloat16, a line of a tile: those of `even` and `odd` side by side.
+inline void store_line(uint8_t* to, Vec even, Vec odd) {
+  const __m512i line = side_by_side((__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even));
   __builtin_memcpy(to, &line, 64);
 }
 
 // The same of 16 numbers that are bfloat16.
 inline void store_line(uint8_t* to, const BFloat16* even, const BFloat16* odd) {
-  const __m512i low = _mm512_cvtepu16_epi32(load_raw<__m256i>(even)), high = _mm512_cvtepu16_epi32(load_raw<__m256i>(odd));
-  const __m512i line = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+  const __m512i halves = _mm512_inserti64x4(_mm512_castsi256_si512(load_raw<__m256i>(even)), load_raw<__m256i>(odd), 1);
+  const __m512i line = side_by_side(halves);
   __builtin_memcpy(to, &line, 64);
 }
 

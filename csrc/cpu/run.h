@@ -171,13 +171,24 @@ void run_in_room(Attend& a) {
 }
 void run_in_room(Consolidate& c) { run(c); }
 
+// Whether an event is the last one in which heads read tiles that they give up (equal_until, momentkv_vllm/head_budgets.py).
+bool gives_up_tiles(const Consolidate& c) {
+  if (c.packed.places == nullptr) return false;
+  for (int64_t row = 0; row < c.rows; ++row) {
+    const int64_t before = c.stored[row] + int64_t(c.num_evicted[row]);
+    const int64_t taken = (c.retiring_pages + (before > 0 ? 0 : c.store_pages)) * c.cache.page_size;
+    if (before <= c.packed.equal_tokens && before + taken > c.packed.equal_tokens) return true;
+  }
+  return false;
+}
+
 // Operations one after the other. Heads do not read each other's, so where there are enough of them each goes its own way: no
-// thread waits between operations, and a head's store stays in its thread's cache. But a first event that fills lent tiles waits
-// until all heads have read what lies there.
+// thread waits between operations, and a head's store stays in its thread's cache. They wait for each other where tiles go from
+// one to another: a first event that fills lent ones is by itself, and others get theirs when all have given up theirs.
 void run(std::vector<Step>& steps) {
-  auto alone = [](const Step& step) {
+  auto is = [](const Step& step, bool (*what)(const Consolidate&)) {
     const auto* c = std::get_if<Consolidate>(&step.params);
-    return c != nullptr && fills_lent_tiles(*c);
+    return c != nullptr && what(*c);
   };
   auto timed = [](Step& step, int64_t threads, auto f) {
     if (step.seconds == nullptr) return f();
@@ -189,7 +200,8 @@ void run(std::vector<Step>& steps) {
   for (size_t first = 0; first < steps.size();) {
     size_t end = first;
     const int64_t heads = std::visit([](const auto& p) { return p.cache.heads; }, steps[first].params);
-    while (heads >= threads && end < steps.size() && !alone(steps[end])) ++end;
+    while (heads >= threads && end < steps.size() && !is(steps[end], fills_lent_tiles))
+      if (is(steps[end++], gives_up_tiles)) break;
     if (end <= first + 1) {
       timed(steps[first], 1, [&] { std::visit([](auto& p) { run_in_room(p); }, steps[first].params); });
       ++first;

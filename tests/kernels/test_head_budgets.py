@@ -36,7 +36,7 @@ class Sequence:
 
     def __init__(
         self, family: str, policy: str, dtype: str, layers: int, heads: int, extra_pages: int = 0, first: int = 0,
-        softcap: float = 0.0,
+        softcap: float = 0.0, numbers: torch.dtype = torch.bfloat16,
     ) -> None:  # fmt: skip
         self.kernels, self.policy = select(family), find(policy)()
         # A large first event finds them among its own pages.
@@ -45,7 +45,7 @@ class Sequence:
         shape = (PAGES + extra_pages, heads, PAGE, 2 * D)
         record = RecordLayout(D, has_covariance=False, has_centres=True)
         self.caches = [
-            CacheView.of_vllm_cpu(torch.zeros(shape, dtype=torch.bfloat16), record, PackedLayout(dtype, D), softcap)
+            CacheView.of_vllm_cpu(torch.zeros(shape, dtype=numbers), record, PackedLayout(dtype, D), softcap)
             for _ in range(layers)
         ]
         self.observed = [Observed.of(cache, "mass") for cache in self.caches]
@@ -107,7 +107,10 @@ def tiles_held(cache: CacheView, head: int, tiles: int) -> list[torch.Tensor]:
 def test_every_head_is_what_the_reference_makes_of_it_alone(family, dtype, policy, first, softcap):
     """first: pages after which the first event comes, which then retires all but one of them; 0: as soon as it can."""
     reach = torch.tensor([[0.1, 0.9, 0.2], [0.9, 0.05, 1.0]])
-    ours = Sequence(family, policy, dtype, LAYERS, HEADS, softcap=softcap)
+    # What matrix units round would decide between runs that are nearly as good, where attention counts.
+    units = family == "cpu" and select("cpu").isa() == "amx"
+    numbers = torch.float32 if units and policy == "momentkv" else torch.bfloat16
+    ours = Sequence(family, policy, dtype, LAYERS, HEADS, softcap=softcap, numbers=numbers)
     packed = ours.caches[0].packed
     store_pages = store_pages_of(dtype)
     store_tokens = store_pages * packed.page_tokens
@@ -124,16 +127,17 @@ def test_every_head_is_what_the_reference_makes_of_it_alone(family, dtype, polic
         cache.heads = heads
     extra = -(-int(capacity.max()) // packed.page_tokens)
     alone = {
-        (layer, head): Sequence("reference", policy, dtype, 1, 1, extra, first, softcap)
+        (layer, head): Sequence("reference", policy, dtype, 1, 1, extra, first, softcap, numbers)
         for layer in range(LAYERS)
         for head in range(HEADS)
     }
     # A seed that makes no two runs equally good: the closest differ by 2e-4.
     generator, equal = torch.Generator().manual_seed(4), equal_until(store_tokens, PAGE)
     boundary, evictions = 0, 0
-    for page in range(max(PAGES_READ, first + 3)):
-        keys, values = torch.randn(2, LAYERS, PAGE, HEADS, D, generator=generator).bfloat16()
-        queries = torch.randn(LAYERS, PAGE, 2 * HEADS, D, generator=generator).bfloat16()
+    # A page of float32 holds twice as much of a store.
+    for page in range(max(PAGES_READ + 6 * (numbers.itemsize - 2), first + 3)):
+        keys, values = torch.randn(2, LAYERS, PAGE, HEADS, D, generator=generator).to(numbers)
+        queries = torch.randn(LAYERS, PAGE, 2 * HEADS, D, generator=generator).to(numbers)
         at, after = page * PAGE, boundary + 1 if boundary else max(store_pages + 1, first)
         retires = page >= max(store_pages + 1, first)
         gone = boundary * PAGE
@@ -154,7 +158,7 @@ def test_every_head_is_what_the_reference_makes_of_it_alone(family, dtype, polic
                 group = slice(2 * head, 2 * head + 2)
                 want, want_lse = one.attend(0, asked[layer][:, group], at, boundary, stored, gone - stored)
                 torch.testing.assert_close(output[:, group], want, atol=1e-2, rtol=2e-2)
-                torch.testing.assert_close(lse[:, group], want_lse, atol=5e-3 if INTERPRETED else 2e-3, rtol=0)
+                torch.testing.assert_close(lse[:, group], want_lse, atol=5e-3 if INTERPRETED or units else 2e-3, rtol=0)
                 if retires:
                     one.retire(
                         0, boundary, after, stored, gone - stored, store_tokens if after * PAGE <= equal else mine

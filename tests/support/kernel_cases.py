@@ -96,13 +96,15 @@ def attends_and_observes_like_the_reference(kernels, cache, work, query, correct
 
 
 def on_units(kernels, cache):
-    """Whether rows with several queries are attended on AMX: weights are bfloat16 there, half a step of it off where they are 1."""
+    """Whether rows with several queries are attended on AMX: weights are bfloat16 there, half a step of it off where they are 1. So
+    are keys of a quantised store, and queries rotated for them."""
     return kernels.name == "cpu" and kernels.isa() == "amx" and cache.kv.dtype is torch.bfloat16
 
 
 def assert_observed_alike(kernels, cache, left, computed):
     """What attend leaves to observe is what observe computes: bit by bit, except where matrix units attend."""
-    close = {"rtol": 1e-4, "atol": 1e-7} if on_units(kernels, cache) else {"rtol": 0, "atol": 0}
+    rounding = 5e-3 if cache.packed else 1e-4
+    close = {"rtol": rounding, "atol": 1e-7} if on_units(kernels, cache) else {"rtol": 0, "atol": 0}
     torch.testing.assert_close(left, computed, **close)
 
 
