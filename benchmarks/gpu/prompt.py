@@ -13,7 +13,7 @@ from momentkv_vllm.attention.step_plan import StepPlanner
 from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.observed import Observed
-from momentkv_vllm.kernels.worklists import Round, mapped
+from momentkv_vllm.kernels.worklists import Round, Rounds, mapped
 from momentkv_vllm.page_schedule import cdiv
 
 STEP, REPEATS = 8192, 3
@@ -54,15 +54,8 @@ class Reader:
         n = len(slots)
         query, key, value = self.query[:n], self.key[:n], self.value[:n]
         self.family.write(self.cache, key, value, slots, self.mass)
-        for round_ in rounds:
-            for work in round_.attends:
-                given = query, self.output[:n]
-                if work.observe_from is None:
-                    self.family.attend(self.cache, *given, None, work, self.scale, True)
-                else:
-                    self.family.attend_and_observe(self.cache, self.mass, *given, work, self.scale, True)
-            for work in round_.retires:
-                self.family.consolidate(self.cache, self.mass, work, self.policy, SINKS, self.scale)
+        work = Rounds(rounds, lambda _: self.cache, "first")
+        self.family.run(work, self.mass, query, self.output[:n], self.policy, SINKS, self.scale)
 
     def steps(self) -> list[tuple[list[Round], torch.Tensor]]:
         return [self.plan(a, min(a + STEP, self.tokens)) for a in range(0, self.tokens, STEP)]
