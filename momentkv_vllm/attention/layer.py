@@ -121,9 +121,10 @@ class EvictingImpl:
                 for attend in work.attends:
                     self._attend(work, query, output, attend, sampling)
                 work = replace(work, rounds=[Round(retires=work.retires)])
-            observed = self.observing(cache) if work.observes else self.shared.target._observed_in(cache)
-            given = query, output, self.policy, self.config.sink_tokens, self.scale
-            seconds = self.kernels.run(work, observed, *given)
+            observed = self.shared.target._observed_in(cache)
+            if observed is None and work.observes:
+                observed = self.observing(cache)
+            seconds = self.kernels.run(work, observed, query, output, self.policy, self.config.sink_tokens, self.scale)
             if monitor:
                 monitor.consolidated(seconds)
         return output
