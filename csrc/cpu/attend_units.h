@@ -41,11 +41,13 @@ inline void fill_panel(const Tile<BFloat16>& tile, int64_t d, int64_t page_size,
   static const BFloat16 nothing[kMaxHeadDim] = {};
   const int64_t wide = d / kUnitColumns;
   auto value_of = [&](int s) { return s < tile.slots ? tile.values[s / kLanes] + s % kLanes * d : nothing; };
-  for (int v = 0; v < tile.vectors(); ++v)
-    for (int64_t pair = 0; pair < d / 2; ++pair) {
-      const BFloat16* key = tile.keys[v] + 2 * pair * page_size;
-      store_line(room.keys + (pair / 16 * kPanelColumns + v) * kUnitBytes + pair % 16 * 64, key, key + page_size);
+  for (int v = 0; v < tile.vectors(); ++v) {
+    const BFloat16* key = tile.keys[v];
+    for (int64_t depth = 0; depth < d / kUnitDepth; ++depth) {
+      uint8_t* line = room.keys + (depth * kPanelColumns + v) * kUnitBytes;
+      for (int pair = 0; pair < kUnitDepth / 2; ++pair, line += 64, key += 2 * page_size) store_line(line, key, key + page_size);
     }
+  }
   for (int s = 0; s < (tile.slots + 31) / 32 * 32; s += 2) {
     const BFloat16 *even = value_of(s), *odd = value_of(s + 1);
     uint8_t* line = room.values + s / 32 * wide * kUnitBytes + s % 32 / 2 * 64;

@@ -87,17 +87,17 @@ class Cpu(KernelFamily):
         cache, seen = work.caches(attends[0].budget_class), work.attended(attends[0].budget_class)
         lse = query.new_empty(query.shape[:2], dtype=torch.float32) if work.observes else None
         order = [w for r in work.rounds for w in (*r.attends, *r.retires)]
-        common, weight = (1, 0), 0.0
+        run_tokens, store_tokens, weight = 1, 0, 0.0
         if retires:
-            common, capacity = (retires[0].run_tokens, retires[0].store_tokens), retires[0].capacity(cache.page_size)
-            weight = attention_weight(policy, capacity, retires[0].run_tokens)
+            run_tokens, store_tokens = retires[0].run_tokens, retires[0].store_tokens
+            weight = attention_weight(policy, retires[0].capacity(cache.page_size), run_tokens)
         return _ops.rounds(
             *cache.cache_arguments, query, output, lse,
             [x for w in attends for x in (*w.arguments(), w.stored)],
             [x for w in retires for x in (*w.arguments(), w.stored)],
             [i for i, w in enumerate(order) if isinstance(w, RetireWork)],
             scale, cache.softcap, work.corrected, seen.record_layout.has_covariance, *cache.record_arguments,
-            observed and observed.mass, cache.sinks(sink_tokens), weight, attends[0].store_pages, *common,
+            observed and observed.mass, cache.sinks(sink_tokens), weight, attends[0].store_pages, run_tokens, store_tokens,
             cache.packed_arguments, *cache.head_arguments, cache.feedback,
         )  # fmt: skip
 
