@@ -77,16 +77,16 @@ std::vector<double> rounds(MOMENTKV_CACHE, const Tensor& query, const Tensor& ou
   auto* r = retired.data();
   for (size_t i = 0, event = 0; i < steps.size(); ++i) {
     if (event < events.size() && events[event] == int64_t(i)) {
-      steps[i].params = consolidate_of(kv, key_scale, value_scale, {*r[0], *r[1], *r[2], *r[3]}, {}, observed,
+      steps[i].params = consolidate_of(kv, key_scale, value_scale, {r[0].value(), r[1].value(), r[2].value(), r[3].value()}, {}, observed,
                                        {sink_tokens, attention_weight, run_tokens, store_tokens}, record, r[4], packed,
                                        MOMENTKV_HEADS_GIVEN, feedback);
       steps[i].seconds = &seconds[event++];
       r += kOfRetire;
     } else {
       TORCH_CHECK(a < attended.data() + attended.size(), "operation ", i, " of rounds is no event and has no tensors");
-      steps[i].params = attend_of(kv, key_scale, value_scale, query, output, lse, {*a[0], *a[1], *a[2], *a[3], *a[4], *a[5], a[6], a[7]},
-                                  scale, softcap, {corrected, correction}, a[8], store_pages, packed, MOMENTKV_HEADS_GIVEN, {},
-                                  a[6] ? observed : OptionalTensor());
+      const AttendTensors work{a[0].value(), a[1].value(), a[2].value(), a[3].value(), a[4].value(), a[5].value(), a[6], a[7]};
+      steps[i].params = attend_of(kv, key_scale, value_scale, query, output, lse, work, scale, softcap, {corrected, correction}, a[8],
+                                  store_pages, packed, MOMENTKV_HEADS_GIVEN, {}, a[6] ? observed : OptionalTensor());
       a += kOfAttend;
     }
   }

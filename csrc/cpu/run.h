@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <memory>
 #include <mutex>
 #include <variant>
 #include <vector>
@@ -156,15 +157,16 @@ struct Step {
 // With room for what attend leaves to observe where several threads serve a row's head, unless that is very much.
 void run_in_room(Attend& a) {
   constexpr size_t kMostRoom = size_t(1) << 25;  // floats
-  thread_local std::vector<float> room;
+  thread_local std::unique_ptr<float[]> room;  // what is not written takes no memory
+  thread_local size_t size = 0;
   if (a.observed != nullptr && a.weights == nullptr) {
     int64_t counted = 0;
     for (int64_t row = 0; row < a.rows; ++row) counted = std::max(counted, a.num_queries[row] - a.observe_from[row]);
     a.left_rows = counted * (a.query_heads / a.cache.heads);
     const size_t floats = a.rows * a.cache.heads * a.left_rows * a.row_weights();
     if (floats > 0 && floats <= kMostRoom) {
-      if (room.size() < floats) room.resize(floats);
-      a.weights = room.data();
+      if (size < floats) room = std::make_unique_for_overwrite<float[]>(floats), size = floats;
+      a.weights = room.get();
     }
   }
   run(a);
@@ -182,14 +184,36 @@ bool gives_up_tiles(const Consolidate& c) {
   return false;
 }
 
-// Operations one after the other. Heads do not read each other's, so where there are enough of them each goes its own way: no
-// thread waits between operations, and a head's store stays in its thread's cache. They wait for each other where tiles go from
-// one to another: a first event that fills lent ones is by itself, and others get theirs when all have given up theirs.
+// Where operations from `first` on end that heads may do without each other, who do not read each other's. They wait where tiles go
+// from one to another: a first event that fills lent ones is by itself, and others get theirs when all have given up theirs.
+size_t end_of_chains(const std::vector<Step>& steps, size_t first) {
+  for (size_t i = first; i < steps.size(); ++i) {
+    const auto* c = std::get_if<Consolidate>(&steps[i].params);
+    if (c != nullptr && fills_lent_tiles(*c)) return i;
+    if (c != nullptr && gives_up_tiles(*c)) return i + 1;
+  }
+  return steps.size();
+}
+
+// Whether the head with most to attend to is done before all threads together would be, or not much later: they lose about a third
+// where they wait for each other at every operation.
+bool heads_are_alike(const std::vector<Step>& steps, size_t first, size_t end, int64_t threads) {
+  constexpr double kSlowest = 1.5;
+  std::vector<double> pairs;
+  for (size_t i = first; i < end; ++i)
+    if (const auto* a = std::get_if<Attend>(&steps[i].params)) {
+      pairs.resize(a->cache.heads, 0.0);
+      for (int64_t row = 0; row < a->rows; ++row)
+        for (int64_t head = 0; head < a->cache.heads; ++head) pairs[head] += double(Items::slots(*a, row, head) * a->num_queries[row]);
+    }
+  double total = 0, most = 0;
+  for (const double n : pairs) total += n, most = std::max(most, n);
+  return most * double(threads) <= kSlowest * total;
+}
+
+// Operations one after the other. Where heads are enough each goes its own way: no thread waits between operations, and a head's
+// store stays in its thread's cache.
 void run(std::vector<Step>& steps) {
-  auto is = [](const Step& step, bool (*what)(const Consolidate&)) {
-    const auto* c = std::get_if<Consolidate>(&step.params);
-    return c != nullptr && what(*c);
-  };
   auto timed = [](Step& step, int64_t threads, auto f) {
     if (step.seconds == nullptr) return f();
     const auto start = Clock::now();
@@ -198,15 +222,13 @@ void run(std::vector<Step>& steps) {
   };
   const int64_t threads = at::get_num_threads();
   for (size_t first = 0; first < steps.size();) {
-    size_t end = first;
-    const int64_t heads = std::visit([](const auto& p) { return p.cache.heads; }, steps[first].params);
-    while (heads >= threads && end < steps.size() && !is(steps[end], fills_lent_tiles))
-      if (is(steps[end++], gives_up_tiles)) break;
-    if (end <= first + 1) {
-      timed(steps[first], 1, [&] { std::visit([](auto& p) { run_in_room(p); }, steps[first].params); });
-      ++first;
+    const size_t end = end_of_chains(steps, first);
+    if (end <= first + 1 || !heads_are_alike(steps, first, end, threads)) {
+      for (const size_t last = std::max(end, first + 1); first < last; ++first)
+        timed(steps[first], 1, [&] { std::visit([](auto& p) { run_in_room(p); }, steps[first].params); });
       continue;
     }
+    const int64_t heads = std::visit([](const auto& p) { return p.cache.heads; }, steps[first].params);
     in_chains(heads, end - first, [&](int64_t head, int64_t i) {
       timed(steps[first + i], threads, [&] {
         std::visit([&](const auto& p) { for (int64_t row = 0; row < p.rows; ++row) run_alone(p, row, head); }, steps[first + i].params);
