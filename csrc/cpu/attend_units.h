@@ -196,8 +196,8 @@ inline void complete(const Attend& a, Products& p, int vectors, int visible, flo
     store(p.at, load(p.at) + first);
   }
   if (a.softcap != 0) {
-    for (int v = 0; v < vectors; ++v)
-      store(p.at + v * kLanes, hyperbolic_tangent((load(p.at + v * kLanes) + p.common) * (a.scale / a.softcap)) * a.softcap);
+    for (int v = 0; v < vectors; ++v) store(p.at + v * kLanes, (load(p.at + v * kLanes) + p.common) * a.scale);
+    cap<1>(a, vectors, p.at);
     p.common = 0, factor = 1;
   }
   for (int v = visible / kLanes; v < vectors; ++v) {
@@ -206,7 +206,7 @@ inline void complete(const Attend& a, Products& p, int vectors, int visible, flo
   }
 }
 
-// The softmax of a row over a panel: weights, rounded; as numbers too where `left` is given.
+// The softmax of a row over a panel: weights, rounded; as numbers too where it `Leaves` them.
 // vectors: a constant where the panel is full. scaled(v, w): the weights of 16 slots times their values' scales.
 template <bool Leaves, class Count, class Scaled>
 inline void weigh(const Products& p, Count vectors, float factor, Scaled scaled, uint16_t* rounded, float* left, float* out, int64_t d,

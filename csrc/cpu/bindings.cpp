@@ -1,6 +1,10 @@
 // torch.ops.momentkv_cpu.*: operators that check tensors (tensors.h) and run kernels on them (run.h).
 
 #include <Python.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
+#include <vector>
 
 #include "run.h"
 #include "tensors.h"
@@ -47,9 +51,7 @@ void observe(MOMENTKV_CACHE, const Tensor& observed, const Tensor& query, const 
 
 void consolidate(MOMENTKV_CACHE, MOMENTKV_RETIRE_WORK, const OptionalTensor& score, const OptionalTensor& observed,
                  int64_t sink_tokens, double attention_weight, MOMENTKV_RECORD, const OptionalTensor& stored,
-                 int64_t run_tokens, int64_t store_tokens, at::IntArrayRef packed, const OptionalTensor& places,
-                 const OptionalTensor& capacity, int64_t equal_tokens, int64_t places_pages,
-                 const OptionalTensor& feedback) {
+                 int64_t run_tokens, int64_t store_tokens, at::IntArrayRef packed, MOMENTKV_HEADS, const OptionalTensor& feedback) {
   auto c = consolidate_of(kv, key_scale, value_scale, MOMENTKV_RETIRE_WORK_GIVEN, score, observed,
                           {sink_tokens, attention_weight, run_tokens, store_tokens}, MOMENTKV_RECORD_GIVEN, stored, packed,
                           MOMENTKV_HEADS_GIVEN, feedback);

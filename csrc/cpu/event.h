@@ -19,8 +19,7 @@ struct Event {
   // How many of them are in the store, in their slots.
   int64_t filled() const { return c.stored == nullptr ? c.store_tokens : packed_tokens; }
   int64_t capacity() const {
-    const int64_t before = c.stored == nullptr ? 0 : c.stored[row] + int64_t(c.num_evicted[row]);
-    return c.capacity(head, before + exact_pages() * c.cache.page_size);
+    return c.capacity(head, c.gone(row) + exact_pages() * c.cache.page_size);
   }
   // Of those, the ones that keep their slots if they stay: a store may shrink.
   int64_t settled() const { return std::min(filled(), candidates() - losers()); }
@@ -31,7 +30,7 @@ struct Event {
   }
   RecordView record() const { return {c.cache, c.record_layout, c.moments + row * c.moment_pages, head}; }
   float num_evicted() const {
-    return packed_tokens == 0 ? c.num_evicted[row] : float(c.stored[row] + int64_t(c.num_evicted[row]) - packed_tokens);
+    return packed_tokens == 0 ? c.num_evicted[row] : float(c.gone(row) - packed_tokens);
   }
 
   bool is_packed(int64_t candidate) const { return candidate < packed_tokens; }

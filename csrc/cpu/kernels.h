@@ -38,6 +38,13 @@ struct Consolidate : ConsolidateParams<Cache> {
   // Tiles, then what queries have given to their tokens.
   int64_t lent_bytes() const { return lent_tiles() * (packed.tile_bytes + 8 * int64_t(sizeof(float))); }
 
+  // Tokens that have left the row's window before the event. Of rows with a quantised store; else 0.
+  int64_t gone(int64_t row) const { return stored == nullptr ? 0 : stored[row] + int64_t(num_evicted[row]); }
+  // Tokens in the exact pages that it takes, padding among them; a store that is not quantised, or not yet, is of those.
+  int64_t exact_tokens(int64_t row) const {
+    return (retiring_pages + (stored != nullptr && stored[row] > 0 ? 0 : store_pages)) * cache.page_size;
+  }
+
   // What a head may hold once `tokens` have left the row's window.
   int64_t capacity(int64_t head, int64_t tokens) const {
     return packed.capacity == nullptr || tokens <= packed.equal_tokens ? store_tokens : packed.capacity[head];
@@ -66,6 +73,11 @@ struct Attend : AttendParams<Cache> {
 
   float* weights_of(int64_t row, int64_t head) const {
     return weights == nullptr ? nullptr : weights + (row * cache.heads + head) * left_rows * row_weights();
+  }
+  // Query rows of a head that count for observe; with observe_from.
+  int64_t counted_rows(int64_t row) const {
+    const int64_t queries = num_queries[row] - observe_from[row];
+    return queries > 0 ? queries * (query_heads / cache.heads) : 0;
   }
   PackedLayout packed;
   const int64_t* stored;  // [rows] tokens in a row's quantised store, its first `store_pages` pages; 0: none. Null: no row has one

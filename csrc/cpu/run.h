@@ -41,15 +41,24 @@ void in_turn(int64_t items, F f) {
   });
 }
 
-// Both for a part that is the whole of its row and head: what it leaves is observed while it lies in a cache.
-void attend_and_observe(const Attend& a, AttendItem part) {
+// Floats of what a row's head leaves to observe; with observe_from.
+size_t left_floats(const Attend& a, int64_t row) { return a.counted_rows(row) * a.row_weights(); }
+
+// All parts of a row and head here: what they leave is observed while it lies in a cache. left: floats that they have room to leave;
+// 0: observe computes them again.
+void attend_and_observe(const Attend& a, AttendItem* parts, size_t count, const std::vector<MergeItem>& merges, size_t left) {
   const Kernels& k = kernels();
-  const int64_t counted = std::max<int64_t>(0, part.num_queries - a.observe_from[part.row]) * (a.query_heads / a.cache.heads);
-  const size_t left = counted * a.row_weights();
-  float* room = scratch(left + std::max(k.attend_scratch(a), k.observe_scratch(a)));
-  part.left = room;
-  k.attend(a, part, room + left);
-  k.observe(a, part, room + left);
+  const bool observes = a.observed != nullptr;
+  float* room = scratch(left + std::max(k.attend_scratch(a), observes ? k.observe_scratch(a) : 0));
+  for (size_t i = 0; i < count; ++i) {
+    parts[i].left = left > 0 ? room : nullptr;
+    k.attend(a, parts[i], room + left);
+  }
+  for (const MergeItem& merge : merges) k.merge(a, merge);
+  if (!observes) return;
+  AttendItem whole = item_of(a, parts[0].row, parts[0].head);
+  whole.left = parts[0].left;
+  k.observe(a, whole, room + left);
 }
 
 void run(const Attend& a) {
@@ -57,12 +66,12 @@ void run(const Attend& a) {
   items.build(a, at::get_num_threads());
   const Kernels& k = kernels();
   // Not `items` in the lambda: another thread would see its own thread_local.
-  const AttendItem* parts = items.parts.data();
+  AttendItem* parts = items.parts.data();
   const MergeItem* merges = items.merges.data();
   const AttendItem* in_parts = items.in_parts.data();
   in_turn(items.parts.size(), [&](int64_t i) {
     const bool whole = parts[i].partial == nullptr && parts[i].num_queries == a.num_queries[parts[i].row];
-    if (whole && a.observed != nullptr) return attend_and_observe(a, parts[i]);
+    if (whole && a.observed != nullptr) return attend_and_observe(a, parts + i, 1, {}, left_floats(a, parts[i].row));
     k.attend(a, parts[i], scratch(k.attend_scratch(a)));
   });
   in_parallel(items.merges.size(), [&](int64_t i) { k.merge(a, merges[i]); });
@@ -93,23 +102,8 @@ void run_alone(const Attend& a, int64_t row, int64_t head) {
   constexpr size_t kMostLeft = size_t(1) << 23;  // floats; of more, observe computes them again
   thread_local Items items;
   items.build_alone(a, row, head);
-  const Kernels& k = kernels();
-  size_t left = 0;
-  if (a.observed != nullptr) {
-    const int64_t counted = std::max<int64_t>(0, a.num_queries[row] - a.observe_from[row]) * (a.query_heads / a.cache.heads);
-    left = counted * a.row_weights();
-    if (left > kMostLeft) left = 0;
-  }
-  float* room = scratch(left + std::max(k.attend_scratch(a), a.observed != nullptr ? k.observe_scratch(a) : 0));
-  for (AttendItem& part : items.parts) {
-    part.left = left > 0 ? room : nullptr;
-    k.attend(a, part, room + left);
-  }
-  for (const MergeItem& merge : items.merges) k.merge(a, merge);
-  if (a.observed == nullptr) return;
-  AttendItem whole = item_of(a, row, head);
-  whole.left = left > 0 ? room : nullptr;
-  k.observe(a, whole, room + left);
+  const size_t left = a.observed == nullptr ? 0 : left_floats(a, row);
+  attend_and_observe(a, items.parts.data(), items.parts.size(), items.merges, left > kMostLeft ? 0 : left);
 }
 
 void run_alone(const Consolidate& c, int64_t row, int64_t head) {
@@ -156,13 +150,11 @@ struct Step {
 
 // With room for what attend leaves to observe where several threads serve a row's head, unless that is very much.
 void run_in_room(Attend& a) {
-  constexpr size_t kMostRoom = size_t(1) << 25;  // floats
+  constexpr size_t kMostRoom = size_t(1) << 25;  // floats; MAX_LEFT of momentkv_vllm/kernels/cpu.py
   thread_local std::unique_ptr<float[]> room;  // what is not written takes no memory
   thread_local size_t size = 0;
   if (a.observed != nullptr && a.weights == nullptr) {
-    int64_t counted = 0;
-    for (int64_t row = 0; row < a.rows; ++row) counted = std::max(counted, a.num_queries[row] - a.observe_from[row]);
-    a.left_rows = counted * (a.query_heads / a.cache.heads);
+    for (int64_t row = 0; row < a.rows; ++row) a.left_rows = std::max(a.left_rows, a.counted_rows(row));
     const size_t floats = a.rows * a.cache.heads * a.left_rows * a.row_weights();
     if (floats > 0 && floats <= kMostRoom) {
       if (size < floats) room = std::make_unique_for_overwrite<float[]>(floats), size = floats;
@@ -177,9 +169,8 @@ void run_in_room(Consolidate& c) { run(c); }
 bool gives_up_tiles(const Consolidate& c) {
   if (c.packed.places == nullptr) return false;
   for (int64_t row = 0; row < c.rows; ++row) {
-    const int64_t before = c.stored[row] + int64_t(c.num_evicted[row]);
-    const int64_t taken = (c.retiring_pages + (before > 0 ? 0 : c.store_pages)) * c.cache.page_size;
-    if (before <= c.packed.equal_tokens && before + taken > c.packed.equal_tokens) return true;
+    const int64_t before = c.gone(row), after = before + c.exact_tokens(row);
+    if (before <= c.packed.equal_tokens && after > c.packed.equal_tokens) return true;
   }
   return false;
 }

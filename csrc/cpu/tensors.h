@@ -1,13 +1,9 @@
 // Tensors of operators as params of kernels, checked. Included once, by bindings.cpp.
 #pragma once
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <vector>
 
 #include "kernels.h"
 
@@ -118,9 +114,8 @@ void set_observing(Attend& a, const AttendTensors& work, const OptionalTensor& w
   a.left_rows = weights->size(2);
   a.weights = data_of<float>(weights, "weights", {a.rows, a.cache.heads, a.left_rows, a.row_weights()});
   for (int64_t row = 0; row < a.rows; ++row) {
-    const int64_t counted = (a.num_queries[row] - a.observe_from[row]) * (a.query_heads / a.cache.heads);
-    TORCH_CHECK(a.observe_from[row] >= 0 && counted <= a.left_rows, "weights has room for ", a.left_rows, " query rows, row ", row,
-                " has ", counted, " that count");
+    TORCH_CHECK(a.observe_from[row] >= 0 && a.counted_rows(row) <= a.left_rows, "weights has room for ", a.left_rows,
+                " query rows, row ", row, " has ", a.counted_rows(row), " that count");
   }
 }
 
@@ -147,9 +142,9 @@ Attend attend_of(MOMENTKV_CACHE, const Tensor& query, const Tensor& output, cons
 // The native score's second term reads the means and the observed attention of every row that evicts.
 void check_attention_term(const Consolidate& c, bool there) {
   for (int64_t row = 0; !there && row < c.rows; ++row) {
-    const int64_t stored = c.stored == nullptr ? 0 : c.stored[row], exact = c.retiring_pages + (stored > 0 ? 0 : c.store_pages);
+    const int64_t stored = c.stored == nullptr ? 0 : c.stored[row];
     const int64_t least = c.packed.capacity == nullptr ? c.store_tokens : *std::min_element(c.packed.capacity, c.packed.capacity + c.cache.heads);
-    TORCH_CHECK(stored + exact * c.cache.page_size <= least, "row ", row,
+    TORCH_CHECK(stored + c.exact_tokens(row) <= least, "row ", row,
                 " evicts by a score with attention, which needs the means and the observed attention; give score");
   }
 }
@@ -173,8 +168,7 @@ struct Events {
 
 Consolidate consolidate_of(MOMENTKV_CACHE, const RetireTensors& work, const OptionalTensor& score, const OptionalTensor& observed,
                            const Events& events, const RecordArguments& record, const OptionalTensor& stored, at::IntArrayRef packed,
-                           const OptionalTensor& places, const OptionalTensor& capacity, int64_t equal_tokens, int64_t places_pages,
-                           const OptionalTensor& feedback) {
+                           MOMENTKV_HEADS, const OptionalTensor& feedback) {
   const auto& [sink_tokens, attention_weight, run_tokens, store_tokens] = events;
   Consolidate c{};
   c.cache = cache_of(kv, key_scale, value_scale);
