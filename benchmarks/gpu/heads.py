@@ -8,10 +8,11 @@ import graph
 import torch
 from shape import SINKS
 
-from momentkv_vllm.head_budgets import Sizes, Tile, budgets, equal_until, shared, tiles_of
+from momentkv_vllm.head_budgets import Tile, equal_until, shared, tiles_of
 from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.observed import Observed
+from momentkv_vllm.kernels.own_budgets import budgets_in
 from momentkv_vllm.kernels.worklists import LayersOf, mapped
 from momentkv_vllm.page_schedule import cdiv
 
@@ -27,14 +28,12 @@ def share_out(layers: list[graph.Layer], longest: int = LONGEST) -> list[list[li
     first, tokens = layers[0].cache, layers[0].schedule.store_tokens
     reach = torch.rand(len(layers), first.keys.shape[1], generator=torch.Generator().manual_seed(1)) ** 3
     capacity = shared(reach, tokens, 8, longest)
-    tiles = tiles_of(capacity, tokens, first.packed.page_tiles)
-    at = torch.tensor([[x.cache.kv.data_ptr(), x.mass.data.data_ptr()] for x in layers])
-    sizes = Sizes(first.packed.raw.stride(1), first.page_slots, first.packed_layout.tile_bytes)
     equal = equal_until(tokens, layers[0].schedule.prefill_retire_tokens)
-    for layer, held in zip(layers, budgets(capacity, tiles, at, sizes, equal), strict=True):
-        layer.cache.heads = held.to(layer.device)
+    caches, observed = [x.cache for x in layers], [x.mass for x in layers]
+    for layer, held in zip(layers, budgets_in(caches, observed, capacity, tokens, equal), strict=True):
+        layer.cache.heads = held
         layer.begin += 2 * layer.schedule.retire_tokens
-    return tiles
+    return tiles_of(capacity, tokens, first.packed.page_tiles)
 
 
 class Alone:

@@ -26,7 +26,8 @@ from vllm.v1.kv_cache_interface import MambaSpec
 from momentkv_vllm.attention.head_reach import Probe, random_tokens
 from momentkv_vllm.attention.sample_text import text_tokens
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.head_budgets import HeadBudgets, Sizes, budgets, grain_of, shared, tiles_of
+from momentkv_vllm.head_budgets import HeadBudgets, grain_of, shared
+from momentkv_vllm.kernels.own_budgets import budgets_in
 from momentkv_vllm.key_rounding import feedback_of
 from momentkv_vllm.kv_spec import schedules_of
 from momentkv_vllm.page_schedule import PageSchedule
@@ -225,16 +226,12 @@ def share_out(runner: Any, reach: dict[str, Tensor]) -> None:
     page_size, longest = caches[0].page_size, model.max_model_len
     schedules = schedules_of(config, page_size, impls[0].head_size, impls[0].numbers, longest)
     watched = impls[0].policy.observes is not None
-    observed = [impl.observing(c).data.data_ptr() if watched else 0 for impl, c in zip(impls, caches, strict=True)]
-    addresses = torch.tensor([[c.kv.data_ptr(), at] for c, at in zip(caches, observed, strict=True)])
-    packed, far = caches[0].packed, torch.stack(list(reach.values())).cpu()
-    sizes = Sizes(packed.raw.stride(1), caches[0].page_slots, packed.layout.tile_bytes)
+    observed = [impl.observing(c) if watched else None for impl, c in zip(impls, caches, strict=True)]
+    far = torch.stack(list(reach.values())).cpu()
 
     def table(schedule: PageSchedule) -> list[HeadBudgets]:
         capacity = shared(far, schedule.store_tokens, grain_of(schedule.run_tokens), longest)
-        tiles = tiles_of(capacity, schedule.store_tokens, packed.page_tiles)
-        held = budgets(capacity, tiles, addresses, sizes, schedule.equal_tokens)
-        return [heads.to(cache.kv.device) for heads, cache in zip(held, caches, strict=True)]
+        return budgets_in(caches, observed, capacity, schedule.store_tokens, schedule.equal_tokens)
 
     unshared = [None] * len(impls)
     tables = [table(s) if served.evicts else unshared for served, s in zip(config.classes, schedules, strict=True)]

@@ -16,9 +16,10 @@ from momentkv_vllm.attention.cuda_backend import CudaMomentKVBackend, CudaMoment
 from momentkv_vllm.attention.cuda_choice import CudaChoice
 from momentkv_vllm.attention.step_plan import StepPlan
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.head_budgets import Sizes, budgets, shared, tiles_of
+from momentkv_vllm.head_budgets import shared
 from momentkv_vllm.kernels import select, triton
 from momentkv_vllm.kernels.cache_view import CacheView
+from momentkv_vllm.kernels.own_budgets import budgets_in
 from momentkv_vllm.kernels.worklists import AttendWork, Round
 from momentkv_vllm.plugin import register
 from momentkv_vllm.vllm_seams import gpu
@@ -82,12 +83,9 @@ def test_the_layer_answers_as_the_cpu_backend_where_heads_have_budgets_of_their_
     schedule = sides[0].builder.planner.schedules[0]
     for side in sides:
         cache = side.impl.view_of(side.cache)
-        packed, tokens = cache.packed, schedule.store_tokens
-        capacity = shared(torch.tensor([[0.05, 1.0]]), tokens, 8, longest=512)
-        at = torch.tensor([[cache.kv.data_ptr(), side.impl.observing(cache).data.data_ptr()]])
-        sizes = Sizes(packed.raw.stride(1), cache.page_slots, packed.layout.tile_bytes)
-        tiles = tiles_of(capacity, tokens, packed.page_tiles)
-        side.impl.heads = [budgets(capacity, tiles, at, sizes, schedule.equal_tokens)[0]]
+        capacity = shared(torch.tensor([[0.05, 1.0]]), schedule.store_tokens, 8, longest=512)
+        given = capacity, schedule.store_tokens, schedule.equal_tokens
+        side.impl.heads = budgets_in([cache], [side.impl.observing(cache)], *given)
     generator, lens = torch.Generator().manual_seed(2), [0, 0]
     grown = 0
     for new in ([120, 30], *[[1, 1]] * 34):

@@ -6,10 +6,11 @@ import pytest
 import torch
 from kernel_cases import INTERPRETED, run_both
 
-from momentkv_vllm.head_budgets import Sizes, budgets, equal_until, shared, tiles_of
+from momentkv_vllm.head_budgets import equal_until, shared
 from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.observed import Observed
+from momentkv_vllm.kernels.own_budgets import budgets_in
 from momentkv_vllm.kernels.worklists import AttendWork, RetireWork
 from momentkv_vllm.packed_store import PackedLayout
 from momentkv_vllm.page_layout import RecordLayout
@@ -116,13 +117,7 @@ def test_every_head_is_what_the_reference_makes_of_it_alone(family, dtype, polic
     store_tokens = store_pages * packed.page_tokens
     capacity = shared(reach, store_tokens, 8, longest=10_000)
     assert capacity.unique().numel() > 3 and (capacity[1].sum() > HEADS * store_tokens), "a layer lends to the next"
-    addresses = torch.tensor(
-        [[c.kv.data_ptr(), o.data.data_ptr()] for c, o in zip(ours.caches, ours.observed, strict=True)]
-    )
-    sizes = Sizes(packed.raw.shape[2], ours.caches[0].page_slots, packed.layout.tile_bytes)
-    held = budgets(
-        capacity, tiles_of(capacity, store_tokens, packed.page_tiles), addresses, sizes, equal_until(store_tokens, PAGE)
-    )
+    held = budgets_in(ours.caches, ours.observed, capacity, store_tokens, equal_until(store_tokens, PAGE))
     for cache, heads in zip(ours.caches, held, strict=True):
         cache.heads = heads
     extra = -(-int(capacity.max()) // packed.page_tokens)

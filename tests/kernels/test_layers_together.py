@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from momentkv_vllm.head_budgets import Sizes, budgets, equal_until, shared, tiles_of
+from momentkv_vllm.head_budgets import equal_until, shared
 from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.layer_table import LayerTable
 from momentkv_vllm.kernels.observed import Observed
+from momentkv_vllm.kernels.own_budgets import budgets_in
 from momentkv_vllm.kernels.worklists import LayersOf, RetireWork
 from momentkv_vllm.key_rounding import feedback_of
 from momentkv_vllm.packed_store import PackedLayout
@@ -87,13 +88,9 @@ def test_layers_together_are_layers_one_by_one(monkeypatch, policy, store):
 def with_heads_of_their_own(pairs: list[tuple[CacheView, Observed]], store_tokens: int) -> list[CacheView]:
     """Caches of layers whose heads share their stores of so many tokens; each of them lends, or is lent, some tiles."""
     caches, observed = map(list, zip(*pairs, strict=True))
-    packed, reach = caches[0].packed, torch.tensor([[0.02, 0.5], [0.05, 1.0]])
-    capacity = shared(reach, store_tokens, 8, longest=10_000)
+    capacity = shared(torch.tensor([[0.02, 0.5], [0.05, 1.0]]), store_tokens, 8, longest=10_000)
     assert capacity[0, 1] > store_tokens and capacity[1, 1] > store_tokens and capacity[1].sum() > 2 * store_tokens
-    at = torch.tensor([[c.kv.data_ptr(), o.data.data_ptr()] for c, o in pairs])
-    sizes = Sizes(packed.raw.stride(1), caches[0].page_slots, packed.layout.tile_bytes)
-    tiles = tiles_of(capacity, store_tokens, packed.page_tiles)
-    held = budgets(capacity, tiles, at, sizes, equal_until(store_tokens, 3 * PAGE))
+    held = budgets_in(caches, observed, capacity, store_tokens, equal_until(store_tokens, 3 * PAGE))
     return [replace(cache, heads=heads) for cache, heads in zip(caches, held, strict=True)]
 
 

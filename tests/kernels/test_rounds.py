@@ -5,11 +5,12 @@ import torch
 
 from momentkv_vllm.attention.step_plan import StepPlanner
 from momentkv_vllm.config import EvictionConfig
-from momentkv_vllm.head_budgets import Sizes, budgets, shared, tiles_of
+from momentkv_vllm.head_budgets import shared
 from momentkv_vllm.kernels import select
 from momentkv_vllm.kernels.base import KernelFamily
 from momentkv_vllm.kernels.cache_view import CacheView
 from momentkv_vllm.kernels.observed import Observed
+from momentkv_vllm.kernels.own_budgets import budgets_in
 from momentkv_vllm.kernels.worklists import Rounds
 from momentkv_vllm.kv_spec import StateLayout
 from momentkv_vllm.page_schedule import cdiv
@@ -47,11 +48,8 @@ class Layer:
     def _own_budgets(self):
         capacity = shared(REACH, self.schedule.store_tokens, self.schedule.run_tokens, longest=10_000)
         assert capacity.unique().numel() == HEADS
-        packed = self.cache.packed
-        addresses = torch.tensor([[self.cache.kv.data_ptr(), self.observed.data.data_ptr()]])
-        sizes = Sizes(packed.raw.shape[2], self.cache.page_slots, packed.layout.tile_bytes)
-        tiles = tiles_of(capacity, self.schedule.store_tokens, packed.page_tiles)
-        return budgets(capacity, tiles, addresses, sizes, self.schedule.equal_tokens)[0]
+        given = capacity, self.schedule.store_tokens, self.schedule.equal_tokens
+        return budgets_in([self.cache], [self.observed], *given)[0]
 
     def read(self, run) -> list[torch.Tensor]:
         """What every step gives; run: of a family."""
